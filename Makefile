@@ -1,0 +1,43 @@
+# Needs make and Python >= 3.11 with its venv module; everything else goes into .venv, at the versions of constraints.txt.
+PYTHON ?= python3
+RUN := .venv/bin/python
+# One torch thread in each test process: with more they wait for each other.
+PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
+
+.PHONY: help demo test lint format bench clean
+
+help:  ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+demo: .venv/installed  ## Fit a nested classifier and an ordered VAE to real digits; the report lands in results/demo
+	$(RUN) -m models demo
+
+test: .venv/installed  ## Run the tests and the doctests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS)
+
+lint: .venv/installed  ## Check style, format and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: .venv/installed  ## Format the code and repair what ruff can
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: .venv/installed  ## Measure the masks against their peers
+	$(RUN) -m benchmarks.masks
+
+clean:  ## Remove .venv, caches and build outputs; results/ stays
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp: older than either file means that the environment is out of date.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "$(PYTHON) is missing or older than 3.11; name another one: make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+		|| { echo "$(PYTHON) has no venv module; on Debian install python3-venv"; exit 1; }
+	$(PYTHON) -m venv .venv
+	@echo "Installing into .venv, which takes a few minutes the first time"
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Complete, runnable Pyro models on real data; `python -m models` lists them."""

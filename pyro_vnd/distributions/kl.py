@@ -1,0 +1,30 @@
+"""Exact Kullback-Leibler divergences, found by `torch.distributions.kl_divergence` and `TraceMeanField_ELBO`."""
+
+import torch
+from torch import Tensor
+from torch.distributions import kl_divergence, register_kl
+
+from pyro_vnd.distributions.nested_normal import NestedNormal
+from pyro_vnd.distributions.ordered_mask import OrderedMask, _expectation
+
+
+@register_kl(OrderedMask, OrderedMask)
+def _kl_ordered_mask(q: OrderedMask, p: OrderedMask) -> Tensor:
+    """Return sum_k q_k (log q_k - log p_k): straight-through masks are ordered masks too."""
+    _check_units(q, p)
+    # -inf - -inf only arises where q_k = 0, which counts nothing.
+    log_ratio = q._log_probs - p._log_probs
+    kl = _expectation(q._probs, log_ratio)
+    return kl.expand(torch.broadcast_shapes(q.batch_shape, p.batch_shape))
+
+
+@register_kl(NestedNormal, NestedNormal)
+def _kl_nested_normal(q: NestedNormal, p: NestedNormal) -> Tensor:
+    """Return KL(L_q || L_p) + sum_i S_i KL(N_q,i || N_p,i): a coordinate costs only when it is kept."""
+    _check_units(q, p)
+    return kl_divergence(q.lengths, p.lengths) + (q.keep_probs * kl_divergence(q.normal, p.normal)).sum(-1)
+
+
+def _check_units(q: OrderedMask | NestedNormal, p: OrderedMask | NestedNormal) -> None:
+    if q.num_units != p.num_units:
+        raise ValueError(f"KL of masks over different numbers of units: {q.num_units} and {p.num_units}")

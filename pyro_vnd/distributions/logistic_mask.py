@@ -1,0 +1,121 @@
+"""Hard ordered masks from one uniform number each, with a straight-through gradient."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyro_vnd.distributions.tail_sum import tail_sum
+
+__all__ = ["LogisticMask", "hard_mask"]
+
+
+def hard_mask(keep_probs: Tensor, uniform: Tensor) -> Tensor:
+    """Return z_i = 1[u S_1 < S_i], where S_1 is one up to rounding.
+
+    Scaled so, the first unit is always kept and no length of probability zero is drawn.
+    """
+    mask = torch.empty(0, dtype=keep_probs.dtype, device=keep_probs.device)
+    return torch.gt(keep_probs, uniform * keep_probs[..., :1], out=mask)  # zeros and ones without a bool between
+
+
+class LogisticMask(torch.autograd.Function):
+    r"""Draw $z_i = 1[u < S_i]$, and differentiate $\sigma((\log S_i - \log F_i - \mathrm{logit}\, u) / \tau)$.
+
+    S_i is the probability of the lengths from i on, F_i that of the lengths below i. The noise logit u is logistic,
+    and the soft mask crosses one half where the hard one jumps, so the hard law is exact at every temperature. The
+    soft mask is never formed in the forward pass. With $w_i$ the gradient with respect to the keep logit of unit i,
+
+    $$\partial \mathrm{logit} S_i / \partial p_j = 1[j \ge i] / S_i - 1[j < i] / F_i, \qquad
+      g_j = \sum_{i \le j} w_i / S_i - \sum_{i > j} w_i / F_i,$$
+
+    two cumulative sums, and $p_j g_j$ with respect to logits, because keep logits do not depend on the scale of p.
+    S and F are sums of positive terms, each from its own end, so that nothing cancels. The first unit is always kept
+    and has no gradient: the arrays below hold the units 2..K.
+
+    Differentiable once: a second derivative raises.
+    """
+
+    @staticmethod
+    def forward(
+        param: Tensor, uniform: Tensor, temperature: Tensor | float, is_logits: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return hard masks of shape broadcast(param, uniform), and for later use p and S.
+
+        Args:
+            param: Logits of the lengths, or their probabilities, shape (..., K).
+            uniform: One uniform number a mask, in [0, 1), shape (..., 1).
+            temperature: Temperature of the soft mask, broadcastable to `uniform`.
+            is_logits: Which of the two `param` is.
+        """
+        probs = param.softmax(-1) if is_logits else param
+        keep_probs = tail_sum(probs)
+        return hard_mask(keep_probs, uniform), probs, keep_probs
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | float, bool], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        """Keep what the backward pass needs."""
+        _, uniform, temperature, ctx.is_logits = inputs
+        _, probs, keep_probs = output
+        ctx.mark_non_differentiable(probs, keep_probs)
+        ctx.set_materialize_grads(False)
+        if isinstance(temperature, Tensor):
+            ctx.save_for_backward(probs, keep_probs, uniform, temperature)
+        else:
+            ctx.save_for_backward(probs, keep_probs, uniform)
+            ctx.temperature = temperature
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, None, Tensor | None, None]:
+        """Return the gradients with respect to `param` and the temperature."""
+        if grad is None:
+            return None, None, None, None
+        probs, keep_probs, uniform, *rest = ctx.saved_tensors
+        temperature = rest[0] if rest else ctx.temperature
+        info = torch.finfo(probs.dtype)
+        # Far below the smallest step of u, and far enough above the smallest float that K / floor is finite.
+        floor = info.tiny**0.8
+        above = keep_probs[..., 1:].clamp_min(floor)
+        below = probs.cumsum(-1)[..., :-1].clamp_min(floor)
+        noisy_logit = (above / below).log_() - torch.logit(uniform, eps=info.tiny)
+        # Beyond +-80 the gradient is nil, and would be a slow subnormal number.
+        soft = (noisy_logit / temperature).clamp(-80, 80).sigmoid_()
+        weight = torch.ops.aten.sigmoid_backward(grad[..., 1:], soft).div_(temperature)
+
+        param_grad = temperature_grad = None
+        if ctx.needs_input_grad[2]:
+            temperature_grad = (weight * -noisy_logit / temperature).sum_to_size(temperature.shape)
+        if ctx.needs_input_grad[0]:
+            if weight.shape != above.shape:  # one law for many masks
+                weight = weight.sum_to_size(above.shape)
+            param_grad = torch.constant_pad_nd((weight / above).cumsum(-1), (1, 0))
+            param_grad[..., :-1] -= tail_sum(weight / below)
+            if ctx.is_logits:
+                param_grad *= probs
+        return param_grad, None, temperature_grad, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor | float
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int | None, ...]]:
+        """Put every mapped dimension first: all operations act on the last one and broadcast over the others."""
+        mapped = list(zip(inputs, in_dims, strict=True))
+        rank = max(x.dim() - (dim is not None) for x, dim in mapped if isinstance(x, Tensor))
+
+        def align(x: Tensor | float, dim: int | None) -> Tensor | float:
+            if dim is None or not isinstance(x, Tensor):
+                return x
+            x = x.movedim(dim, 0)
+            return x.reshape(x.shape[:1] + (1,) * (rank + 1 - x.dim()) + x.shape[1:])
+
+        law_dim = None if in_dims[0] is None else 0
+        return LogisticMask.apply(*(align(x, dim) for x, dim in mapped)), (0, law_dim, law_dim)
+
+
+# torch binds the arguments of forward to its signature at each call; found once, this is a third of a small draw.
+setattr(LogisticMask.forward, "__signature__", inspect.signature(LogisticMask.forward))  # noqa: B010

@@ -1,0 +1,130 @@
+"""The exact, discrete ordered mask."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.distributions.utils import lazy_property
+from torch.nn.functional import pad
+from torch.types import _size
+
+from pyro_vnd.distributions.constraints import binary_ordered_mask
+from pyro_vnd.distributions.length_law import LengthLaw
+from pyro_vnd.distributions.logistic_mask import hard_mask
+from pyro_vnd.distributions.tail_sum import tail_difference, tail_sum
+
+__all__ = ["OrderedMask"]
+
+
+class OrderedMask(LengthLaw):
+    r"""Distribution over masks that keep a random prefix of K ordered units and drop the tail.
+
+    With $P(L = k) = p_k$, a sample is $z_i = 1[i \le L]$; its first unit is always one, and
+
+    $$E z_i = S_i = \sum_{j \ge i} p_j, \qquad
+      \mathrm{Cov}(z_i, z_j) = S_{\max(i,j)} - S_i S_j, \qquad
+      \log P(z) = \sum_k (z_k - z_{k+1}) \log p_k.$$
+
+    Samples are exact (to the 2^-24 steps of a float32 uniform) and carry no gradient: use this class as a prior, as
+    an enumerated site (`infer={"enumerate": "parallel"}`, NUTS) or with a score-function estimator. `log_prob` is
+    linear in the mask, so that it passes the right gradient to a mask drawn from `OrderedMaskStraightThrough`.
+
+    Shapes: parameters (..., K); batch_shape (...); event_shape (K,).
+
+    Args:
+        probs: Non-negative weights of the lengths 1..K, shape (..., K), normalised over the last dimension; zeros
+            are allowed.
+        logits: Unnormalised log-weights of the lengths, shape (..., K), finite.
+        validate_args: Whether values of parameters and samples are checked.
+
+    Raises:
+        ValueError: If not exactly one of `probs` and `logits` is given, or a shape or value is invalid.
+
+    Source: Cui et al., "Variational Nested Dropout", arXiv 2101.11353, section 3.
+
+    Example:
+        >>> import torch
+        >>> mask = OrderedMask(probs=torch.tensor([0.1, 0.2, 0.3, 0.4]))
+        >>> mask.keep_probs
+        tensor([1.0000, 0.9000, 0.7000, 0.4000])
+        >>> mask.log_prob(torch.tensor([1.0, 1.0, 0.0, 0.0])).exp()
+        tensor(0.2000)
+        >>> mask.sample((1000,)).mean(0)[0]
+        tensor(1.)
+    """
+
+    support = binary_ordered_mask
+    has_enumerate_support = True
+    _derived: ClassVar[tuple[str, ...]] = (*LengthLaw._derived, "variance")
+
+    def __init__(
+        self, *, probs: Tensor | None = None, logits: Tensor | None = None, validate_args: bool | None = None
+    ) -> None:
+        super().__init__(probs, logits, validate_args=validate_args)
+
+    def _uniform(self, sample_shape: _size) -> Tensor:
+        """Draw one uniform number a mask, with a last dimension of one."""
+        shape = (*self._extended_shape(sample_shape)[:-1], 1)
+        return torch.rand(shape, dtype=self._param.dtype, device=self._param.device)
+
+    def sample(self, sample_shape: _size = torch.Size()) -> Tensor:
+        """Draw masks of zeros and ones, shape sample_shape + batch_shape + (K,)."""
+        with torch.no_grad():
+            return hard_mask(tail_sum(self._probs), self._uniform(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-probability of masks, shape broadcast(value.shape[:-1], batch_shape).
+
+        A sum over the one-hot length, linear in `value`: exact for hard masks, with the gradient that a
+        straight-through sample needs. A length of probability zero gives -inf.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        one_hot, log_probs = tail_difference(value), self._log_probs
+        if self._is_logits:
+            result = (one_hot * log_probs).sum(-1)
+        else:
+            # 0 * -inf is nan: sum over the possible lengths, then say which masks were impossible.
+            impossible = log_probs == -torch.inf
+            result = (one_hot * log_probs.masked_fill(impossible, 0)).sum(-1)
+            result = result.masked_fill((one_hot.detach() * impossible).sum(-1) > 0, -torch.inf)
+        return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
+
+    def entropy(self) -> Tensor:
+        """Return the entropy of the kept length in nats, shape batch_shape."""
+        return -_expectation(self._probs, self._log_probs).expand(self.batch_shape)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Return all K masks, shape (K,) + batch_shape + (K,), or with ones for batch_shape if not `expand`."""
+        k = self.num_units
+        masks = torch.ones(k, k, dtype=self._param.dtype, device=self._param.device).tril()
+        masks = masks.reshape((k,) + (1,) * len(self.batch_shape) + (k,))
+        return masks.expand((k, *self.batch_shape, k)) if expand else masks
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the mask, which is the keep probability of each unit."""
+        return self.keep_probs
+
+    @lazy_property
+    def variance(self) -> Tensor:
+        """Variance of each entry, S_i (1 - S_i), with 1 - S_i summed from below rather than subtracted."""
+        return self.keep_probs * pad(self._probs[..., :-1], (1, 0)).cumsum(-1)
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        """Covariance of the entries, S_max(i,j) - S_i S_j, shape batch_shape + (K, K)."""
+        rows, columns = self.keep_probs.unsqueeze(-1), self.keep_probs.unsqueeze(-2)
+        return torch.minimum(rows, columns) - rows * columns
+
+    @property
+    def mode(self) -> Tensor:
+        """The most probable mask, shape batch_shape + (K,)."""
+        units = torch.arange(self.num_units, device=self._param.device)
+        return self._full((units <= self._log_probs.argmax(-1, keepdim=True)).to(self._param.dtype))
+
+
+def _expectation(probs: Tensor, values: Tensor) -> Tensor:
+    """Average `values` under `probs`, where lengths of probability zero count nothing even if infinite."""
+    possible = probs > 0
+    return torch.where(possible, probs * torch.where(possible, values, 0), 0).sum(-1)
