@@ -41,8 +41,8 @@ class LogisticMask(torch.autograd.Function):
     @staticmethod
     def forward(
         param: Tensor, uniform: Tensor, temperature: Tensor | float, is_logits: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return hard masks of shape broadcast(param, uniform), and for later use p and S.
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return hard masks of shape broadcast(param, uniform), and for the backward pass S, and p where it is new.
 
         Args:
             param: Logits of the lengths, or their probabilities, shape (..., K).
@@ -52,21 +52,22 @@ class LogisticMask(torch.autograd.Function):
         """
         probs = param.softmax(-1) if is_logits else param
         keep_probs = tail_sum(probs)
-        return hard_mask(keep_probs, uniform), probs, keep_probs
+        return hard_mask(keep_probs, uniform), keep_probs, probs if is_logits else None
 
     @staticmethod
     def setup_context(
-        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | float, bool], output: tuple[Tensor, Tensor, Tensor]
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | float, bool], output: tuple[Tensor, Tensor, Tensor | None]
     ) -> None:
         """Keep what the backward pass needs."""
-        _, uniform, temperature, ctx.is_logits = inputs
-        _, probs, keep_probs = output
-        ctx.mark_non_differentiable(probs, keep_probs)
+        param, uniform, temperature, ctx.is_logits = inputs
+        _, keep_probs, probs = output
+        ctx.mark_non_differentiable(*(x for x in (keep_probs, probs) if x is not None))
         ctx.set_materialize_grads(False)
+        saved = (param if probs is None else probs, keep_probs, uniform)
         if isinstance(temperature, Tensor):
-            ctx.save_for_backward(probs, keep_probs, uniform, temperature)
+            ctx.save_for_backward(*saved, temperature)
         else:
-            ctx.save_for_backward(probs, keep_probs, uniform)
+            ctx.save_for_backward(*saved)
             ctx.temperature = temperature
 
     @staticmethod
@@ -102,7 +103,7 @@ class LogisticMask(torch.autograd.Function):
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor | float
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int | None, ...]]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], tuple[int | None, ...]]:
         """Put every mapped dimension first: all operations act on the last one and broadcast over the others."""
         mapped = list(zip(inputs, in_dims, strict=True))
         rank = max(x.dim() - (dim is not None) for x, dim in mapped if isinstance(x, Tensor))
@@ -114,7 +115,8 @@ class LogisticMask(torch.autograd.Function):
             return x.reshape(x.shape[:1] + (1,) * (rank + 1 - x.dim()) + x.shape[1:])
 
         law_dim = None if in_dims[0] is None else 0
-        return LogisticMask.apply(*(align(x, dim) for x, dim in mapped)), (0, law_dim, law_dim)
+        output = LogisticMask.apply(*(align(x, dim) for x, dim in mapped))
+        return output, (0, law_dim, None if output[2] is None else law_dim)
 
 
 # torch binds the arguments of forward to its signature at each call; found once, this is a third of a small draw.

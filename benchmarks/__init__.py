@@ -1,0 +1,1 @@
+"""Speed and quality against baselines; each module is a command: `python -m benchmarks.masks`."""

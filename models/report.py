@@ -1,0 +1,79 @@
+"""A report as one self-contained HTML page."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem 1rem; text-align: right; border-bottom: 1px solid #eee; }
+th { border-bottom: 2px solid #888; }
+figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption { color: #555; font-size: .9rem; }
+pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .85rem; }
+"""
+
+
+class Report:
+    """Sections, tables and figures, in the order in which they are added.
+
+    Args:
+        title: Title of the page.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.parts: list[str] = []
+
+    def section(self, title: str, text: str) -> None:
+        """Start a section."""
+        self.parts.append(f"<h2>{html.escape(title)}</h2>")
+        self.text(text)
+
+    def text(self, text: str) -> None:
+        """Add a paragraph."""
+        self.parts.append(f"<p>{html.escape(text)}</p>")
+
+    def pre(self, text: str) -> None:
+        """Add text whose line breaks and spaces stay."""
+        self.parts.append(f"<pre>{html.escape(text)}</pre>")
+
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Add a table of cells that are formatted already."""
+        lines = [_row("th", header), *(_row("td", row) for row in rows)]
+        self.parts.append("<table>" + "\n".join(lines) + "</table>")
+
+    def figure(self, figure: Figure, caption: str) -> None:
+        """Add a figure, embedded as PNG, with its caption for eyes and screen readers."""
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=150)
+        data = base64.b64encode(buffer.getvalue()).decode()
+        width = round(figure.get_size_inches()[0] * 100)
+        text = html.escape(caption)
+        self.parts.append(
+            f'<figure><img width="{width}" alt="{text}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{text}</figcaption></figure>"
+        )
+
+    def footer(self, header: dict[str, Any]) -> None:
+        """Say how the page was made."""
+        self.section("How this page was made", "The numbers are in metrics.json beside it.")
+        self.pre(json.dumps(header, indent=1))
+
+    def html(self) -> str:
+        """Return the page."""
+        title = html.escape(self.title)
+        return (
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+            f"<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n" + "\n".join(self.parts) + "\n</body></html>\n"
+        )
+
+
+def _row(tag: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"

@@ -1,0 +1,15 @@
+"""Guides and training."""
+
+from pyro_vnd.infer.auto_nested import AutoNested
+from pyro_vnd.infer.fit import FitResult, LengthCollapseWarning, LengthSummary, NonFiniteLossError, fit
+from pyro_vnd.infer.local_params import module_local_params
+
+__all__ = [
+    "AutoNested",
+    "FitResult",
+    "LengthCollapseWarning",
+    "LengthSummary",
+    "NonFiniteLossError",
+    "fit",
+    "module_local_params",
+]

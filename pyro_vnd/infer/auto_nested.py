@@ -1,0 +1,192 @@
+"""An automatic guide for models with ordered masks."""
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from itertools import groupby
+from typing import Any, Literal, cast
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide, AutoGuideList, AutoNormal
+from pyro.nn.module import PyroParam
+from pyro.ops.tensor_utils import periodic_repeat
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
+
+__all__ = ["AutoNested"]
+
+Noise = Literal["logistic", "gumbel"]
+
+
+class AutoNested(AutoGuideList):
+    r"""Guide for any Pyro model that has `OrderedMask` sites; other sites go to a Pyro autoguide.
+
+    Each mask site gets an independent `OrderedMaskStraightThrough` whose logits, one a length, are learned and start
+    at the law of the model. Sites keep the order of the model, as `TraceMeanField_ELBO` wants it.
+
+    In a plate every row has a law of its own, as mean field has it. A plate named in `shared_plates` has one law for
+    all its rows, each of which still draws a mask of its own: cheap for data plates, and the way to learn how long
+    prefixes should be over a population.
+
+    Args:
+        model: A Pyro model.
+        noise: Noise of the straight-through masks, for all sites or by site name.
+        temperature: Temperature of the straight-through masks, for all sites or by site name.
+        shared_plates: Names of plates whose rows share the law of their masks.
+        base: Makes the autoguide of all other sites from a model, `AutoMultivariateNormal` say. By default an
+            `AutoNormal` for each run of sites between two masks.
+        create_plates: As in Pyro's autoguides, for plates that subsample.
+
+    Raises:
+        ValueError: On the first call, if `noise` or `temperature` names a site, or `shared_plates` a plate, that the
+            model does not have, or if the model has no mask.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro_vnd.distributions import OrderedMask
+        >>> def model(x, y):
+        ...     mask = pyro.sample("mask", OrderedMask.uniform(3))
+        ...     w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("y", dist.Normal(x @ (mask * w), 0.1), obs=y)
+        >>> guide = AutoNested(model)
+        >>> sorted(guide(torch.randn(5, 3), torch.randn(5)))
+        ['mask', 'w']
+        >>> guide.laws["mask"].keep_probs
+        tensor([1.0000, 0.6667, 0.3333])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        noise: Noise | Mapping[str, Noise] = "logistic",
+        temperature: float | Mapping[str, float] = 0.2,
+        shared_plates: Collection[str] = (),
+        base: Callable[[Callable[..., Any]], AutoGuide] | None = None,
+        create_plates: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__(model, create_plates=create_plates)
+        self._noise, self._temperature = noise, temperature
+        self._shared_plates = (shared_plates,) if isinstance(shared_plates, str) else tuple(shared_plates)
+        self._base = base
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        prototype: Any = self.prototype_trace
+        sites = dict(prototype.iter_stochastic_nodes())
+        masks = [name for name, site in sites.items() if _mask_law(site["fn"]) is not None]
+        self._check_names(masks)
+        others = [name for name in sites if name not in masks]
+        for is_mask, run in groupby(sites, key=lambda name: name in masks):
+            names = list(run)
+            if is_mask:
+                self._append_masks(names)
+            elif self._base is None:
+                self.append(AutoNormal(self._only(names)))
+            elif names[0] == others[0]:
+                self.append(self._base(self._only(others)))
+
+    def _append_masks(self, names: list[str]) -> None:
+        for name in names:
+            self.append(
+                _AutoMask(
+                    self._only([name]),
+                    self._noise if isinstance(self._noise, str) else self._noise.get(name, "logistic"),
+                    self._temperature.get(name, 0.2) if isinstance(self._temperature, Mapping) else self._temperature,
+                    self._shared_plates,
+                )
+            )
+
+    def _only(self, names: list[str]) -> Callable[..., Any]:
+        return poutine.block(self.model, expose=names)
+
+    def _check_names(self, masks: list[str]) -> None:
+        if not masks:
+            raise ValueError("AutoNested: the model has no latent OrderedMask site; use one of Pyro's autoguides")
+        for argument, value in (("noise", self._noise), ("temperature", self._temperature)):
+            unknown = sorted(set(value) - set(masks)) if isinstance(value, Mapping) else []
+            if unknown:
+                raise ValueError(f"AutoNested: argument `{argument}` names {unknown}; mask sites of the model: {masks}")
+        unknown = sorted(set(self._shared_plates) - set(self._prototype_frames))
+        if unknown:
+            plates = sorted(self._prototype_frames)
+            raise ValueError(f"AutoNested: argument `shared_plates` names {unknown}; plates of the model: {plates}")
+
+    @property
+    def laws(self) -> dict[str, OrderedMask]:
+        """The learned law of each mask site, by name and without gradient; empty before the first call."""
+        return {part.site_name: part.law() for part in self if isinstance(part, _AutoMask)}
+
+
+class _AutoMask(AutoGuide):
+    """Straight-through mask with learned logits for the one mask site of a model."""
+
+    def __init__(
+        self, model: Callable[..., Any], noise: Noise, temperature: float, shared_plates: tuple[str, ...]
+    ) -> None:
+        super().__init__(model)
+        self.noise, self.temperature, self.shared_plates = noise, temperature, shared_plates
+        self.site_name = ""
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        prototype: Any = self.prototype_trace
+        ((self.site_name, site),) = prototype.iter_stochastic_nodes()
+        prior: Any = _mask_law(site["fn"])
+        event_dim = site["fn"].event_dim
+        self._frames, self._extra_dims = site["cond_indep_stack"], event_dim - 1
+        logits = prior.logits.detach()
+        for frame in self._frames:
+            dim = frame.dim - event_dim
+            full_size = frame.full_size or frame.size
+            if frame.name in self.shared_plates:
+                logits = logits.narrow(dim, 0, 1)
+            elif full_size != frame.size:
+                logits = periodic_repeat(logits, full_size, dim)
+        # A length that the prior rules out would have an infinite KL: its probability underflows to zero and stays.
+        logits = logits.clamp_min(-1e3).contiguous()
+        self.logits = PyroParam(logits, constraints.real, event_dim)
+
+    def _logits(self) -> Tensor:
+        return cast(Tensor, self.logits)
+
+    def law(self) -> OrderedMask:
+        """Return the learned law, without gradient."""
+        return OrderedMask(logits=self._logits().detach())
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw the mask."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        with ExitStack() as stack:
+            for frame in self._frames:
+                stack.enter_context(plates[frame.name])
+            fn: Any = OrderedMaskStraightThrough(self.temperature, logits=self._logits(), noise=self.noise)
+            return {self.site_name: pyro.sample(self.site_name, fn.to_event(self._extra_dims))}
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the mask of the median length."""
+        (median,) = self.quantiles([0.5])[self.site_name]
+        return {self.site_name: median}
+
+    def quantiles(self, quantiles: list[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the masks of the given quantiles of the length, stacked in a new first dimension."""
+        law = self.law()
+        # The q-quantile of L is the smallest k with P(L <= k) >= q: unit i is kept where P(L >= i) > 1 - q.
+        masks = torch.stack([(law.keep_probs > 1 - q).to(law.probs.dtype) for q in quantiles])
+        masks[..., 0] = 1
+        return {self.site_name: masks}
+
+
+def _mask_law(fn: Any) -> OrderedMask | None:
+    """Return the ordered mask below reshaping wrappers (`to_event`, `mask`, `expand`), if that is what `fn` is."""
+    while not isinstance(fn, OrderedMask):
+        if not hasattr(fn, "base_dist"):
+            return None
+        fn = fn.base_dist
+    return fn

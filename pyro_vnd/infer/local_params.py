@@ -1,0 +1,46 @@
+"""Parameters that belong to their modules rather than to Pyro's global store."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+
+__all__ = ["module_local_params"]
+
+
+@contextmanager
+def module_local_params(*modules: Any) -> Iterator[None]:
+    """Run a block in which models and guides keep their own parameters.
+
+    Pyro's `module_local_params` setting, also for modules that were made without it. Two guides of one name then do
+    not read each other's values, which under the global store the second would, silently. Use it around calls of a
+    guide that `fit` has trained.
+
+    Args:
+        *modules: Models and guides that are called in the block; those that are no modules are passed over.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> import torch
+        >>> from pyro_vnd.distributions import OrderedMask
+        >>> from pyro_vnd.infer import AutoNested, module_local_params
+        >>> def model():
+        ...     return pyro.sample("mask", OrderedMask.uniform(3))
+        >>> guide = AutoNested(model)
+        >>> with module_local_params(guide):
+        ...     draw = guide()
+        >>> len(pyro.get_param_store())
+        0
+    """
+    for module in modules:
+        for part in module.modules() if isinstance(module, torch.nn.Module) else ():
+            # Pyro makes this store of a module when the module is made, but only if the setting is on by then.
+            if isinstance(part, PyroModule) and not hasattr(part._pyro_context, "param_state"):
+                part._pyro_context.param_state = {"params": {}, "constraints": {}}
+    with pyro.settings.context(module_local_params=True):
+        yield

@@ -1,0 +1,104 @@
+"""Effect handlers that scale a mini-batch to its data set and watch the parts of the ELBO."""
+
+from typing import Any
+
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+
+from pyro_vnd.distributions import NestedNormal, OrderedMask
+
+__all__ = ["ElboMonitor", "ScaleToDataset"]
+
+
+class ScaleToDataset(Messenger):
+    """Scale all sites in the plate of the data by num_data / batch size, and the KL of other latents by a weight.
+
+    A model that is written for whole data, `pyro.plate("data", len(x))`, then has the right mini-batch ELBO. A plate
+    that already knows the full size, `pyro.plate("data", num_data, subsample_size=len(x))`, is left alone.
+
+    Args:
+        plate: Name of the plate.
+        num_data: Rows of the data set.
+        batch_size: Rows of the mini-batch.
+        kl_weight: Weight of the latents outside the plate.
+    """
+
+    def __init__(self, plate: str, num_data: int, batch_size: int, kl_weight: float = 1.0) -> None:
+        super().__init__()
+        self.plate, self.num_data, self.batch_size, self.kl_weight = plate, num_data, batch_size, kl_weight
+        self.found = False
+        self.plates: dict[str, int] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        for frame in msg["cond_indep_stack"]:
+            self.plates[frame.name] = frame.size
+            if frame.name != self.plate:
+                continue
+            if frame.size != self.batch_size:
+                raise ValueError(
+                    f"fit: plate {self.plate!r} at site {msg['name']!r} has size {frame.size}, but the batch has "
+                    f"{self.batch_size} rows"
+                )
+            if frame.full_size not in (frame.size, None, self.num_data):
+                raise ValueError(
+                    f"fit: plate {self.plate!r} is for {frame.full_size} rows, but the data have {self.num_data}"
+                )
+            self.found = True
+            if frame.full_size in (frame.size, None):
+                msg["scale"] = msg["scale"] * (self.num_data / self.batch_size)
+            return
+        if not msg["is_observed"]:
+            msg["scale"] = msg["scale"] * self.kl_weight
+
+    def check(self) -> None:
+        """Raise where a mini-batch met no plate to scale.
+
+        Raises:
+            ValueError: If no site was in the plate although the batch is smaller than the data.
+        """
+        if not self.found and self.batch_size != self.num_data:
+            raise ValueError(
+                f"fit: no site of the model is in a plate named {self.plate!r}, so mini-batches cannot be scaled to "
+                f"the data set; name it with `plate=` (plates of the model: {self.plates}), or use the whole data"
+            )
+
+
+class ElboMonitor(Messenger):
+    """Record the log-likelihood of the observed sites and the laws of the masks of the guide in one ELBO evaluation.
+
+    With ELBO = log-likelihood - KL, the KL part follows. Nothing is recorded where a site is enumerated, as its
+    log-likelihood is then an expectation that the handler does not see.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._reset()
+
+    def _reset(self) -> None:
+        self.log_likelihood = 0.0
+        self.enumerated = False
+        self.laws: dict[str, OrderedMask | NestedNormal] = {}
+        self.last_site = ""
+
+    def __enter__(self) -> "ElboMonitor":
+        self._reset()
+        return super().__enter__()
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            return
+        self.last_site = msg["name"]
+        self.enumerated |= msg["infer"].get("_enumerate_dim") is not None
+        if msg["is_observed"]:
+            if not self.enumerated:
+                # All handlers have run: scale and mask are final, as in the trace that the ELBO scores.
+                log_prob = msg["fn"].log_prob(msg["value"]).detach()
+                if msg["mask"] is not None and msg["mask"] is not True:
+                    log_prob = log_prob * msg["mask"]
+                self.log_likelihood += (log_prob * msg["scale"]).sum().item()
+        elif msg["name"] not in self.laws:  # the guide runs before the model
+            law = msg["fn"]
+            while not isinstance(law, OrderedMask | NestedNormal) and hasattr(law, "base_dist"):
+                law = law.base_dist
+            if isinstance(law, OrderedMask | NestedNormal):
+                self.laws[msg["name"]] = law

@@ -1,0 +1,246 @@
+"""What every distribution of the library promises as a torch and Pyro distribution, whatever its law."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from cases import CASES, each
+from torch import nn
+from torch.distributions import kl_divergence
+
+BATCH_SHAPES = [(), (3,), (2, 3), (0,)]
+
+
+def length_argument(case) -> str:
+    return "probs" if "probs" in case.units else "logits"
+
+
+@each()
+@pytest.mark.parametrize("num_units", [1, 4])
+@pytest.mark.parametrize("batch_shape", BATCH_SHAPES)
+@pytest.mark.parametrize("sample_shape", [(), (5,), (5, 1)])
+def test_shapes_and_support(case, batch_shape, sample_shape, num_units):
+    law = case.build(batch_shape, num_units)
+    assert law.batch_shape == batch_shape
+    assert law.event_shape == (num_units,)
+    assert law.num_units == num_units
+    assert law.has_rsample is case.reparameterised
+    assert law.has_enumerate_support is case.enumerable
+    assert law.support.event_dim == law.event_dim == 1
+    for name in ("keep_probs", "length_probs") + (("mean", "variance") if case.exact else ()):
+        assert getattr(law, name).shape == (*batch_shape, num_units), name
+    assert law.mean_length.shape == batch_shape
+    draws = [law.sample(sample_shape)] + ([law.rsample(sample_shape)] if case.reparameterised else [])
+    for value in draws:
+        assert value.shape == (*sample_shape, *batch_shape, num_units)
+        assert law.support.check(value).all()
+        assert torch.isfinite(law.log_prob(value)).all()
+        assert law.log_prob(value).shape == (*sample_shape, *batch_shape)
+        if case.hard:
+            assert ((value == 0) | (value == 1)).all()
+            assert (value[..., 0] == 1).all()
+
+
+@each()
+@pytest.mark.parametrize("small", [(), (3,), (1, 3), (2, 1)])
+def test_expand_is_native(case, small):
+    law = case.build(small)
+    big = law.expand((2, 3))
+    assert type(big) is case.cls
+    assert big.batch_shape == (2, 3)
+    value = big.sample((4,))
+    assert value.shape == (4, 2, 3, 4)
+    torch.testing.assert_close(big.log_prob(value), law.log_prob(value).expand(4, 2, 3))
+    assert torch.equal(big.keep_probs, law.keep_probs.expand(2, 3, 4))
+    assert big.expand((5, 2, 3)).sample().shape == (5, 2, 3, 4)
+    assert law.expand_by([7]).batch_shape == (7, *small)
+    assert len(law.expand((50, *small)).sample().unique(dim=0)) > 1  # each row has its own noise
+
+
+@each(exact=True)
+def test_divergence_of_expanded_laws(case):
+    q, p = case.build((3,)), case.build()
+    kl = kl_divergence(q.expand((2, 3)), p.expand((2, 3)))
+    assert kl.shape == (2, 3)
+    assert (kl > 0).all()
+    torch.testing.assert_close(kl, kl_divergence(q, p).expand(2, 3))
+    torch.testing.assert_close(kl_divergence(q, q), torch.zeros(3))
+
+
+@each()
+@pytest.mark.parametrize("batch_shape", BATCH_SHAPES)
+def test_infer_shapes(case, batch_shape):
+    law = case.build(batch_shape)
+    shapes = {name: value.shape for name, value in case.arguments(batch_shape).items()}
+    assert case.cls.infer_shapes(**shapes) == (law.batch_shape, law.event_shape)
+
+
+@each([case for case in CASES if case.batch])
+def test_infer_shapes_of_a_scalar_temperature(case):
+    shapes = {name: value.shape for name, value in case.arguments((3,)).items()}
+    law = case.build((3,), temperature=torch.tensor(0.5))
+    assert case.cls.infer_shapes(**(shapes | {"temperature": torch.Size([])})) == (law.batch_shape, law.event_shape)
+
+
+@each()
+@pytest.mark.parametrize(
+    ("batch_shape", "value_shape"), [((), (2, 3)), ((3,), (2, 3)), ((3,), ()), ((2, 1), (3,)), ((2, 3), (1, 3))]
+)
+def test_log_prob_broadcasts(case, batch_shape, value_shape):
+    law = case.build(batch_shape)
+    value = case.build().expand(value_shape).sample()
+    log_prob = law.log_prob(value)
+    shape = torch.broadcast_shapes(batch_shape, value_shape)
+    assert log_prob.shape == shape
+    every = law.log_prob(value.expand(*shape, 4).clone())
+    torch.testing.assert_close(log_prob, every)
+
+
+@each()
+def test_log_prob_is_a_function_of_the_value_alone(case):
+    law = case.build((3,))
+    value = law.rsample((2,)) if case.reparameterised else law.sample((2,))
+    copies = [
+        value.clone(),
+        value.detach(),
+        value.detach().clone(),
+        value.reshape(2, 3, 4),
+        value.expand(2, 3, 4),
+        torch.stack([value[0], value[1]]),
+        torch.tensor(value.tolist()),
+    ]
+    for other in copies:
+        torch.testing.assert_close(law.log_prob(other), law.log_prob(value))
+    # Scored by another law, so that nothing remembered from the draw can stand in for the value.
+    prior = case.build((3,))
+    torch.testing.assert_close(prior.log_prob(value.detach().clone()), prior.log_prob(value))
+    assert not torch.allclose(prior.log_prob(value), law.log_prob(value))
+
+
+@each()
+@pytest.mark.parametrize("used", [False, True])
+def test_pickle_and_deepcopy(case, used):
+    law = case.build((3,))
+    value = law.sample()
+    if used:  # whatever was derived and kept must not get in the way
+        law.log_prob(value).sum() + law.mean_length.sum() + (law.variance.sum() if case.exact else 0)
+    for other in (pickle.loads(pickle.dumps(law)), copy.deepcopy(law), copy.copy(law)):
+        assert type(other) is case.cls
+        assert other.batch_shape == law.batch_shape
+        torch.testing.assert_close(other.log_prob(value), law.log_prob(value))
+        torch.testing.assert_close(other.keep_probs, law.keep_probs)
+        torch.manual_seed(1)
+        expected = law.sample()
+        torch.manual_seed(1)
+        assert torch.equal(other.sample(), expected)
+
+
+@each()
+def test_deepcopy_of_a_module_that_holds_a_law(case):
+    name = length_argument(case)
+
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.param = nn.Parameter(case.arguments((3,))[name])
+            self.law = case.build((3,), **{name: self.param})
+
+    holder = Holder()
+    value = holder.law.sample()
+    holder.law.log_prob(value).sum().backward()
+    holder.zero_grad()
+    for other in (copy.deepcopy(holder), pickle.loads(pickle.dumps(holder.law))):
+        law = other.law if isinstance(other, nn.Module) else other
+        law.log_prob(value).sum().backward()
+        if isinstance(other, nn.Module):
+            assert other.param.grad.abs().sum() > 0  # the copy's law follows the copy's parameter
+    assert holder.param.grad is None
+
+
+@each()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_dtype_is_that_of_the_parameters(case, dtype, default):
+    torch.set_default_dtype(default)
+    law = case.build((3,), dtype=dtype)
+    value = law.rsample() if case.reparameterised else law.sample()
+    results = [value, law.sample(), law.log_prob(value), law.keep_probs, law.mean_length]
+    if case.exact:
+        results += [law.mean, law.variance, law.entropy()]
+    if case.enumerable:
+        results += [law.enumerate_support(), law.mode, law.covariance_matrix]
+    assert {x.dtype for x in results} == {dtype}
+
+
+@each()
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_lengths_are_cast_up(case, half):
+    name = length_argument(case)
+    arguments = case.arguments((3,), 50, torch.float32)
+    exact = case.cls(**(arguments | case.options | {name: arguments[name].to(half).float()}))
+    law = case.cls(**(arguments | case.options | {name: arguments[name].to(half)}))
+    value = law.sample()
+    assert value.dtype == law.log_prob(value).dtype == law.keep_probs.dtype == torch.float32
+    assert torch.equal(law.keep_probs, exact.keep_probs)
+
+
+@each()
+def test_sample_has_no_gradient(case):
+    arguments = {name: value.requires_grad_() for name, value in case.arguments((3,)).items()}
+    law = case.cls(**(arguments | case.options))
+    assert not law.sample().requires_grad
+    assert law.log_prob(law.sample()).requires_grad
+
+
+@each(reparameterised=True)
+def test_every_parameter_learns_from_a_sample(case):
+    arguments = {name: value.requires_grad_() for name, value in case.arguments((3,)).items()}
+    law = case.cls(**(arguments | case.options))
+    value = law.rsample((20,))
+    (value * torch.randn(20, 3, 4)).sum().backward()
+    for name in case.learned:
+        grad = arguments[name].grad
+        assert torch.isfinite(grad).all(), name
+        assert (grad != 0).any(-1).all() if name in case.units else (grad != 0).all(), name
+
+
+@each()
+def test_one_unit_is_always_kept(case):
+    law = case.build((3,), 1)
+    assert torch.equal(law.keep_probs, torch.ones(3, 1))
+    assert torch.equal(law.mean_length, torch.ones(3))
+    if "loc" not in case.units:
+        assert torch.equal(law.sample((5,)), torch.ones(5, 3, 1))
+        torch.testing.assert_close(law.log_prob(torch.ones(3, 1)), torch.zeros(3))
+
+
+@each()
+def test_repr_names_the_class_and_the_shape(case):
+    text = repr(case.build((2, 3)))
+    assert case.cls.__name__ in text
+    assert "(2, 3, 4)" in text
+
+
+@each(enumerable=True)
+def test_enumerate_support_shapes(case):
+    law = case.build((2, 3))
+    assert law.enumerate_support().shape == (4, 2, 3, 4)
+    assert law.enumerate_support(expand=False).shape == (4, 1, 1, 4)
+    assert law.expand((5, 2, 3)).enumerate_support().shape == (4, 5, 2, 3, 4)
+    assert law.support.check(law.enumerate_support()).all()
+    total = law.log_prob(law.enumerate_support()).logsumexp(0)
+    torch.testing.assert_close(total, torch.zeros(2, 3))
+
+
+@pytest.mark.gpu
+@each()
+def test_tensors_on_a_gpu(case):
+    arguments = {name: value.cuda() for name, value in case.arguments((3,), dtype=torch.float32).items()}
+    law = case.cls(**(arguments | case.options))
+    value = law.rsample((1000,)) if case.reparameterised else law.sample((1000,))
+    assert value.is_cuda
+    assert law.support.check(value).all()
+    on_cpu = case.cls(**({name: x.cpu() for name, x in arguments.items()} | case.options))
+    expected = on_cpu.log_prob(value.detach().cpu())
+    torch.testing.assert_close(law.log_prob(value.detach()).cpu(), expected, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,82 @@
+"""Kullback-Leibler divergences, against sums over every length and against Monte Carlo."""
+
+import oracles
+import pytest
+import torch
+from cases import each
+from torch.distributions import kl_divergence
+
+from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough, RelaxedOrderedMask
+
+OPTIONS = {OrderedMask: {}, OrderedMaskStraightThrough: {"temperature": 0.2}}
+
+
+@pytest.mark.parametrize("q_cls", OPTIONS)
+@pytest.mark.parametrize("p_cls", OPTIONS)
+@pytest.mark.parametrize(("q_shape", "p_shape"), [((), ()), ((3,), ()), ((), (3,)), ((2, 1), (3,)), ((0,), ())])
+def test_kl_of_masks(q_cls, p_cls, q_shape, p_shape):
+    q = q_cls(logits=torch.randn(*q_shape, 4), **OPTIONS[q_cls])
+    p = p_cls(probs=torch.rand(*p_shape, 4) + 0.1, **OPTIONS[p_cls])
+    kl = kl_divergence(q, p)
+    shape = torch.broadcast_shapes(q_shape, p_shape)
+    assert kl.shape == shape
+    rows = zip(q.probs.expand(*shape, 4).reshape(-1, 4), p.probs.expand(*shape, 4).reshape(-1, 4), strict=True)
+    torch.testing.assert_close(kl.reshape(-1), torch.tensor([oracles.kl(*row) for row in rows]))
+
+
+ZEROS = {
+    "q has a zero": ([0.5, 0.0, 0.5], [0.2, 0.3, 0.5], "finite"),
+    "both have it": ([0.5, 0.0, 0.5], [0.2, 0.0, 0.8], "finite"),
+    "q has one more": ([1.0, 0.0, 0.0], [0.2, 0.0, 0.8], "finite"),
+    "p has a zero": ([0.2, 0.3, 0.5], [0.5, 0.0, 0.5], "infinite"),
+    "apart": ([1.0, 0.0, 0.0], [0.0, 0.5, 0.5], "infinite"),
+}
+
+
+@pytest.mark.parametrize(("q", "p", "kind"), ZEROS.values(), ids=ZEROS)
+@pytest.mark.parametrize("cls", OPTIONS)
+def test_kl_with_zero_probabilities(cls, q, p, kind):
+    q, p = (torch.tensor(x, requires_grad=True) for x in (q, p))
+    kl = kl_divergence(cls(probs=q, **OPTIONS[cls]), OrderedMask(probs=p))
+    assert kl.item() == pytest.approx(oracles.kl(q, p))
+    assert torch.isfinite(kl) == (kind == "finite")
+    if kind == "finite":
+        kl.backward()
+        assert torch.isfinite(q.grad).all()
+        assert torch.isfinite(p.grad).all()
+        assert p.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("q_noise", ["logistic", "gumbel"])
+def test_kl_of_nested_normals(q_noise):
+    def arguments():
+        return torch.randn(3, 4), torch.rand(3, 4) + 0.5, torch.rand(3, 4) + 0.1
+
+    (q_loc, q_scale, q_probs), (p_loc, p_scale, p_probs) = arguments(), arguments()
+    q = NestedNormal(q_loc, q_scale, q_probs.log(), noise=q_noise)
+    p = NestedNormal(p_loc, p_scale, probs=p_probs)
+    kl = kl_divergence(q, p)
+    q_rows = zip(q_loc, q_scale, q.length_probs, strict=True)
+    p_rows = zip(p_loc, p_scale, p.length_probs, strict=True)
+    expected = [oracles.nested_normal_kl(a, b) for a, b in zip(q_rows, p_rows, strict=True)]
+    torch.testing.assert_close(kl, torch.tensor(expected))
+    # And the mean log-ratio of 20,000 draws.
+    value = q.sample((20_000,))
+    log_ratio = q.log_prob(value) - p.log_prob(value)
+    z_score = (log_ratio.mean(0) - kl) / (log_ratio.std(0) / 20_000**0.5)
+    assert z_score.abs().max() < 4
+    assert ((log_ratio.mean(0) - kl_divergence(p, q)) / (log_ratio.std(0) / 20_000**0.5)).abs().min() > 6
+
+
+@each(exact=True)
+def test_kl_names_different_numbers_of_units(case):
+    with pytest.raises(ValueError, match="numbers of units: 4 and 5"):
+        kl_divergence(case.build((), 4), case.build((), 5))
+
+
+def test_relaxed_and_hard_masks_have_no_divergence():
+    """A density against a pmf is not a number of nats."""
+    relaxed, hard = RelaxedOrderedMask(0.5, logits=torch.zeros(3)), OrderedMask.uniform(3)
+    for pair in ((relaxed, hard), (hard, relaxed), (relaxed, relaxed)):
+        with pytest.raises(NotImplementedError):
+            kl_divergence(*pair)
