@@ -17,20 +17,22 @@ from pyro_vnd.infer import AutoNested, module_local_params
 class NestedClassifier:
     r"""Multilayer perceptron with Normal weights and a learned ordered mask on each hidden layer.
 
-    $$W_l \sim N(0, 2 / d_{l-1}), \qquad z_{nl} \sim \mathrm{OrderedMask}, \qquad
+    $$W_l \sim N(0, 2 / d_{l-1}), \qquad z_{nl} \sim \mathrm{OrderedMask.geometric}(\rho), \qquad
       h_{nl} = z_{nl} \odot \mathrm{relu}(W_l h_{n,l-1} + b_l), \qquad y_n \sim \mathrm{Categorical}(W h_{nL} + b).$$
 
-    Each image n is seen through a width of its own, drawn from a law that all images share. The posterior of that law
-    is p_k exp(-loss of width k) per image: no width is starved, as it would be if one mask held for the whole data
-    set, whose likelihood is N times stronger than the prior.
+    Each image n is seen through a width of its own, drawn from a law that all images share. Its optimum is the prior
+    p_k reweighed by exp(-loss of width k) of one image: no width is starved, as it would be if one mask held for the
+    whole data set, whose likelihood is N times stronger than the prior.
 
     Args:
         num_inputs: Pixels of an image.
         num_classes: Number of classes.
         hidden: Units of each hidden layer.
+        keep: Prior probability to keep the next unit, rho: below one, so that narrow widths are cheaper.
     """
 
-    def __init__(self, num_inputs: int, num_classes: int, hidden: Sequence[int] = (64, 64)) -> None:
+    def __init__(self, num_inputs: int, num_classes: int, hidden: Sequence[int] = (64, 64), keep: float = 0.95) -> None:
+        self.keep = keep
         self.sizes = (num_inputs, *hidden, num_classes)
         self.mask_names = [f"mask{layer}" for layer in range(1, len(hidden) + 1)]
 
@@ -45,7 +47,7 @@ class NestedClassifier:
         with pyro.plate("data", len(x)):
             units = x
             for name, (weight, bias) in zip(self.mask_names, weights, strict=False):
-                mask = pyro.sample(name, OrderedMask.uniform(weight.shape[-1], device=x.device))
+                mask = pyro.sample(name, OrderedMask.geometric(x.new_tensor(self.keep), weight.shape[-1]))
                 units = relu(units @ weight + bias) * mask
             logits = units @ weights[-1][0] + weights[-1][1]
             pyro.sample("label", dist.Categorical(logits=logits), obs=y)

@@ -32,7 +32,7 @@ def plot_keep_probs(
     """
     ax = ax or plt.subplots(figsize=figsize, layout="constrained")[1]
     for name in var_names:
-        kept = data.posterior[name] != 0
+        kept = (data.posterior[name] != 0).astype(float)
         rows = [dim for dim in kept.dims if dim not in ("chain", "draw", f"{name}_unit")]
         curves = kept.mean(rows).stack(sample=("chain", "draw")).transpose("sample", ...).to_numpy()
         units = np.arange(1, curves.shape[-1] + 1)

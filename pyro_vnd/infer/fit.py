@@ -199,7 +199,7 @@ class _Step:
     def __init__(self, objective: Any, scale: ScaleToDataset, first_batch: list[Tensor]) -> None:
         self.objective, self.scale, self.monitor = objective, scale, ElboMonitor()
         # Lazy guides make their parameters on the first call.
-        with torch.no_grad(), poutine.trace(param_only=True) as trace:
+        with poutine.trace(param_only=True) as trace:
             self._loss(first_batch)
         self.scale.check()
         self.parameters = list(objective.parameters())

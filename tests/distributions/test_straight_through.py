@@ -30,10 +30,7 @@ def network_loss():
 def exact_gradient(logits, loss):
     """Gradient of E f_r(z) for each row: f takes masks of shape (n, ROWS, K) to values (n, ROWS)."""
     return torch.stack(
-        [
-            oracles.expectation_gradient(row, lambda z, i=i: loss(z.unsqueeze(-2))[:, i])
-            for i, row in enumerate(logits)
-        ]
+        [oracles.expectation_gradient(row, lambda z, i=i: loss(z.unsqueeze(-2))[:, i]) for i, row in enumerate(logits)]
     )
 
 
@@ -63,14 +60,13 @@ def test_logistic_noise():
 
 def test_temperature_trades_bias_for_variance():
     biases, deviations = [], []
-    for temperature in (0.05, 0.2, 0.5):
+    for temperature in (0.2, 0.5, 1.0):
         torch.manual_seed(0)
         bias, deviation = bias_and_deviation(straight_through("logistic", temperature))
         biases.append(bias)
         deviations.append(deviation)
-    assert biases[1] < biases[2]
+    assert biases == sorted(biases)
     assert deviations == sorted(deviations, reverse=True)
-    assert biases[0] < 3 * deviations[0] / ESTIMATES**0.5 + 0.02  # no bias left but chance
 
 
 @pytest.mark.parametrize("temperature", [0.2, 0.5])
@@ -104,18 +100,20 @@ def linear(q, p, mask):
     return q.log_prob(mask) - p.log_prob(mask)
 
 
+def z_score(exact, terms):
+    return ((terms.mean(0) - exact) / (terms.std(0) / len(terms) ** 0.5)).abs().max()
+
+
 def test_kl_by_monte_carlo_is_nearly_unbiased():
     """Being linear in the mask, the log-ratio only meets the bias of E soft for E hard, of order temperature^2."""
-    exact, terms = gradients_of_kl(linear, 0.05)
-    z_score = (terms.mean(0) - exact) / (terms.std(0) / len(terms) ** 0.5)
-    assert z_score.abs().max() < 4
+    assert z_score(*gradients_of_kl(linear, 0.05)) < 4
     exact, terms = gradients_of_kl(linear, 0.2)
     assert (terms.mean(0) - exact).norm() / exact.norm() < 0.1
+    assert z_score(*gradients_of_kl(linear, 0.5)) > 10  # so many draws would show a bias
 
 
 def test_kl_by_monte_carlo_without_the_path_has_no_gradient():
     """A log-probability that turned the mask into an index would learn nothing: the score alone has mean zero."""
     exact, terms = gradients_of_kl(lambda q, p, mask: linear(q, p, mask.detach()), 0.05)
-    z_score = (terms.mean(0) - exact) / (terms.std(0) / len(terms) ** 0.5)
-    assert z_score.abs().max() > 20
-    assert (terms.mean(0).abs() < 4 * terms.std(0) / len(terms) ** 0.5).all()
+    assert z_score(exact, terms) > 20
+    assert z_score(torch.zeros(4), terms) < 4

@@ -1,4 +1,7 @@
-"""`torch.func` over draws of the straight-through class. Argument validation is off: vmap allows no branches on values."""
+"""`torch.func` over draws of the straight-through class.
+
+Argument validation is off: vmap allows no branches on values.
+"""
 
 import oracles
 import pytest

@@ -1,0 +1,235 @@
+"""Bad input is a ValueError that names the argument, the shape it came in and what was expected."""
+
+import re
+
+import pytest
+import torch
+from cases import CASES, each
+
+from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough, RelaxedOrderedMask
+
+NAN, INF = float("nan"), float("inf")
+LENGTH_CASES = [case for case in CASES if case.name.endswith("logits")]  # one of each class and noise
+
+
+def raises(*parts: str):
+    """Expect a ValueError with all these parts in its message."""
+    lookaheads = "".join(f"(?=.*{re.escape(part)})" for part in parts)
+    return pytest.raises(ValueError, match=f"(?s){lookaheads}")
+
+
+def with_lengths(case, **lengths):
+    """The case built with other parameters of the lengths."""
+    arguments = {name: value for name, value in case.arguments().items() if name not in ("logits", "probs")}
+    return case.cls(**(arguments | case.options | lengths))
+
+
+@each(LENGTH_CASES)
+def test_exactly_one_parameter_of_the_lengths(case):
+    with raises("exactly one of `probs` and `logits`", "none"):
+        with_lengths(case)
+    with raises("exactly one of `probs` and `logits`", "both"):
+        with_lengths(case, probs=torch.ones(4), logits=torch.zeros(4))
+
+
+WRONG_LENGTHS = {
+    "nan logits": ({"logits": [0.0, NAN]}, "finite"),
+    "inf logits": ({"logits": [0.0, INF]}, "finite"),
+    "-inf logits": ({"logits": [[0.0, -INF]]}, "use `probs` for lengths of probability zero"),
+    "nan probs": ({"probs": [0.5, NAN]}, "finite"),
+    "inf probs": ({"probs": [[0.5, INF, 1.0]]}, "finite"),
+    "negative probs": ({"probs": [0.5, -0.1]}, ">= 0"),
+    "all-zero probs": ({"probs": [0.0, 0.0]}, "at least one positive"),
+    "an all-zero row": ({"probs": [[0.5, 0.5], [0.0, 0.0]]}, "at least one positive"),
+}
+
+
+@each(LENGTH_CASES)
+@pytest.mark.parametrize(("lengths", "expected"), WRONG_LENGTHS.values(), ids=WRONG_LENGTHS)
+def test_values_of_the_lengths(case, lengths, expected):
+    ((name, values),) = lengths.items()
+    value = torch.tensor(values)
+    with raises(
+        case.cls.__name__ if case.cls is not NestedNormal else "", f"`{name}`", str(tuple(value.shape)), expected
+    ):
+        with_lengths(case, **{name: value})
+
+
+WRONG_STRUCTURE = {
+    "zero-dimensional": (torch.tensor(0.5), "()"),
+    "no units": (torch.zeros(3, 0), "(3, 0)"),
+    "integers": (torch.ones(4, dtype=torch.int64), "torch.int64"),
+    "booleans": (torch.ones(4, dtype=torch.bool), "torch.bool"),
+    "complex numbers": (torch.ones(4, dtype=torch.complex64), "torch.complex64"),
+    "a list": ([0.5, 0.5], "list"),
+    "a number": (0.5, "float"),
+}
+
+
+@each(LENGTH_CASES)
+@pytest.mark.parametrize("name", ["probs", "logits"])
+@pytest.mark.parametrize("validate_args", [True, False])
+@pytest.mark.parametrize(("value", "got"), WRONG_STRUCTURE.values(), ids=WRONG_STRUCTURE)
+def test_structure_of_the_lengths(case, name, value, got, validate_args):
+    """Checked even with validation off: it costs nothing."""
+    with raises(f"`{name}`", "(..., num_units)", got):
+        with_lengths(case, **{name: value}, validate_args=validate_args)
+
+
+WRONG_TEMPERATURES = {
+    "zero": 0.0,
+    "negative": -1.0,
+    "nan": NAN,
+    "inf": INF,
+    "text": "cold",
+    "nothing": None,
+    "zero tensor": torch.tensor(0.0),
+    "negative tensor": torch.tensor([0.5, -0.5, 0.5]),
+    "nan tensor": torch.tensor(NAN),
+    "inf tensor": torch.tensor([INF, 1.0, 1.0]),
+}
+
+
+@each([case for case in LENGTH_CASES if case.batch])
+@pytest.mark.parametrize("value", WRONG_TEMPERATURES.values(), ids=WRONG_TEMPERATURES)
+def test_temperature(case, value):
+    shape = str(tuple(value.shape)) if isinstance(value, torch.Tensor) else repr(value)
+    with raises("`temperature`", shape, "positive", "finite"):
+        case.build((3,), temperature=value)
+
+
+@each([case for case in LENGTH_CASES if case.batch])
+@pytest.mark.parametrize("validate_args", [True, False])
+def test_temperature_that_does_not_broadcast(case, validate_args):
+    with raises("`temperature`", "(2,)", "(3,)"):
+        case.build((3,), temperature=torch.ones(2), validate_args=validate_args)
+
+
+@pytest.mark.parametrize("cls", [OrderedMaskStraightThrough, NestedNormal])
+@pytest.mark.parametrize("noise", ["normal", None, ""])
+def test_noise(cls, noise):
+    case = next(case for case in CASES if case.cls is cls)
+    with raises("`noise`", "'logistic' or 'gumbel'", repr(noise)):
+        case.build(noise=noise)
+
+
+WRONG_MASKS = {
+    "soft": ([1.0, 0.5, 0.0, 0.0], "zeros and ones"),
+    "twos": ([2.0, 1.0, 0.0, 0.0], "zeros and ones"),
+    "negative": ([1.0, -1.0, -1.0, -1.0], "zeros and ones"),
+    "increasing": ([1.0, 0.0, 1.0, 0.0], "z_1 >= ... >= z_K"),
+    "first unit dropped": ([0.0, 0.0, 0.0, 0.0], "1 = z_1"),
+    "nan": ([1.0, NAN, 0.0, 0.0], "zeros and ones"),
+    "one bad row": ([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 1.0]], "[1.0, 0.0, 0.0, 1.0]"),
+}
+WRONG_SOFT_MASKS = {
+    "increasing": ([1.0, 0.2, 0.3, 0.0], "z_1 >= ... >= z_K"),
+    "first unit below one": ([0.9, 0.5, 0.3, 0.0], "1 = z_1"),
+    "negative": ([1.0, 0.5, 0.3, -0.1], ">= 0"),
+    "above one": ([1.2, 1.1, 0.3, 0.0], "1 = z_1"),
+    "nan": ([1.0, NAN, 0.0, 0.0], "1 = z_1"),
+}
+
+
+@each(hard=True)
+@pytest.mark.parametrize(("value", "expected"), WRONG_MASKS.values(), ids=WRONG_MASKS)
+def test_hard_mask(case, value, expected):
+    value = torch.tensor(value)
+    with raises(case.cls.__name__, "`value`", str(tuple(value.shape)), expected):
+        case.build().log_prob(value)
+
+
+@pytest.mark.parametrize(("value", "expected"), WRONG_SOFT_MASKS.values(), ids=WRONG_SOFT_MASKS)
+def test_soft_mask(value, expected):
+    with raises("RelaxedOrderedMask", "`value`", "(4,)", expected):
+        RelaxedOrderedMask(0.5, logits=torch.zeros(4)).log_prob(torch.tensor(value))
+
+
+@each()
+@pytest.mark.parametrize("value", [torch.ones(3), torch.ones(2, 5), torch.tensor(1.0), torch.ones(4, 0)])
+def test_value_of_the_wrong_number_of_units(case, value):
+    with raises(case.cls.__name__, "`value`", str(tuple(value.shape)), "(..., 4)"):
+        case.build().log_prob(value)
+
+
+@each()
+def test_value_that_is_no_tensor(case):
+    with raises("`value`", "tensor", "list"):
+        case.build().log_prob([1.0, 1.0, 0.0, 0.0])
+
+
+@each()
+def test_value_whose_batch_does_not_broadcast(case):
+    value = case.build().sample((2,))
+    with raises("`value`", "(2, 4)", "(3,)"):
+        case.build((3,)).log_prob(value)
+
+
+@pytest.mark.parametrize("value", [[1.0, NAN, 0.0, 0.0], [1.0, INF, 0.0, 0.0]])
+def test_value_of_a_nested_normal(value):
+    law = NestedNormal(torch.zeros(4), torch.ones(4), torch.zeros(4))
+    with raises("NestedNormal", "`value`", "finite", "(4,)"):
+        law.log_prob(torch.tensor(value))
+
+
+WRONG_NORMALS = {
+    "nan loc": ({"loc": torch.tensor([0.0, NAN, 0.0])}, "finite", "(3,)"),
+    "inf scale": ({"scale": torch.tensor([1.0, INF, 1.0])}, "finite", "(3,)"),
+    "zero scale": ({"scale": torch.zeros(2, 3)}, "> 0", "(2, 3)"),
+    "negative scale": ({"scale": torch.tensor(-1.0)}, "> 0", "()"),
+    "nan scale": ({"scale": torch.full((3,), NAN)}, "> 0", "(3,)"),
+    "loc of other units": ({"loc": torch.zeros(4)}, "(..., 3)", "(4,)"),
+    "scale of other units": ({"scale": torch.ones(2, 2)}, "(..., 3)", "(2, 2)"),
+    "loc is a number": ({"loc": 0.0}, "(..., 3)", "float"),
+    "scale is a list": ({"scale": [1.0, 1.0, 1.0]}, "(..., 3)", "list"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "expected", "got"), WRONG_NORMALS.values(), ids=WRONG_NORMALS)
+def test_location_and_scale(wrong, expected, got):
+    arguments = {"loc": torch.zeros(3), "scale": torch.ones(3), "logits": torch.zeros(3)}
+    (name,) = wrong
+    with raises("NestedNormal", f"`{name}`", expected, got):
+        NestedNormal(**(arguments | wrong))
+
+
+def test_batches_that_do_not_broadcast():
+    with raises("`loc` (2, 3)", "`scale` (5, 3)", "lengths (3,)"):
+        NestedNormal(torch.zeros(2, 3), torch.ones(5, 3), torch.zeros(3))
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0, -0.5, 1.5, NAN, torch.tensor([0.5, 1.0])])
+def test_geometric_probability(p):
+    with raises("OrderedMask", "`p`", "strictly between 0 and 1"):
+        OrderedMask.geometric(p, 4)
+
+
+@pytest.mark.parametrize("num_units", [0, -1, 2.0, "4", None])
+@pytest.mark.parametrize("build", [OrderedMask.uniform, lambda k: OrderedMask.geometric(0.5, k)])
+def test_number_of_units(build, num_units):
+    with raises("OrderedMask", "`num_units`", "integer >= 1", repr(num_units)):
+        build(num_units)
+
+
+@pytest.mark.parametrize(("value", "got"), [(torch.tensor(0.0), "()"), ([0.0, 1.0], "list"), (0.5, "float")])
+def test_chain_logits(value, got):
+    with raises("OrderedMask", "`chain_logits`", "(..., num_units - 1)", got):
+        OrderedMask.from_chain_logits(value)
+
+
+@each()
+def test_values_are_not_checked_without_validation(case):
+    """Neither parameters nor samples: a check would wait for the GPU and cannot be traced by vmap."""
+    law = with_lengths(case, logits=torch.tensor([0.0, NAN, 0.0, 0.0]), validate_args=False)
+    assert law.log_prob(torch.tensor([1.0, 0.3, 0.7, 0.0])).shape == ()
+    assert law.sample().shape == (4,)
+
+
+@each()
+def test_validation_follows_the_global_switch(case):
+    import pyro
+
+    with pyro.validation_enabled(False):
+        with_lengths(case, logits=torch.tensor([0.0, NAN, 0.0, 0.0]))
+    with pyro.validation_enabled(True), pytest.raises(ValueError, match="finite"):
+        with_lengths(case, logits=torch.tensor([0.0, NAN, 0.0, 0.0]))

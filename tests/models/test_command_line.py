@@ -1,0 +1,102 @@
+"""`python -m models` as a person runs it: the files it makes, and one line where the request is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import arviz as az
+import pytest
+
+from models.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("results") / "demo"
+    command = [sys.executable, "-m", "models", "demo", "--quick", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_demo_writes_its_files_and_nothing_else(demo):
+    out, _ = demo
+    assert sorted(path.name for path in out.iterdir()) == [
+        "metrics.json",
+        "posterior.nc",
+        "posterior_vae.nc",
+        "report.html",
+    ]
+    assert [path.name for path in out.parent.iterdir()] == ["demo"]
+
+
+def test_demo_prints_eight_widths_and_shows_progress(demo):
+    _, done = demo
+    lines = done.stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.split() == ["width", "accuracy", "NLL", "ECE"])
+    widths = [float(line.split()[0]) for line in lines[start + 1 : start + 9]]
+    assert widths == [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]
+    assert "ELBO=" in done.stderr
+    assert "E[L mask1]=" in done.stderr
+
+
+def test_demo_metrics_agree_with_the_table(demo):
+    out, done = demo
+    metrics = json.loads((out / "metrics.json").read_text())
+    row = metrics["classifier"]["widths"][-1]
+    assert f"1.000     {row['accuracy']:.3f}" in done.stdout
+    assert len(metrics["classifier"]["keep_probs"]["mask1"]) == 64
+    assert set(metrics["vae"]["mse"]) >= {"1", "16"}
+    assert metrics["header"]["command"].startswith("python -m models demo")
+
+
+def test_demo_report_is_self_contained(demo):
+    out, _ = demo
+    page = (out / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 6
+    assert 'src="http' not in page
+    assert "<link" not in page
+    assert page.count("<tr>") == 9 + 9
+
+
+def test_demo_posterior_opens_in_arviz(demo):
+    posterior = az.from_netcdf(str(demo[0] / "posterior.nc")).posterior
+    assert posterior["mask1"].dims == ("chain", "draw", "data", "mask1_unit")
+    assert float(posterior["mask2_length"].min()) >= 1
+
+
+def test_without_a_command_the_models_are_listed(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert "NestedClassifier" in shown
+    assert "OrderedVAE" in shown
+
+
+def _file_in_the_way(tmp_path):
+    (tmp_path / "demo").write_text("precious")
+    return tmp_path / "demo"
+
+
+@pytest.mark.parametrize(
+    ("data", "make_out", "message"),
+    [
+        ("mnist-3d", lambda tmp: tmp / "demo", "unknown data set 'mnist-3d'; known are digits"),
+        ("fashion-mnist", lambda tmp: tmp / "demo", "no Fashion-MNIST in"),
+        ("digits", _file_in_the_way, "not a writable folder"),
+        ("digits", lambda tmp: _file_in_the_way(tmp) / "below", "demo"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_leaves_nothing(data, make_out, message, tmp_path, monkeypatch, capsys):
+    empty = tmp_path / "no_data"
+    empty.mkdir()
+    monkeypatch.setenv("FASHION_MNIST_DIR", str(empty))
+    out = make_out(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["demo", "--data", data, "--out", str(out)]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert len(shown.err.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
