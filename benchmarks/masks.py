@@ -38,7 +38,9 @@ OPERATIONS = (
     *[(what, "per_row") for what in ("log_prob", "log_prob_prebuilt")],
 )
 ESTIMATORS: dict[str, Callable[[Tensor, torch.Size, float], Tensor]] = {
-    "logistic": lambda logits, shape, temperature: OrderedMaskStraightThrough(temperature, logits=logits).rsample(shape),
+    "logistic": lambda logits, shape, temperature: OrderedMaskStraightThrough(temperature, logits=logits).rsample(
+        shape
+    ),
     "gumbel": lambda logits, shape, temperature: OrderedMaskStraightThrough(
         temperature, logits=logits, noise="gumbel"
     ).rsample(shape),
@@ -178,7 +180,9 @@ def markdown(result: Result) -> str:
     )
 
 
-def _ratios(rows: list[dict[str, Any]], shapes: list[tuple[int, ...]], whats: tuple[str, ...], key: str = "ratio") -> str:
+def _ratios(
+    rows: list[dict[str, Any]], shapes: list[tuple[int, ...]], whats: tuple[str, ...], key: str = "ratio"
+) -> str:
     """Make a table with a line a method and law, a column a shape, and in each cell one number for each of `whats`."""
     cells = {(row["method"], row["law"], row["what"], *row["shape"]): f"{row[key]:.2f}" for row in rows}
     lines = dict.fromkeys((row["law"], row["method"]) for row in rows if row["what"] in whats)
@@ -197,9 +201,7 @@ def _ratios(rows: list[dict[str, Any]], shapes: list[tuple[int, ...]], whats: tu
 def _gradient_table(result: Result, objective: str) -> str:
     rows = [row for row in result["gradient"] if row["objective"] == objective]
     cell = {
-        (row["estimator"], row["temperature"]): (
-            f"{row['bias']:.2f} ± {row['bias_error']:.2f}; {row['deviation']:.2f}"
-        )
+        (row["estimator"], row["temperature"]): (f"{row['bias']:.2f} ± {row['bias_error']:.2f}; {row['deviation']:.2f}")
         for row in rows
     }
     return markdown_table(
@@ -223,7 +225,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.masks", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"result; {RESULTS.name} among the results if whole")
     parser.add_argument("--quick", action="store_true", help="a rough answer in seconds; no file unless --json")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of this result and measure nothing")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="print the tables of this result and measure nothing"
+    )
     args = parser.parse_args(argv)
     if args.table:
         print(markdown(json.loads(args.table.read_text())))

@@ -77,7 +77,7 @@ def run(data_name: str, out: Path, *, seed: int = 0, quick: bool = False) -> dic
     data = load(data_name, flatten=True)
     settings = SETTINGS[data_name].quick() if quick else SETTINGS[data_name]
     with _atomic_folder(out) as folder:
-        report = Report(f"Learned order on {data.name}")
+        report = Report(f"Learned order on {data.name}", folder)
         classifier = _classifier(data, settings, seed, report, folder)
         vae = _vae(data, settings, seed, report, folder)
         metrics = {
@@ -122,10 +122,10 @@ def _classifier(data: Dataset, settings: Settings, seed: int, report: Report, fo
     posterior = to_arviz(
         model, guide, data.test.images[: settings.num_rows], num_samples=settings.num_draws, progress=True
     )
-    lengths = [f"{name}_length" for name in model.mask_names]
-    posterior.posterior["mean_length"] = posterior.posterior[lengths].to_array("layer").mean("data")
+    for name in model.mask_names:
+        posterior.posterior[f"{name}_mean_length"] = posterior.posterior[f"{name}_length"].mean("data")
     posterior.to_netcdf(str(folder / "posterior.nc"))
-    table = summary(posterior, ["mean_length", f"bias{len(settings.hidden) + 1}"])
+    table = summary(posterior, [*(f"{name}_mean_length" for name in model.mask_names), "bias3"])
     print(table)
 
     report.section(
@@ -139,16 +139,18 @@ def _classifier(data: Dataset, settings: Settings, seed: int, report: Report, fo
     axes = plot_widths(WIDTHS, columns)
     report.figure(
         axes[0].figure,
+        "widths",
         "Accuracy, negative log-likelihood (nats) and expected calibration error against the share of hidden units "
         "that is kept. Bands: one standard error over test images.",
     )
     ax = plot_keep_probs(posterior, model.mask_names, figsize=(6, 3.2))
     report.figure(
         ax.figure,
+        "keep_probs_classifier",
         "Learned keep probabilities of the hidden units of each layer. Bands: 90 % of posterior draws of the share of "
         f"{settings.num_rows} images that keep a unit.",
     )
-    report.figure(_elbo_figure(result), "ELBO and its parts during training, in nats per image.")
+    report.figure(_elbo_figure(result), "elbo_classifier", "ELBO and its parts during training, in nats per image.")
     report.text("Posterior summary (ArviZ); the draws are in posterior.nc.")
     report.pre(str(table))
     return {"widths": rows, **_fit_numbers(result, guide)}
@@ -188,6 +190,7 @@ def _vae(data: Dataset, settings: Settings, seed: int, report: Report, folder: P
     pictures = {k: _pictures(model.reconstruct(images[shown], k), data) for k in lengths}
     report.figure(
         plot_prefixes(_pictures(images[shown], data), pictures),
+        "prefixes",
         "Test images, one a class, and what codes of growing length keep of them.",
     )
     posterior = to_arviz(model, guide, images[: settings.num_rows], num_samples=settings.num_draws, progress=True)
@@ -195,10 +198,11 @@ def _vae(data: Dataset, settings: Settings, seed: int, report: Report, folder: P
     ax = plot_keep_probs(posterior, ["code"], figsize=(6, 3.2))
     report.figure(
         ax.figure,
+        "keep_probs_vae",
         "Keep probabilities of the latents, amortised and averaged over test images. Half of the law is uniform by "
         f"construction, the rest is learned. Band: 90 % of posterior draws of the share of {settings.num_rows} images.",
     )
-    report.figure(_elbo_figure(result), "ELBO and its parts during training, in nats per image.")
+    report.figure(_elbo_figure(result), "elbo_vae", "ELBO and its parts during training, in nats per image.")
     return {"mse": {str(k): error for k, error in errors.items()}, **_fit_numbers(result, None)}
 
 

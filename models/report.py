@@ -2,9 +2,9 @@
 
 import base64
 import html
-import io
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -25,10 +25,11 @@ class Report:
 
     Args:
         title: Title of the page.
+        folder: Where each figure is kept as a PNG file, too.
     """
 
-    def __init__(self, title: str) -> None:
-        self.title = title
+    def __init__(self, title: str, folder: Path) -> None:
+        self.title, self.folder = title, folder
         self.parts: list[str] = []
 
     def section(self, title: str, text: str) -> None:
@@ -49,11 +50,11 @@ class Report:
         lines = [_row("th", header), *(_row("td", row) for row in rows)]
         self.parts.append("<table>" + "\n".join(lines) + "</table>")
 
-    def figure(self, figure: Figure, caption: str) -> None:
-        """Add a figure, embedded as PNG, with its caption for eyes and screen readers."""
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=150)
-        data = base64.b64encode(buffer.getvalue()).decode()
+    def figure(self, figure: Figure, name: str, caption: str) -> None:
+        """Add a figure, embedded and as the file `name`.png, with its caption for eyes and screen readers."""
+        path = self.folder / f"{name}.png"
+        figure.savefig(path, dpi=150)
+        data = base64.b64encode(path.read_bytes()).decode()
         width = round(figure.get_size_inches()[0] * 100)
         text = html.escape(caption)
         self.parts.append(

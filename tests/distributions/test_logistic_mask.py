@@ -70,6 +70,19 @@ def test_surrogate_against_finite_differences(law, noise, temperature, is_logits
     assert gradcheck(lambda x: surrogate(x, uniform, temperature, is_logits), param)
 
 
+@pytest.mark.parametrize("logits", [[-30.0, -10.0, 0.0, 30.0], [30.0, 0.0, -10.0, -30.0], [-30.0, 30.0, 0.0, -30.0]])
+def test_backward_in_the_far_tails(logits):
+    """Keep probabilities within 1e-26 of zero and one, and uniform numbers near both ends."""
+    logits = torch.tensor(logits, requires_grad=True)
+    for uniform in torch.tensor([1e-12, 1e-6, 0.5, 1 - 1e-6, 1 - 1e-12]).reshape(-1, 1):
+        for weight in torch.eye(4)[1:]:
+            hard, soft = LogisticMask.apply(logits, uniform, 5.0, True)[0], surrogate(logits, uniform, 5.0, True)
+            (actual,) = torch.autograd.grad((hard * weight).sum(), logits)
+            (expected,) = torch.autograd.grad((soft * weight).sum(), logits)
+            assert expected.abs().sum() > 0
+            torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-20)
+
+
 def test_gradient_of_a_sum_of_float32_masks_against_float64():
     """A thousand units of unequal weight: sums from both ends keep float32's digits."""
     param, uniform = 4 * torch.randn(8, 1000, dtype=torch.float32), torch.rand(8, 1, dtype=torch.float32)

@@ -57,7 +57,9 @@ def test_sites_keep_the_order_of_the_model(regression):
     # TraceMeanField_ELBO warns, which is an error here, where the order differs.
     guide = AutoNested(two_masks)
     TraceMeanField_ELBO().differentiable_loss(two_masks, guide, *regression)
-    nodes = [name for name in poutine.trace(guide).get_trace(*regression).nodes if name in {"first", "w", "second", "b"}]
+    nodes = [
+        name for name in poutine.trace(guide).get_trace(*regression).nodes if name in {"first", "w", "second", "b"}
+    ]
     assert nodes == ["first", "w", "second", "b"]
 
 

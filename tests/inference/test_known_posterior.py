@@ -99,14 +99,15 @@ class Method(NamedTuple):
 
     def fit(self, y: Tensor, steps: int = 300, lr: float = 0.05) -> Tensor:
         """Return the length probabilities of the trained guide."""
-        guide = Guide(self.law, self.infer)
         if self.svi:
+            guide = Guide(self.law, self.infer)
             optimiser = pyro.optim.ClippedAdam({"lr": lr, "lrd": 0.05 ** (1 / steps), "clip_norm": torch.inf})
             svi = SVI(Model(), guide, optimiser, self.elbo())
             for _ in range(steps):
                 svi.step(y, self.copies)
             return guide.logits.detach().softmax(-1)
         with pyro.settings.context(module_local_params=True):
+            guide = Guide(self.law, self.infer)
             loss = self.elbo()(Model(), guide)
             optimiser = torch.optim.Adam(loss.parameters(), lr)
             schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1, 0.05, steps)
@@ -180,12 +181,12 @@ def test_mean_field_elbo_uses_registered_kl(monkeypatch):
 
 
 def test_model_enumeration_gives_exact_marginal():
-    """With the mask summed out of the model, compute_marginals returns the posterior to rounding, no training."""
-    y = simulate(5)
+    """With the mask summed out of the model, compute_marginals returns the posterior to rounding, without training."""
+    y, copies = simulate(5), 2  # of a plate of one, compute_marginals raises KeyError for any distribution
     elbo = TraceEnum_ELBO(max_plate_nesting=2)
-    marginal = elbo.compute_marginals(config_enumerate(Model()), lambda y: None, y)["mask"]
+    marginal = elbo.compute_marginals(config_enumerate(Model()), lambda *_: None, y, copies)["mask"]
     assert isinstance(marginal, OrderedMask)
-    torch.testing.assert_close(marginal.probs.squeeze(), true_posterior(y))
+    torch.testing.assert_close(marginal.probs.reshape(copies, K), true_posterior(y).expand(copies, K))
 
 
 def test_nuts_with_enumerated_mask():

@@ -24,12 +24,14 @@ def demo(tmp_path_factory):
 
 def test_demo_writes_its_files_and_nothing_else(demo):
     out, _ = demo
-    assert sorted(path.name for path in out.iterdir()) == [
+    figures = ("elbo_classifier", "elbo_vae", "keep_probs_classifier", "keep_probs_vae", "prefixes", "widths")
+    assert {path.name for path in out.iterdir()} == {
+        *(f"{name}.png" for name in figures),
         "metrics.json",
         "posterior.nc",
         "posterior_vae.nc",
         "report.html",
-    ]
+    }
     assert [path.name for path in out.parent.iterdir()] == ["demo"]
 
 

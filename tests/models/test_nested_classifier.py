@@ -37,7 +37,7 @@ def test_a_width_equals_the_net_that_is_physically_cut(width, untrained):
 
 
 def test_every_image_has_a_mask_of_its_own(untrained):
-    model, guide, _ = untrained
+    _, guide, _ = untrained
     with module_local_params(guide):
         masks = guide(torch.rand(100, 64))["mask1"]
     assert masks.shape == (100, 16)

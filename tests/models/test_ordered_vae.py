@@ -1,6 +1,7 @@
 """The ordered VAE: its prefixes, its law of lengths, and that training on real digits orders the code."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_learns_an_ordered_code_of_real_digits():
     assert result.elbo[-1] > result.elbo[0] + 20
     errors = [(vae.reconstruct(images, k) - images).square().mean().item() for k in range(1, K + 1)]
     assert errors[0] < images.var(0).mean()  # better than the mean image already
-    assert all(longer < 1.01 * shorter for shorter, longer in zip(errors, errors[1:], strict=False))
+    assert all(longer < 1.01 * shorter for shorter, longer in pairwise(errors))
     assert errors[-1] < 0.6 * errors[0]
     assert math.isfinite(result.kl[-1])
     assert result.kl[-1] > 1
