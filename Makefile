@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 # One torch thread in each test process: with more they wait for each other.
 PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench notebooks clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -27,6 +27,9 @@ format: .venv/installed  ## Format the code and repair what ruff can
 bench: .venv/installed  ## Measure the masks against their peers
 	$(RUN) -m benchmarks.masks
 
+notebooks: .venv/installed  ## Run the notebooks from their scripts and keep the outputs
+	$(RUN) -m jupytext --to ipynb --execute notebooks/*.py
+
 clean:  ## Remove .venv, caches and build outputs; results/ stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -39,5 +42,5 @@ clean:  ## Remove .venv, caches and build outputs; results/ stays
 		|| { echo "$(PYTHON) has no venv module; on Debian install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
 	@echo "Installing into .venv, which takes a few minutes the first time"
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,dev,notebooks]'
 	@touch $@

@@ -85,7 +85,8 @@ class OrderedMaskStraightThrough(OrderedMask):
         if self.noise == "logistic":
             param = self._param if self._is_logits else self._probs
             return LogisticMask.apply(param, self._uniform(sample_shape), temperature, self._is_logits)[0]
-        scores = self._log_probs + gumbel_like(self._param, self._extended_shape(sample_shape))
+        # Neither argmax nor softmax sees whether logits are normalised.
+        scores = (self._param if self._is_logits else self._log_probs) + gumbel_like(self._param, self._extended_shape(sample_shape))
         soft = tail_sum((scores / temperature).softmax(-1))
         units = torch.arange(self.num_units, device=scores.device)
         hard = (units <= scores.argmax(-1, keepdim=True)).to(scores.dtype)

@@ -1,8 +1,8 @@
 """Every way of inference in Pyro recovers a posterior over lengths that is known in closed form.
 
-The model is a linear regression whose coefficients past a random length are zero, y = X (w * mask) + noise. Given the
-length it is Gaussian, so the evidence of each length, and with it the posterior, is exact. Distance is total variation
-(TV), half the sum of absolute differences of probabilities.
+The model is a linear regression whose coefficients past a random length are zero, y = b + X (w * mask) + noise. Given
+the length it is Gaussian, so the evidence of each length, and with it the posterior, is exact. Distance is total
+variation (TV), half the sum of absolute differences of probabilities.
 """
 
 from collections.abc import Callable
@@ -43,11 +43,10 @@ def simulate(length: int) -> Tensor:
     return X @ (COEFFICIENTS * MASKS[length - 1]) + noise
 
 
-def true_posterior(y: Tensor, coefficient_scale: float = 0.0) -> Tensor:
-    """Return P(L | y), where w ~ Normal(COEFFICIENTS, coefficient_scale) was integrated out."""
-    design = X * MASKS.unsqueeze(1)
-    covariance = torch.eye(N) + coefficient_scale**2 * design @ design.mT
-    evidence = dist.MultivariateNormal(design @ COEFFICIENTS, covariance).log_prob(y)
+def true_posterior(y: Tensor, intercept_scale: float = 0.0) -> Tensor:
+    """Return P(L | y), where the intercept b ~ Normal(0, intercept_scale) was integrated out."""
+    covariance = torch.eye(N) + intercept_scale**2 * torch.ones(N, N)
+    evidence = dist.MultivariateNormal(MASKS @ (X * COEFFICIENTS).T, covariance).log_prob(y)
     return (PRIOR_LOGITS + evidence).softmax(-1)
 
 
@@ -55,17 +54,17 @@ def total_variation(p: Tensor, q: Tensor) -> float:
     return (0.5 * (p - q).abs().sum()).item()
 
 
-def observe(mask: Tensor, coefficients: Tensor, y: Tensor) -> None:
+def observe(mask: Tensor, y: Tensor, intercept: Tensor | float = 0.0) -> None:
     with pyro.plate("data", N, dim=-1):
-        pyro.sample("y", dist.Normal((X * (mask * coefficients)).sum(-1), 1.0), obs=y)
+        pyro.sample("y", dist.Normal(intercept + (X * (mask * COEFFICIENTS)).sum(-1), 1.0), obs=y)
 
 
 class Model(PyroModule):
-    """The regression with known coefficients, in independent copies that share one guide: one gradient of less noise."""
+    """The regression without intercept, in independent copies that share one guide, for a gradient of less noise."""
 
     def forward(self, y: Tensor, copies: int = 1) -> None:
         with pyro.plate("copies", copies, dim=-2):
-            observe(pyro.sample("mask", OrderedMask(logits=PRIOR_LOGITS)), COEFFICIENTS, y)
+            observe(pyro.sample("mask", OrderedMask(logits=PRIOR_LOGITS)), y)
 
 
 class Guide(PyroModule):
@@ -123,18 +122,20 @@ def renyi(alpha: float) -> Callable[[], ELBO]:
     return lambda: RenyiELBO(alpha=alpha, num_particles=2, vectorize_particles=True, max_plate_nesting=2)
 
 
+# The comments give the TV over four training seeds; at a gradient without noise, the bias of the straight-through mask
+# alone leaves .03 at temperature .2 and .06 at .5.
 METHODS = {
-    "Trace": Method(Trace_ELBO, straight_through, 0.15),
-    "TraceMeanField": Method(TraceMeanField_ELBO, straight_through, 0.15),
-    # Pyro's default order and number of particles, and an order above one. At order zero the bound is near log evidence
-    # for every guide once there are many particles, so that its true gradient shrinks as one over their number and the
-    # straight-through bias does not: with 16 particles the same fit ends at a TV of about .4.
+    "Trace": Method(Trace_ELBO, straight_through, 0.15),  # .034 to .044
+    "TraceMeanField": Method(TraceMeanField_ELBO, straight_through, 0.15),  # .021 to .041
+    # Pyro's default order and number of particles, .12 to .14, and an order above one, .020 to .024. At order zero, many
+    # particles bring the bound near the log evidence for every guide: its true gradient falls as one over their number,
+    # the bias of the straight-through one does not, and with 16 particles the same fit ends at a TV of about .4.
     "Renyi-0": Method(renyi(0), straight_through, 0.15, svi=True),
     "Renyi-2": Method(renyi(2), straight_through, 0.15, svi=True),
-    "TraceGraph": Method(
+    "TraceGraph": Method(  # .018 to .029
         TraceGraph_ELBO, exact, 0.1, svi=True, infer={"baseline": {"use_decaying_avg_baseline": True}}
     ),
-    "TraceEnum": Method(
+    "TraceEnum": Method(  # .0034: the end of training, for there is no noise
         lambda: TraceEnum_ELBO(max_plate_nesting=2), exact, 0.01, infer={"enumerate": "parallel"}, copies=1
     ),
 }
@@ -146,19 +147,12 @@ def test_recovers_posterior(method: Method):
     assert total_variation(method.fit(y), true_posterior(y)) <= method.bound
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.5], ids=["known-coefficients", "latent-coefficients"])
-def test_posterior_is_spread_and_far_from_what_learns_nothing(scale: float):
-    """The power of every test here: the untrained guide, or data of another length, is beyond all bounds."""
-    truth = true_posterior(simulate(5), scale)
+def test_posterior_is_spread_and_far_from_what_learns_nothing():
+    """The power of every test here: the untrained guide, or the answer to other data, is beyond all bounds."""
+    truth = true_posterior(simulate(5))
     assert (truth > 0.05).sum() >= 4  # not a point
     assert total_variation(PRIOR_LOGITS.softmax(-1), truth) > 0.3
-    assert total_variation(true_posterior(simulate(1), scale), truth) > 0.3
-
-
-def test_fit_to_other_data_is_rejected():
-    """A trained guide is close to the posterior of its own data only."""
-    q = METHODS["TraceEnum"].fit(simulate(1))
-    assert total_variation(q, true_posterior(simulate(5))) > 0.3
+    assert total_variation(METHODS["TraceEnum"].fit(simulate(1)), truth) > 0.3
 
 
 def test_mean_field_elbo_uses_registered_kl(monkeypatch):
@@ -190,22 +184,22 @@ def test_model_enumeration_gives_exact_marginal():
 
 
 def test_nuts_with_enumerated_mask():
-    """Coefficients by NUTS, the mask summed out; P(L | y) is the average of P(L | w, y) over the draws of w."""
-    scale = 0.5
+    """The intercept by NUTS, the mask summed out; P(L | y) is the average of P(L | b, y) over the draws of b."""
+    scale, y = 2.0, simulate(5) + 2
 
     def model(y: Tensor) -> None:
-        w = pyro.sample("w", dist.Normal(COEFFICIENTS, scale).to_event(1))
-        observe(pyro.sample("mask", OrderedMask(logits=PRIOR_LOGITS)), w, y)
+        b = pyro.sample("b", dist.Normal(0.0, scale))
+        observe(pyro.sample("mask", OrderedMask(logits=PRIOR_LOGITS)), y, b)
 
-    def length_given(w: Tensor) -> Tensor:
-        mean = torch.einsum("nk,lk,sk->sln", X, MASKS, w)
-        return (PRIOR_LOGITS + dist.Normal(mean, 1.0).log_prob(y).sum(-1)).softmax(-1)
+    def average_over(b: Tensor) -> Tensor:
+        mean = MASKS @ (X * COEFFICIENTS).T + b.reshape(-1, 1, 1)
+        return (PRIOR_LOGITS + dist.Normal(mean, 1.0).log_prob(y).sum(-1)).softmax(-1).mean(0)
 
-    y = simulate(5)
     truth = true_posterior(y, scale)
-    mcmc = MCMC(NUTS(model, max_plate_nesting=1), num_samples=400, warmup_steps=50, disable_progbar=True)
+    mcmc = MCMC(NUTS(model, max_plate_nesting=1), num_samples=1000, warmup_steps=100, disable_progbar=True)
     mcmc.run(y)
-    assert total_variation(length_given(mcmc.get_samples()["w"]).mean(0), truth) <= 0.01
-    # Power: a chain that stays where it starts, or one that ignores the data, is beyond the bound.
-    assert total_variation(length_given(COEFFICIENTS.unsqueeze(0)).mean(0), truth) > 0.02
-    assert total_variation(length_given(COEFFICIENTS + scale * torch.randn(4000, K)).mean(0), truth) > 0.02
+    assert total_variation(average_over(mcmc.get_samples()["b"]), truth) <= 0.01  # .0003 to .005 over four seeds
+    # Power: a chain that stays at the prior mean, one that ignores the data, one that holds the mask at length 1.
+    full_conditional = dist.Normal((y - X[:, 0] * COEFFICIENTS[0]).sum() / (N + scale**-2), (N + scale**-2) ** -0.5)
+    for wrong in (torch.zeros(1), scale * torch.randn(10_000), full_conditional.sample((10_000,))):
+        assert total_variation(average_over(wrong), truth) > 0.02
