@@ -3,8 +3,9 @@
     python -m benchmarks.masks [--json FILE] [--quick]
     python -m benchmarks.masks --table FILE
 
-Medians of interleaved runs in one process: float32, one torch thread, argument validation off, temperature 0.2. A law
-is built in the timed part from a leaf tensor of logits, as in a training step. Compare ratios within one run only.
+Medians of interleaved runs in one process: CPU time, float32, one torch thread, argument validation off, temperature
+0.2. A law is built in the timed part from a leaf tensor of logits, as in a training step. Only ratios within one run
+mean something.
 """
 
 import argparse
@@ -49,7 +50,7 @@ ESTIMATORS: dict[str, Callable[[Tensor, torch.Size, float], Tensor]] = {
 }
 ESTIMATOR_LABELS = {
     "logistic": "`OrderedMaskStraightThrough`",
-    "gumbel": "`OrderedMaskStraightThrough`, Gumbel noise",
+    "gumbel": '`OrderedMaskStraightThrough`, `noise="gumbel"`',
     "probs_as_logits": "probabilities handed to `gumbel_softmax`",
 }
 
@@ -73,7 +74,7 @@ class Settings:
     max_blocks: int = 200
 
 
-QUICK = Settings(seconds=0.1, min_rounds=1, rows=8, max_blocks=1)
+QUICK = Settings(shapes=((1, 32), (256, 64), (4096, 128)), seconds=0.4, min_rounds=5, rows=8, max_blocks=1)
 
 
 def run(settings: Settings) -> Result:
@@ -150,18 +151,19 @@ def _target(name: str, value: float | None, limit: float) -> Iterator[dict[str, 
 
 def markdown(result: Result) -> str:
     """Format a result as the tables of the README: ratios, which travel between machines better than seconds."""
-    head = result["header"]
-    machine, versions = head["machine"], head["versions"]
+    machine, versions = result["header"]["machine"], result["header"]["versions"]
     shapes = list(dict.fromkeys(tuple(row["shape"]) for row in result["rows"]))
     return "\n\n".join(
         [
-            f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} thread used; Python {versions['python']}, "
-            f"torch {versions['torch']}, Pyro {versions['pyro']}. Medians of interleaved runs, float32, argument "
-            "validation off, temperature 0.2; each law is built in the timed part from logits that require a gradient.",
-            f"Time of a draw / of a draw and its backward pass, relative to {LABELS[REFERENCE]}:",
+            f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} thread used; "
+            f"Python {versions['python']}, torch {versions['torch']}, Pyro {versions['pyro']}. Medians of interleaved "
+            "runs: CPU time, float32, argument validation off, temperature 0.2; each law is built in the timed part "
+            "from logits that require a gradient.",
+            f"Time of a draw / of a draw and its backward pass, relative to {LABELS[REFERENCE]}; Pyro's is followed "
+            "by the same tail sum:",
             _ratios(result["rows"], shapes, ("draw", "draw_backward")),
             f"Time of log_prob, relative to {LABELS[LOG_PROB_REFERENCE]}; law built in the timed part / built and used "
-            "before. Relaxed laws score a soft sample of their own:",
+            "before. Pyro's class and `RelaxedOrderedMask` score a soft sample of their own:",
             _ratios(result["rows"], shapes, ("log_prob", "log_prob_prebuilt")),
             "Peak memory of a draw and its backward pass, beyond logits and incoming gradient, in masks of "
             "batch x units numbers:",
@@ -223,7 +225,12 @@ def _estimator_draw(
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark, or print the tables of an earlier run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.masks", description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help=f"result; {RESULTS.name} among the results if whole")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help=f"where the result goes; without --quick, {RESULTS.name} in benchmarks/results unless given",
+    )
     parser.add_argument("--quick", action="store_true", help="a rough answer in seconds; no file unless --json")
     parser.add_argument(
         "--table", type=Path, metavar="FILE", help="print the tables of this result and measure nothing"

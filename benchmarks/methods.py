@@ -21,12 +21,12 @@ Row = dict[str, Any]
 TEMPERATURE = 0.2
 REFERENCE, LOG_PROB_REFERENCE = "gumbel_softmax", "categorical"
 LABELS = {
-    "gumbel_softmax": "`F.gumbel_softmax(hard=True)` and a tail sum, by hand",
-    "pyro_straight_through": "Pyro's `RelaxedOneHotCategoricalStraightThrough` and a tail sum",
-    "categorical": "torch's `Categorical`, on the lengths",
+    "gumbel_softmax": "`F.gumbel_softmax(hard=True)`, tail sum by hand",
+    "pyro_straight_through": "Pyro's `RelaxedOneHotCategoricalStraightThrough`",
+    "categorical": "torch's `Categorical` on the lengths",
     "ordered_mask": "`OrderedMask`",
     "relaxed_ordered_mask": "`RelaxedOrderedMask`",
-    "straight_through_gumbel": "`OrderedMaskStraightThrough`, Gumbel noise",
+    "straight_through_gumbel": '`OrderedMaskStraightThrough`, `noise="gumbel"`',
     "straight_through_logistic": "`OrderedMaskStraightThrough`",
 }
 

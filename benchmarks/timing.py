@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 __all__ = ["interleaved_medians", "peak_bytes"]
 
-BLOCK_SECONDS = 0.03  # long against the clock and the loop, short against changes in the machine's load
+BLOCK_SECONDS = 0.01  # long against the clock and the loop, short against changes in the machine's load
 
 
 def interleaved_medians(
@@ -24,7 +24,7 @@ def interleaved_medians(
 
     In each round every function runs for one block of calls, in an order drawn anew, so that a change in the load
     of the machine or in the state of its caches meets all of them alike. Compare medians of one call of this
-    function only.
+    function only. What counts is the time that this thread ran, not that for which it waited for a core.
 
     Args:
         functions: What to time, by name.
@@ -36,8 +36,10 @@ def interleaved_medians(
     """
     calls, round_seconds = {}, 0.0
     for name, function in functions.items():
-        _block_seconds(function, 1)  # warm up
-        once = _block_seconds(function, 2) / 2
+        once = _block_seconds(function, 1)  # the first call sets things up, but a slow one tells enough
+        if once < BLOCK_SECONDS:
+            _block_seconds(function, round(BLOCK_SECONDS / once))
+            once = _block_seconds(function, 3) / 3
         calls[name] = max(1, round(BLOCK_SECONDS / once))
         round_seconds += calls[name] * once
     rounds = max(min_rounds, round(seconds / round_seconds))

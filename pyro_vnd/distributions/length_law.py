@@ -24,7 +24,6 @@ class LengthLaw(TorchDistribution):
     Args:
         probs: Non-negative weights of the lengths, shape (..., K); normalised over the last dimension.
         logits: Unnormalised log-weights of the lengths, shape (..., K).
-        batch_shape: Batch shape, where it is larger than that of the parameters.
         validate_args: Whether values of parameters and samples are checked.
 
     Raises:
@@ -46,7 +45,6 @@ class LengthLaw(TorchDistribution):
         probs: Tensor | None = None,
         logits: Tensor | None = None,
         *,
-        batch_shape: torch.Size | None = None,
         validate_args: bool | None = None,
     ) -> None:
         if (probs is None) == (logits is None):
@@ -61,7 +59,7 @@ class LengthLaw(TorchDistribution):
         if validate_args:
             self._check_values(self._param)
         shape = self._param.shape
-        super().__init__(shape[:-1] if batch_shape is None else batch_shape, shape[-1:], validate_args=False)
+        super().__init__(shape[:-1], shape[-1:], validate_args=False)
         self._validate_args = validate_args
 
     def _check_shape(self, param: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """Hard ordered masks from one uniform number each, with a straight-through gradient."""
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -78,14 +79,15 @@ class LogisticMask(torch.autograd.Function):
             return None, None, None, None
         probs, keep_probs, uniform, *rest = ctx.saved_tensors
         temperature = rest[0] if rest else ctx.temperature
-        info = torch.finfo(probs.dtype)
+        tiny = torch.finfo(probs.dtype).tiny
         # Far below the smallest step of u, and far enough above the smallest float that K / floor is finite.
-        floor = info.tiny**0.8
+        floor = tiny**0.7
         above = keep_probs[..., 1:].clamp_min(floor)
         below = probs.cumsum(-1)[..., :-1].clamp_min(floor)
-        noisy_logit = (above / below).log_() - torch.logit(uniform, eps=info.tiny)
-        # Beyond +-80 the gradient is nil, and would be a slow subnormal number.
-        soft = (noisy_logit / temperature).clamp(-80, 80).sigmoid_()
+        noisy_logit = (above / below).log_() - torch.logit(uniform, eps=tiny)
+        # Beyond this limit, 80 in float32, the gradient is nil and would be a slow subnormal number.
+        limit = -0.92 * math.log(tiny)
+        soft = (noisy_logit / temperature).clamp(-limit, limit).sigmoid_()
         weight = torch.ops.aten.sigmoid_backward(grad[..., 1:], soft).div_(temperature)
 
         param_grad = temperature_grad = None

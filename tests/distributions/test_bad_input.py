@@ -2,6 +2,7 @@
 
 import re
 
+import pyro
 import pytest
 import torch
 from cases import CASES, each
@@ -49,9 +50,7 @@ WRONG_LENGTHS = {
 def test_values_of_the_lengths(case, lengths, expected):
     ((name, values),) = lengths.items()
     value = torch.tensor(values)
-    with raises(
-        case.cls.__name__ if case.cls is not NestedNormal else "", f"`{name}`", str(tuple(value.shape)), expected
-    ):
+    with raises(f"`{name}`", str(tuple(value.shape)), expected):
         with_lengths(case, **{name: value})
 
 
@@ -227,8 +226,6 @@ def test_values_are_not_checked_without_validation(case):
 
 @each()
 def test_validation_follows_the_global_switch(case):
-    import pyro
-
     with pyro.validation_enabled(False):
         with_lengths(case, logits=torch.tensor([0.0, NAN, 0.0, 0.0]))
     with pyro.validation_enabled(True), pytest.raises(ValueError, match="finite"):

@@ -11,7 +11,7 @@ from scipy import stats
 
 from pyro_vnd.distributions import NestedNormal
 
-DRAWS = 50_000
+DRAWS = 100_000
 LOC = [1.0, -0.5, 0.0, 20.0]
 SCALE = [0.3, 2.0, 1.0, 0.01]
 PROBS = [0.2, 0.3, 0.4, 0.1]
@@ -64,7 +64,7 @@ WRONG = [{"scale": [1.05 * s for s in SCALE]}, {"loc": [m + 0.05 * s for m, s in
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_location_or_scale_off_by_a_twentieth_is_rejected(wrong):
-    assert coordinate_pvalues(law_of(**wrong), LOC, SCALE)[0] < 1e-6
+    assert min(coordinate_pvalues(law_of(**wrong), LOC, SCALE)) < 1e-6
 
 
 def test_kept_coordinates_do_not_depend_on_the_length_or_on_each_other():
