@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence, register_kl
 
 from pyro_vnd.distributions.nested_normal import NestedNormal
-from pyro_vnd.distributions.ordered_mask import OrderedMask, _expectation
+from pyro_vnd.distributions.ordered_mask import OrderedMask, expectation
 
 
 @register_kl(OrderedMask, OrderedMask)
@@ -14,7 +14,7 @@ def _kl_ordered_mask(q: OrderedMask, p: OrderedMask) -> Tensor:
     _check_units(q, p)
     # -inf - -inf only arises where q_k = 0, which counts nothing.
     log_ratio = q._log_probs - p._log_probs
-    kl = _expectation(q._probs, log_ratio)
+    kl = expectation(q._probs, log_ratio)
     return kl.expand(torch.broadcast_shapes(q.batch_shape, p.batch_shape))
 
 

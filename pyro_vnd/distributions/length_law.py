@@ -12,7 +12,9 @@ from torch.types import _size
 
 from pyro_vnd.distributions.tail_sum import tail_sum
 
-__all__ = ["LengthLaw"]
+__all__ = ["LengthLaw", "check_expandable"]
+
+_HALF_PRECISION = (torch.bfloat16, torch.float16)  # too coarse for sums of thousands of probabilities
 
 
 class LengthLaw(TorchDistribution):
@@ -52,8 +54,7 @@ class LengthLaw(TorchDistribution):
             raise ValueError(f"{type(self).__name__}: give exactly one of `probs` and `logits`; got {given}")
         self._param_name = "probs" if logits is None else "logits"
         param = self._check_shape(probs if logits is None else logits)
-        # Half precision is too coarse for sums of thousands of probabilities.
-        self._param = param.float() if param.dtype in (torch.bfloat16, torch.float16) else param
+        self._param = param.float() if param.dtype in _HALF_PRECISION else param
         if validate_args is None:
             validate_args = type(self)._validate_args
         if validate_args:
@@ -100,7 +101,9 @@ class LengthLaw(TorchDistribution):
     def _probs(self) -> Tensor:
         if self._is_logits:
             return self._param.softmax(-1)
-        return self._param / self._param.sum(-1, keepdim=True)
+        # Scaled first, as a sum of large weights may overflow; the result does not depend on the scale.
+        weights = self._param / self._param.detach().amax(-1, keepdim=True)
+        return weights / weights.sum(-1, keepdim=True)
 
     @lazy_property
     def _log_probs(self) -> Tensor:
@@ -142,7 +145,8 @@ class LengthLaw(TorchDistribution):
     def stddev_length(self) -> Tensor:
         """Standard deviation of the kept length in units, shape batch_shape."""
         lengths = torch.arange(1, self.num_units + 1, dtype=self._param.dtype, device=self._param.device)
-        return (self.probs * (lengths - self.mean_length.unsqueeze(-1)) ** 2).sum(-1).sqrt()
+        variance = (self.probs * (lengths - self.mean_length.unsqueeze(-1)) ** 2).sum(-1)
+        return variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()  # the root has no slope at zero
 
     @property
     def num_units(self) -> int:
@@ -151,10 +155,12 @@ class LengthLaw(TorchDistribution):
 
     def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
         """Return the same law with a larger batch shape; parameters are shared, not copied."""
+        batch_shape = torch.Size(batch_shape)
+        check_expandable(self, batch_shape)
         new = self._get_checked_instance(type(self), _instance)
         new.__dict__.update({name: self.__dict__[name] for name in ("_probs", "_log_probs") if name in self.__dict__})
         new._param, new._param_name = self._param, self._param_name
-        TorchDistribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
+        TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
@@ -217,11 +223,20 @@ class LengthLaw(TorchDistribution):
             >>> OrderedMask.from_chain_logits(torch.zeros(3)).probs
             tensor([0.5000, 0.2500, 0.1250, 0.1250])
         """
-        if not isinstance(chain_logits, Tensor) or chain_logits.dim() == 0:
+        name = f"{cls.__name__}: argument `chain_logits`"
+        if not isinstance(chain_logits, Tensor):
             raise ValueError(
-                f"{cls.__name__}: argument `chain_logits` must be a tensor of shape (..., num_units - 1); "
-                f"got {tuple(chain_logits.shape) if isinstance(chain_logits, Tensor) else type(chain_logits).__name__}"
+                f"{name} must be a tensor of shape (..., num_units - 1); got {type(chain_logits).__name__}"
             )
+        if chain_logits.dim() == 0 or not chain_logits.is_floating_point():
+            raise ValueError(
+                f"{name} must be a floating-point tensor of shape (..., num_units - 1); "
+                f"got shape {tuple(chain_logits.shape)}, {chain_logits.dtype}"
+            )
+        if kwargs.get("validate_args", cls._validate_args) and not torch.isfinite(chain_logits).all():
+            raise ValueError(f"{name} of shape {tuple(chain_logits.shape)} must have finite values; got NaN or inf")
+        if chain_logits.dtype in _HALF_PRECISION:
+            chain_logits = chain_logits.float()
         go_on = pad(logsigmoid(chain_logits).cumsum(-1), (1, 0))
         stop = pad(logsigmoid(-chain_logits), (0, 1))
         return cls(logits=go_on + stop, **kwargs)
@@ -279,6 +294,19 @@ class LengthLaw(TorchDistribution):
             tensor([1.0000, 0.7500, 0.5000, 0.2500])
         """
         return cls(logits=torch.zeros(_positive_int(cls, num_units), dtype=dtype, device=device), **kwargs)
+
+
+def check_expandable(distribution: TorchDistribution, batch_shape: torch.Size) -> None:
+    """Raise a ValueError if the batch shape of a distribution does not broadcast to another one."""
+    try:
+        fits = torch.broadcast_shapes(distribution.batch_shape, batch_shape) == batch_shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{type(distribution).__name__}: batch shape {tuple(distribution.batch_shape)} cannot be expanded to "
+            f"{tuple(batch_shape)}"
+        )
 
 
 def _positive_int(cls: type, num_units: int) -> int:

@@ -116,9 +116,10 @@ class LogisticMask(torch.autograd.Function):
             x = x.movedim(dim, 0)
             return x.reshape(x.shape[:1] + (1,) * (rank + 1 - x.dim()) + x.shape[1:])
 
-        law_dim = None if in_dims[0] is None else 0
         output = LogisticMask.apply(*(align(x, dim) for x, dim in mapped))
-        return output, (0, law_dim, None if output[2] is None else law_dim)
+        law_dim = None if in_dims[0] is None else 0
+        mask_dim = law_dim if in_dims[1] is None else 0
+        return output, (mask_dim, law_dim, None if output[2] is None else law_dim)
 
 
 # torch binds the arguments of forward to its signature at each call; found once, this is a third of a small draw.

@@ -9,6 +9,8 @@ from torch.distributions import Normal, constraints
 from torch.types import _size
 
 from pyro_vnd.distributions.constraints import nested_vector
+from pyro_vnd.distributions.fresh import recall, remember
+from pyro_vnd.distributions.length_law import check_expandable
 from pyro_vnd.distributions.straight_through import OrderedMaskStraightThrough
 from pyro_vnd.distributions.tail_sum import tail_sum
 
@@ -29,8 +31,8 @@ class NestedNormal(TorchDistribution):
     - `rsample` returns values with exact zeros; the mask has the straight-through gradient of
       `OrderedMaskStraightThrough`.
     - `log_prob` is exact for every value. A fresh sample remembers the mask and the uncut Normal draw, so that
-      Monte Carlo objectives (`Trace_ELBO`, `RenyiELBO`) have a gradient with respect to the lengths; a copy (clone,
-      detach, reshape) scores the same but has no such gradient.
+      Monte Carlo objectives (`Trace_ELBO`, `RenyiELBO`) have the whole gradient with respect to the lengths; a copy
+      (clone, reshape) scores the same, but its gradient misses the dropped coordinates.
     - The support has no bijection from unconstrained space: the law has atoms at zero, so HMC and autoguides refuse it.
 
     Shapes: loc, scale and lengths broadcast to (..., K); batch_shape (...); event_shape (K,).
@@ -105,7 +107,18 @@ class NestedNormal(TorchDistribution):
         super().__init__(shape[:-1], shape[-1:], validate_args=False)
         self._validate_args = lengths._validate_args
         self.lengths = lengths.expand(shape[:-1])
-        self.loc, self.scale = loc.expand(shape), scale.expand(shape)
+        # As given, not expanded: a leaf that can be copied.
+        self._loc, self._scale = loc, scale
+
+    @property
+    def loc(self) -> Tensor:
+        """Means of the uncut coordinates, shape batch_shape + (K,)."""
+        return self._loc.expand(self.batch_shape + self.event_shape)
+
+    @property
+    def scale(self) -> Tensor:
+        """Standard deviations of the uncut coordinates, shape batch_shape + (K,)."""
+        return self._scale.expand(self.batch_shape + self.event_shape)
 
     @property
     def normal(self) -> Normal:
@@ -149,19 +162,19 @@ class NestedNormal(TorchDistribution):
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Draw vectors with zeros past a random length, shape sample_shape + batch_shape + (K,)."""
         mask = self.lengths.rsample(sample_shape)
-        dense = self.normal.rsample(sample_shape)
-        value = mask * dense
-        value._mask_and_dense = (mask, dense)  # type: ignore[attr-defined]
-        return value
+        # torch.randn works under vmap, unlike the noise of torch's Normal.
+        dense = self._loc + self._scale * torch.randn(mask.shape, dtype=self._loc.dtype, device=mask.device)
+        return remember(mask * dense, (mask, dense))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p_L + sum_{i <= L} log N(x_i), shape broadcast(value.shape[:-1], batch_shape)."""
         if self._validate_args:
             self._validate_sample(value)
-        mask, dense = getattr(value, "_mask_and_dense", (None, value))
-        if mask is None:
-            mask = (tail_sum(value != 0) > 0).to(self.loc.dtype)
-            mask = torch.cat([torch.ones_like(mask[..., :1]), mask[..., 1:]], -1)
+        making = recall(value)
+        if making is None:
+            mask = (tail_sum(value != 0) > 0).to(self._loc.dtype)
+            making = torch.cat([torch.ones_like(mask[..., :1]), mask[..., 1:]], -1), value
+        mask, dense = making
         # A dropped coordinate counts nothing; a straight-through mask still passes its gradient.
         return self.lengths.log_prob(mask) + (mask * self.normal.log_prob(dense)).sum(-1)
 
@@ -177,8 +190,8 @@ class NestedNormal(TorchDistribution):
         """Return the same law with a larger batch shape."""
         new = self._get_checked_instance(type(self), _instance)
         batch_shape = torch.Size(batch_shape)
-        new.lengths = self.lengths.expand(batch_shape)
-        new.loc, new.scale = (x.expand(batch_shape + self.event_shape) for x in (self.loc, self.scale))
+        check_expandable(self, batch_shape)
+        new.lengths, new._loc, new._scale = self.lengths.expand(batch_shape), self._loc, self._scale
         TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new

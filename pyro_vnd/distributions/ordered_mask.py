@@ -13,7 +13,7 @@ from pyro_vnd.distributions.length_law import LengthLaw
 from pyro_vnd.distributions.logistic_mask import hard_mask
 from pyro_vnd.distributions.tail_sum import tail_difference, tail_sum
 
-__all__ = ["OrderedMask"]
+__all__ = ["OrderedMask", "expectation"]
 
 
 class OrderedMask(LengthLaw):
@@ -80,7 +80,7 @@ class OrderedMask(LengthLaw):
         """
         if self._validate_args:
             self._validate_sample(value)
-        one_hot, log_probs = tail_difference(value), self._log_probs
+        one_hot, log_probs = tail_difference(value.to(self._log_probs.dtype)), self._log_probs
         if self._is_logits:
             result = (one_hot * log_probs).sum(-1)
         else:
@@ -92,7 +92,7 @@ class OrderedMask(LengthLaw):
 
     def entropy(self) -> Tensor:
         """Return the entropy of the kept length in nats, shape batch_shape."""
-        return -_expectation(self._probs, self._log_probs).expand(self.batch_shape)
+        return -expectation(self._probs, self._log_probs).expand(self.batch_shape)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Return all K masks, shape (K,) + batch_shape + (K,), or with ones for batch_shape if not `expand`."""
@@ -124,7 +124,7 @@ class OrderedMask(LengthLaw):
         return self._full((units <= self._log_probs.argmax(-1, keepdim=True)).to(self._param.dtype))
 
 
-def _expectation(probs: Tensor, values: Tensor) -> Tensor:
+def expectation(probs: Tensor, values: Tensor) -> Tensor:
     """Average `values` under `probs`, where lengths of probability zero count nothing even if infinite."""
     possible = probs > 0
     return torch.where(possible, probs * torch.where(possible, values, 0), 0).sum(-1)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.types import _size
 
 from pyro_vnd.distributions.constraints import ordered_mask
+from pyro_vnd.distributions.fresh import recall, remember
 from pyro_vnd.distributions.length_law import LengthLaw
 from pyro_vnd.distributions.tail_sum import tail_difference, tail_sum
 from pyro_vnd.distributions.temperature import as_temperature, gumbel_like
@@ -67,9 +68,8 @@ class RelaxedOrderedMask(LengthLaw):
         validate_args: bool | None = None,
     ) -> None:
         super().__init__(probs, logits, validate_args=validate_args)
-        self.temperature = torch.as_tensor(
-            as_temperature(self, temperature), dtype=self._param.dtype, device=self._param.device
-        )
+        value, self._batch_shape = as_temperature(self, temperature)
+        self.temperature = torch.as_tensor(value, dtype=self._param.dtype, device=self._param.device)
 
     def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
         """Return the same law with a larger batch shape; parameters are shared, not copied."""
@@ -79,22 +79,23 @@ class RelaxedOrderedMask(LengthLaw):
 
     @property
     def _finite_log_probs(self) -> Tensor:
-        return self._log_probs.clamp_min(math.log(torch.finfo(self._param.dtype).tiny))
+        log_probs = self._log_probs
+        return log_probs if self._is_logits else log_probs.clamp_min(math.log(torch.finfo(log_probs.dtype).tiny))
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Draw soft masks, shape sample_shape + batch_shape + (K,)."""
         scores = self._finite_log_probs + gumbel_like(self._param, self._extended_shape(sample_shape))
         log_one_hot = (scores / self.temperature.unsqueeze(-1)).log_softmax(-1)
         value = tail_sum(log_one_hot.exp())
-        value._log_one_hot = log_one_hot  # type: ignore[attr-defined]
-        return value
+        return remember(value / value[..., :1], log_one_hot)  # a sum of thousands of terms is not quite one
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of soft masks, shape broadcast(value.shape[:-1], batch_shape)."""
         if self._validate_args:
             self._validate_sample(value)
-        log_one_hot = getattr(value, "_log_one_hot", None)
+        log_one_hot = recall(value)
         if log_one_hot is None:
+            value = value.to(self._param.dtype)
             log_one_hot = tail_difference(value).clamp_min(torch.finfo(value.dtype).tiny).log()
         k, temperature, log_probs = self.num_units, self.temperature, self._finite_log_probs
         scaled = temperature.unsqueeze(-1) * log_one_hot

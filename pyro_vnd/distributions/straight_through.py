@@ -71,7 +71,7 @@ class OrderedMaskStraightThrough(OrderedMask):
         if noise not in ("logistic", "gumbel"):
             raise ValueError(f"{type(self).__name__}: argument `noise` must be 'logistic' or 'gumbel'; got {noise!r}")
         self.noise = noise
-        self.temperature = as_temperature(self, temperature)
+        self.temperature, self._batch_shape = as_temperature(self, temperature)
 
     def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
         """Return the same law with a larger batch shape; parameters are shared, not copied."""
@@ -85,8 +85,9 @@ class OrderedMaskStraightThrough(OrderedMask):
         if self.noise == "logistic":
             param = self._param if self._is_logits else self._probs
             return LogisticMask.apply(param, self._uniform(sample_shape), temperature, self._is_logits)[0]
-        # Neither argmax nor softmax sees whether logits are normalised.
-        scores = (self._param if self._is_logits else self._log_probs) + gumbel_like(self._param, self._extended_shape(sample_shape))
+        # Neither argmax nor softmax sees whether logits are normalised. Infinite ones would have NaN gradients.
+        log_weights = self._param if self._is_logits else self._log_probs.clamp_min(-1e30)
+        scores = log_weights + gumbel_like(self._param, self._extended_shape(sample_shape))
         soft = tail_sum((scores / temperature).softmax(-1))
         units = torch.arange(self.num_units, device=scores.device)
         hard = (units <= scores.argmax(-1, keepdim=True)).to(scores.dtype)
