@@ -36,10 +36,11 @@ def interleaved_medians(
     """
     calls, round_seconds = {}, 0.0
     for name, function in functions.items():
-        once = _block_seconds(function, 1)  # the first call sets things up, but a slow one tells enough
+        function()  # the first call sets things up
+        once = _block_seconds(function, 1)
         if once < BLOCK_SECONDS:
-            _block_seconds(function, round(BLOCK_SECONDS / once))
-            once = _block_seconds(function, 3) / 3
+            warm_up = max(3, round(BLOCK_SECONDS / once))
+            once = _block_seconds(function, warm_up) / warm_up
         calls[name] = max(1, round(BLOCK_SECONDS / once))
         round_seconds += calls[name] * once
     rounds = max(min_rounds, round(seconds / round_seconds))

@@ -65,9 +65,7 @@ all_masks = OrderedMask(logits=logits).enumerate_support()
 figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), sharey=True)
 for ax, noise in zip(axes, ("logistic", "gumbel"), strict=True):
     guide = OrderedMaskStraightThrough(0.2, logits=logits, noise=noise)
-    estimates = torch.stack(
-        [torch.autograd.grad(objective(guide.rsample((4,))).mean(), logits)[0] for _ in range(500)]
-    )
+    estimates = torch.stack([torch.autograd.grad(objective(guide.rsample((4,))).mean(), logits)[0] for _ in range(500)])
     units = torch.arange(1, K + 1)
     ax.plot(units, exact, "k.-", label="exact")
     ax.errorbar(units, estimates.mean(0), estimates.std(0), fmt="o", alpha=0.6, label="4 draws: mean and deviation")
@@ -80,8 +78,8 @@ plt.show()
 # ## Why it matters what is a logit
 #
 # `gumbel_softmax` expects log-probabilities. Handed probabilities, which lie between 0 and 1, it samples from
-# $\mathrm{softmax}(p)$: nearly uniform, whatever was learned. With keyword-only `probs` and `logits` the mistake is hard
-# to make here, and this is what it looks like.
+# $\mathrm{softmax}(p)$: nearly uniform, whatever was learned. With keyword-only `probs` and `logits` the mistake is
+# hard to make here, and this is what it looks like.
 
 # %%
 peaked = torch.tensor([0.01, 0.02, 0.02, 0.9, 0.02, 0.01, 0.01, 0.01])

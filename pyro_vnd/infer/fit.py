@@ -1,10 +1,8 @@
 """Stochastic variational inference with mini-batches, progress and a record of the ELBO's parts."""
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,83 +11,15 @@ from pyro.infer import ELBO, TraceMeanField_ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vnd.distributions import NestedNormal, OrderedMask
 from pyro_vnd.infer.local_params import module_local_params
 from pyro_vnd.infer.monitor import ElboMonitor, ScaleToDataset
+from pyro_vnd.infer.result import FitResult
 
-__all__ = ["FitResult", "LengthCollapseWarning", "LengthSummary", "NonFiniteLossError", "fit"]
-
-_COLLAPSED = 0.05  # nats of entropy: for two lengths, odds of about 100 to 1
+__all__ = ["NonFiniteLossError", "fit"]
 
 
 class NonFiniteLossError(ArithmeticError):
     """The ELBO or its gradient became infinite or NaN; parameters are those of the last finite step."""
-
-
-class LengthCollapseWarning(UserWarning):
-    """A learned law of lengths has put all its mass on one length."""
-
-
-@dataclass(frozen=True)
-class LengthSummary:
-    """What a law of lengths looks like, averaged over its batch shape.
-
-    Attributes:
-        mean: E L, in units.
-        stddev: sd L, in units.
-        entropy: Entropy of L, in nats.
-        num_units: K.
-    """
-
-    mean: float
-    stddev: float
-    entropy: float
-    num_units: int
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, law: OrderedMask | NestedNormal) -> "LengthSummary":
-        """Summarise a law, taking the mean over its batch."""
-        lengths = law.lengths if isinstance(law, NestedNormal) else law
-        return cls(
-            mean=lengths.mean_length.mean().item(),
-            stddev=lengths.stddev_length.mean().item(),
-            entropy=lengths.entropy().mean().item(),
-            num_units=lengths.num_units,
-        )
-
-    def __str__(self) -> str:
-        return f"E[L] = {self.mean:.1f}, sd[L] = {self.stddev:.1f} of {self.num_units}, entropy {self.entropy:.2f} nats"
-
-
-@dataclass
-class FitResult:
-    """What `fit` did.
-
-    Attributes:
-        elbo: ELBO of each epoch in nats per row of the data, the mean over its steps.
-        log_likelihood: Its likelihood part, E log p(data | latents).
-        kl: Its KL part, so that elbo = log_likelihood - kl; both are nan where a site is enumerated.
-        lengths: The law of each mask site at the last step.
-        mean_length: E L of each mask site in each epoch.
-        num_steps: Steps of the optimiser.
-        seconds: Wall-clock time.
-    """
-
-    elbo: list[float] = field(default_factory=list)
-    log_likelihood: list[float] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    lengths: dict[str, LengthSummary] = field(default_factory=dict)
-    mean_length: dict[str, list[float]] = field(default_factory=dict)
-    num_steps: int = 0
-    seconds: float = 0.0
-
-    def __str__(self) -> str:
-        lines = [
-            f"{len(self.elbo)} epochs, {self.num_steps} steps in {self.seconds:.1f} s; nats per row: ELBO "
-            f"{self.elbo[-1]:.4g} = log-likelihood {self.log_likelihood[-1]:.4g} - KL {self.kl[-1]:.4g}"
-        ]
-        return "\n".join(lines + [f"{name}: {summary}" for name, summary in self.lengths.items()])
 
 
 def fit(
@@ -184,10 +114,10 @@ def fit(
                     totals[name] += value
                 num_steps += 1
                 result.num_steps += 1
-            _record(result, totals, num_steps * num_data, step.monitor.laws)
-            epochs.set_postfix_str(_postfix(result))
+            result.add_epoch(totals, num_steps * num_data, step.monitor.laws)
+            epochs.set_postfix_str(result.progress())
     result.seconds = time.perf_counter() - started
-    _warn_of_collapse(result)
+    result.warn_of_collapse()
     return result
 
 
@@ -289,33 +219,3 @@ def _random_numbers(seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
-
-
-def _record(
-    result: FitResult, totals: dict[str, float], num_rows: int, laws: dict[str, OrderedMask | NestedNormal]
-) -> None:
-    elbo, log_likelihood = totals["elbo"] / num_rows, totals["log_likelihood"] / num_rows
-    result.elbo.append(elbo)
-    result.log_likelihood.append(log_likelihood)
-    result.kl.append(log_likelihood - elbo)
-    result.lengths = {name: LengthSummary.of(law) for name, law in laws.items()}
-    for name, summary in result.lengths.items():
-        result.mean_length.setdefault(name, []).append(summary.mean)
-
-
-def _postfix(result: FitResult) -> str:
-    lengths = ", ".join(f"E[L {name}]={summary.mean:.1f}" for name, summary in result.lengths.items())
-    parts = f"ELBO={result.elbo[-1]:.4g}, log-lik={result.log_likelihood[-1]:.4g}, KL={result.kl[-1]:.3g}"
-    return f"{parts}, {lengths}" if lengths else parts
-
-
-def _warn_of_collapse(result: FitResult) -> None:
-    for name, summary in result.lengths.items():
-        if summary.num_units > 1 and summary.entropy < _COLLAPSED:
-            warnings.warn(
-                f"the law of lengths at site {name!r} has collapsed ({summary}). If the length itself is what you "
-                "infer, that may be the posterior. If every prefix is to be useful, draw a mask for each row (put the "
-                "site in the plate of the data), mix the law with a fixed one, or weigh the KL of the lengths.",
-                LengthCollapseWarning,
-                stacklevel=3,
-            )

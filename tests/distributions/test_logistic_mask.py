@@ -110,6 +110,7 @@ MAPPED = {
     "all": (0, 0, 0),
     "noise": (None, 0, None),
     "law": (0, None, None),
+    "temperature": (None, None, 0),
     "law and noise": (0, 0, None),
     "law, over another dimension": (1, 0, None),
 }

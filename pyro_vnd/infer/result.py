@@ -1,0 +1,111 @@
+"""What a fit did: the ELBO and its parts by epoch, and the learned laws of lengths."""
+
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+
+from pyro_vnd.distributions import NestedNormal, OrderedMask
+
+__all__ = ["FitResult", "LengthCollapseWarning", "LengthSummary"]
+
+_COLLAPSED = 0.05  # nats of entropy: for two lengths, odds of about 100 to 1
+
+
+class LengthCollapseWarning(UserWarning):
+    """A learned law of lengths has put all its mass on one length."""
+
+
+@dataclass(frozen=True)
+class LengthSummary:
+    """What a law of lengths looks like, averaged over its batch shape.
+
+    Attributes:
+        mean: E L, in units.
+        stddev: sd L, in units.
+        entropy: Entropy of L, in nats.
+        num_units: K.
+    """
+
+    mean: float
+    stddev: float
+    entropy: float
+    num_units: int
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, law: OrderedMask | NestedNormal) -> "LengthSummary":
+        """Summarise a law, taking the mean over its batch."""
+        lengths = law.lengths if isinstance(law, NestedNormal) else law
+        return cls(
+            mean=lengths.mean_length.mean().item(),
+            stddev=lengths.stddev_length.mean().item(),
+            entropy=lengths.entropy().mean().item(),
+            num_units=lengths.num_units,
+        )
+
+    def __str__(self) -> str:
+        return f"E[L] = {self.mean:.1f}, sd[L] = {self.stddev:.1f} of {self.num_units}, entropy {self.entropy:.2f} nats"
+
+
+@dataclass
+class FitResult:
+    """What `fit` did.
+
+    Attributes:
+        elbo: ELBO of each epoch in nats per row of the data, the mean over its steps.
+        log_likelihood: Its likelihood part, E log p(data | latents).
+        kl: Its KL part, so that elbo = log_likelihood - kl; both are nan where a site is enumerated.
+        lengths: The law of each mask site at the last step.
+        mean_length: E L of each mask site in each epoch.
+        num_steps: Steps of the optimiser.
+        seconds: Wall-clock time.
+    """
+
+    elbo: list[float] = field(default_factory=list)
+    log_likelihood: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    lengths: dict[str, LengthSummary] = field(default_factory=dict)
+    mean_length: dict[str, list[float]] = field(default_factory=dict)
+    num_steps: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.elbo)} epochs, {self.num_steps} steps in {self.seconds:.1f} s; nats per row: ELBO "
+            f"{self.elbo[-1]:.4g} = log-likelihood {self.log_likelihood[-1]:.4g} - KL {self.kl[-1]:.4g}"
+        ]
+        return "\n".join(lines + [f"{name}: {summary}" for name, summary in self.lengths.items()])
+
+    def add_epoch(self, totals: dict[str, float], num_rows: int, laws: dict[str, OrderedMask | NestedNormal]) -> None:
+        """Record an epoch.
+
+        Args:
+            totals: Sums over the epoch's steps of the ELBO and its log-likelihood, each for the whole data.
+            num_rows: Rows that these sums count: steps times rows of the data.
+            laws: Laws of lengths at the last step, by site.
+        """
+        elbo, log_likelihood = totals["elbo"] / num_rows, totals["log_likelihood"] / num_rows
+        self.elbo.append(elbo)
+        self.log_likelihood.append(log_likelihood)
+        self.kl.append(log_likelihood - elbo)
+        self.lengths = {name: LengthSummary.of(law) for name, law in laws.items()}
+        for name, summary in self.lengths.items():
+            self.mean_length.setdefault(name, []).append(summary.mean)
+
+    def progress(self) -> str:
+        """Say in one line where the fit stands."""
+        parts = f"ELBO={self.elbo[-1]:.4g}, log-lik={self.log_likelihood[-1]:.4g}, KL={self.kl[-1]:.3g}"
+        return ", ".join([parts, *(f"E[L {name}]={summary.mean:.1f}" for name, summary in self.lengths.items())])
+
+    def warn_of_collapse(self) -> None:
+        """Warn of laws that have put all their mass on one length."""
+        for name, summary in self.lengths.items():
+            if summary.num_units > 1 and summary.entropy < _COLLAPSED:
+                warnings.warn(
+                    f"the law of lengths at site {name!r} has collapsed ({summary}). If the length itself is what you "
+                    "infer, that may be the posterior. If every prefix is to be useful, draw a mask for each row (put "
+                    "the site in the plate of the data), mix the law with a fixed one, or weigh the KL of the lengths.",
+                    LengthCollapseWarning,
+                    stacklevel=3,
+                )
