@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 from models import datasets, demo
 
 MODELS = {
@@ -27,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name:18}{description}")
         parser.print_usage()
         return 0
+    # These nets are too small to gain from a second thread, and on a busy machine threads wait for each other.
+    torch.set_num_threads(1)
     try:
         demo.run(options.data, options.out, seed=options.seed, quick=options.quick)
     except (ValueError, OSError) as error:
