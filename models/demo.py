@@ -25,6 +25,7 @@ from models.nested_classifier import NestedClassifier
 from models.ordered_vae import OrderedVAE
 from models.report import Report
 from pyro_vnd.diagnostics import classification_metrics, plot_keep_probs, plot_prefixes, plot_widths, summary, to_arviz
+from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import AutoNested, FitResult, fit
 
 WIDTHS = tuple(eighths / 8 for eighths in range(1, 9))
@@ -135,7 +136,8 @@ def _classifier(data: Dataset, settings: Settings, seed: int, report: Report, fo
         f"{settings.kl_weight}.",
     )
     report.table(header, cells)
-    columns = {name: [row[name] for row in rows] for name in ("accuracy", "accuracy_se", "nll", "nll_se", "ece")}
+    names = {"accuracy": "accuracy", "accuracy_se": "accuracy_se", "nll": "NLL", "nll_se": "NLL_se", "ece": "ECE"}
+    columns = {label: [row[name] for row in rows] for name, label in names.items()}
     axes = plot_widths(WIDTHS, columns)
     report.figure(
         axes[0].figure,
@@ -144,11 +146,14 @@ def _classifier(data: Dataset, settings: Settings, seed: int, report: Report, fo
         "that is kept. Bands: one standard error over test images.",
     )
     ax = plot_keep_probs(posterior, model.mask_names, figsize=(6, 3.2))
+    prior = OrderedMask.geometric(model.keep, settings.hidden[0])
+    ax.plot(range(1, prior.num_units + 1), prior.keep_probs, "k--", linewidth=1, label="prior")
+    ax.legend(title="mean and 90% band")
     report.figure(
         ax.figure,
         "keep_probs_classifier",
-        "Learned keep probabilities of the hidden units of each layer. Bands: 90 % of posterior draws of the share of "
-        f"{settings.num_rows} images that keep a unit.",
+        "Learned keep probabilities of the hidden units of each layer, and their prior. Bands: 90 % of posterior draws of "
+        f"the share of {settings.num_rows} images that keep a unit.",
     )
     report.figure(_elbo_figure(result), "elbo_classifier", "ELBO and its parts during training, in nats per image.")
     report.text("Posterior summary (ArviZ); the draws are in posterior.nc.")

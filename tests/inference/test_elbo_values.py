@@ -244,7 +244,7 @@ def test_mask_loss_is_expected_likelihood_and_divergence(elbo: type[ELBO], monke
 
 
 def nested_law(logits: Tensor) -> NestedNormal:
-    return NestedNormal(torch.full((K,), 0.3), torch.linspace(0.5, 1.5, K), logits)
+    return NestedNormal(torch.ones(K), torch.linspace(0.5, 1.5, K), logits)
 
 
 def nested_divergence(q: NestedNormal) -> Tensor:
@@ -282,11 +282,11 @@ def length_gradient(elbo: type[ELBO]) -> Tensor:
 def test_nested_normal_lengths_learn_from_samples():
     """Every length has a gradient from fresh samples, and both objectives agree up to the straight-through bias.
 
-    Measured with 50,000 particles, relative to the exact gradient: .022 between the two, .069 and .071 to it.
+    Measured with 50,000 particles, relative to the exact gradient: .014 between the two, .058 and .057 to it.
     """
     sampled, with_kl = length_gradient(Trace_ELBO), length_gradient(TraceMeanField_ELBO)
     logits = GUIDE_LOGITS.clone().requires_grad_()
     (exact,) = torch.autograd.grad(nested_loss(nested_law(logits)), logits)
     assert (sampled != 0).all()
     for one, other in ((sampled, with_kl), (sampled, exact), (with_kl, exact)):
-        assert (one - other).norm() < 0.15 * exact.norm()
+        assert (one - other).norm() < 0.1 * exact.norm()

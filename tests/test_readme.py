@@ -1,0 +1,35 @@
+"""The numbers in the README are those of the committed results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.masks import markdown
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def result(name):
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+
+
+def test_demo_tables():
+    metrics = result("demo_digits.json")
+    assert metrics["header"]["command"] == "python -m models demo --data digits --seed 0"
+    for row in metrics["classifier"]["widths"]:
+        assert f"| {row['width']:.3f} | {row['accuracy']:.3f} | {row['nll']:.3f} | {row['ece']:.3f} |" in README
+    errors = " | ".join(f"{1000 * error:.1f}" for error in metrics["vae"]["mse"].values())
+    assert f"| test MSE x 1000 | {errors} |" in README
+
+
+@pytest.mark.parametrize("paragraph", markdown(result("masks.json")).split("\n\n"))
+def test_benchmark_tables(paragraph):
+    assert paragraph in README
+
+
+def test_images_exist():
+    images = [line.split("](")[1].rstrip(")") for line in README.splitlines() if line.startswith("![")]
+    assert images
+    assert all((ROOT / image).is_file() for image in images)
