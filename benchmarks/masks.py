@@ -38,7 +38,7 @@ OPERATIONS = (
     *[(what, law) for law in ("per_row", "shared") for what in ("draw", "draw_backward")],
     *[(what, "per_row") for what in ("log_prob", "log_prob_prebuilt")],
 )
-ESTIMATORS: dict[str, Callable[[Tensor, torch.Size, float], Tensor]] = {
+ESTIMATORS: dict[str, Callable[..., Tensor]] = {
     "logistic": lambda logits, shape, temperature: OrderedMaskStraightThrough(temperature, logits=logits).rsample(
         shape
     ),
@@ -110,7 +110,7 @@ def gradient_rows(objective: str, estimator: str, *, rows: int, max_blocks: int)
     """Compare one estimator with the exact gradient, at each temperature."""
     problem, result = make_problem(objective, rows=rows), []
     for temperature in TEMPERATURES:
-        draw = partial(_estimator_draw, ESTIMATORS[estimator], temperature)
+        draw = partial(ESTIMATORS[estimator], temperature=temperature)
         quality = asdict(gradient_quality(draw, problem, max_blocks=max_blocks))
         numbers = {name: rounded(value) for name, value in quality.items()}
         result.append({"objective": objective, "estimator": estimator, "temperature": temperature, **numbers})
@@ -216,12 +216,6 @@ def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(f"{size:,}" for size in shape)
 
 
-def _estimator_draw(
-    estimator: Callable[[Tensor, torch.Size, float], Tensor], temperature: float, logits: Tensor, shape: torch.Size
-) -> Tensor:
-    return estimator(logits, shape, temperature)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark, or print the tables of an earlier run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.masks", description=__doc__.partition("\n")[0])
@@ -241,9 +235,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     path = args.json or (None if args.quick else RESULTS)
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            parser.error(f"cannot write to {path.parent}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(str(error))
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            parser.error(f"cannot write {path}")
     result = run(QUICK if args.quick else Settings())
     if path:
         write_json(path, result)

@@ -152,8 +152,8 @@ def _classifier(data: Dataset, settings: Settings, seed: int, report: Report, fo
     report.figure(
         ax.figure,
         "keep_probs_classifier",
-        "Learned keep probabilities of the hidden units of each layer, and their prior. Bands: 90 % of posterior draws of "
-        f"the share of {settings.num_rows} images that keep a unit.",
+        "Learned keep probabilities of the hidden units of each layer, and their prior. Bands: 90 % of posterior draws "
+        f"of the share of {settings.num_rows} images that keep a unit.",
     )
     report.figure(_elbo_figure(result), "elbo_classifier", "ELBO and its parts during training, in nats per image.")
     report.text("Posterior summary (ArviZ); the draws are in posterior.nc.")

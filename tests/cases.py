@@ -87,6 +87,7 @@ CASES = [
         OrderedMaskStraightThrough,
         {"logits": real},
         {"temperature": positive},
+        enumerable=False,
         learned=("logits", "temperature"),
     ),
     Case(
@@ -94,6 +95,7 @@ CASES = [
         OrderedMaskStraightThrough,
         {"probs": positive},
         options={"temperature": 0.5},
+        enumerable=False,
         learned=("probs",),
     ),
     Case(
@@ -102,6 +104,7 @@ CASES = [
         {"logits": real},
         {"temperature": positive},
         options={"noise": "gumbel"},
+        enumerable=False,
         learned=("logits", "temperature"),
     ),
     Case(
@@ -109,6 +112,7 @@ CASES = [
         OrderedMaskStraightThrough,
         {"probs": positive},
         options={"noise": "gumbel", "temperature": 0.5},
+        enumerable=False,
         learned=("probs",),
     ),
     Case(

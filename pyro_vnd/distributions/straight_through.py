@@ -57,6 +57,7 @@ class OrderedMaskStraightThrough(OrderedMask):
     """
 
     has_rsample = True
+    has_enumerate_support = False
 
     def __init__(
         self,
@@ -92,3 +93,7 @@ class OrderedMaskStraightThrough(OrderedMask):
         units = torch.arange(self.num_units, device=scores.device)
         hard = (units <= scores.argmax(-1, keepdim=True)).to(scores.dtype)
         return hard + (soft - soft.detach())  # in this order: the hard values stay exact
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Refuse: Pyro takes reparameterised sites to be sampled, and would give every enumerated mask weight one."""
+        raise NotImplementedError("a straight-through mask is sampled; to enumerate lengths, use OrderedMask")

@@ -168,8 +168,10 @@ def test_dtype_is_that_of_the_parameters(case, dtype, default):
     results = [value, law.sample(), law.log_prob(value), law.keep_probs, law.mean_length]
     if case.exact:
         results += [law.mean, law.variance, law.entropy()]
+    if case.hard:
+        results += [law.mode, law.covariance_matrix]
     if case.enumerable:
-        results += [law.enumerate_support(), law.mode, law.covariance_matrix]
+        results.append(law.enumerate_support())
     assert {x.dtype for x in results} == {dtype}
 
 
@@ -231,6 +233,12 @@ def test_enumerate_support_shapes(case):
     assert law.support.check(law.enumerate_support()).all()
     total = law.log_prob(law.enumerate_support()).logsumexp(0)
     torch.testing.assert_close(total, torch.zeros(2, 3))
+
+
+@each(enumerable=False)
+def test_what_cannot_be_enumerated_says_so(case):
+    with pytest.raises(NotImplementedError):
+        case.build().enumerate_support()
 
 
 @pytest.mark.gpu
