@@ -186,7 +186,7 @@ def _ratios(
     rows: list[dict[str, Any]], shapes: list[tuple[int, ...]], whats: tuple[str, ...], key: str = "ratio"
 ) -> str:
     """Make a table with a line a method and law, a column a shape, and in each cell one number for each of `whats`."""
-    cells = {(row["method"], row["law"], row["what"], *row["shape"]): f"{row[key]:.2f}" for row in rows}
+    cells = {(row["method"], row["law"], row["what"], *row["shape"]): _number(row[key]) for row in rows}
     lines = dict.fromkeys((row["law"], row["method"]) for row in rows if row["what"] in whats)
     return markdown_table(
         ["", *map(_shape, shapes)],
@@ -203,13 +203,17 @@ def _ratios(
 def _gradient_table(result: Result, objective: str) -> str:
     rows = [row for row in result["gradient"] if row["objective"] == objective]
     cell = {
-        (row["estimator"], row["temperature"]): (f"{row['bias']:.2f} ± {row['bias_error']:.2f}; {row['deviation']:.2f}")
+        (row["estimator"], row["temperature"]): (f"{row['bias']:.2f} ± {row['bias_error']:.3f}; {row['deviation']:.2f}")
         for row in rows
     }
     return markdown_table(
         ["bias ± error; deviation", *[f"temperature {t:g}" for t in TEMPERATURES]],
         [[ESTIMATOR_LABELS[name], *[cell[name, t] for t in TEMPERATURES]] for name in ESTIMATORS],
     )
+
+
+def _number(x: float) -> str:
+    return f"{x:.2f}" if x < 100 else f"{x:.0f}"
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -1,8 +1,7 @@
 """Hard ordered masks from one uniform number each, with a straight-through gradient."""
 
-import inspect
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from pyro_vnd.distributions.tail_sum import tail_sum
 
-__all__ = ["LogisticMask", "hard_mask"]
+__all__ = ["LogisticMask", "hard_mask", "logistic_mask"]
 
 
 def hard_mask(keep_probs: Tensor, uniform: Tensor) -> Tensor:
@@ -60,47 +59,15 @@ class LogisticMask(torch.autograd.Function):
         ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | float, bool], output: tuple[Tensor, Tensor, Tensor | None]
     ) -> None:
         """Keep what the backward pass needs."""
-        param, uniform, temperature, ctx.is_logits = inputs
-        _, keep_probs, probs = output
-        ctx.mark_non_differentiable(*(x for x in (keep_probs, probs) if x is not None))
+        ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
         ctx.set_materialize_grads(False)
-        saved = (param if probs is None else probs, keep_probs, uniform)
-        if isinstance(temperature, Tensor):
-            ctx.save_for_backward(*saved, temperature)
-        else:
-            ctx.save_for_backward(*saved)
-            ctx.temperature = temperature
+        _save(ctx, inputs, output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, None, Tensor | None, None]:
         """Return the gradients with respect to `param` and the temperature."""
-        if grad is None:
-            return None, None, None, None
-        probs, keep_probs, uniform, *rest = ctx.saved_tensors
-        temperature = rest[0] if rest else ctx.temperature
-        tiny = torch.finfo(probs.dtype).tiny
-        # Far below the smallest step of u, and far enough above the smallest float that K / floor is finite.
-        floor = tiny**0.7
-        above = keep_probs[..., 1:].clamp_min(floor)
-        below = probs.cumsum(-1)[..., :-1].clamp_min(floor)
-        noisy_logit = (above / below).log_() - torch.logit(uniform, eps=tiny)
-        # Beyond this limit, 80 in float32, the gradient is nil and would be a slow subnormal number.
-        limit = -0.92 * math.log(tiny)
-        soft = (noisy_logit / temperature).clamp(-limit, limit).sigmoid_()
-        weight = torch.ops.aten.sigmoid_backward(grad[..., 1:], soft).div_(temperature)
-
-        param_grad = temperature_grad = None
-        if ctx.needs_input_grad[2]:
-            temperature_grad = (weight * -noisy_logit / temperature).sum_to_size(temperature.shape)
-        if ctx.needs_input_grad[0]:
-            if weight.shape != above.shape:  # one law for many masks
-                weight = weight.sum_to_size(above.shape)
-            param_grad = torch.constant_pad_nd((weight / above).cumsum(-1), (1, 0))
-            param_grad[..., :-1] -= tail_sum(weight / below)
-            if ctx.is_logits:
-                param_grad *= probs
-        return param_grad, None, temperature_grad, None
+        return _gradients(ctx, grad)
 
     @staticmethod
     def vmap(
@@ -122,5 +89,68 @@ class LogisticMask(torch.autograd.Function):
         return output, (mask_dim, law_dim, None if output[2] is None else law_dim)
 
 
-# torch binds the arguments of forward to its signature at each call; found once, this is a third of a small draw.
-setattr(LogisticMask.forward, "__signature__", inspect.signature(LogisticMask.forward))  # noqa: B010
+class _EagerLogisticMask(torch.autograd.Function):
+    """`LogisticMask` without the interface of `torch.func`, which takes a quarter of the time of a single mask."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = LogisticMask.forward(*inputs)
+        _save(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        # The guard against second derivatives is slow, too, and only needed where a graph is asked for.
+        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, grad)
+
+
+def logistic_mask(param: Tensor, uniform: Tensor, temperature: Tensor | float, is_logits: bool) -> Tensor:
+    """Draw hard masks with the gradient of soft ones; arguments are those of `LogisticMask.forward`."""
+    try:
+        return cast(Tensor, _EagerLogisticMask.apply(param, uniform, temperature, is_logits))
+    except RuntimeError:  # what torch says of such functions under vmap, grad and their like
+        return cast(Tensor, LogisticMask.apply(param, uniform, temperature, is_logits)[0])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
+    param, uniform, temperature, ctx.is_logits = inputs
+    _, keep_probs, probs = output
+    saved = (param if probs is None else probs, keep_probs, uniform)
+    if isinstance(temperature, Tensor):
+        ctx.save_for_backward(*saved, temperature)
+    else:
+        ctx.save_for_backward(*saved)
+        ctx.temperature = temperature
+
+
+def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, Tensor | None, None]:
+    """Return the gradients with respect to `param` and the temperature; in place where it can, for speed."""
+    if grad is None:
+        return None, None, None, None
+    probs, keep_probs, uniform, *rest = ctx.saved_tensors
+    temperature = rest[0] if rest else ctx.temperature
+    tiny = torch.finfo(probs.dtype).tiny
+    # Far below the smallest step of u, and far enough above the smallest float that K / floor is finite.
+    floor = tiny**0.7
+    above = keep_probs[..., 1:].clamp_min(floor)
+    below = probs.cumsum(-1)[..., :-1].clamp_min_(floor)
+    noisy_logit = (above / below).log_() - torch.logit(uniform, eps=tiny)
+    # Beyond this limit, 80 in float32, the gradient is nil and would be a slow subnormal number.
+    limit = -0.92 * math.log(tiny)
+    soft = (noisy_logit / temperature).clamp(-limit, limit).sigmoid_()
+    weight = torch.ops.aten.sigmoid_backward.default(grad[..., 1:], soft).div_(temperature)
+
+    param_grad = temperature_grad = None
+    if ctx.needs_input_grad[2]:
+        temperature_grad = (weight * -noisy_logit / temperature).sum_to_size(temperature.shape)
+    if ctx.needs_input_grad[0]:
+        if weight.shape != above.shape:  # one law for many masks
+            weight = weight.sum_to_size(above.shape)
+        param_grad = torch.constant_pad_nd((weight / above).cumsum(-1), (1, 0))
+        param_grad[..., :-1].sub_(tail_sum(weight.div_(below)))
+        if ctx.is_logits:
+            param_grad.mul_(probs)
+    return param_grad, None, temperature_grad, None
+
+
+_gradients_once = once_differentiable(_gradients)

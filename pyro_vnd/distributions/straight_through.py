@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.types import _size
 
-from pyro_vnd.distributions.logistic_mask import LogisticMask
+from pyro_vnd.distributions.logistic_mask import logistic_mask
 from pyro_vnd.distributions.ordered_mask import OrderedMask
 from pyro_vnd.distributions.tail_sum import tail_sum
 from pyro_vnd.distributions.temperature import as_temperature, gumbel_like
@@ -85,7 +85,7 @@ class OrderedMaskStraightThrough(OrderedMask):
         temperature = self.temperature.unsqueeze(-1) if isinstance(self.temperature, Tensor) else self.temperature
         if self.noise == "logistic":
             param = self._param if self._is_logits else self._probs
-            return LogisticMask.apply(param, self._uniform(sample_shape), temperature, self._is_logits)[0]
+            return logistic_mask(param, self._uniform(sample_shape), temperature, self._is_logits)
         # Neither argmax nor softmax sees whether logits are normalised. Infinite ones would have NaN gradients.
         log_weights = self._param if self._is_logits else self._log_probs.clamp_min(-1e30)
         scores = log_weights + gumbel_like(self._param, self._extended_shape(sample_shape))
