@@ -134,19 +134,22 @@ def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, Tens
     floor = tiny**0.7
     above = keep_probs[..., 1:].clamp_min(floor)
     below = probs.cumsum(-1)[..., :-1].clamp_min_(floor)
-    noisy_logit = (above / below).log_() - torch.logit(uniform, eps=tiny)
     # Beyond this limit, 80 in float32, the gradient is nil and would be a slow subnormal number.
     limit = -0.92 * math.log(tiny)
-    soft = (noisy_logit / temperature).clamp(-limit, limit).sigmoid_()
+    scaled = (((above / below).log_() - torch.logit(uniform, eps=tiny)) / temperature).clamp(-limit, limit)
+    needs_temperature = ctx.needs_input_grad[2]
+    soft = scaled.sigmoid() if needs_temperature else scaled.sigmoid_()
     weight = torch.ops.aten.sigmoid_backward.default(grad[..., 1:], soft).div_(temperature)
 
     param_grad = temperature_grad = None
-    if ctx.needs_input_grad[2]:
-        temperature_grad = (weight * -noisy_logit / temperature).sum_to_size(temperature.shape)
+    if needs_temperature:
+        temperature_grad = (weight * -scaled).sum_to_size(temperature.shape)
+    del scaled, soft
     if ctx.needs_input_grad[0]:
         if weight.shape != above.shape:  # one law for many masks
             weight = weight.sum_to_size(above.shape)
         param_grad = torch.constant_pad_nd((weight / above).cumsum(-1), (1, 0))
+        del above
         param_grad[..., :-1].sub_(tail_sum(weight.div_(below)))
         if ctx.is_logits:
             param_grad.mul_(probs)
