@@ -108,7 +108,9 @@ def logistic_mask(param: Tensor, uniform: Tensor, temperature: Tensor | float, i
     """Draw hard masks with the gradient of soft ones; arguments are those of `LogisticMask.forward`."""
     try:
         return cast(Tensor, _EagerLogisticMask.apply(param, uniform, temperature, is_logits))
-    except RuntimeError:  # what torch says of such functions under vmap, grad and their like
+    except RuntimeError as error:
+        if "functorch" not in str(error):  # what torch says of such functions under vmap, grad and their like
+            raise
         return cast(Tensor, LogisticMask.apply(param, uniform, temperature, is_logits)[0])
 
 

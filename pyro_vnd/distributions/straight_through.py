@@ -28,8 +28,9 @@ class OrderedMaskStraightThrough(OrderedMask):
 
       $$\tilde z = \mathrm{TailSum}(\mathrm{softmax}((\log p + g) / \tau)), \qquad L = \arg\max_k (\log p_k + g_k).$$
 
-    The gradient is biased towards that of the relaxed objective and its variance grows as the temperature falls; for
-    smooth objectives the logistic noise has several times less of both. KL divergences to any ordered mask are exact.
+    The gradient is biased towards that of the relaxed objective, and its variance grows as the temperature falls. The
+    logistic noise has less variance wherever it was measured, and less bias for strongly nonlinear objectives; for a
+    quadratic one at low temperatures the Gumbel noise has less bias. KL divergences to any ordered mask are exact.
 
     Shapes: parameters (..., K); batch_shape (...); event_shape (K,).
 
