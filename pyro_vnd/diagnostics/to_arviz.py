@@ -9,7 +9,7 @@ from pyro import poutine
 from tqdm.auto import tqdm
 
 from pyro_vnd.diagnostics._arviz import from_groups
-from pyro_vnd.distributions import NestedNormal, OrderedMask
+from pyro_vnd.distributions.wrapped import find_mask
 from pyro_vnd.infer import module_local_params
 
 __all__ = ["to_arviz"]
@@ -92,10 +92,8 @@ def _dim_names(name: str, site: Any) -> tuple[list[str], str | None]:
     for frame in site["cond_indep_stack"]:
         if frame.vectorized:
             names[rank - fn.event_dim + frame.dim] = frame.name
-    while not isinstance(fn, OrderedMask | NestedNormal):
-        if not hasattr(fn, "base_dist"):
-            return names, None
-        fn = fn.base_dist
+    if find_mask(fn) is None:
+        return names, None
     names[-1] = f"{name}_unit"
     return names, names[-1]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
+from pyro_vnd.distributions.wrapped import find_mask
 
 __all__ = ["AutoNested"]
 
@@ -78,7 +79,7 @@ class AutoNested(AutoGuideList):
         super()._setup_prototype(*args, **kwargs)
         prototype: Any = self.prototype_trace
         sites = dict(prototype.iter_stochastic_nodes())
-        masks = [name for name, site in sites.items() if _mask_law(site["fn"]) is not None]
+        masks = [name for name, site in sites.items() if isinstance(find_mask(site["fn"]), OrderedMask)]
         self._check_names(masks)
         others = [name for name in sites if name not in masks]
         for is_mask, run in groupby(sites, key=lambda name: name in masks):
@@ -136,7 +137,7 @@ class _AutoMask(AutoGuide):
         super()._setup_prototype(*args, **kwargs)
         prototype: Any = self.prototype_trace
         ((self.site_name, site),) = prototype.iter_stochastic_nodes()
-        prior: Any = _mask_law(site["fn"])
+        prior: Any = find_mask(site["fn"])
         event_dim = site["fn"].event_dim
         self._frames, self._extra_dims = site["cond_indep_stack"], event_dim - 1
         logits = prior.logits.detach()
@@ -181,12 +182,3 @@ class _AutoMask(AutoGuide):
         masks = torch.stack([(law.keep_probs > 1 - q).to(law.probs.dtype) for q in quantiles])
         masks[..., 0] = 1
         return {self.site_name: masks}
-
-
-def _mask_law(fn: Any) -> OrderedMask | None:
-    """Return the ordered mask below reshaping wrappers (`to_event`, `mask`, `expand`), if that is what `fn` is."""
-    while not isinstance(fn, OrderedMask):
-        if not hasattr(fn, "base_dist"):
-            return None
-        fn = fn.base_dist
-    return fn

@@ -6,6 +6,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
 from pyro_vnd.distributions import NestedNormal, OrderedMask
+from pyro_vnd.distributions.wrapped import find_mask
 
 __all__ = ["ElboMonitor", "ScaleToDataset"]
 
@@ -97,8 +98,6 @@ class ElboMonitor(Messenger):
                     log_prob = log_prob * msg["mask"]
                 self.log_likelihood += (log_prob * msg["scale"]).sum().item()
         elif msg["name"] not in self.laws:  # the guide runs before the model
-            law = msg["fn"]
-            while not isinstance(law, OrderedMask | NestedNormal) and hasattr(law, "base_dist"):
-                law = law.base_dist
-            if isinstance(law, OrderedMask | NestedNormal):
+            law = find_mask(msg["fn"])
+            if law is not None:
                 self.laws[msg["name"]] = law

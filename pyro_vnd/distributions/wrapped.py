@@ -1,0 +1,17 @@
+"""Masks below the wrappers that Pyro puts around distributions."""
+
+from typing import Any
+
+from pyro_vnd.distributions.nested_normal import NestedNormal
+from pyro_vnd.distributions.ordered_mask import OrderedMask
+
+__all__ = ["find_mask"]
+
+
+def find_mask(fn: Any) -> OrderedMask | NestedNormal | None:
+    """Return the law of a mask below `to_event`, `mask` and `expand`, or None if `fn` is about something else."""
+    while not isinstance(fn, OrderedMask | NestedNormal):
+        if not hasattr(fn, "base_dist"):
+            return None
+        fn = fn.base_dist
+    return fn
