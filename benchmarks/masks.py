@@ -63,7 +63,9 @@ class Settings:
         shapes: Pairs of number of masks and number of units.
         seconds: Time for one operation at one shape, about.
         min_rounds: Rounds of it, even if that takes longer.
-        rows: Data rows of the gradient problems.
+        rows: Data rows of the gradient problems. With 16 the deviation of the logistic noise on the network, at
+            temperature 0.2, ran from .91 to 1.22 over four seeds, and missed its target on two; with 64 from .97 to
+            1.08.
         max_blocks: Limit to the blocks of gradient estimates.
     """
 

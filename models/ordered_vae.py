@@ -30,10 +30,7 @@ class OrderedEncoder(nn.Module):
     def __init__(self, num_inputs: int, num_latents: int, num_hidden: int, share_of_uniform: float) -> None:
         super().__init__()
         self.share_of_uniform = share_of_uniform
-        self.net = nn.Sequential(
-            *(nn.Linear(num_inputs, num_hidden), nn.SiLU()),
-            *(nn.Linear(num_hidden, num_hidden), nn.SiLU(), nn.Linear(num_hidden, 3 * num_latents)),
-        )
+        self.net = _mlp(num_inputs, num_hidden, 3 * num_latents)
 
     def forward(self, x: Tensor) -> NestedNormal:
         """Return the law of the codes of flattened images, shape (N, num_inputs)."""
@@ -63,10 +60,7 @@ class OrderedVAE(PyroModule):
         super().__init__()
         self.num_latents = num_latents
         self.encoder = OrderedEncoder(num_inputs, num_latents, num_hidden, share_of_uniform)
-        self.decoder = nn.Sequential(
-            *(nn.Linear(num_latents, num_hidden), nn.SiLU()),
-            *(nn.Linear(num_hidden, num_hidden), nn.SiLU(), nn.Linear(num_hidden, num_inputs)),
-        )
+        self.decoder = _mlp(num_latents, num_hidden, num_inputs)
         self.noise = PyroParam(torch.tensor(0.3), constraints.positive)
 
     def forward(self, x: Tensor) -> Any:
@@ -117,3 +111,13 @@ class EncoderGuide(PyroModule):
         """Draw codes of flattened images, shape (N, num_inputs)."""
         with pyro.plate("data", len(x)):
             return pyro.sample("code", self.encoder(x))
+
+
+def _mlp(num_inputs: int, num_hidden: int, num_outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(num_inputs, num_hidden),
+        nn.SiLU(),
+        nn.Linear(num_hidden, num_hidden),
+        nn.SiLU(),
+        nn.Linear(num_hidden, num_outputs),
+    )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 STYLE = """
@@ -54,6 +55,7 @@ class Report:
         """Add a figure, embedded and as the file `name`.png, with its caption for eyes and screen readers."""
         path = self.folder / f"{name}.png"
         figure.savefig(path, dpi=150)
+        plt.close(figure)
         data = base64.b64encode(path.read_bytes()).decode()
         width = round(figure.get_size_inches()[0] * 100)
         text = html.escape(caption)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
@@ -93,10 +95,9 @@ class ElboMonitor(Messenger):
         if msg["is_observed"]:
             if not self.enumerated:
                 # All handlers have run: scale and mask are final, as in the trace that the ELBO scores.
-                log_prob = msg["fn"].log_prob(msg["value"]).detach()
-                if msg["mask"] is not None and msg["mask"] is not True:
-                    log_prob = log_prob * msg["mask"]
-                self.log_likelihood += (log_prob * msg["scale"]).sum().item()
+                with torch.no_grad():
+                    log_prob = msg["fn"].log_prob(msg["value"])
+                    self.log_likelihood += scale_and_mask(log_prob, msg["scale"], msg["mask"]).sum().item()
         elif msg["name"] not in self.laws:  # the guide runs before the model
             law = find_mask(msg["fn"])
             if law is not None:
