@@ -18,18 +18,24 @@ BLOCK_SECONDS = 0.01  # long against the clock and the loop, short against chang
 
 
 def interleaved_medians(
-    functions: Mapping[str, Callable[[], object]], *, seconds: float, min_rounds: int
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float,
+    min_rounds: int,
+    clock: Callable[[], float] = thread_time,
 ) -> dict[str, float]:
     """Measure the seconds that one call of each function takes.
 
     In each round every function runs for one block of calls, in an order drawn anew, so that a change in the load
     of the machine or in the state of its caches meets all of them alike. Compare medians of one call of this
-    function only. What counts is the time that this thread ran, not that for which it waited for a core.
+    function only. What counts is the time that this thread ran, not that for which it waited for a core; give another
+    clock where other threads do part of the work.
 
     Args:
         functions: What to time, by name.
         seconds: Total time to spend, about.
         min_rounds: Rounds to run even if that takes longer.
+        clock: Tells the time in seconds.
 
     Returns:
         The median over rounds of the mean seconds a call.
@@ -37,10 +43,10 @@ def interleaved_medians(
     calls, round_seconds = {}, 0.0
     for name, function in functions.items():
         function()  # the first call sets things up
-        once = _block_seconds(function, 1)
+        once = _block_seconds(function, 1, clock)
         if once < BLOCK_SECONDS:
             warm_up = max(3, round(BLOCK_SECONDS / once))
-            once = _block_seconds(function, warm_up) / warm_up
+            once = _block_seconds(function, warm_up, clock) / warm_up
         calls[name] = max(1, round(BLOCK_SECONDS / once))
         round_seconds += calls[name] * once
     rounds = max(min_rounds, round(seconds / round_seconds))
@@ -49,17 +55,17 @@ def interleaved_medians(
     for _ in range(rounds):
         shuffle(order)
         for name in order:
-            times[name].append(_block_seconds(functions[name], calls[name]) / calls[name])
+            times[name].append(_block_seconds(functions[name], calls[name], clock) / calls[name])
     return {name: median(values) for name, values in times.items()}
 
 
-def _block_seconds(function: Callable[[], object], calls: int) -> float:
+def _block_seconds(function: Callable[[], object], calls: int, clock: Callable[[], float]) -> float:
     collecting = gc.isenabled()
     gc.disable()
-    start = thread_time()
+    start = clock()
     for _ in range(calls):
         function()
-    elapsed = thread_time() - start
+    elapsed = clock() - start
     if collecting:
         gc.enable()
     return elapsed

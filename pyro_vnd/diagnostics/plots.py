@@ -9,7 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-__all__ = ["plot_keep_probs", "plot_prefixes", "plot_widths"]
+from pyro_vnd.distributions import OrderedMask
+
+__all__ = ["plot_keep_probs", "plot_laws", "plot_prefixes", "plot_widths"]
 
 
 def plot_keep_probs(
@@ -41,6 +43,39 @@ def plot_keep_probs(
         ax.fill_between(units, low, high, alpha=0.25, color=line.get_color(), linewidth=0)
     ax.set(xlabel="unit", ylabel="keep probability", ylim=(0, 1.02))
     ax.legend(title=f"mean and {prob:.0%} band")
+    return ax
+
+
+def plot_laws(
+    laws: Mapping[str, OrderedMask],
+    priors: Mapping[str, OrderedMask] | None = None,
+    *,
+    ax: Axes | None = None,
+    figsize: Any = None,
+) -> Axes:
+    """Plot the probability that each part of a layer is kept, one line a law, coloured by depth.
+
+    Args:
+        laws: Laws of masks by name, in the order of the net, such as `net.laws` or the `laws` of an `AutoNested`; where
+            a law has a batch shape the line is the mean over it.
+        priors: Their priors, by the same names: dashed.
+        ax: Axes to draw on.
+        figsize: Size of a new figure, in inches.
+
+    Returns:
+        The axes.
+    """
+    ax = ax or plt.subplots(figsize=figsize, layout="constrained")[1]
+    colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(laws)))
+    for color, (name, law) in zip(colors, laws.items(), strict=True):
+        share = np.arange(1, law.num_units + 1) / law.num_units
+        for style, source in (("-", law), ("--", (priors or {}).get(name))):
+            if source is not None:
+                keep = source.keep_probs.detach().cpu().reshape(-1, law.num_units).mean(0)
+                ax.plot(share, keep, style, color=color, marker="." if style == "-" else None, linewidth=1)
+        ax.plot([], [], color=color, label=name)
+    ax.set(xlabel="position in the layer (share of its units)", ylabel="keep probability", xlim=(0, 1), ylim=(0, 1.02))
+    ax.legend(fontsize="small", title="dashed: prior" if priors else None)
     return ax
 
 

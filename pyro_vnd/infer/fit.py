@@ -1,25 +1,28 @@
 """Stochastic variational inference with mini-batches, progress and a record of the ELBO's parts."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from pyro import poutine
-from pyro.infer import ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_vnd.infer.checkpoint import Checkpoint
+from pyro_vnd.infer.cuts import MaskCuts, find_masks, nested_laws
+from pyro_vnd.infer.elbo import NestedELBO
 from pyro_vnd.infer.local_params import module_local_params
-from pyro_vnd.infer.monitor import ElboMonitor, ScaleToDataset
+from pyro_vnd.infer.local_reparam import LocalReparameterization
+from pyro_vnd.infer.minibatches import check_data, cuda_devices, minibatches, module_mode, random_numbers
+from pyro_vnd.infer.monitor import ScaleToDataset
 from pyro_vnd.infer.result import FitResult
+from pyro_vnd.infer.schedules import LRSchedule, MaskSchedule, Schedule, schedule_values
+from pyro_vnd.infer.step import Handler, NonFiniteLossError, Step
+from pyro_vnd.infer.validation import mean_log_likelihood
 
 __all__ = ["NonFiniteLossError", "fit"]
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The ELBO or its gradient became infinite or NaN; parameters are those of the last finite step."""
 
 
 def fit(
@@ -31,9 +34,19 @@ def fit(
     batch_size: int | None = None,
     lr: float = 0.01,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    lr_schedule: LRSchedule | None = None,
+    clip_norm: float | None = None,
     elbo: ELBO | None = None,
-    kl_weight: float = 1.0,
+    kl_weight: Schedule = 1.0,
+    length_weight: Schedule = 1.0,
+    temperature: Schedule | None = None,
+    masks: MaskSchedule | None = None,
+    sliced: bool = False,
+    local_reparam: bool = False,
+    validation: Tensor | Sequence[Tensor] | None = None,
     plate: str = "data",
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
     seed: int | None = 0,
     progress: bool = True,
 ) -> FitResult:
@@ -46,24 +59,47 @@ def fit(
 
     where the first sum is over all sites in the plate of the data, whose scale is set here: write the model for whole
     data, `with pyro.plate("data", len(x))`. Model and guide are called as `model(*batch)` and `guide(*batch)`, under
-    module-local parameters; their `nn.Module` parameters are trained, not Pyro's global store. A second call goes on
-    from where the first one ended.
+    module-local parameters and in training mode; their `nn.Module` parameters are trained, not Pyro's global store. A
+    second call goes on from where the first one ended, with a fresh optimiser.
+
+    A schedule is a number or a function of t, which goes from 0 in the first step to 1 in the last one: `linear`,
+    `cosine`, or your own.
 
     The random numbers of a fit with a seed do not disturb those of the caller.
 
     Args:
         model: A Pyro model; an `nn.Module` if it has parameters.
-        guide: Its guide, an `nn.Module` such as `AutoNested`.
+        guide: Its guide, an `nn.Module` such as `AutoNested` or the `posterior` of a nested net.
         data: A tensor, or several with the same number of rows.
         num_epochs: Passes over the data.
         batch_size: Rows of a mini-batch; the rows that do not fill a last one wait for the next epoch's shuffle. By
             default all rows.
         lr: Learning rate, handed to the optimiser.
         optimizer: Makes a torch optimiser from parameters and `lr`.
-        elbo: The objective, `TraceMeanField_ELBO()` by default.
-        kl_weight: Weight of the KL of the latents outside the plate of the data, such as the weights of a net. Below
-            one the posterior is colder than Bayes' and the objective no bound; the reported KL is the weighted one.
+        lr_schedule: Makes a torch `LRScheduler` from the optimiser and the number of all steps, such as
+            `cosine_to_zero()`; it is stepped after every step.
+        clip_norm: Largest norm of the gradient of all parameters together; a longer one is shortened to it.
+        elbo: The objective, `NestedELBO()` by default.
+        kl_weight: Weight, or schedule of it, of the KL of the latents outside the plate of the data that are no masks,
+            such as the weights of a net. Below one the posterior is colder than Bayes' and the objective no bound. The
+            result has the KL in the objective, and beside it the parts without weights.
+        length_weight: The same for the KL of all masks, in the plate and outside. Above one the laws of lengths are
+            held nearer to their prior.
+        temperature: Temperature, or schedule of it, of all straight-through masks of `AutoNested` and nested nets;
+            None leaves theirs alone. The last one stays after the fit.
+        masks: Where the masks of nested nets come from: part from q, part at a budget, part at full width. The cure
+            against lengths that collapse; see `MaskSchedule`. None draws all of them from q.
+        sliced: Whether steps in which the whole batch has one width compute only what is kept: nets with
+            masks="batch", under `masks`.
+        local_reparam: Whether to draw the outputs of layers rather than weights, `LocalReparameterization`: gradients
+            have less noise. It needs an objective that scores no value, `NestedELBO`.
+        validation: Data like `data`, whose log-likelihood at draws of the guide is reported after every epoch. For
+            choosing between fits: a part of the training data that was held back, never the test data.
         plate: Name of the plate over the rows of the data.
+        checkpoint: File in which the state of the fit is kept, written anew after every epoch.
+        resume: Whether to go on from that file, with the very result of a fit that was never interrupted; an epoch
+            that was not finished is done again. Starts from scratch if there is no file. Arguments that are no part of
+            the file, such as schedules, must be those of the first call.
         seed: Seed of shuffling, initialisation and draws; None goes on with the caller's random numbers.
         progress: Whether to show a progress bar.
 
@@ -71,7 +107,7 @@ def fit(
         The ELBO and its parts by epoch, in nats per row, and the learned laws of lengths.
 
     Raises:
-        ValueError: If the data, the plate or the parameters do not fit together.
+        ValueError: If an argument is invalid, or data, plate, parameters or checkpoint do not fit together.
         NonFiniteLossError: If the loss or a gradient is not finite; the message names the site.
 
     Warns:
@@ -90,132 +126,90 @@ def fit(
         >>> int(guide.laws["mask"].mode.sum())
         2
     """
-    tensors = _check_data(data)
+    tensors = check_data(data)
     num_data = len(tensors[0])
     batch_size = num_data if batch_size is None else batch_size
     if not 1 <= batch_size <= num_data:
         raise ValueError(f"fit: argument `batch_size` must be from 1 to {num_data}, the rows of data; got {batch_size}")
-    if not (kl_weight >= 0 and kl_weight < torch.inf):
-        raise ValueError(f"fit: argument `kl_weight` must be finite and >= 0; got {kl_weight}")
     if num_epochs < 1:
         raise ValueError(f"fit: argument `num_epochs` must be at least 1; got {num_epochs}")
+    if clip_norm is not None and not 0 < clip_norm < torch.inf:
+        raise ValueError(f"fit: argument `clip_norm` must be finite and > 0, or None; got {clip_norm}")
+    if resume and checkpoint is None:
+        raise ValueError("fit: argument `resume` needs the `checkpoint` to go on from")
+    if sliced and masks is None:
+        raise ValueError("fit: argument `sliced` is for steps at a given width: give `masks`, too")
+    held_back = None if validation is None else check_data(validation, "validation")
+    if held_back is not None and [x.shape[1:] for x in held_back] != [x.shape[1:] for x in tensors]:
+        shapes = [[tuple(x.shape) for x in some] for some in (tensors, held_back)]
+        raise ValueError(f"fit: argument `validation` must be like `data` of shapes {shapes[0]}; got {shapes[1]}")
+    elbo = NestedELBO() if elbo is None else elbo
+    keeps_parts = isinstance(elbo, NestedELBO)
+    if local_reparam and not keeps_parts:
+        raise ValueError(f"fit: argument `local_reparam` needs a NestedELBO; {type(elbo).__name__} scores weights")
+    num_steps = num_epochs * (num_data // batch_size)
+    schedules = _Schedules(num_steps, kl_weight, length_weight, temperature)
+    handlers: list[Handler] = []
+    if masks is not None:
+        handlers.append(MaskCuts(masks, sliced, (model, guide)).draw)
+    if local_reparam:
+        handlers.append(lambda num_rows: LocalReparameterization())
 
-    result, started = FitResult(), time.perf_counter()
-    with module_local_params(model, guide), _random_numbers(seed):
-        objective: Any = (TraceMeanField_ELBO() if elbo is None else elbo)(model, guide)  # type: ignore[arg-type]
-        scale = ScaleToDataset(plate, num_data, batch_size, kl_weight)
-        step = _Step(objective, scale, [rows[:batch_size] for rows in tensors])
+    started, devices = time.perf_counter(), cuda_devices([model, guide, *tensors])
+    with module_local_params(model, guide), random_numbers(seed, devices), module_mode([model, guide], training=True):
+        scale = ScaleToDataset(plate, num_data, batch_size, mark=keeps_parts)
+        schedules.set(0, scale, [])
+        objective: Any = elbo(model, guide)  # type: ignore[arg-type]
+        step = Step(objective, scale, [rows[:batch_size] for rows in tensors], handlers, clip_norm)
+        with_temperature = find_masks([model, guide])
+        if temperature is not None and not with_temperature:
+            raise ValueError("fit: argument `temperature` is for masks of AutoNested or a nested net; there are none")
         step.optimizer = optimizer(step.parameters, lr=lr)
-        epochs = tqdm(range(num_epochs), desc="fit", unit="epoch", disable=not progress)
+        step.lr_schedule = None if lr_schedule is None else lr_schedule(step.optimizer, num_steps)
+        result, state = FitResult(), None
+        if checkpoint is not None:
+            arguments = {"num_epochs": num_epochs, "batch_size": batch_size, "optimizer": type(step.optimizer).__name__}
+            arguments["data"] = [list(rows.shape) for rows in tensors]
+            state = Checkpoint(checkpoint, step, arguments, devices)
+            result = state.load() if resume else result
+        done, before = len(result.elbo), result.seconds
+        schedules.set(max(result.num_steps - 1, 0), scale, with_temperature)  # a finished fit, too, has its last one
+        epochs = tqdm(
+            range(done, num_epochs), desc="fit", unit="epoch", initial=done, total=num_epochs, disable=not progress
+        )
         for _ in epochs:
-            totals, num_steps = {"elbo": 0.0, "log_likelihood": 0.0}, 0
-            for batch in _batches(tensors, batch_size):
-                for name, value in step(batch).items():
-                    totals[name] += value
-                num_steps += 1
+            parts = []
+            for batch in minibatches(tensors, batch_size):
+                schedules.set(result.num_steps, scale, with_temperature)
+                parts.append(step(batch))
                 result.num_steps += 1
-            result.add_epoch(totals, num_steps * num_data, step.monitor.laws)
+            means = torch.stack(parts).cpu().double().mean(0) / num_data
+            result.add_epoch(means.tolist(), step.monitor.laws | nested_laws([model, guide]))
+            if held_back is not None:
+                result.validation_log_likelihood.append(mean_log_likelihood(model, guide, held_back, batch_size, plate))
+            result.seconds = before + time.perf_counter() - started
             epochs.set_postfix_str(result.progress())
-    result.seconds = time.perf_counter() - started
+            if state is not None:
+                state.save(result)
     result.warn_of_collapse()
     return result
 
 
-class _Step:
-    """One step of the optimiser, and what it takes to explain a failure."""
+class _Schedules:
+    """The weights of KLs and the temperature of masks at every step."""
 
-    optimizer: torch.optim.Optimizer
+    def __init__(
+        self, num_steps: int, kl_weight: Schedule, length_weight: Schedule, temperature: Schedule | None
+    ) -> None:
+        self.kl_weight = schedule_values("kl_weight", kl_weight, num_steps)
+        self.length_weight = schedule_values("length_weight", length_weight, num_steps)
+        self.temperature = None
+        if temperature is not None:
+            self.temperature = schedule_values("temperature", temperature, num_steps, positive=True)
 
-    def __init__(self, objective: Any, scale: ScaleToDataset, first_batch: list[Tensor]) -> None:
-        self.objective, self.scale, self.monitor = objective, scale, ElboMonitor()
-        # Lazy guides make their parameters on the first call.
-        with poutine.trace(param_only=True) as trace:
-            self._loss(first_batch)
-        self.scale.check()
-        self.parameters = list(objective.parameters())
-        known = {id(parameter) for parameter in self.parameters}
-        for name, site in trace.trace.nodes.items():
-            value: Any = site.get("value")
-            unconstrained = value.unconstrained() if hasattr(value, "unconstrained") else value
-            if site["type"] == "param" and id(unconstrained) not in known:
-                raise ValueError(
-                    f"fit: parameter {name!r} belongs to no nn.Module: make model and guide PyroModules, or train "
-                    "with pyro.infer.SVI and Pyro's global parameter store"
-                )
-        if not self.parameters:
-            raise ValueError("fit: neither model nor guide has parameters; is the guide an nn.Module?")
-
-    def _loss(self, batch: list[Tensor]) -> Tensor:
-        with self.scale, self.monitor:
-            return self.objective(*batch)
-
-    def __call__(self, batch: list[Tensor]) -> dict[str, float]:
-        self.optimizer.zero_grad(set_to_none=True)
-        try:
-            loss = self._loss(batch)
-        except ValueError as error:
-            raise NonFiniteLossError(
-                f"fit: evaluating the ELBO failed after site {self.monitor.last_site!r}: {error}"
-            ) from error
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(f"fit: the loss is {loss.item()}; {self._blame(batch)}")
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if not torch.isfinite(norm):
-            raise NonFiniteLossError(f"fit: the gradient norm is {norm.item()}; {self._blame(batch)}")
-        self.optimizer.step()
-        likelihood = torch.nan if self.monitor.enumerated else self.monitor.log_likelihood
-        return {"elbo": -loss.item(), "log_likelihood": likelihood / self.objective.elbo.num_particles}
-
-    def _blame(self, batch: list[Tensor]) -> str:
-        """Name the first site whose value or score is not finite, or the parameters whose gradient is not."""
-        with torch.no_grad(), self.scale:
-            guide = poutine.trace(self.objective.guide).get_trace(*batch)
-            model = poutine.trace(poutine.replay(self.objective.model, trace=guide)).get_trace(*batch)
-        for where, trace in (("guide", guide), ("model", model)):
-            for name, site in trace.nodes.items():
-                if site["type"] != "sample" or poutine.util.site_is_subsample(site):
-                    continue
-                score = site["fn"].log_prob(site["value"])
-                for what, value in (("value", site["value"]), ("log-probability", score)):
-                    if not torch.isfinite(value).all():
-                        return f"the {what} of site {name!r} of the {where} is not finite"
-        last = f"last site {self.monitor.last_site!r}"
-        gradients = {name: p.grad for name, p in self.objective.named_parameters() if p.grad is not None}
-        bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
-        return f"the gradient of {bad} is not finite; {last}" if bad else f"on a new draw each site is finite; {last}"
-
-
-def _check_data(data: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    tensors = [data] if isinstance(data, Tensor) else list(data)
-    for i, rows in enumerate(tensors):
-        if not isinstance(rows, Tensor) or rows.dim() == 0:
-            raise ValueError(f"fit: argument `data[{i}]` must be a tensor with rows; got {type(rows).__name__}")
-        if rows.is_floating_point() and not torch.isfinite(rows).all():
-            raise ValueError(f"fit: argument `data[{i}]` of shape {tuple(rows.shape)} must be finite; got NaN or inf")
-    shapes = [tuple(rows.shape) for rows in tensors]
-    if not tensors or len({shape[0] for shape in shapes}) > 1 or shapes[0][0] == 0:
-        raise ValueError(f"fit: argument `data` must be tensors with the same number of rows, at least 1; got {shapes}")
-    return tensors
-
-
-def _batches(tensors: list[Tensor], batch_size: int) -> Iterator[list[Tensor]]:
-    num_data = len(tensors[0])
-    if batch_size == num_data:
-        yield tensors
-        return
-    order = torch.randperm(num_data)
-    for start in range(0, num_data - batch_size + 1, batch_size):
-        rows = order[start : start + batch_size]
-        yield [x[rows.to(x.device)] for x in tensors]
-
-
-@contextmanager
-def _random_numbers(seed: int | None) -> Iterator[None]:
-    """Seed torch inside a block and give the caller's random numbers back after it."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
+    def set(self, step: int, scale: ScaleToDataset, masks: list[Any]) -> None:
+        """Set what holds in a step."""
+        scale.kl_weight, scale.length_weight = self.kl_weight[step], self.length_weight[step]
+        if self.temperature is not None:
+            for mask in masks:
+                mask.temperature = self.temperature[step]

@@ -6,6 +6,7 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
+from torch import Tensor
 
 from pyro_vnd.distributions import NestedNormal, OrderedMask
 from pyro_vnd.distributions.wrapped import find_mask
@@ -23,16 +24,42 @@ class ScaleToDataset(Messenger):
         plate: Name of the plate.
         num_data: Rows of the data set.
         batch_size: Rows of the mini-batch.
-        kl_weight: Weight of the latents outside the plate.
+        kl_weight: Weight of the latents outside the plate that are no masks.
+        length_weight: Weight of the masks, inside the plate and outside.
+        mark: Whether weights are left to the ELBO, in `infer["kl_weight"]` of the site as `NestedELBO` wants it,
+            instead of multiplying the scale of the site, which every ELBO understands.
     """
 
-    def __init__(self, plate: str, num_data: int, batch_size: int, kl_weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        plate: str,
+        num_data: int,
+        batch_size: int,
+        kl_weight: float = 1.0,
+        length_weight: float = 1.0,
+        mark: bool = False,
+    ) -> None:
         super().__init__()
-        self.plate, self.num_data, self.batch_size, self.kl_weight = plate, num_data, batch_size, kl_weight
+        self.plate, self.num_data, self.batch_size, self.mark = plate, num_data, batch_size, mark
+        self.kl_weight, self.length_weight = kl_weight, length_weight
         self.found = False
         self.plates: dict[str, int] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
+        in_plate = self._scale(msg)
+        if msg["is_observed"] or site_is_subsample(msg):
+            return
+        if isinstance(find_mask(msg["fn"]), OrderedMask):
+            weight = self.length_weight
+        else:
+            weight = 1.0 if in_plate else self.kl_weight
+        if self.mark:
+            msg["infer"]["kl_weight"] = weight
+        else:
+            msg["scale"] = msg["scale"] * weight
+
+    def _scale(self, msg: Any) -> bool:
+        """Scale a site in the plate of the data; return whether it is in there."""
         for frame in msg["cond_indep_stack"]:
             self.plates[frame.name] = frame.size
             if frame.name != self.plate:
@@ -49,9 +76,8 @@ class ScaleToDataset(Messenger):
             self.found = True
             if frame.full_size in (frame.size, None):
                 msg["scale"] = msg["scale"] * (self.num_data / self.batch_size)
-            return
-        if not msg["is_observed"]:
-            msg["scale"] = msg["scale"] * self.kl_weight
+            return True
+        return False
 
     def check(self) -> None:
         """Raise where a mini-batch met no plate to scale.
@@ -70,18 +96,24 @@ class ElboMonitor(Messenger):
     """Record the log-likelihood of the observed sites and the laws of the masks of the guide in one ELBO evaluation.
 
     With ELBO = log-likelihood - KL, the KL part follows. Nothing is recorded where a site is enumerated, as its
-    log-likelihood is then an expectation that the handler does not see.
+    log-likelihood is then an expectation that the handler does not see. A mask that is not drawn in an evaluation, as
+    it is cut to a budget, keeps its law of an earlier one.
+
+    Args:
+        score: Whether to score the observed sites, for an ELBO that does not keep the log-likelihood itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, score: bool = True) -> None:
         super().__init__()
+        self.score = score
+        self.laws: dict[str, OrderedMask | NestedNormal] = {}
         self._reset()
 
     def _reset(self) -> None:
-        self.log_likelihood = 0.0
+        self.log_likelihood: Tensor | float = 0.0
         self.enumerated = False
-        self.laws: dict[str, OrderedMask | NestedNormal] = {}
         self.last_site = ""
+        self._seen: set[str] = set()
 
     def __enter__(self) -> "ElboMonitor":
         self._reset()
@@ -90,15 +122,16 @@ class ElboMonitor(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
             return
-        self.last_site = msg["name"]
+        name = self.last_site = msg["name"]
         self.enumerated |= msg["infer"].get("_enumerate_dim") is not None
         if msg["is_observed"]:
-            if not self.enumerated:
+            if self.score and not self.enumerated:
                 # All handlers have run: scale and mask are final, as in the trace that the ELBO scores.
                 with torch.no_grad():
                     log_prob = msg["fn"].log_prob(msg["value"])
-                    self.log_likelihood += scale_and_mask(log_prob, msg["scale"], msg["mask"]).sum().item()
-        elif msg["name"] not in self.laws:  # the guide runs before the model
+                    self.log_likelihood += scale_and_mask(log_prob, msg["scale"], msg["mask"]).sum()
+        elif name not in self._seen:  # the guide runs before the model
+            self._seen.add(name)
             law = find_mask(msg["fn"])
             if law is not None:
-                self.laws[msg["name"]] = law
+                self.laws[name] = law

@@ -1,6 +1,8 @@
 """What a fit did: the ELBO and its parts by epoch, and the learned laws of lengths."""
 
+import math
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -50,13 +52,19 @@ class LengthSummary:
 
 @dataclass
 class FitResult:
-    """What `fit` did.
+    """What `fit` did; parts of the ELBO are in nats per row of the data, each the mean over the steps of an epoch.
 
     Attributes:
-        elbo: ELBO of each epoch in nats per row of the data, the mean over its steps.
+        elbo: Objective of each epoch: the ELBO, with weighted KLs where `fit` was given weights.
         log_likelihood: Its likelihood part, E log p(data | latents).
-        kl: Its KL part, so that elbo = log_likelihood - kl; both are nan where a site is enumerated.
-        lengths: The law of each mask site at the last step.
+        kl: Its KL part, weighted as in the objective, so that elbo = log_likelihood - kl; both are nan where a site is
+            enumerated.
+        kl_latents: KL of all latents that are no masks, without weights: how far weights and codes are from their
+            prior, also while a weight is still rising. A `NestedNormal` is among them, lengths and all.
+        kl_lengths: KL of all masks, without weights. At weights of one, kl = kl_latents + kl_lengths; both are nan
+            where the objective is no `NestedELBO`.
+        validation_log_likelihood: Log-likelihood of the validation data after each epoch, if there are any.
+        lengths: The law of each mask site at the end.
         mean_length: E L of each mask site in each epoch.
         num_steps: Steps of the optimiser.
         seconds: Wall-clock time.
@@ -65,6 +73,9 @@ class FitResult:
     elbo: list[float] = field(default_factory=list)
     log_likelihood: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
+    kl_latents: list[float] = field(default_factory=list)
+    kl_lengths: list[float] = field(default_factory=list)
+    validation_log_likelihood: list[float] = field(default_factory=list)
     lengths: dict[str, LengthSummary] = field(default_factory=dict)
     mean_length: dict[str, list[float]] = field(default_factory=dict)
     num_steps: int = 0
@@ -75,28 +86,36 @@ class FitResult:
             f"{len(self.elbo)} epochs, {self.num_steps} steps in {self.seconds:.1f} s; nats per row: ELBO "
             f"{self.elbo[-1]:.4g} = log-likelihood {self.log_likelihood[-1]:.4g} - KL {self.kl[-1]:.4g}"
         ]
+        if not math.isnan(self.kl_latents[-1]):
+            lines.append(f"KL of latents {self.kl_latents[-1]:.4g}, of lengths {self.kl_lengths[-1]:.4g}")
+        if self.validation_log_likelihood:
+            lines.append(f"log-likelihood of the validation data {self.validation_log_likelihood[-1]:.4g}")
         return "\n".join(lines + [f"{name}: {summary}" for name, summary in self.lengths.items()])
 
-    def add_epoch(self, totals: dict[str, float], num_rows: int, laws: dict[str, OrderedMask | NestedNormal]) -> None:
+    def add_epoch(self, parts: Sequence[float], laws: Mapping[str, OrderedMask | NestedNormal]) -> None:
         """Record an epoch.
 
         Args:
-            totals: Sums over the epoch's steps of the ELBO and its log-likelihood, each for the whole data.
-            num_rows: Rows that these sums count: steps times rows of the data.
-            laws: Laws of lengths at the last step, by site.
+            parts: Mean objective, log-likelihood, KL of the latents that are no masks, and of the masks, in nats per
+                row.
+            laws: Laws of lengths at its end, by site.
         """
-        elbo, log_likelihood = totals["elbo"] / num_rows, totals["log_likelihood"] / num_rows
+        elbo, log_likelihood, kl_latents, kl_lengths = parts
         self.elbo.append(elbo)
         self.log_likelihood.append(log_likelihood)
         self.kl.append(log_likelihood - elbo)
+        self.kl_latents.append(kl_latents)
+        self.kl_lengths.append(kl_lengths)
         self.lengths = {name: LengthSummary.of(law) for name, law in laws.items()}
         for name, summary in self.lengths.items():
             self.mean_length.setdefault(name, []).append(summary.mean)
 
     def progress(self) -> str:
         """Say in one line where the fit stands."""
-        parts = f"ELBO={self.elbo[-1]:.4g}, log-lik={self.log_likelihood[-1]:.4g}, KL={self.kl[-1]:.3g}"
-        return ", ".join([parts, *(f"E[L {name}]={summary.mean:.1f}" for name, summary in self.lengths.items())])
+        parts = [f"ELBO={self.elbo[-1]:.4g}", f"log-lik={self.log_likelihood[-1]:.4g}", f"KL={self.kl[-1]:.3g}"]
+        if self.validation_log_likelihood:
+            parts.append(f"validation={self.validation_log_likelihood[-1]:.4g}")
+        return ", ".join([*parts, *(f"E[L {name}]={summary.mean:.1f}" for name, summary in self.lengths.items())])
 
     def warn_of_collapse(self) -> None:
         """Warn of laws that have put all their mass on one length."""
@@ -104,8 +123,9 @@ class FitResult:
             if summary.num_units > 1 and summary.entropy < _COLLAPSED:
                 warnings.warn(
                     f"the law of lengths at site {name!r} has collapsed ({summary}). If the length itself is what you "
-                    "infer, that may be the posterior. If every prefix is to be useful, draw a mask for each row (put "
-                    "the site in the plate of the data), mix the law with a fixed one, or weigh the KL of the lengths.",
+                    "infer, that may be the posterior. If every prefix is to be useful: draw a mask for each row "
+                    '(masks="example" of a nested net, or the site in the plate of the data), train at fixed widths, '
+                    "too (masks=MaskSchedule()), or raise length_weight.",
                     LengthCollapseWarning,
                     stacklevel=3,
                 )

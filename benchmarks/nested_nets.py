@@ -1,0 +1,315 @@
+"""Nested nets against independent nets, fixed rates and a Bayesian net: accuracy, calibration and detection by width.
+
+Every method has the same architecture, data, epochs, batches, optimiser and learning-rate schedule:
+
+- independent: one deterministic net for each width, trained by itself at that size;
+- fixed_geometric, fixed_uniform: nested dropout with a fixed law of the kept fraction, deterministic weights;
+- bayes_full: a mean-field Bayesian net, at full width only;
+- vnd: ours;
+- vnd_probs_as_logits: ours, but masks are drawn as if probabilities were logits, an ablation.
+
+All choices were made on the validation part; the test part is scored once, here. Each fit is kept in a file of its own
+as soon as it is done, so that a run that is interrupted goes on from there.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+import xarray as xr
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+from benchmarks.record import header, rounded, write_json
+from models.datasets import load
+from models.nets import lenet, mlp
+from models.ood import ood_sets
+from pyro_vnd.diagnostics import evaluate, evaluate_learned, evaluate_widths, net_cost
+from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
+from pyro_vnd.infer import FitResult, MaskSchedule, cosine_to_zero, fit
+from pyro_vnd.nn import NestedClassifier, NestedNet, Width, nest
+
+RESULTS = Path(__file__).parent / "results" / "nested_nets.json"
+PARTS = Path("results") / "nested_nets"
+WIDTHS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
+METHODS = ("independent", "fixed_geometric", "fixed_uniform", "bayes_full", "vnd", "vnd_probs_as_logits")
+SCALARS = (
+    *("accuracy", "nll", "brier", "ece", "adaptive_ece", "entropy", "mutual_information"),
+    *("temperature", "nll_calibrated", "ece_calibrated", "multiply_adds", "parameters"),
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all methods share, and what only some of them have.
+
+    Attributes:
+        epochs: Passes over the training part.
+        batch_size: Rows of a batch.
+        lr: Largest learning rate of Adam, which rises for a twentieth of the steps and falls to zero on a cosine.
+        num_groups: Blocks of a channel group.
+        law_lr: Factor on the learning rate of the laws of lengths.
+        kl_weight: Weight of the KL of the weights.
+        length_weight: Weight of the KL of the lengths.
+        prior_scale: Standard deviation of the prior of weights in units of 1 / sqrt(fan_in).
+        first_prior_scale: The same for the first layer.
+        init_scale: Starting deviation of the posterior, as a share of the prior's.
+        learned: Share of masks drawn from the learned law.
+        budget: Share of masks at a budget common to all groups, log-uniform.
+        keep: Rate of the fixed geometric law, and of the law of budgets where it is geometric.
+        num_samples: Draws of the weights in evaluation.
+    """
+
+    epochs: int = 12
+    batch_size: int = 256
+    lr: float = 2e-3
+    num_groups: int = 16
+    law_lr: float = 10.0
+    kl_weight: float = 0.05
+    length_weight: float = 1.0
+    prior_scale: float = 1.0
+    first_prior_scale: float = 3.0
+    init_scale: float = 0.1
+    learned: float = 0.3
+    budget: float = 0.6
+    keep: float = 0.85
+    num_samples: int = 20
+    full: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "full", round(1 - self.learned - self.budget, 6))
+
+
+RECIPES = {"mlp": Recipe(), "cnn": Recipe()}
+
+
+class ProbsAsLogits(OrderedMaskStraightThrough):
+    """A mask drawn as the published code draws it: probabilities handed to a sampler that wants logits."""
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        """Draw from softmax(p) rather than p, with Gumbel noise."""
+        return OrderedMaskStraightThrough(self.temperature, logits=self.probs, noise="gumbel").rsample(sample_shape)
+
+
+class ProbsAsLogitsWidth(Width):
+    """A width whose masks are drawn that way; its law, and so its KL, stays right."""
+
+    @property
+    def posterior(self) -> OrderedMaskStraightThrough:
+        """Posterior law of the mask."""
+        return ProbsAsLogits(self.temperature, logits=self.logits)
+
+
+class Classifier(PyroModule):
+    """The same likelihood without anything random, for independent nets."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, y: Tensor) -> None:
+        """Run the model."""
+        logits = self.net(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("label", dist.Categorical(logits=logits), obs=y)
+
+
+class NoLatents(PyroModule):
+    """The guide of a model without latents."""
+
+    def forward(self, *_: Tensor) -> None:
+        """Draw nothing."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Standardised images and labels, and images from elsewhere."""
+
+    name: str
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    ood: dict[str, Tensor]
+
+    @classmethod
+    def load(cls, name: str) -> "Data":
+        """Load a data set; pixels are centred and scaled by the mean and deviation of the training images."""
+        data = load(name)
+        mean, deviation = data.train.images.mean(), data.train.images.std()
+
+        def scaled(x: Tensor) -> Tensor:
+            return (x - mean) / deviation
+
+        parts = ((scaled(part.images), part.labels) for part in (data.train, data.validation, data.test))
+        return cls(name, *parts, {key: scaled(x) for key, x in ood_sets(data.test.images).items()})
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of an image."""
+        return self.train[0].shape[-1]
+
+
+def build(arch: str, image_size: int, width: float = 1.0) -> nn.Module:
+    """Return a plain net whose hidden layers have a share of their units."""
+    if arch == "mlp":
+        return mlp(image_size**2, hidden=(round(512 * width), round(512 * width)))
+    return lenet(channels=(round(32 * width), round(64 * width)), hidden=round(128 * width), image_size=image_size)
+
+
+def prior(recipe: Recipe) -> dict[str, Any]:
+    """Return N(0, c^2 / fan_in) for the weights, with a wider one in the first layer."""
+
+    def normal(scale: float, name: str, layer: Any) -> Normal:
+        weight = layer.weight
+        deviation = scale / weight[0].numel() ** 0.5 if name == "weight" else 1.0
+        return Normal(weight.new_tensor(0.0), weight.new_tensor(deviation))
+
+    return {"": partial(normal, recipe.prior_scale), "first": partial(normal, recipe.first_prior_scale)}
+
+
+def train(method: str, arch: str, seed: int, data: Data, recipe: Recipe, width: float = 1.0) -> tuple[Any, FitResult]:
+    """Fit one method, and return the nested net, or the plain one of the given width, and the record of the fit."""
+    torch.manual_seed(seed)
+    plain = build(arch, data.image_size, width if method == "independent" else 1.0)
+    arguments: dict[str, Any] = {
+        "num_epochs": recipe.epochs,
+        "batch_size": recipe.batch_size,
+        "lr": recipe.lr,
+        "lr_schedule": cosine_to_zero(),
+        "optimizer": partial(torch.optim.Adam, fused=True),
+        "seed": seed,
+    }
+    if method == "independent":
+        return plain, fit(Classifier(plain), NoLatents(), data.train, **arguments)
+    example = data.train[0][:1]
+    if method.startswith("fixed"):
+        net = nest(plain, example, num_groups=recipe.num_groups, prior=None)
+        law = "uniform" if method == "fixed_uniform" else OrderedMask.geometric(recipe.keep, recipe.num_groups)
+        arguments["masks"] = MaskSchedule(learned=0, budget=1, full=0, law=law)
+    else:
+        priors = prior(recipe)
+        first = next(name for name, module in plain.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+        net = nest(
+            plain,
+            example,
+            num_groups=recipe.num_groups,
+            prior={first: priors["first"], "": priors[""]},
+            init_scale=recipe.init_scale,
+        )
+        schedule = MaskSchedule(recipe.learned, recipe.budget, recipe.full, law="log-uniform")
+        if method == "bayes_full":
+            schedule = MaskSchedule(learned=0, budget=0, full=1)
+        if method == "vnd_probs_as_logits":
+            for group in net.widths.values():
+                group.__class__ = ProbsAsLogitsWidth
+        arguments |= {
+            "masks": schedule,
+            "local_reparam": True,
+            "kl_weight": recipe.kl_weight,
+            "length_weight": recipe.length_weight,
+        }
+    laws = {id(group.logits) for group in net.widths.values()}
+
+    def adam(parameters: list[Tensor], lr: float) -> torch.optim.Adam:
+        groups = [
+            {"params": [p for p in parameters if id(p) not in laws]},
+            {"params": [p for p in parameters if id(p) in laws], "lr": recipe.law_lr * lr},
+        ]
+        return torch.optim.Adam([group for group in groups if group["params"]], lr=lr, fused=True)
+
+    return net, fit(NestedClassifier(net), net.posterior, data.train, **arguments | {"optimizer": adam})
+
+
+def rows(method: str, arch: str, seed: int, data: Data, recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """Fit a method and score it on the test part: one row a width and metric."""
+    shared: dict[str, Any] = {"ood": data.ood, "calibrate": data.validation, "seed": seed, "batch_size": 1000}
+    base = {"data": data.name, "arch": arch, "method": method, "seed": seed}
+
+    def flat(result: xr.Dataset, width: float | str, seconds: float) -> Iterator[dict[str, Any]]:
+        values = {name: result[name].item() for name in SCALARS if name in result} | {"fit_seconds": seconds}
+        for metric in ("auroc", "aupr", "fpr95"):
+            for score in result["score"].values:
+                by_set = result[metric].sel(score=score)
+                values[f"{metric}/{score}"] = by_set.mean().item()
+                if metric == "auroc":
+                    values |= {f"{metric}/{score}/{key}": by_set.sel(ood=key).item() for key in result["ood"].values}
+        for metric, value in values.items():
+            yield base | {"width": width, "metric": metric, "value": rounded(value)}
+
+    if method == "independent":
+        for width in WIDTHS:
+            net, record = train(method, arch, seed, data, recipe, width)
+            result = evaluate(net, data.test, **shared)
+            cost = net_cost(net, data.test[0][:1])
+            yield from flat(result.assign({name: ((), value) for name, value in cost.items()}), width, record.seconds)
+        return
+    net, record = train(method, arch, seed, data, recipe)
+    assert isinstance(net, NestedNet)
+    num_samples = 1 if method.startswith("fixed") else recipe.num_samples
+    widths = (1.0,) if method == "bayes_full" else WIDTHS
+    result = evaluate_widths(net, data.test, widths, num_samples, **shared)
+    for width in widths:
+        yield from flat(result.sel(width=width), width, record.seconds)
+    if method.startswith("vnd"):
+        yield from flat(evaluate_learned(net, data.test, num_samples, **shared), "learned", record.seconds)
+        for name, law in net.laws.items():
+            group = name.removesuffix(".mask")
+            facts = {
+                "mean_length": law.mean_length,
+                "stddev_length": law.stddev_length,
+                "entropy_length": law.entropy(),
+            }
+            for fact, value in facts.items():
+                yield base | {"width": "learned", "metric": f"{fact}/{group}", "value": rounded(value.item())}
+
+
+def run(
+    name: str, archs: list[str], methods: list[str], num_seeds: int, recipes: dict[str, Recipe]
+) -> list[dict[str, Any]]:
+    """Run what is not done yet, and return all rows."""
+    data = Data.load(name)
+    result: list[dict[str, Any]] = []
+    for arch in archs:
+        for seed in range(num_seeds):
+            for method in methods:
+                part = PARTS / f"{name}-{arch}-{method}-{seed}.json"
+                recipe = asdict(recipes[arch])
+                if not (part.exists() and json.loads(part.read_text())["recipe"] == recipe):
+                    print(f"{arch}, seed {seed}: {method}", flush=True)
+                    part.parent.mkdir(parents=True, exist_ok=True)
+                    done = list(rows(method, arch, seed, data, recipes[arch]))
+                    write_json(part, {"recipe": recipe, "rows": done})
+                result += json.loads(part.read_text())["rows"]
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the benchmark and write its rows."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.nested_nets", description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", default="fashion-mnist", choices=["fashion-mnist", "digits"])
+    parser.add_argument("--arch", nargs="+", default=["mlp", "cnn"], choices=["mlp", "cnn"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, 0, 1, ...")
+    parser.add_argument("--epochs", type=int, help="another number of epochs than the recipe's")
+    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="where the rows go")
+    args = parser.parse_args(argv)
+    recipes = {
+        arch: recipe if args.epochs is None else replace(recipe, epochs=args.epochs) for arch, recipe in RECIPES.items()
+    }
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    result = run(args.data, args.arch, args.methods, args.seeds, recipes)
+    recipe = {arch: asdict(recipes[arch]) for arch in args.arch}
+    write_json(args.json, {"header": header("benchmarks.nested_nets") | {"recipe": recipe}, "rows": result})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""The ELBO with exact KL divergences, and its parts."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions import Delta
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import TraceMeanField_ELBO
+from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement
+from pyro.infer.util import check_fully_reparametrized, is_validation_enabled, torch_item
+from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+__all__ = ["NestedELBO"]
+
+
+class NestedELBO(TraceMeanField_ELBO):
+    r"""ELBO that takes the exact KL of each latent that has one, scores nothing else, and keeps its parts.
+
+    $$E_q \log p(x \mid z) - \sum_i w_i \, \mathrm{KL}(q(z_i) \| p(z_i)).$$
+
+    Value and gradient are those of Pyro's `TraceMeanField_ELBO`, which also scores the value of every site and drops
+    the scores where it has a KL: for a net of millions of weights that is most of the work beside the net itself. And
+    under `LocalReparameterization` the value of a weight is no draw, so that it must not be scored. Latents without a
+    registered KL are estimated by the scores of their draws. So are points (`Delta`), whose log-density Pyro leaves
+    out: with an `AutoNormal` and a positive latent, `TraceMeanField_ELBO` lacks the Jacobian, and this one has it.
+    Latents must be reparameterised, and none may depend in the model on one that comes after it in the guide.
+
+    A weight $w_i$ other than one is read from the site: `infer={"kl_weight": w}`.
+
+    Attributes:
+        log_likelihood: Score of the observed sites in the last evaluation, its mean over the particles; detached.
+        kl: KL of each latent in it, by site, without the weights; detached.
+
+    Args:
+        *args: As those of `pyro.infer.ELBO`: `num_particles`, `vectorize_particles` and so on.
+        **kwargs: The same, by name.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(0.5))
+        >>> def guide():
+        ...     pyro.sample("mu", dist.Normal(1.0, 1.0))
+        >>> elbo = NestedELBO()
+        >>> loss = elbo.differentiable_loss(model, guide)
+        >>> elbo.kl
+        {'mu': tensor(0.5000)}
+        >>> bool(loss.isclose(0.5 - elbo.log_likelihood))
+        True
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.log_likelihood: Tensor | float = 0.0
+        self.kl: dict[str, Tensor] = {}
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Return the negative ELBO as a number."""
+        return torch_item(super().loss(model, guide, *args, **kwargs))
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the negative ELBO with its gradient; unlike Pyro's, it never waits for the device to look at it."""
+        loss: Any = 0.0
+        for traces in self._get_traces(model, guide, args, kwargs):
+            loss = loss + self._differentiable_loss_particle(*traces)[1] / self.num_particles
+        return loss
+
+    def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+        self.log_likelihood, self.kl = 0.0, {}
+        yield from super()._get_traces(model, guide, args, kwargs)
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        messenger = poutine.unwrap(guide)
+        if isinstance(messenger, GuideMessenger):
+            guide(*args, **kwargs)
+            model_trace, guide_trace = messenger.get_traces()
+        else:
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        if is_validation_enabled():
+            check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
+        guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
+        _keep_exact_kl(model_trace, guide_trace)
+        # The nodes of these traces are those of the whole ones: what is computed here is found there.
+        scored_guide = guide_trace.copy()
+        for name in [name for name, site in guide_trace.nodes.items() if "kl" in site]:
+            scored_guide.remove_node(name)
+        scored_guide.compute_score_parts()
+        model_trace.compute_log_prob(lambda name, site: "kl" not in guide_trace.nodes.get(name, ()))
+        if is_validation_enabled():
+            for trace in (model_trace, guide_trace):
+                self._check_shapes(trace)
+            check_if_enumerated(guide_trace)
+            _check_mean_field_requirement(model_trace, guide_trace)
+        return model_trace, guide_trace
+
+    def _check_shapes(self, trace: Any) -> None:
+        for site in trace.nodes.values():
+            if site["type"] == "sample":
+                if "log_prob" not in site:
+                    site = {**site, "log_prob": torch.empty(()).expand(site["fn"].batch_shape)}
+                check_site_shape(site, self.max_plate_nesting)
+
+    def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> tuple[Tensor, Tensor]:
+        elbo: Any = 0.0
+        for name, site in model_trace.nodes.items():
+            if site["type"] == "sample":
+                if site["is_observed"]:
+                    elbo = elbo + site["log_prob_sum"]
+                    self.log_likelihood += site["log_prob_sum"].detach() / self.num_particles
+                else:
+                    elbo = elbo - self._weighted_kl(name, guide_trace.nodes[name], site)
+        for name, site in guide_trace.nodes.items():
+            if site["type"] == "sample" and name not in model_trace.nodes:
+                assert site["infer"].get("is_auxiliary"), f"site {name!r} of the guide is not in the model"
+                elbo = elbo - self._weighted_kl(name, site)
+        return -elbo.detach(), -elbo
+
+    def _weighted_kl(self, name: str, guide_site: Any, model_site: Any = None) -> Tensor:
+        if "kl" in guide_site:
+            kl = guide_site["kl"]
+        else:
+            if is_validation_enabled():
+                check_fully_reparametrized(guide_site)
+            kl = guide_site["score_parts"].entropy_term.sum()
+            kl = kl if model_site is None else kl - model_site["log_prob_sum"]
+        self.kl[name] = self.kl.get(name, 0.0) + kl.detach() / self.num_particles
+        weight: float = guide_site["infer"].get("kl_weight", 1.0)
+        return kl if weight == 1 else weight * kl
+
+
+def _keep_exact_kl(model_trace: Any, guide_trace: Any) -> None:
+    """Put the summed KL into the sites of the guide that have an exact one, as `site["kl"]`.
+
+    Points are scored: what Pyro registers as their KL leaves out the log-density that they carry, the Jacobian of a
+    transformed latent of an autoguide.
+    """
+    for name, model_site in model_trace.nodes.items():
+        site = guide_trace.nodes.get(name)
+        if model_site["type"] != "sample" or model_site["is_observed"] or site is None or _is_point(site["fn"]):
+            continue
+        try:
+            kl = kl_divergence(site["fn"], model_site["fn"])
+        except NotImplementedError:
+            continue
+        batch_shape = site["fn"].batch_shape
+        if is_validation_enabled() and not site["fn"].has_rsample:
+            raise NotImplementedError(f"NestedELBO: site {name!r} of the guide must be reparameterised; its law is not")
+        if not isinstance(kl, Tensor):  # Pyro's KL between equal uniform laws is the number zero
+            kl = torch.as_tensor(kl, device=getattr(site["value"], "device", None)).expand(batch_shape)
+        assert kl.shape == batch_shape, f"KL at site {name!r} has shape {kl.shape}, its guide {batch_shape}"
+        site["kl"] = scale_and_mask(kl, site["scale"], site["mask"]).sum()
+
+
+def _is_point(fn: Any) -> bool:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)

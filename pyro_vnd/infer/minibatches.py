@@ -1,0 +1,83 @@
+"""Data: their checks, shuffled mini-batches, and the random numbers of a fit."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["check_data", "cuda_devices", "minibatches", "module_mode", "random_numbers"]
+
+
+def check_data(data: Tensor | Sequence[Tensor], name: str = "data") -> list[Tensor]:
+    """Return data as tensors with the same number of rows, all finite.
+
+    Args:
+        data: A tensor or several.
+        name: Name of the argument of `fit`.
+
+    Returns:
+        The tensors.
+
+    Raises:
+        ValueError: If they are no such data.
+    """
+    tensors = [data] if isinstance(data, Tensor) else list(data)
+    for i, rows in enumerate(tensors):
+        if not isinstance(rows, Tensor) or rows.dim() == 0:
+            raise ValueError(f"fit: argument `{name}[{i}]` must be a tensor with rows; got {type(rows).__name__}")
+        if rows.is_floating_point() and not torch.isfinite(rows).all():
+            raise ValueError(f"fit: argument `{name}[{i}]` of shape {tuple(rows.shape)} must be finite; got NaN or inf")
+    shapes = [tuple(rows.shape) for rows in tensors]
+    if not tensors or len({shape[0] for shape in shapes}) > 1 or shapes[0][0] == 0:
+        raise ValueError(
+            f"fit: argument `{name}` must be tensors with the same number of rows, at least 1; got {shapes}"
+        )
+    return tensors
+
+
+def minibatches(tensors: list[Tensor], batch_size: int) -> Iterator[list[Tensor]]:
+    """Yield batches of shuffled rows, without those that do not fill a last one; all rows as they are if one batch."""
+    num_data = len(tensors[0])
+    if batch_size == num_data:
+        yield tensors
+        return
+    order = torch.randperm(num_data)
+    orders = {x.device: order.to(x.device) for x in tensors}
+    for start in range(0, num_data - batch_size + 1, batch_size):
+        yield [x.index_select(0, orders[x.device][start : start + batch_size]) for x in tensors]
+
+
+def cuda_devices(objects: Iterable[Any]) -> list[torch.device]:
+    """Return the CUDA devices of tensors and of the parameters of modules."""
+    devices: set[torch.device] = set()
+    for thing in objects:
+        tensors = thing.parameters() if isinstance(thing, nn.Module) else [thing] if isinstance(thing, Tensor) else []
+        devices.update(tensor.device for tensor in tensors)
+    return sorted((device for device in devices if device.type == "cuda"), key=str)
+
+
+@contextmanager
+def random_numbers(seed: int | None, devices: list[torch.device]) -> Iterator[None]:
+    """Seed torch inside a block and give the caller's random numbers back after it; None leaves them as they are."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def module_mode(objects: Iterable[Any], training: bool) -> Iterator[None]:
+    """Put modules into training or evaluation mode inside a block, and each part of them back into its own after it."""
+    roots = [thing for thing in objects if isinstance(thing, nn.Module)]
+    before = [(part, part.training) for root in roots for part in root.modules()]
+    for root in roots:
+        root.train(training)
+    try:
+        yield
+    finally:
+        for part, was_training in before:
+            part.training = was_training

@@ -1,0 +1,213 @@
+"""What changes while a fit goes on: weights and temperatures, learning rates, and where masks come from."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+
+from pyro_vnd.distributions import OrderedMask
+
+__all__ = ["LRSchedule", "MaskSchedule", "Schedule", "cosine", "cosine_to_zero", "linear", "schedule_values"]
+
+Schedule = float | Callable[[float], float]
+LRSchedule = Callable[[Optimizer, int], LRScheduler]
+
+
+def linear(start: float, end: float, warmup: float = 1.0) -> Callable[[float], float]:
+    r"""Go from `start` to `end` on a straight line, $a + (b - a) \min(t / w, 1)$, and stay there.
+
+    Args:
+        start: a, the value at t = 0.
+        end: b, the value from t = w on.
+        warmup: w, in (0, 1], a share of all steps.
+
+    Returns:
+        A schedule for `fit`.
+
+    Raises:
+        ValueError: If `warmup` is not in (0, 1].
+
+    Example:
+        >>> kl_weight = linear(0.0, 1.0, warmup=0.5)
+        >>> [kl_weight(t) for t in (0.0, 0.25, 0.5, 1.0)]
+        [0.0, 0.5, 1.0, 1.0]
+    """
+    _check_warmup("linear", warmup)
+    return lambda t: start + (end - start) * min(t / warmup, 1.0)
+
+
+def cosine(start: float, end: float, warmup: float = 1.0) -> Callable[[float], float]:
+    r"""Go from `start` to `end` on half a cosine, level at both ends, and stay there.
+
+    $$b + (a - b) \, \tfrac12 (1 + \cos(\pi \min(t / w, 1))).$$
+
+    Args:
+        start: a, the value at t = 0.
+        end: b, the value from t = w on.
+        warmup: w, in (0, 1], a share of all steps.
+
+    Returns:
+        A schedule for `fit`.
+
+    Raises:
+        ValueError: If `warmup` is not in (0, 1].
+
+    Example:
+        >>> temperature = cosine(1.0, 0.2)
+        >>> [round(temperature(t), 3) for t in (0.0, 0.5, 1.0)]
+        [1.0, 0.6, 0.2]
+    """
+    _check_warmup("cosine", warmup)
+    return lambda t: end + (start - end) * (1 + math.cos(math.pi * min(t / warmup, 1.0))) / 2
+
+
+def cosine_to_zero(warmup: float = 0.05) -> LRSchedule:
+    """Raise the learning rate on a line from a hundredth of its value, then lower it to zero on half a cosine.
+
+    Args:
+        warmup: Share of all steps in which it rises, in [0, 1).
+
+    Returns:
+        A learning-rate schedule for `fit`: a function of an optimiser and the number of all steps.
+
+    Raises:
+        ValueError: If `warmup` is not in [0, 1).
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> scheduler, rates = cosine_to_zero(warmup=0.25)(optimizer, 8), []
+        >>> for _ in range(8):
+        ...     rates += scheduler.get_last_lr(); optimizer.step(); scheduler.step()
+        >>> [round(rate, 2) for rate in rates]
+        [0.01, 0.51, 1.0, 0.93, 0.75, 0.5, 0.25, 0.07]
+    """
+    if not 0 <= warmup < 1:
+        raise ValueError(f"cosine_to_zero: argument `warmup` must be in [0, 1); got {warmup}")
+
+    def make(optimizer: Optimizer, total_steps: int) -> LRScheduler:
+        rising = math.floor(warmup * total_steps)
+        falling = CosineAnnealingLR(optimizer, T_max=total_steps - rising)
+        if rising == 0:
+            return falling
+        return SequentialLR(optimizer, [LinearLR(optimizer, 0.01, total_iters=rising), falling], milestones=[rising])
+
+    return make
+
+
+@dataclass(frozen=True)
+class MaskSchedule:
+    r"""Where the masks of a nested net come from in training: the default cure against collapsed lengths.
+
+    For each row of a batch, or for the whole batch where the net has one mask, the masks are
+
+    - drawn from the learned law q with probability `learned`, and their KL is paid;
+    - cut to a budget with probability `budget`: one fraction of the blocks, the same in all groups, drawn from `law`;
+    - at full width with probability `full`.
+
+    Left alone, q puts its mass on the lengths that do best now, the others are no longer trained, and so they never do
+    better. Here every width is trained as long as the fit lasts.
+
+    The objective is still an exact ELBO. Add to the model an indicator c with the three fixed probabilities above that
+    says where the masks come from, and let the guide share its law. Then KL(q(c) || p(c)) = 0, given a budget or full
+    width the law of the masks is the same in both, again at no cost, and
+
+    $$\mathrm{ELBO} = E_c \, E_{q(z \mid c)} [\log p(x \mid z, w)]
+      - P(c = \mathrm{learned}) \, \mathrm{KL}(q(z) \| p(z)) - \mathrm{KL}(q(w) \| p(w)),$$
+
+    of which each step takes an unbiased estimate.
+
+    Args:
+        learned: Share of masks from q.
+        budget: Share of masks at a budget.
+        full: Share of masks at full width. The three are >= 0 and sum to one.
+        law: "uniform" over the numbers of blocks 1..K; "log-uniform", $P(k) \propto 1/k$, which favours narrow nets;
+            or an `OrderedMask` over any number of units, whose length k of K stands for the fraction k / K.
+
+    Raises:
+        ValueError: If the shares or the law are invalid.
+
+    Example:
+        >>> MaskSchedule().draw(num_blocks=4, shape=(1000,)).unique()  # 0 is a mask from q
+        tensor([0.0000, 0.2500, 0.5000, 0.7500, 1.0000])
+    """
+
+    learned: float = 0.5
+    budget: float = 0.4
+    full: float = 0.1
+    law: str | OrderedMask = "uniform"
+
+    def __post_init__(self) -> None:
+        shares = (self.learned, self.budget, self.full)
+        if not (all(0 <= share <= 1 for share in shares) and math.isclose(sum(shares), 1, abs_tol=1e-6)):
+            raise ValueError(
+                f"MaskSchedule: arguments `learned`, `budget` and `full` must be shares that sum to 1; got {shares}"
+            )
+        if isinstance(self.law, OrderedMask):
+            if self.law.batch_shape:
+                raise ValueError(
+                    f"MaskSchedule: argument `law` must be a single law; got batch shape {tuple(self.law.batch_shape)}"
+                )
+        elif self.law not in ("uniform", "log-uniform"):
+            raise ValueError(
+                f"MaskSchedule: argument `law` must be 'uniform', 'log-uniform' or an OrderedMask; got {self.law!r}"
+            )
+
+    def draw(self, num_blocks: int, shape: tuple[int, ...] = ()) -> Tensor:
+        """Draw where masks come from.
+
+        Args:
+            num_blocks: K, blocks of a group of the net.
+            shape: Shape of the draws.
+
+        Returns:
+            Fractions of the blocks to keep, on the CPU; 0 stands for a mask from q.
+        """
+        law = self._law(num_blocks)
+        budget = law.sample(torch.Size(shape)).sum(-1).float() / law.num_units
+        choices = torch.stack([torch.zeros_like(budget), budget, torch.ones_like(budget)], -1)
+        shares = torch.tensor([self.learned, self.budget, self.full], dtype=torch.float)
+        source = torch.multinomial(shares, budget.numel(), replacement=True).reshape(*shape, 1)
+        return choices.gather(-1, source).squeeze(-1)
+
+    def _law(self, num_blocks: int) -> OrderedMask:
+        if isinstance(self.law, OrderedMask):
+            return self.law
+        if self.law == "uniform":
+            return OrderedMask.uniform(num_blocks)
+        return OrderedMask(probs=1 / torch.arange(1.0, num_blocks + 1))
+
+
+def schedule_values(name: str, schedule: Schedule, num_steps: int, *, positive: bool = False) -> list[float]:
+    """Evaluate a schedule at every step, at t = 0 in the first and t = 1 in the last one.
+
+    All at once, so that a mistake shows before the fit and not in its last hour.
+
+    Args:
+        name: The argument of `fit` that the schedule is.
+        schedule: A number, or a function of t.
+        num_steps: Steps of the whole fit.
+        positive: Whether zero is refused.
+
+    Returns:
+        One number a step.
+
+    Raises:
+        ValueError: If a value is no finite number >= 0, or > 0.
+    """
+    last = max(num_steps - 1, 1)
+    values = [float(schedule(step / last)) for step in range(num_steps)] if callable(schedule) else [float(schedule)]
+    bound = "> 0" if positive else ">= 0"
+    for step, value in enumerate(values):
+        if not (0 <= value < math.inf) or (positive and value == 0):
+            when = f" at t = {step / last:.3g}" if callable(schedule) else ""
+            raise ValueError(f"fit: argument `{name}` must be finite and {bound}; got {value}{when}")
+    return values if callable(schedule) else values * num_steps
+
+
+def _check_warmup(name: str, warmup: float) -> None:
+    if not 0 < warmup <= 1:
+        raise ValueError(f"{name}: argument `warmup` must be in (0, 1]; got {warmup}")

@@ -1,0 +1,281 @@
+"""Linear and convolutional layers whose units may be cut and whose weights may be random."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast
+
+import pyro
+import torch
+from pyro.poutine.runtime import effectful
+from torch import Tensor, nn
+from torch.distributions import Distribution, Normal, kl_divergence
+from torch.nn import functional as F
+
+from pyro_vnd.distributions.gated import Gated
+from pyro_vnd.nn.axis import Axis, Run, take, take_block
+from pyro_vnd.nn.width import Width
+
+__all__ = ["AFFINE", "NestedLayer", "Prior", "affine"]
+
+Plain = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+Prior = Distribution | Callable[[str, nn.Module], Distribution] | Mapping[str, Any]
+
+AFFINE: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Linear: F.linear,
+    nn.Conv1d: F.conv1d,
+    nn.Conv2d: F.conv2d,
+    nn.Conv3d: F.conv3d,
+    nn.ConvTranspose1d: F.conv_transpose1d,
+    nn.ConvTranspose2d: F.conv_transpose2d,
+    nn.ConvTranspose3d: F.conv_transpose3d,
+}
+
+
+@effectful(type="affine")
+def affine(layer: NestedLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply a layer with given weights; an effect, so that a handler can draw the outputs rather than the weights."""
+    return layer.affine(x, weight, bias)
+
+
+class NestedLayer(nn.Module):
+    r"""A linear or convolutional layer with widths at its inputs and outputs, and random weights.
+
+    $$y = W (z_{in} \odot x) + b, \qquad W_{oi} \sim q = N(\mu_{oi}, \sigma_{oi}^2), \qquad p = \text{the prior}.$$
+
+    The mask of the inputs acts here, where they are read: after whatever norm, activation or sum came between. In a
+    sliced pass only the kept rows and columns of the weights exist. The layer draws nothing itself: `NestedNet` draws
+    the weights of all its layers before a pass. Used outside one, the layer computes with the posterior mean.
+
+    Args:
+        layer: A torch layer, whose weights are the starting means: pretrained ones, or torch's own.
+        inputs: Width of the input channels, or runs of several, or None if they are left whole.
+        outputs: Width of the output channels.
+        prior: Law of each weight, or a function of the parameter's name ("weight" or "bias") and the layer that
+            returns it, or a mapping with the keys "weight" and "bias"; None makes the weights point estimates. The
+            default is N(0, 2 / fan_in) for weights and N(0, 1) for biases.
+        init_scale: Starting standard deviation of the posterior as a share of the prior's, or of N(0, 2 / fan_in)
+            where that has none.
+
+    Raises:
+        ValueError: If the layer is of another kind, or an argument does not fit it.
+
+    Source: Cui et al., arXiv 2101.11353, section 4.2; Blundell et al., arXiv 1505.05424 (mean-field weights).
+
+    Example:
+        >>> import torch
+        >>> hidden = Width("hidden", 6, num_groups=3)
+        >>> layer = NestedLayer(torch.nn.Linear(4, 6), outputs=hidden)
+        >>> layer(torch.zeros(2, 4)).shape
+        torch.Size([2, 6])
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        *,
+        inputs: Width | tuple[Run, ...] | None = None,
+        outputs: Width | tuple[Run, ...] | None = None,
+        prior: Prior | Literal["normal"] | None = "normal",
+        init_scale: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if type(layer) not in AFFINE:
+            known = ", ".join(kind.__name__ for kind in AFFINE)
+            raise ValueError(f"NestedLayer: argument `layer` must be one of {known}; got {type(layer).__name__}")
+        if isinstance(prior, str) and prior != "normal":
+            raise ValueError(f"NestedLayer: argument `prior` must be 'normal', a law or None; got {prior!r}")
+        if not 0 < init_scale < math.inf:
+            raise ValueError(f"NestedLayer: argument `init_scale` must be finite and > 0; got {init_scale}")
+        self.plain: Any = layer  # its weights are the means
+        self.transposed, self.groups = "Transpose" in type(layer).__name__, getattr(layer, "groups", 1)
+        linear, plain = isinstance(layer, nn.Linear), cast(Any, layer)
+        self.channel_dim = -1 if linear else 1
+        self.input_axis = Axis(plain.in_features if linear else plain.in_channels, inputs)
+        self.output_axis = Axis(plain.out_features if linear else plain.out_channels, outputs)
+        self.prior = fan_in_normal if isinstance(prior, str) else prior
+        self.log_scales = nn.ParameterDict()
+        if self.prior is not None:
+            for name, mean in layer.named_parameters():
+                scale = init_scale * self._spread_of_prior(name)
+                self.log_scales[name] = nn.Parameter(torch.full_like(mean.detach(), math.log(scale)))
+        self.has_exact_kl = {name: self._has_exact_kl(name) for name in self.log_scales}
+        self.values: dict[str, Tensor] = {}
+
+    def _spread_of_prior(self, name: str) -> float:
+        try:
+            spread = self.prior_of(name).stddev.mean().item()
+        except (NotImplementedError, AttributeError):
+            spread = math.nan
+        return spread if 0 < spread < math.inf else fan_in_normal(name, self.plain).stddev.item()
+
+    def _has_exact_kl(self, name: str) -> bool:
+        try:
+            kl_divergence(Normal(torch.zeros(()), torch.ones(())), self.prior_of(name))
+        except NotImplementedError:
+            return False
+        return True
+
+    def prior_of(self, name: str) -> Distribution:
+        """Return the prior of the entries of "weight" or "bias"."""
+        prior: Any = self.prior
+        if isinstance(prior, Mapping):
+            if name not in prior:
+                raise ValueError(f"NestedLayer: argument `prior` lacks {name!r}; got {list(prior)}")
+            prior = prior[name]
+        law = prior if isinstance(prior, Distribution) else prior(name, self.plain)
+        if law.event_shape or law.batch_shape.numel() not in (1, self.plain.get_parameter(name).numel()):
+            raise ValueError(
+                f"NestedLayer: the prior of {name!r} must have one entry, or those of the array "
+                f"{tuple(self.plain.get_parameter(name).shape)}; got {law}"
+            )
+        return law
+
+    def take(self, name: str, x: Tensor, index: tuple[Any, Any] | None = None) -> Tensor:
+        """Return the kept rows and columns of an array of the shape of a parameter.
+
+        Args:
+            name: "weight" or "bias".
+            x: The array.
+            index: Kept outputs and inputs; those of this forward pass by default.
+        """
+        rows, columns = (self.output_axis.index(), self.input_axis.index()) if index is None else index
+        if name == "bias":
+            return take(x, rows, 0)
+        if self.groups > 1:
+            # A kept group of the convolution stays whole: only the dimension that runs over groups is cut.
+            return take(x, columns if self.transposed else rows, 0)
+        return take_block(x, {0: columns, 1: rows} if self.transposed else {0: rows, 1: columns})
+
+    def gate(self, name: str) -> Tensor | None:
+        """Return P(both units kept) for each entry of a parameter, or None where all count."""
+        rows, columns = self.output_axis.keep_probs(), self.input_axis.keep_probs()
+        if name == "bias" or self.groups > 1:  # the two ends of a grouped convolution are the same width
+            if rows is None or name == "bias":
+                return rows
+            return (columns if self.transposed and columns is not None else rows).reshape(
+                -1, *[1] * (self.plain.weight.dim() - 1)
+            )
+        if rows is None and columns is None:
+            return None
+        trailing = [1] * (self.plain.weight.dim() - 2)
+        shapes = ([1, -1], [-1, 1]) if self.transposed else ([-1, 1], [1, -1])
+        row = None if rows is None else rows.reshape(*shapes[0], *trailing)
+        column = None if columns is None else columns.reshape(*shapes[1], *trailing)
+        if row is None or column is None:
+            return column if row is None else row
+        gate, ends = row * column, (self.input_axis, self.output_axis)
+        for width in {*self.input_axis.widths} & {*self.output_axis.widths}:
+            # One mask keeps both: P(z_i = z_j = 1) = S_max(i,j).
+            columns, rows = (axis.owned_by(width).to(gate.device) for axis in ends)
+            both = rows.reshape(shapes[0]) & columns.reshape(shapes[1])
+            gate = torch.where(both.reshape(*both.shape, *trailing), torch.minimum(row, column), gate)
+        return gate
+
+    def law(self, name: str, which: Literal["prior", "posterior"]) -> Gated:
+        """Return the prior or posterior of the kept part of a parameter.
+
+        The posterior counts in so far as both units are kept, and is the prior where they are dropped.
+        """
+        mean = self.take(name, self.plain.get_parameter(name))
+        if which == "prior":
+            return Gated(self._kept_prior(name), mean.shape, validate_args=False)
+        scale, gate = self.take(name, self.log_scales[name]).exp(), self.gate(name)
+        rest = None if gate is None else self._kept_prior(name)
+        return Gated(Normal(mean, scale, validate_args=False), mean.shape, gate, rest, validate_args=False)
+
+    def _kept_prior(self, name: str) -> Distribution:
+        law = self.prior_of(name)
+        if law.batch_shape.numel() == 1 or not (self.input_axis.is_sliced or self.output_axis.is_sliced):
+            return law
+        return _taken(law, lambda x: self.take(name, x))
+
+    def draw(self, which: Literal["prior", "posterior"], site: str) -> dict[str, Tensor]:
+        """Draw the weights for the coming pass, at the Pyro sites `site.weight` and `site.bias`."""
+        if not self.log_scales:
+            return {}
+        for name in self.log_scales:
+            infer: Any = {"local_reparam": self.has_exact_kl[name]}
+            value = pyro.sample(f"{site}.{name}", self.law(name, which), infer=infer)
+            extra = value.dim() - self.plain.get_parameter(name).dim()
+            if value.shape[:extra].numel() > 1:
+                raise ValueError(
+                    f"site {site}.{name}: weights were drawn in a plate, shape {tuple(value.shape)}; call the net "
+                    "outside of plates, and use several particles without vectorize_particles"
+                )
+            value = value.reshape(value.shape[extra:]) if extra else value  # `Predictive` puts ones before the shape
+            self.values[name] = value.to(self.plain.weight.dtype)  # a prior may be of another precision
+        return {f"{site}.{name}": value for name, value in self.values.items()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mask the inputs and apply the layer.
+
+        Args:
+            x: Inputs, shape (N, ..., channels) for linear layers and (N, channels, ...) for convolutions; in a sliced
+                pass with the kept channels only.
+
+        Returns:
+            Outputs; those of dropped units are left to the layers that read them.
+        """
+        weight, bias = self.values.get("weight"), self.values.get("bias")
+        if weight is None:
+            weight, bias = self.take("weight", self.plain.weight), self.plain.bias
+            bias = None if bias is None else self.take("bias", bias)
+        return affine(self, apply_mask(x, self.input_axis.mask(), self.channel_dim), weight, bias)
+
+    def affine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply the plain layer's operation with other weights, whole or sliced."""
+        plain = self.plain
+        if isinstance(plain, nn.Linear):
+            return F.linear(x, weight, bias)
+        groups = self.groups
+        if groups > 1:
+            groups = groups * x.shape[1] // self.input_axis.size
+        if self.transposed:
+            return AFFINE[type(plain)](
+                x, weight, bias, plain.stride, plain.padding, plain.output_padding, groups, plain.dilation
+            )
+        padding = plain.padding
+        if plain.padding_mode != "zeros":
+            x, padding = F.pad(x, plain._reversed_padding_repeated_twice, mode=plain.padding_mode), 0
+        return AFFINE[type(plain)](x, weight, bias, plain.stride, padding, plain.dilation, groups)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in the representation of a net."""
+        names = [[width.name for width in axis.widths] for axis in (self.input_axis, self.output_axis)]
+        return f"inputs={names[0] or 'whole'}, outputs={names[1] or 'whole'}"
+
+
+def fan_in_normal(name: str, layer: nn.Module) -> Normal:
+    """Return N(0, 2 / fan_in) for weights, which keeps the scale of rectified units, and N(0, 1) for biases."""
+    weight: Any = layer.weight
+    fan_in = weight[0].numel()
+    if "Transpose" in type(layer).__name__:
+        fan_in = weight.numel() // weight.shape[1] // layer.groups
+    scale = math.sqrt(2 / max(1, fan_in)) if name == "weight" else 1.0
+    return Normal(weight.new_tensor(0.0), weight.new_tensor(scale), validate_args=False)
+
+
+def apply_mask(x: Tensor, mask: Tensor | None, channel_dim: int) -> Tensor:
+    """Multiply channels by a mask of shape (channels,), or (N, channels) with one row an example."""
+    if mask is None:
+        return x
+    rows = mask.shape[:-1]
+    if channel_dim == -1:
+        return x * mask.reshape(*rows, *[1] * (x.dim() - 1 - len(rows)), mask.shape[-1])
+    return x * mask.reshape(*(rows or (1,)), mask.shape[-1], *[1] * (x.dim() - 2))
+
+
+def _taken(law: Any, cut: Callable[[Tensor], Tensor]) -> Distribution:
+    """Cut each tensor argument of a distribution over the entries of an array."""
+    shape = law.batch_shape
+    arguments = {name: cut(getattr(law, name).expand(shape)) for name in law.arg_constraints if hasattr(law, name)}
+    if {"probs", "logits"} <= set(arguments):
+        del arguments["logits"]
+    try:
+        return type(law)(**arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"a prior {law} with entries of its own cannot be cut: give one law for all entries"
+        ) from error

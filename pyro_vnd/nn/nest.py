@@ -1,0 +1,194 @@
+"""Conversion of ordinary torch nets into nested Bayesian ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.nn.attention import unpack_attention
+from pyro_vnd.nn.axis import Run
+from pyro_vnd.nn.channels import Layout, channel_groups
+from pyro_vnd.nn.layers import AFFINE, NestedLayer, Prior
+from pyro_vnd.nn.net import NestedNet
+from pyro_vnd.nn.norms import NestedNorm
+from pyro_vnd.nn.width import Noise, Width
+
+__all__ = ["nest"]
+
+WidthLaw = OrderedMask | float | Mapping[str, OrderedMask | float] | None
+
+
+def nest(
+    net: nn.Module,
+    example_input: Tensor | tuple[Tensor, ...],
+    *,
+    num_groups: int | Mapping[str, int] | None = None,
+    frozen: int | Mapping[str, int] = 0,
+    masks: Literal["example", "batch"] = "example",
+    prior: Prior | Mapping[str, Prior] | Literal["normal"] | None = "normal",
+    init_scale: float = 0.1,
+    width_prior: WidthLaw = None,
+    width_init: WidthLaw = None,
+    temperature: float = 0.2,
+    noise: Noise = "logistic",
+    exclude: Collection[str] = (),
+    prefix: str = "",
+) -> NestedNet:
+    r"""Turn an ordinary net into a nested Bayesian one, whose every hidden layer can be cut to a prefix of its units.
+
+    The net is traced to find which layers share channels (residual sums, concatenation, flattening, depthwise and
+    grouped convolutions, norms, attention heads). Each such group gets one `Width`, a learned ordered mask over blocks
+    of its units that acts after norm and activation; inputs and outputs of the net stay whole. Linear and convolutional
+    layers get independent Normal weights. The net given is not changed; its weights are the starting means, so that
+    a pretrained net goes on from where it is.
+
+    Args:
+        net: A net that torch.fx can trace: no control flow that depends on data.
+        example_input: An input, or a tuple of them, for shapes; one or two examples suffice.
+        num_groups: Number of blocks of a group, at most its number of units; or numbers by group. By default each unit
+            is a block.
+        frozen: Leading blocks that are always kept; or numbers by group.
+        masks: One mask for each "example" or for each "batch"; see `NestedNet`.
+        prior: Prior of the weights, as in `NestedLayer`, or priors by name of layer with "" for all others; None for
+            point estimates: only the masks are random.
+        init_scale: Starting deviation of the posterior of weights, as a share of the prior's.
+        width_prior: Prior of the lengths in blocks: an `OrderedMask`, or the rate of a geometric one, or either by
+            group; uniform by default.
+        width_init: Law at which the posterior of the lengths starts, likewise; the prior by default.
+        temperature: Temperature of the straight-through masks.
+        noise: Noise of the straight-through masks.
+        exclude: Names of modules to leave alone: they stay as they are, and what goes in and out of them stays whole.
+        prefix: Prefix of the names of all Pyro sites.
+
+    Returns:
+        The nested net. Groups have the names of the first layer that writes them.
+
+    Raises:
+        ValueError: If a part of the net cannot be followed; the message names it, and how to leave it alone.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> plain = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
+        >>> net = nest(plain, torch.zeros(1, 8), num_groups=16)
+        >>> net.widths
+        {'0': Width(0, 64 units in 16 blocks), '2': Width(2, 32 units in 16 blocks)}
+    """
+    excluded = tuple(exclude)
+    nested = unpack_attention(copy.deepcopy(net), excluded)
+    groups = channel_groups(nested, example_input, exclude=excluded)
+    for argument, by_group in (
+        ("num_groups", num_groups),
+        ("frozen", frozen),
+        ("width_prior", width_prior),
+        ("width_init", width_init),
+    ):
+        _check_names(argument, by_group, groups.names)
+    if _by_layer(prior):
+        layers = [name for name in groups.layers if type(nested.get_submodule(name)) in AFFINE]
+        if unknown := sorted(set(prior) - {"", *layers}):
+            raise ValueError(f"nest: argument `prior` names {unknown}; layers of the net: {layers}")
+    widths = []
+    for name, units in zip(groups.names, groups.units, strict=True):
+        blocks = _of(num_groups, name, None)
+        blocks = units if blocks is None else min(blocks, units)
+        always = _of(frozen, name, 0)
+        entries = blocks - max(always, 1) + 1
+        widths.append(
+            Width(
+                name,
+                units,
+                blocks,
+                frozen=always,
+                prior=_law(_of(width_prior, name, None), entries),
+                init=_law(_of(width_init, name, None), entries),
+                temperature=temperature,
+                noise=noise,
+            )
+        )
+    for name, channels in groups.layers.items():
+        layer: Any = nested.get_submodule(name)
+        inputs, outputs = _runs(channels.inputs, widths), _runs(channels.outputs, widths)
+        replaced: nn.Module
+        if type(layer) in AFFINE:
+            replaced = NestedLayer(
+                layer, inputs=inputs, outputs=outputs, prior=_prior_of(prior, name), init_scale=init_scale
+            )
+        elif any(run.width is not None for run in outputs):
+            replaced = NestedNorm(layer, outputs)
+        else:
+            continue
+        if not name:
+            nested = replaced
+        else:
+            parent, _, child = name.rpartition(".")
+            setattr(nested.get_submodule(parent), child, replaced)
+    result = NestedNet(nested, masks=masks, prefix=prefix)
+    _check_sliced(result, example_input)
+    return result
+
+
+def _of(by_group: Any, name: str, default: Any) -> Any:
+    return by_group.get(name, default) if isinstance(by_group, Mapping) else by_group
+
+
+def _check_names(argument: str, by_group: Any, names: tuple[str, ...]) -> None:
+    unknown = sorted(set(by_group) - set(names)) if isinstance(by_group, Mapping) else []
+    if unknown:
+        raise ValueError(f"nest: argument `{argument}` names {unknown}; groups of the net: {list(names)}")
+
+
+def _law(law: OrderedMask | float | None, entries: int) -> OrderedMask | None:
+    return OrderedMask.geometric(law, entries) if isinstance(law, float) else law
+
+
+def _prior_of(prior: Any, layer: str) -> Any:
+    return prior.get(layer, prior.get("", "normal")) if _by_layer(prior) else prior
+
+
+def _by_layer(prior: Any) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(prior, Mapping) and not (prior and set(prior) <= {"weight", "bias"})
+
+
+def _runs(layout: Layout, widths: list[Width]) -> tuple[Run, ...]:
+    return tuple(Run(None if part.group is None else widths[part.group], part.size) for part in layout)
+
+
+def _check_sliced(net: NestedNet, example_input: Tensor | tuple[Tensor, ...]) -> None:
+    """Compare a pass that is cut by masks with one that computes the kept part only."""
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    width = {name: max(each.always_kept, each.num_groups // 2) for name, each in net.widths.items()}
+    try:
+        with torch.no_grad():
+            outputs = []
+            for sliced in (False, True):
+                with net.cut(width, sliced=sliced):
+                    net._draw_masks("posterior", len(inputs[0]), None)
+                    try:
+                        outputs.append(net.net(*inputs))
+                    except RuntimeError as error:
+                        raise ValueError(
+                            f"nest: the net does not run with fewer channels: {error}. Does its forward name a number "
+                            "of channels, as in view(-1, 512)? Write torch.flatten(x, 1), or reshape with -1 there"
+                        ) from error
+                    finally:
+                        net._release()
+    finally:
+        for module, training in modes:
+            module.training = training
+    dense, sliced_outputs = ([x] if isinstance(x, Tensor) else list(x) for x in outputs)
+    for one, other in zip(dense, sliced_outputs, strict=True):
+        if isinstance(one, Tensor) and not torch.allclose(
+            one, other, rtol=1e-3, atol=1e-3 * (1 + one.abs().max().item())
+        ):
+            raise ValueError(
+                "nest: a cut net and the same net masked differ; a part of it mixes channels in a way that was not "
+                f"recognised. Leave parts alone with `exclude` to find it: {list(dict(net.net.named_children()))}"
+            )

@@ -1,0 +1,313 @@
+"""Nets of nested layers as Pyro programs: masks first, then weights, then the net."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.nn.layers import NestedLayer
+from pyro_vnd.nn.norms import NestedNorm
+from pyro_vnd.nn.width import Width
+
+__all__ = ["NestedClassifier", "NestedNet", "Posterior", "WidthLike"]
+
+WidthLike = float | int | Mapping[str, float | int] | Tensor
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Widths that replace draws of masks: fixed numbers by group, or fractions by row."""
+
+    widths: Mapping[str, float | int]
+    fractions: Tensor | None
+    sliced: bool
+
+
+class NestedNet(PyroModule):
+    r"""A net of `NestedLayer`s as a Pyro program.
+
+    Calling it draws a mask for each width and the weights of each layer from their priors, and runs the net; its
+    `posterior` draws the same sites from the learned laws. Put the call into a model, with a likelihood:
+
+        def model(x, y):
+            rows = pyro.plate("data", len(x), dim=-1)
+            mean = net(x, plate=rows)
+            with rows:
+                pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y)
+
+        guide = net.posterior
+
+    With one mask for each example (the default) the masks are local latents: pass the plate of the data to the call,
+    or let it open one named "data" if the model has none. Guides of several nets in one model share a plate likewise.
+    All examples share the law of a width, whose optimum under
+    the ELBO is the prior reweighed by exp(-loss at that width), so that it does not collapse. One mask for each batch
+    is one global latent, whose law collapses unless something holds it (see `fit`), but lets sliced passes compute the
+    kept part only; the KL of a weight then counts with the probability that its units are kept.
+
+    Args:
+        net: A module with `NestedLayer`s; `nest` makes one from an ordinary net.
+        masks: "example" or "batch".
+        prefix: Prefix of the names of all Pyro sites, for models with several nets.
+
+    Raises:
+        ValueError: If the net has no widths, or two have one name.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> hidden = Width("hidden", 64, num_groups=16)
+        >>> first = NestedLayer(nn.Linear(8, 64), outputs=hidden)
+        >>> last = NestedLayer(nn.Linear(64, 3), inputs=hidden)
+        >>> net = NestedNet(nn.Sequential(first, nn.ReLU(), last))
+        >>> net.predict(torch.randn(5, 8), width=0.25, num_samples=10).shape
+        torch.Size([10, 5, 3])
+    """
+
+    def __init__(self, net: nn.Module, *, masks: Literal["example", "batch"] = "example", prefix: str = "") -> None:
+        super().__init__()
+        if masks not in ("example", "batch"):
+            raise ValueError(f"NestedNet: argument `masks` must be 'example' or 'batch'; got {masks!r}")
+        self.net, self.masks, self.prefix = net, masks, prefix
+        found: dict[str, Width] = {}
+        for module in net.modules():
+            if isinstance(module, NestedLayer | NestedNorm):
+                axes = [module.axis] if isinstance(module, NestedNorm) else [module.input_axis, module.output_axis]
+                for width in (width for axis in axes for width in axis.widths):
+                    if found.setdefault(width.name, width) is not width:
+                        raise ValueError(f"NestedNet: two widths have the name {width.name!r}")
+        if not found:
+            raise ValueError("NestedNet: argument `net` has no NestedLayer with a width; use `nest` to convert a net")
+        self._groups = tuple(found)
+        self._widths = nn.ModuleList(found.values())
+        self._cut: _Cut | None = None
+
+    @property
+    def widths(self) -> dict[str, Width]:
+        """The widths by name of their group, in the order of the net."""
+        return dict(zip(self._groups, self._widths, strict=True))  # type: ignore[arg-type]
+
+    @property
+    def layers(self) -> dict[str, NestedLayer]:
+        """The nested layers by name, in the order of the net."""
+        return {name: module for name, module in self.net.named_modules() if isinstance(module, NestedLayer)}
+
+    @property
+    def laws(self) -> dict[str, OrderedMask]:
+        """The learned law of each mask, by name of its site and without gradient."""
+        return {f"{self.prefix}{name}.mask": width.law for name, width in self.widths.items()}
+
+    @property
+    def posterior(self) -> Posterior:
+        """The guide: draws masks and weights from the learned laws; its parameters are those of the net."""
+        return Posterior(self)
+
+    def forward(self, *inputs: Any, plate: pyro.plate | None = None) -> Any:
+        """Draw masks and weights from their priors and run the net.
+
+        Args:
+            *inputs: What the net takes; the first dimension of the first one counts the examples.
+            plate: The plate of the data, for masks by example; by default one named "data" is opened.
+
+        Returns:
+            What the net returns.
+        """
+        with self._drawn("prior", len(inputs[0]), plate):
+            return self.net(*inputs)
+
+    @contextmanager
+    def _drawn(
+        self, which: Literal["prior", "posterior"], num_rows: int, plate: pyro.plate | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        """Draw masks and weights, and hold them for the passes inside the block."""
+        try:
+            yield self._draw_masks(which, num_rows, plate) | self._draw_weights(which)
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        for width in self.widths.values():
+            width.release()
+        for layer in self.layers.values():
+            layer.values = {}
+
+    def _draw_masks(
+        self, which: Literal["prior", "posterior"], num_rows: int, plate: pyro.plate | None
+    ) -> dict[str, Tensor]:
+        cut, values = self._cut, {}
+        by_example = self.masks == "example"
+        fractions = None if cut is None else cut.fractions
+        if fractions is not None and by_example and fractions.shape != (num_rows,):
+            raise ValueError(
+                f"cut: argument `width` has one fraction for each of {len(fractions)} rows; the batch has {num_rows}"
+            )
+        drawn = [name for name in self.widths if cut is None or fractions is not None or name not in cut.widths]
+        in_plate: Any = nullcontext()
+        if drawn and by_example:
+            in_plate = pyro.plate("data", num_rows, dim=-1) if plate is None else plate
+        # Rows whose width is given have no latent mask, and no KL.
+        is_free: Any = None if fractions is None else fractions == 0
+        latent: Any = nullcontext() if fractions is None else poutine.mask(mask=is_free)
+        for name, width in self.widths.items():
+            site = f"{self.prefix}{name}.mask"
+            if name not in drawn:
+                assert cut is not None
+                self._hold_fixed(width, width.num_blocks(cut.widths[name]), cut.sliced)
+                continue
+            with in_plate, latent:
+                mask = values[site] = pyro.sample(site, width.prior if which == "prior" else width.posterior)
+            keep_probs = None if by_example else width.posterior.keep_probs
+            if fractions is not None:
+                given = width.prefix(fractions)
+                free = is_free.unsqueeze(-1)
+                mask = torch.where(free, mask, given)
+                keep_probs = None if keep_probs is None else torch.where(free, keep_probs, given)
+            width.hold(mask, keep_probs)
+        return values
+
+    def _hold_fixed(self, width: Width, num_blocks: int, sliced: bool) -> None:
+        if sliced:
+            width.hold(num_kept=sum(width.sizes[:num_blocks]))
+            return
+        mask = width.prefix(width.logits.new_tensor(num_blocks / width.num_groups))
+        width.hold(mask, None if self.masks == "example" else mask)
+
+    def _draw_weights(self, which: Literal["prior", "posterior"]) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            values |= layer.draw(which, f"{self.prefix}{name}" if name else f"{self.prefix}layer")
+        return values
+
+    @contextmanager
+    def cut(self, width: WidthLike, *, sliced: bool = False) -> Iterator[NestedNet]:
+        """Run a block in which the net has given widths rather than draws of masks, in model and guide alike.
+
+        Args:
+            width: A fraction in (0, 1] for all groups, a number of blocks, a mapping from group to either, which
+                leaves the other groups random, or a tensor of fractions: one for each row of the batch, or a single
+                one if there is one mask a batch. A zero in the tensor leaves that row random.
+            sliced: Whether the pass computes only the kept part of each layer, rather than multiplying by a mask.
+
+        Yields:
+            The net.
+
+        Raises:
+            ValueError: If a width is invalid; the message lists the valid ones.
+        """
+        outer, self._cut = self._cut, self._check_cut(width, sliced)
+        try:
+            yield self
+        finally:
+            self._cut = outer
+
+    def _check_cut(self, width: WidthLike, sliced: bool) -> _Cut:
+        if isinstance(width, Tensor):
+            expected = (1,) if self.masks == "example" else (0,)
+            if width.dim() not in expected or not ((width >= 0) & (width <= 1)).all():
+                raise ValueError(
+                    f"cut: argument `width` must be a tensor of fractions in [0, 1] with {expected[0]} dimension(s) "
+                    f"for masks={self.masks!r}; got shape {tuple(width.shape)}"
+                )
+            if sliced:
+                raise ValueError("cut: sliced=True needs one width for the whole batch, a number rather than a tensor")
+            return _Cut({}, width, sliced)
+        if isinstance(width, Mapping):
+            unknown = sorted(set(width) - set(self.widths))
+            if unknown:
+                raise ValueError(f"cut: argument `width` names {unknown}; groups of the net: {list(self.widths)}")
+            widths = dict(width)
+        else:
+            widths = dict.fromkeys(self.widths, width)
+        for name, value in widths.items():
+            self.widths[name].num_blocks(value)
+        return _Cut(widths, None, sliced)
+
+    @torch.no_grad()
+    def predict(self, *inputs: Any, width: WidthLike | None = None, num_samples: int = 1) -> Tensor:
+        """Return the outputs of posterior draws.
+
+        Args:
+            *inputs: What the net takes.
+            width: As in `cut`; None draws masks from their posterior, too.
+            num_samples: Number of draws S of the weights.
+
+        Returns:
+            Outputs, shape (S, N, ...).
+
+        Raises:
+            ValueError: If a width or the number of draws is invalid.
+        """
+        if num_samples < 1:
+            raise ValueError(f"predict: argument `num_samples` must be at least 1; got {num_samples}")
+        sliced = isinstance(width, float | int | Mapping)
+        draws = []
+        with nullcontext() if width is None else self.cut(width, sliced=sliced), poutine.block():
+            for _ in range(num_samples):
+                with self._drawn("posterior", len(inputs[0])):
+                    draws.append(self.net(*inputs))
+        return torch.stack(draws)
+
+
+class Posterior(PyroModule):
+    """Guide of a `NestedNet`: independent Normal weights and straight-through masks.
+
+    Args:
+        net: The net, whose parameters these are.
+    """
+
+    def __init__(self, net: NestedNet) -> None:
+        super().__init__(net.prefix.rstrip("."))  # nets with different prefixes keep apart in Pyro's parameter store
+        self.net = net
+
+    @property
+    def laws(self) -> dict[str, OrderedMask]:
+        """The learned law of each mask, by name of its site and without gradient."""
+        return self.net.laws
+
+    def forward(self, *inputs: Any, plate: pyro.plate | None = None, **_: Any) -> dict[str, Tensor]:
+        """Draw masks and weights.
+
+        Args:
+            *inputs: Arguments of the model; the first one is the net's.
+            plate: The plate of the data; by default one named "data" is opened.
+
+        Returns:
+            The draws by name of their site.
+        """
+        with self.net._drawn("posterior", len(inputs[0]), plate) as values:
+            return values
+
+
+class NestedClassifier(PyroModule):
+    r"""A nested net as the model of labels, $y_n \sim \mathrm{Categorical}(\mathrm{logits} = f(x_n))$.
+
+    Args:
+        net: The nested net; its outputs are logits, shape (N, C).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from pyro_vnd.nn import NestedClassifier, nest
+        >>> net = nest(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(1, 4), num_groups=4)
+        >>> model, guide = NestedClassifier(net), net.posterior
+    """
+
+    def __init__(self, net: NestedNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Run the model and return the logits."""
+        plate = pyro.plate("data", len(x), dim=-1)
+        logits = self.net(x, plate=plate)
+        with plate:
+            pyro.sample("label", pyro.distributions.Categorical(logits=logits), obs=y)
+        return logits

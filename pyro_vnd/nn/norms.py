@@ -1,0 +1,121 @@
+"""Normalisation over channels that may be cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyro_vnd.nn.axis import Axis, Run, take
+from pyro_vnd.nn.layers import apply_mask
+from pyro_vnd.nn.width import Width
+
+__all__ = ["BATCH_NORMS", "INSTANCE_NORMS", "NestedNorm"]
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+class NestedNorm(nn.Module):
+    """A torch norm, or a PReLU, over channels that may be cut.
+
+    Norms of each channel by itself see dropped channels as they are, because masks act later. Norms over all channels
+    (LayerNorm, RMSNorm, GroupNorm with one group) take their statistics over the kept ones, as the narrowed net does.
+
+    Args:
+        layer: BatchNorm, InstanceNorm, GroupNorm, LayerNorm, RMSNorm or PReLU.
+        channels: Width of the channels, or runs of several.
+
+    Raises:
+        ValueError: If the layer is of another kind.
+    """
+
+    def __init__(self, layer: nn.Module, channels: Width | tuple[Run, ...] | None) -> None:
+        super().__init__()
+        kinds = (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.PReLU)
+        if not isinstance(layer, kinds):
+            known = ", ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"NestedNorm: argument `layer` must be one of {known}; got {type(layer).__name__}")
+        if len(getattr(layer, "normalized_shape", ())) > 1:
+            raise ValueError(
+                f"NestedNorm: argument `layer` must normalise over the channels only; got {layer.normalized_shape}"
+            )
+        self.plain: Any = layer
+        self.axis = Axis(_num_channels(layer), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the kept channels; dropped ones are left to the layers that read them."""
+        plain = self.plain
+        mask = self.axis.mask()
+        if mask is None or not _mixes_channels(plain):
+            return self._sliced(x) if self.axis.is_sliced else plain(x)
+        last = isinstance(plain, nn.LayerNorm | nn.RMSNorm)
+        channel_dim = -1 if last else 1
+        dims = -1 if last else tuple(range(1, x.dim()))
+        kept = apply_mask(torch.ones_like(x), mask, channel_dim)
+        count = kept.sum(dims, keepdim=True)
+        x = x * kept
+        if not isinstance(plain, nn.RMSNorm):
+            x = (x - x.sum(dims, keepdim=True) / count) * kept
+        eps = torch.finfo(x.dtype).eps if plain.eps is None else plain.eps
+        x = x * ((x.square().sum(dims, keepdim=True) / count) + eps).rsqrt()
+        trailing = (1,) * (0 if last else x.dim() - 2)
+        weight, bias = self._kept_parameters()
+        if weight is not None:
+            x = x * weight.reshape(-1, *trailing)
+        return x if bias is None else x + bias.reshape(-1, *trailing)
+
+    def _kept_parameters(self) -> tuple[Tensor | None, Tensor | None]:
+        index = self.axis.index()
+        weight, bias = getattr(self.plain, "weight", None), getattr(self.plain, "bias", None)
+        return (None if weight is None else take(weight, index, 0)), (None if bias is None else take(bias, index, 0))
+
+    def _sliced(self, x: Tensor) -> Tensor:
+        plain, index = self.plain, self.axis.index()
+        weight, bias = self._kept_parameters()
+        if isinstance(plain, nn.LayerNorm):
+            return F.layer_norm(x, x.shape[-1:], weight, bias, plain.eps)
+        if isinstance(plain, nn.RMSNorm):
+            return F.rms_norm(x, list(x.shape[-1:]), weight, plain.eps)
+        if isinstance(plain, nn.GroupNorm):
+            groups = 1 if plain.num_groups == 1 else plain.num_groups * x.shape[1] // plain.num_channels
+            return F.group_norm(x, groups, weight, bias, plain.eps)
+        if isinstance(plain, nn.PReLU):
+            return F.prelu(x, take(plain.weight, index, 0))
+        # Batch and instance norms: shorter tensors; running statistics are written back.
+        tensors = {name: take(value, index, 0) for name, value in _per_channel(plain).items()}
+        if isinstance(plain, INSTANCE_NORMS):  # the module insists on its number of channels
+            mean, variance = tensors.get("running_mean"), tensors.get("running_var")
+            of_input = plain.training or mean is None
+            result = F.instance_norm(x, mean, variance, weight, bias, of_input, plain.momentum or 0.0, plain.eps)
+        else:
+            result = torch.func.functional_call(plain, tensors, (x,))
+        if plain.training and isinstance(index, Tensor):
+            for name, buffer in plain.named_buffers():
+                if name in tensors:
+                    buffer.index_copy_(0, index.to(buffer.device), tensors[name])
+        return result
+
+    def extra_repr(self) -> str:
+        """Describe the norm in the representation of a net."""
+        return f"channels={[width.name for width in self.axis.widths] or 'whole'}"
+
+
+def _num_channels(layer: Any) -> int:
+    if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+        return layer.normalized_shape[-1]
+    if isinstance(layer, nn.GroupNorm):
+        return layer.num_channels
+    return layer.num_parameters if isinstance(layer, nn.PReLU) else layer.num_features
+
+
+def _mixes_channels(layer: Any) -> bool:
+    return isinstance(layer, nn.LayerNorm | nn.RMSNorm) or (isinstance(layer, nn.GroupNorm) and layer.num_groups == 1)
+
+
+def _per_channel(layer: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers with one entry a channel."""
+    tensors: dict[str, Tensor] = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    return {name: value for name, value in tensors.items() if value.dim() == 1}

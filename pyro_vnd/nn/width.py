@@ -1,0 +1,187 @@
+"""A learnable width: the ordered mask that all layers of a channel group share."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
+
+__all__ = ["Width"]
+
+Noise = Literal["logistic", "gumbel"]
+
+_HALF = 0.5 + 1e-4  # halves are rounded up, also those of fractions in float32 that fall just below
+
+
+class Width(nn.Module):
+    r"""Learned law of how many of a group's units are kept, in blocks.
+
+    The units are split into B blocks, as evenly as can be, and a mask keeps the first of them. With f blocks frozen,
+    the mask has K = B - max(f, 1) + 1 entries: the first stands for the frozen blocks, or for the first block, one of
+    which is always kept. Prior and posterior are ordered masks over these entries; `nest` makes one width for each
+    group of channels, and all layers that read or write the group share it.
+
+    Args:
+        name: Name of the group; its Pyro site is `name.mask`.
+        num_units: Number of units.
+        num_groups: Number of blocks B, at most `num_units`; each unit is a block by default. Sizes differ by one if
+            it does not divide the units.
+        frozen: Number of leading blocks that are always kept.
+        prior: Law over the entries of the mask; uniform by default.
+        init: Law at which the posterior starts; the prior by default.
+        temperature: Temperature of the straight-through mask.
+        noise: Noise of the straight-through mask, "logistic" or "gumbel".
+
+    Raises:
+        ValueError: If the numbers or laws do not fit together.
+
+    Example:
+        >>> width = Width("hidden", num_units=10, num_groups=4)
+        >>> width.sizes
+        (3, 3, 2, 2)
+        >>> [width.num_kept(fraction) for fraction in (0.25, 0.5, 1.0)]
+        [3, 6, 10]
+        >>> width.law.keep_probs
+        tensor([1.0000, 0.7500, 0.5000, 0.2500])
+    """
+
+    prior_logits: Tensor
+    entries: Tensor
+    mask: Tensor | None
+    keep_probs: Tensor | None
+    kept: int | None
+
+    def __init__(
+        self,
+        name: str,
+        num_units: int,
+        num_groups: int | None = None,
+        *,
+        frozen: int = 0,
+        prior: OrderedMask | None = None,
+        init: OrderedMask | None = None,
+        temperature: float = 0.2,
+        noise: Noise = "logistic",
+    ) -> None:
+        super().__init__()
+        num_groups = num_units if num_groups is None else num_groups
+        _check_int(name, "num_units", num_units, 1)
+        _check_int(name, "num_groups", num_groups, 1, num_units)
+        _check_int(name, "frozen", frozen, 0, num_groups)
+        if noise not in get_args(Noise):
+            raise ValueError(f"Width {name!r}: argument `noise` must be 'logistic' or 'gumbel'; got {noise!r}")
+        if not (0 < temperature < math.inf):
+            raise ValueError(f"Width {name!r}: argument `temperature` must be finite and > 0; got {temperature}")
+        self.name, self.num_units, self.num_groups, self.frozen = name, num_units, num_groups, frozen
+        self.temperature, self.noise = temperature, noise
+        small, larger = divmod(num_units, num_groups)
+        self.sizes = (small + 1,) * larger + (small,) * (num_groups - larger)
+        self.register_buffer("prior_logits", self._logits("prior", prior))
+        self.logits = nn.Parameter(self.prior_logits.clone() if init is None else self._logits("init", init))
+        # Entry of the mask that each unit obeys.
+        entries = torch.repeat_interleave(torch.arange(num_groups), torch.tensor(self.sizes))
+        self.register_buffer("entries", (entries - (self.always_kept - 1)).clamp_min(0), persistent=False)
+        self.release()
+
+    def _logits(self, argument: str, law: OrderedMask | None) -> Tensor:
+        size = self.num_groups - self.always_kept + 1
+        if law is None:
+            return torch.zeros(size)
+        if not isinstance(law, OrderedMask) or law.logits.shape != (size,):
+            got = tuple(law.logits.shape) if isinstance(law, OrderedMask) else type(law).__name__
+            raise ValueError(
+                f"Width {self.name!r}: argument `{argument}` must be an OrderedMask over {size} entries "
+                f"({self.num_groups} blocks, of which the first {self.always_kept} are always kept); got {got}"
+            )
+        # The probability of a length that is ruled out underflows to zero, and stays there.
+        return law.logits.detach().clone().clamp_min(-1e3)
+
+    @property
+    def always_kept(self) -> int:
+        """Number of blocks that every mask keeps, at least one."""
+        return max(self.frozen, 1)
+
+    @property
+    def prior(self) -> OrderedMask:
+        """Prior law of the mask."""
+        return OrderedMask(logits=self.prior_logits, validate_args=False)
+
+    @property
+    def posterior(self) -> OrderedMaskStraightThrough:
+        """Posterior law of the mask, with gradients to its parameters."""
+        return OrderedMaskStraightThrough(self.temperature, logits=self.logits, noise=self.noise, validate_args=False)
+
+    @property
+    def law(self) -> OrderedMask:
+        """Posterior law of the mask, without gradient."""
+        return OrderedMask(logits=self.logits.detach())
+
+    def num_blocks(self, width: float | int) -> int:
+        """Return how many blocks a width keeps.
+
+        Args:
+            width: A fraction in (0, 1], rounded to whole blocks and at least those that are always kept, or an
+                integer number of blocks.
+
+        Returns:
+            A number of blocks.
+
+        Raises:
+            ValueError: If the width is no valid one.
+        """
+        low, high = self.always_kept, self.num_groups
+        if isinstance(width, int) and not isinstance(width, bool):
+            if low <= width <= high:
+                return width
+        elif isinstance(width, float) and 0 < width <= 1:
+            return min(high, max(low, math.floor(width * high + _HALF)))
+        raise ValueError(
+            f"width {width!r} is invalid for group {self.name!r}: give a fraction in (0.0, 1.0] (a float) or a number "
+            f"of blocks from {low} to {high} (an int)"
+        )
+
+    def num_kept(self, width: float | int) -> int:
+        """Return how many units a width keeps; arguments and errors as in `num_blocks`."""
+        return sum(self.sizes[: self.num_blocks(width)])
+
+    def prefix(self, fractions: Tensor) -> Tensor:
+        """Return the masks of given fractions, shape fractions.shape + (K,)."""
+        blocks = (fractions.unsqueeze(-1) * self.num_groups + _HALF).floor().clamp(self.always_kept, self.num_groups)
+        positions = torch.arange(self.always_kept, self.num_groups + 1, device=fractions.device)
+        return (positions <= blocks).to(self.logits.dtype)
+
+    def spread(self, mask: Tensor) -> Tensor:
+        """Give each unit the entry of its block, shape (..., K) to (..., num_units)."""
+        if mask.shape[-1] == self.num_units:
+            return mask
+        if self.num_units % mask.shape[-1] == 0 and self.always_kept == 1:
+            # A view and a sum in the backward pass, where indexing would scatter.
+            return mask.unsqueeze(-1).expand(*mask.shape, self.num_units // mask.shape[-1]).flatten(-2)
+        return mask[..., self.entries]
+
+    # What one forward pass of a net looks like is kept here, for the layers to read.
+
+    def hold(self, mask: Tensor | None = None, keep_probs: Tensor | None = None, num_kept: int | None = None) -> None:
+        """Keep the mask of a forward pass, or the number of units that it computes."""
+        self.mask = None if mask is None else self.spread(mask)
+        self.keep_probs = None if keep_probs is None else self.spread(keep_probs)
+        self.kept = num_kept
+
+    def release(self) -> None:
+        """Forget the forward pass: all units are kept."""
+        self.mask = self.keep_probs = self.kept = None
+
+    def extra_repr(self) -> str:
+        """Describe the width in the representation of a net."""
+        frozen = f", frozen={self.frozen}" if self.frozen else ""
+        return f"{self.name}, {self.num_units} units in {self.num_groups} blocks{frozen}"
+
+
+def _check_int(name: str, argument: str, value: int, low: int, high: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        expected = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"Width {name!r}: argument `{argument}` must be an integer {expected}; got {value!r}")

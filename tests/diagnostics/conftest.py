@@ -1,0 +1,26 @@
+"""A nested net trained for a moment on real digits."""
+
+import pytest
+import torch
+from torch import nn
+
+from models.datasets import load
+from pyro_vnd.infer import fit
+from pyro_vnd.nn import NestedClassifier, nest
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return load("digits", flatten=True)
+
+
+@pytest.fixture(scope="session")
+def trained(digits):
+    """In float32, as users have it: fixtures of a session come before the one that sets float64."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
+        net = nest(plain, torch.zeros(1, 64), num_groups=8)
+        options = {"num_epochs": 20, "batch_size": 256, "lr": 0.03, "kl_weight": 0.05, "progress": False}
+        fit(NestedClassifier(net), net.posterior, digits.train, **options)
+    return net

@@ -1,0 +1,121 @@
+"""Schedules: their values, what they refuse, and the shares of a MaskSchedule."""
+
+import math
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.infer import MaskSchedule, cosine, cosine_to_zero, linear
+from pyro_vnd.infer.schedules import schedule_values
+
+
+@pytest.mark.parametrize("make", [linear, cosine])
+def test_a_schedule_goes_from_start_to_end_and_stays(make):
+    schedule = make(2.0, 0.5, warmup=0.4)
+    values = [schedule(t / 10) for t in range(11)]
+    assert values[0] == 2.0
+    assert values[2] == pytest.approx(1.25)
+    assert values[4:] == pytest.approx([0.5] * 7)
+    assert values == sorted(values, reverse=True)
+
+
+def test_a_cosine_is_level_at_both_ends():
+    schedule = cosine(1.0, 0.0)
+    assert schedule(0.05) > linear(1.0, 0.0)(0.05)
+    assert schedule(0.95) < linear(1.0, 0.0)(0.95)
+
+
+def test_the_first_step_is_at_zero_and_the_last_at_one():
+    assert schedule_values("kl_weight", lambda t: t, 5) == [0, 0.25, 0.5, 0.75, 1]
+    assert schedule_values("kl_weight", lambda t: t, 1) == [0]
+    assert schedule_values("kl_weight", 0.3, 3) == [0.3] * 3
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (math.nan, "`kl_weight` must be finite and >= 0; got nan"),
+        (lambda t: 0.5 - t, r"`kl_weight` must be finite and >= 0; got -0.25 at t = 0.75"),
+        (lambda t: math.nan if t == 0.5 else 1.0, "got nan at t = 0.5"),
+        (lambda t: math.inf, "got inf at t = 0"),
+    ],
+)
+def test_invalid_values_are_refused_before_the_fit(schedule, message):
+    with pytest.raises(ValueError, match=message):
+        schedule_values("kl_weight", schedule, 5)
+
+
+def test_a_temperature_must_be_positive():
+    with pytest.raises(ValueError, match=r"`temperature` must be finite and > 0; got 0\.0 at t = 1"):
+        schedule_values("temperature", linear(1.0, 0.0), 5, positive=True)
+
+
+@pytest.mark.parametrize("total_steps", [1, 2, 7, 100])
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5])
+def test_the_learning_rate_rises_to_its_value_and_falls_towards_zero(total_steps, warmup):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    scheduler, rates = cosine_to_zero(warmup)(optimizer, total_steps), []
+    for _ in range(total_steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    rising = math.floor(warmup * total_steps)
+    assert rates[rising] == pytest.approx(0.3)
+    assert rates[:rising] == pytest.approx([0.3 * (0.01 + 0.99 * i / rising) for i in range(rising)])
+    falling = total_steps - rising
+    expected = [0.15 * (1 + math.cos(math.pi * i / falling)) for i in range(falling)]
+    assert rates[rising:] == pytest.approx(expected)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: linear(0, 1, warmup=0), r"linear: argument `warmup` must be in \(0, 1\]; got 0"),
+        (lambda: cosine(0, 1, warmup=1.5), r"cosine: argument `warmup`"),
+        (lambda: cosine_to_zero(1.0), r"cosine_to_zero: argument `warmup` must be in \[0, 1\)"),
+        (lambda: MaskSchedule(0.5, 0.5, 0.5), r"shares that sum to 1; got \(0.5, 0.5, 0.5\)"),
+        (lambda: MaskSchedule(1.5, -0.5, 0.0), "shares that sum to 1"),
+        (lambda: MaskSchedule(math.nan, 0.5, 0.5), "shares that sum to 1"),
+        (lambda: MaskSchedule(law="loguniform"), "'uniform', 'log-uniform' or an OrderedMask; got 'loguniform'"),
+        (lambda: MaskSchedule(law=OrderedMask(logits=torch.zeros(2, 3))), r"single law; got batch shape \(2,\)"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+N = 20_000
+LAWS = {
+    "uniform": ("uniform", torch.full((4,), 0.25)),
+    "log-uniform": ("log-uniform", torch.tensor([12.0, 6.0, 4.0, 3.0]) / 25),
+    "OrderedMask": (OrderedMask(probs=torch.tensor([0.7, 0.1, 0.1, 0.1])), torch.tensor([0.7, 0.1, 0.1, 0.1])),
+}
+
+
+@pytest.mark.parametrize(("law", "probs"), LAWS.values(), ids=LAWS)
+def test_shares_and_budgets_have_their_probabilities(law, probs):
+    fractions = MaskSchedule(0.3, 0.5, 0.2, law=law).draw(4, (N,))
+    expected = torch.tensor([0.3, *(0.5 * probs)])
+    expected[-1] += 0.2
+
+    def p_value(expected):
+        return chisquare(counts, N * expected.double().numpy() / expected.double().sum().item()).pvalue
+
+    counts = torch.bincount((fractions * 4).long(), minlength=5).double().numpy()
+    assert p_value(expected) > 0.001
+    assert p_value(expected + torch.tensor([0.015, 0, 0, 0, -0.015])) < 1e-4  # the test would see a share that is off
+
+
+def test_shares_of_zero_never_occur():
+    assert set(MaskSchedule(0.5, 0.0, 0.5).draw(4, (1000,)).tolist()) == {0.0, 1.0}
+    assert set(MaskSchedule(1.0, 0.0, 0.0).draw(4, (1000,)).tolist()) == {0.0}
+    assert MaskSchedule(0.0, 0.0, 1.0).draw(4).item() == 1.0
+
+
+def test_a_law_over_other_blocks_gives_fractions():
+    halves = MaskSchedule(0.0, 1.0, 0.0, law=OrderedMask.uniform(2)).draw(16, (100,))
+    assert set(halves.tolist()) == {0.5, 1.0}
