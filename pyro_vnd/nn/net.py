@@ -162,8 +162,14 @@ class NestedNet(PyroModule):
                 assert cut is not None
                 self._hold_fixed(width, width.num_blocks(cut.widths[name]), cut.sliced)
                 continue
+            law = width.prior if which == "prior" else width.posterior
+            if cut is not None and cut.sliced and not by_example:
+                # What is not computed has no straight-through gradient: the exact law, for score functions.
+                mask = values[site] = pyro.sample(site, OrderedMask(logits=law.logits, validate_args=False))
+                self._hold_fixed(width, int(mask.sum().item()) + width.always_kept - 1, sliced=True)
+                continue
             with in_plate, latent:
-                mask = values[site] = pyro.sample(site, width.prior if which == "prior" else width.posterior)
+                mask = values[site] = pyro.sample(site, law)
             keep_probs = None if by_example else width.posterior.keep_probs
             if fractions is not None:
                 given = width.prefix(fractions)
@@ -194,7 +200,9 @@ class NestedNet(PyroModule):
             width: A fraction in (0, 1] for all groups, a number of blocks, a mapping from group to either, which
                 leaves the other groups random, or a tensor of fractions: one for each row of the batch, or a single
                 one if there is one mask a batch. A zero in the tensor leaves that row random.
-            sliced: Whether the pass computes only the kept part of each layer, rather than multiplying by a mask.
+            sliced: Whether the pass computes only the kept part of each layer, rather than multiplying by a mask. Groups
+                that are left random, all of them with `cut({}, sliced=True)`, are then drawn as exact masks without a
+                straight-through gradient, if there is one mask a batch: for score functions, as in `Trace_ELBO`.
 
         Yields:
             The net.

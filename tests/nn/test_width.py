@@ -164,7 +164,7 @@ def test_the_mask_of_a_pass_is_held_and_released():
         ({"temperature": math.nan}, "`temperature` must be finite and > 0; got nan"),
         ({"prior": OrderedMask.uniform(3)}, r"`prior` must be an OrderedMask over 4 entries .* got \(3,\)"),
         ({"init": OrderedMask.uniform(4), "frozen": 2}, r"`init` must be an OrderedMask over 3 entries \(4 blocks, of"),
-        ({"prior": torch.ones(4)}, "got Tensor"),
+        ({"prior": torch.ones(4)}, "`prior` must be .* got Tensor"),
     ],
 )
 def test_what_does_not_fit_is_named(arguments, message):

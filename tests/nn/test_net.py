@@ -1,0 +1,260 @@
+"""A nested net as a Pyro program: its sites, and what a cut does to them."""
+
+import copy
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Predictive
+from torch import nn
+from torch.distributions import Normal
+
+from pyro_vnd.nn import NestedClassifier, NestedLayer, NestedNet, Run, Width, narrow, nest
+
+MASKS = pytest.mark.parametrize("masks", ["example", "batch"])
+X = torch.linspace(-1, 1, 15, dtype=torch.float64).reshape(5, 3)
+Y = torch.tensor([0, 1, 0, 1, 1])
+
+
+def make(masks="example", **options) -> NestedNet:
+    plain = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    return nest(plain, torch.zeros(1, 3), num_groups={"0": 4}, masks=masks, **options)
+
+
+def sites(program, *args) -> dict[str, tuple[int, ...]]:
+    nodes = poutine.trace(program).get_trace(*args).nodes
+    return {
+        name: tuple(site["value"].shape)
+        for name, site in nodes.items()
+        if site["type"] == "sample" and not isinstance(site["fn"], pyro.distributions.Delta) and name != "data"
+    }
+
+
+WEIGHTS = {"0.weight": (8, 3), "0.bias": (8,), "2.weight": (6, 8), "2.bias": (6,), "4.weight": (2, 6), "4.bias": (2,)}
+
+
+@MASKS
+def test_sites_and_shapes_are_those_of_the_guide_in_the_same_order(masks):
+    net = make(masks)
+    rows = (5,) if masks == "example" else ()
+    expected = {"0.mask": (*rows, 4), "2.mask": (*rows, 6)} | WEIGHTS
+    assert list(sites(net.posterior, X, Y).items()) == list(expected.items())
+    assert list(sites(net, X).items()) == list(expected.items())
+    assert list(sites(NestedClassifier(net), X, Y).items()) == [*expected.items(), ("label", (5,))]
+
+
+def test_a_prefix_is_put_before_all_names():
+    net = make(prefix="bnn.")
+    assert list(sites(net, X)) == ["bnn.0.mask", "bnn.2.mask", *(f"bnn.{name}" for name in WEIGHTS)]
+    assert list(net.laws) == ["bnn.0.mask", "bnn.2.mask"]
+
+
+def test_point_estimates_have_mask_sites_only():
+    net = make(prior=None)
+    assert list(sites(net, X)) == list(sites(net.posterior, X)) == ["0.mask", "2.mask"]
+    assert not any("scale" in name for name, _ in net.named_parameters())
+
+
+@MASKS
+def test_a_pass_of_the_model_computes_with_its_draws(masks):
+    net = make(masks)
+    trace = poutine.trace(net).get_trace(X)
+    value = {name: site["value"] for name, site in trace.nodes.items()}
+    first = torch.tanh(X @ value["0.weight"].T + value["0.bias"]) * value["0.mask"].repeat_interleave(2, -1)
+    second = torch.relu(first @ value["2.weight"].T + value["2.bias"]) * value["2.mask"]
+    expected = second @ value["4.weight"].T + value["4.bias"]
+    torch.testing.assert_close(value["_RETURN"], expected, rtol=1e-12, atol=1e-12)
+
+
+@MASKS
+@pytest.mark.parametrize("width", [0.25, 1.0, 2, {"0": 0.5}, {"0": 3, "2": 0.5}])
+def test_a_cut_fixes_masks_in_model_and_guide(masks, width):
+    net = make(masks)
+    widths = width if isinstance(width, dict) else dict.fromkeys(net.widths, width)
+    free = [f"{name}.mask" for name in net.widths if name not in widths]
+    for sliced in (False, True):
+        with net.cut(width, sliced=sliced) as inside:
+            assert inside is net
+            guide, model = sites(net.posterior, X), sites(net, X)
+            assert guide == model
+            assert [name for name in guide if name.endswith("mask")] == free
+        kept = [net.widths[name].num_kept(widths[name]) if name in widths else None for name in net.widths]
+        if sliced:
+            rows, columns = (kept[1] or 6), (kept[0] or 8)
+            assert guide["2.weight"] == (rows, columns)
+            assert guide["4.weight"] == (2, rows)
+        else:
+            assert guide["2.weight"] == (6, 8)
+
+
+@MASKS
+@pytest.mark.parametrize("width", [0.25, 2, {"0": 0.5}, {"0": 3, "2": 0.5}])
+def test_dense_and_sliced_and_narrow_agree_for_a_draw(masks, width, mean_pass):
+    net = make(masks)
+    draw = net.posterior(X)
+    weights = {name: value for name, value in draw.items() if not name.endswith("mask")}
+    with torch.no_grad(), net.cut(width):
+        dense = poutine.condition(net, data=weights)(X) if isinstance(width, float | int) else None
+    narrowed = narrow(net, width, draw=draw)
+    if dense is not None:
+        torch.testing.assert_close(narrowed(X), dense, rtol=1e-10, atol=1e-10)
+    full = dict.fromkeys(net.widths, 1.0) | (width if isinstance(width, dict) else dict.fromkeys(net.widths, width))
+    with torch.no_grad(), net.cut(full):
+        torch.testing.assert_close(narrowed(X), poutine.condition(net, data=weights)(X), rtol=1e-10, atol=1e-10)
+    mean = narrow(net, width)(X)
+    for sliced in (False, True):
+        torch.testing.assert_close(mean, mean_pass(net, X, full, sliced), rtol=1e-10, atol=1e-10)
+
+
+def test_rows_of_their_own_widths_are_a_loop_over_rows(mean_pass):
+    net = make()
+    fractions = torch.tensor([0.25, 0.5, 0.75, 1.0, 0.25])
+    rows = mean_pass(net, X, fractions)
+    for n, fraction in enumerate(fractions.tolist()):
+        torch.testing.assert_close(rows[n], mean_pass(net, X[n : n + 1], fraction)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_cut_of_one_group_with_the_others_random_is_the_same_sliced():
+    a, b = Width("a", 4), Width("b", 4)
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = (NestedLayer(nn.Linear(3, 4), outputs=each, prior=None) for each in (a, b))
+            self.last = NestedLayer(nn.Linear(8, 2), inputs=(Run(a, 4), Run(b, 4)), prior=None)
+
+        def forward(self, x):
+            return self.last(torch.cat([self.left(x), self.right(x)], -1))
+
+    for masks in ("example", "batch"):
+        net, outputs = NestedNet(Two(), masks=masks), []
+        for sliced in (False, True):
+            torch.manual_seed(3)
+            with net.cut({"a": 2}, sliced=sliced):
+                outputs.append(net(X))
+        torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        (0.0, r"group '0': give a fraction in \(0.0, 1.0\]"),
+        (7, "number of blocks from 1 to 4"),
+        (True, "width True is invalid"),
+        ({"1": 0.5}, r"`width` names \['1'\]; groups of the net: \['0', '2'\]"),
+        ({"2": 7}, "width 7 is invalid for group '2': .* from 1 to 6"),
+        (torch.tensor([0.5, 1.5]), r"tensor of fractions in \[0, 1\]"),
+        (torch.tensor([0.5, float("nan")]), "tensor of fractions"),
+        (torch.tensor(0.5), r"1 dimension\(s\) for masks='example'; got shape \(\)"),
+    ],
+)
+def test_a_bad_cut_is_refused_before_anything_changes(width, message):
+    net = make()
+    with pytest.raises(ValueError, match=message), net.cut(width):
+        pass
+    assert net._cut is None
+
+
+def test_other_misuses_are_named():
+    net = make()
+    with pytest.raises(ValueError, match="one fraction for each of 2 rows; the batch has 5"), net.cut(torch.ones(2)):
+        net(X)
+    with pytest.raises(ValueError, match="sliced=True needs one width"), net.cut(torch.ones(5), sliced=True):
+        pass
+    with pytest.raises(ValueError, match=r"0 dimension\(s\) for masks='batch'"), make("batch").cut(torch.ones(5)):
+        pass
+    with pytest.raises(ValueError, match="`num_samples` must be at least 1; got 0"):
+        net.predict(X, num_samples=0)
+    with pytest.raises(ValueError, match="`masks` must be 'example' or 'batch'; got 'row'"):
+        make("row")
+    with pytest.raises(ValueError, match="no NestedLayer with a width"):
+        NestedNet(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="two widths have the name 'a'"):
+        NestedNet(nn.Sequential(*(NestedLayer(nn.Linear(2, 2), outputs=Width("a", 2)) for _ in range(2))))
+    with pytest.raises(ValueError, match="weights were drawn in a plate"), pyro.plate("rows", 2, dim=-3):
+        net(X)
+
+
+def test_an_error_inside_leaves_nothing_behind():
+    net, before = make(), make().predict(X, width=1.0).shape
+    for width in (0.25, {"0": 1}):
+        with pytest.raises(RuntimeError), net.cut(width, sliced=True):
+            net(torch.zeros(5, 4))
+        with pytest.raises(RuntimeError):
+            net.predict(torch.zeros(5, 4))
+        with pytest.raises(KeyError), net.cut(0.5), net.cut(0.25):
+            raise KeyError
+        assert net._cut is None
+        for each in net.widths.values():
+            assert (each.mask, each.keep_probs, each.kept) == (None, None, None)
+        assert all(layer.values == {} for layer in net.layers.values())
+        assert net.predict(X, width=1.0).shape == before
+
+
+def test_cuts_can_be_nested():
+    net = make()
+    with net.cut(1.0):
+        with net.cut({"0": 1}):
+            assert "2.mask" in sites(net, X)
+        assert "2.mask" not in sites(net, X)
+
+
+@MASKS
+def test_predictions_are_those_of_narrowed_draws_on_average(masks):
+    net = make(masks)
+    outputs = net.predict(X, width=0.5, num_samples=2000)
+    assert outputs.shape == (2000, 5, 2)
+    assert not outputs.requires_grad
+    by_hand = torch.stack([narrow(net, 0.5, draw=net.posterior(X))(X) for _ in range(1000)])
+    error = (outputs.var(0) / 2000 + by_hand.var(0) / 1000).sqrt()
+    assert ((outputs.mean(0) - by_hand.mean(0)).abs() < 5 * error).all()
+    with poutine.trace() as trace:
+        net.predict(X)
+    assert not trace.trace.nodes
+
+
+@MASKS
+def test_state_dict_deepcopy_and_pickle(masks, mean_pass):
+    net, other = make(masks), make(masks)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_()
+    other.load_state_dict(net.state_dict())
+    for twin in (other, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(mean_pass(twin, X, 0.5), mean_pass(net, X, 0.5))
+        for name, law in net.laws.items():
+            assert torch.equal(twin.laws[name].logits, law.logits)
+        with torch.no_grad():
+            twin.net[0].plain.weight.zero_()
+            next(iter(twin.widths.values())).logits.zero_()
+        assert list(sites(twin.posterior, X)) == list(sites(net, X))
+    assert not torch.equal(other.laws["0.mask"].logits, net.laws["0.mask"].logits)
+
+
+@MASKS
+@pytest.mark.parametrize("prior", ["normal", Normal(torch.tensor(0.0, dtype=torch.float32), 1.0)])
+def test_float_and_double(masks, prior):
+    net = make(masks, prior=prior)
+    assert net.float()(X.float()).dtype == net.predict(X.float(), width=0.5).dtype == torch.float32
+    assert net.double()(X).dtype == net.predict(X, width=0.5).dtype == torch.float64
+    assert all(value.dtype == torch.float64 for value in net.posterior(X).values())
+
+
+@MASKS
+def test_predictive_of_pyro(masks):
+    net = make(masks)
+    model = NestedClassifier(net)
+    draws = Predictive(model, guide=net.posterior, num_samples=4)(X)
+    assert draws["label"].shape == (4, 5)
+    assert draws["0.mask"].shape[0] == draws["0.weight"].shape[0] == 4
+    assert Predictive(model, num_samples=3)(X)["label"].shape == (3, 5)
+
+
+def test_the_posterior_shares_its_parameters_with_the_net():
+    net = make()
+    assert {id(p) for p in net.posterior.parameters()} == {id(p) for p in net.parameters()}
+    assert isinstance(net.laws["0.mask"], type(net.widths["0"].law))
+    assert isinstance(dist.Normal(0, 1), Normal)
