@@ -16,10 +16,10 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -31,7 +31,7 @@ from torch.distributions import Normal
 
 from benchmarks.record import header, rounded, write_json
 from models.datasets import load
-from models.nets import lenet, mlp
+from models.nets import mlp
 from models.ood import ood_sets
 from pyro_vnd.diagnostics import evaluate, evaluate_learned, evaluate_widths, net_cost
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
@@ -64,8 +64,12 @@ class Recipe:
         first_prior_scale: The same for the first layer.
         init_scale: Starting deviation of the posterior, as a share of the prior's.
         learned: Share of masks drawn from the learned law.
-        budget: Share of masks at a budget common to all groups, log-uniform.
-        keep: Rate of the fixed geometric law, and of the law of budgets where it is geometric.
+        budget: Share of masks at a budget common to all groups, k of 16 blocks with probability proportional to
+            k^-budget_power.
+        full: Share of masks at full width.
+        budget_power: Exponent of the law of budgets.
+        keep: Rate of the fixed geometric law.
+        local_reparam: What draws its outputs rather than its weights in training.
         num_samples: Draws of the weights in evaluation.
     """
 
@@ -79,14 +83,13 @@ class Recipe:
     prior_scale: float = 1.0
     first_prior_scale: float = 3.0
     init_scale: float = 0.1
-    learned: float = 0.3
-    budget: float = 0.6
+    learned: float = 0.25
+    budget: float = 0.7
+    full: float = 0.05
+    budget_power: float = 0.75
     keep: float = 0.85
-    num_samples: int = 20
-    full: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "full", round(1 - self.learned - self.budget, 6))
+    local_reparam: Literal["linear"] | bool = "linear"
+    num_samples: int = 30
 
 
 RECIPES = {"mlp": Recipe(), "cnn": Recipe()}
@@ -159,10 +162,24 @@ class Data:
 
 
 def build(arch: str, image_size: int, width: float = 1.0) -> nn.Module:
-    """Return a plain net whose hidden layers have a share of their units."""
+    """Return a plain net whose hidden layers have a share of their units.
+
+    The CNN is a LeNet whose convolutions have strides in place of pooling, for speed.
+    """
     if arch == "mlp":
         return mlp(image_size**2, hidden=(round(512 * width), round(512 * width)))
-    return lenet(channels=(round(32 * width), round(64 * width)), hidden=round(128 * width), image_size=image_size)
+    channels, hidden = round(64 * width), round(128 * width)
+    side = -(-(-(-image_size // 2)) // 2)
+    return nn.Sequential(
+        nn.Conv2d(1, channels, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(channels * side**2, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, 10),
+    )
 
 
 def prior(recipe: Recipe) -> dict[str, Any]:
@@ -205,7 +222,8 @@ def train(method: str, arch: str, seed: int, data: Data, recipe: Recipe, width: 
             prior={first: priors["first"], "": priors[""]},
             init_scale=recipe.init_scale,
         )
-        schedule = MaskSchedule(recipe.learned, recipe.budget, recipe.full, law="log-uniform")
+        budgets = torch.arange(1.0, recipe.num_groups + 1) ** -recipe.budget_power
+        schedule = MaskSchedule(recipe.learned, recipe.budget, recipe.full, law=OrderedMask(probs=budgets))
         if method == "bayes_full":
             schedule = MaskSchedule(learned=0, budget=0, full=1)
         if method == "vnd_probs_as_logits":
@@ -213,7 +231,7 @@ def train(method: str, arch: str, seed: int, data: Data, recipe: Recipe, width: 
                 group.__class__ = ProbsAsLogitsWidth
         arguments |= {
             "masks": schedule,
-            "local_reparam": True,
+            "local_reparam": recipe.local_reparam,
             "kl_weight": recipe.kl_weight,
             "length_weight": recipe.length_weight,
         }

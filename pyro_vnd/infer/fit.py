@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro.infer import ELBO
@@ -42,7 +42,7 @@ def fit(
     temperature: Schedule | None = None,
     masks: MaskSchedule | None = None,
     sliced: bool = False,
-    local_reparam: bool = False,
+    local_reparam: bool | Literal["linear"] = False,
     validation: Tensor | Sequence[Tensor] | None = None,
     plate: str = "data",
     checkpoint: str | Path | None = None,
@@ -92,7 +92,7 @@ def fit(
         sliced: Whether steps in which the whole batch has one width compute only what is kept: nets with
             masks="batch", under `masks`.
         local_reparam: Whether to draw the outputs of layers rather than weights, `LocalReparameterization`: gradients
-            have less noise. It needs an objective that scores no value, `NestedELBO`.
+            have less noise; "linear" leaves convolutions out. It needs an objective that scores no value, `NestedELBO`.
         validation: Data like `data`, whose log-likelihood at draws of the guide is reported after every epoch. For
             choosing between fits: a part of the training data that was held back, never the test data.
         plate: Name of the plate over the rows of the data.
@@ -153,7 +153,8 @@ def fit(
     if masks is not None:
         handlers.append(MaskCuts(masks, sliced, (model, guide)).draw)
     if local_reparam:
-        handlers.append(lambda num_rows: LocalReparameterization())
+        layers: Any = "all" if local_reparam is True else local_reparam
+        handlers.append(lambda num_rows: LocalReparameterization(layers))
 
     started, devices = time.perf_counter(), cuda_devices([model, guide, *tensors])
     with module_local_params(model, guide), random_numbers(seed, devices), module_mode([model, guide], training=True):

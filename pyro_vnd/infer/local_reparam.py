@@ -1,6 +1,6 @@
 """Local reparameterisation: draw the outputs of a layer instead of its weights."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -26,6 +26,13 @@ class LocalReparameterization(Messenger):
     the weights in closed form, `fit(..., local_reparam=True)` or `NestedELBO`; `Trace_ELBO` would score the mean.
     Weights whose prior has no closed-form KL from a Normal are drawn as ever.
 
+    Args:
+        layers: "all", or "linear" to draw the weights of convolutions as ever: cheaper, and with the noise that the
+            places of an image share.
+
+    Raises:
+        ValueError: If `layers` is neither.
+
     Source: Kingma, Salimans and Welling, arXiv 1506.02557, section 2.3.
 
     Example:
@@ -39,6 +46,12 @@ class LocalReparameterization(Messenger):
         ...     loss = NestedELBO().differentiable_loss(NestedClassifier(net), net.posterior, *data)
     """
 
+    def __init__(self, layers: Literal["all", "linear"] = "all") -> None:
+        super().__init__()
+        if layers not in ("all", "linear"):
+            raise ValueError(f"LocalReparameterization: argument `layers` must be 'all' or 'linear'; got {layers!r}")
+        self._kinds = ("linear", "convolution") if layers == "all" else ("linear",)
+
     def __enter__(self) -> Any:
         self._laws: dict[int, tuple[Tensor, Normal]] = {}
         return super().__enter__()
@@ -51,7 +64,7 @@ class LocalReparameterization(Messenger):
         law = msg["fn"]
         if msg["done"] or msg["is_observed"] or msg["value"] is not None:
             return
-        if msg["infer"].get("local_reparam") and isinstance(law, Gated) and isinstance(law.base, Normal):
+        if msg["infer"].get("local_reparam") in self._kinds and isinstance(law, Gated) and isinstance(law.base, Normal):
             # A new tensor for each site and call, so that its identity says whose mean it is.
             mean = law.base.loc.expand(law.event_shape).view(law.event_shape)
             self._laws[id(mean)] = (mean, law.base)

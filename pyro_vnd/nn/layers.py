@@ -196,7 +196,8 @@ class NestedLayer(nn.Module):
         if not self.log_scales:
             return {}
         for name in self.log_scales:
-            infer: Any = {"local_reparam": self.has_exact_kl[name]}
+            kind = "linear" if self.channel_dim == -1 else "convolution"
+            infer: Any = {"local_reparam": kind if self.has_exact_kl[name] else None}
             value = pyro.sample(f"{site}.{name}", self.law(name, which), infer=infer)
             extra = value.dim() - self.plain.get_parameter(name).dim()
             if value.shape[:extra].numel() > 1:
