@@ -168,15 +168,15 @@ def build(arch: str, image_size: int, width: float = 1.0) -> nn.Module:
     """
     if arch == "mlp":
         return mlp(image_size**2, hidden=(round(512 * width), round(512 * width)))
-    channels, hidden = round(64 * width), round(128 * width)
-    side = -(-(-(-image_size // 2)) // 2)
+    first, second, hidden = round(32 * width), round(64 * width), round(128 * width)
+    side = (image_size + 3) // 4  # each stride halves it, rounding up
     return nn.Sequential(
-        nn.Conv2d(1, channels, 5, stride=2, padding=2),
+        nn.Conv2d(1, first, 5, stride=2, padding=2),
         nn.ReLU(),
-        nn.Conv2d(channels, channels, 5, stride=2, padding=2),
+        nn.Conv2d(first, second, 3, stride=2, padding=1),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(channels * side**2, hidden),
+        nn.Linear(second * side**2, hidden),
         nn.ReLU(),
         nn.Linear(hidden, 10),
     )

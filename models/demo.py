@@ -1,28 +1,19 @@
 """The main job from end to end: two models with learned order, trained on real images by SVI, and a report on them."""
 
 import json
-import os
-import platform
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
-import pyro
 import torch
-from matplotlib.figure import Figure
 
-import pyro_vnd
 from models.datasets import Dataset, load
 from models.nested_classifier import NestedClassifier
 from models.ordered_vae import OrderedVAE
-from models.report import Report
+from models.report import Report, elbo_figure
+from models.results import atomic_folder, print_table, versions
 from pyro_vnd.diagnostics import classification_metrics, plot_keep_probs, plot_prefixes, plot_widths, summary, to_arviz
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import AutoNested, FitResult, fit
@@ -61,7 +52,7 @@ def run(data_name: str, out: Path, *, seed: int = 0, quick: bool = False) -> dic
     """Train both models, print their tables, and write report.html, metrics.json, posterior.nc and the figures.
 
     Args:
-        data_name: A data set that `models.datasets.load` knows.
+        data_name: A data set that `SETTINGS` has.
         out: Folder for the results; it is made, and changed only once everything is there.
         seed: Seed of both trainings.
         quick: Whether to train for a few steps only.
@@ -70,13 +61,15 @@ def run(data_name: str, out: Path, *, seed: int = 0, quick: bool = False) -> dic
         The content of metrics.json.
 
     Raises:
-        ValueError: If the data set is unknown or corrupt.
+        ValueError: If the demo has no settings for the data set, or it is corrupt.
         OSError: If data are missing or the folder cannot be written.
     """
+    if data_name not in SETTINGS:
+        raise ValueError(f"no settings for data set {data_name!r}; the demo runs on {', '.join(SETTINGS)}")
     started = time.perf_counter()
     data = load(data_name, flatten=True)
     settings = SETTINGS[data_name].quick() if quick else SETTINGS[data_name]
-    with _atomic_folder(out) as folder:
+    with atomic_folder(out) as folder:
         report = Report(f"Learned order on {data.name}", folder)
         classifier = _classifier(data, settings, seed, report, folder)
         vae = _vae(data, settings, seed, report, folder)
@@ -84,7 +77,7 @@ def run(data_name: str, out: Path, *, seed: int = 0, quick: bool = False) -> dic
             "header": {
                 "command": f"python -m models demo --data {data.name} --seed {seed}" + (" --quick" if quick else ""),
                 "settings": asdict(settings),
-                "versions": _versions(),
+                "versions": versions(),
                 "seconds": round(time.perf_counter() - started, 1),
             },
             "classifier": classifier,
@@ -117,7 +110,7 @@ def _classifier(data: Dataset, settings: Settings, seed: int, report: Report, fo
     rows = [{"width": w, **classification_metrics(p, data.test.labels)} for w, p in zip(WIDTHS, probs, strict=True)]
     header = ("width", "accuracy", "NLL", "ECE")
     cells = [[f"{r['width']:.3f}", f"{r['accuracy']:.3f}", f"{r['nll']:.3f}", f"{r['ece']:.3f}"] for r in rows]
-    _print_table(header, cells)
+    print_table(header, cells)
 
     posterior = to_arviz(
         model, guide, data.test.images[: settings.num_rows], num_samples=settings.num_draws, progress=True
@@ -154,7 +147,7 @@ def _classifier(data: Dataset, settings: Settings, seed: int, report: Report, fo
         "Learned keep probabilities of the hidden units of each layer, and their prior. Bands: 90 % of posterior draws "
         f"of the share of {settings.num_rows} images that keep a unit.",
     )
-    report.figure(_elbo_figure(result), "elbo_classifier", "ELBO and its parts during training, in nats per image.")
+    report.figure(elbo_figure(result), "elbo_classifier", "ELBO and its parts during training, in nats per image.")
     report.text("Posterior summary (ArviZ); the draws are in posterior.nc.")
     report.pre(str(table))
     return {"widths": rows, **_fit_numbers(result, guide)}
@@ -182,7 +175,7 @@ def _vae(data: Dataset, settings: Settings, seed: int, report: Report, folder: P
     errors = {k: (model.reconstruct(images, k) - images).square().mean().item() for k in lengths}
     header = ("code length", "test MSE x 1000")
     cells = [[str(k), f"{1000 * error:.1f}"] for k, error in errors.items()]
-    _print_table(header, cells)
+    print_table(header, cells)
 
     report.section(
         "A variational autoencoder with an ordered code",
@@ -206,21 +199,8 @@ def _vae(data: Dataset, settings: Settings, seed: int, report: Report, folder: P
         "Keep probabilities of the latents, amortised and averaged over test images. Half of the law is uniform by "
         f"construction, the rest is learned. Band: 90 % of posterior draws of the share of {settings.num_rows} images.",
     )
-    report.figure(_elbo_figure(result), "elbo_vae", "ELBO and its parts during training, in nats per image.")
+    report.figure(elbo_figure(result), "elbo_vae", "ELBO and its parts during training, in nats per image.")
     return {"mse": {str(k): error for k, error in errors.items()}, **_fit_numbers(result, None)}
-
-
-def _elbo_figure(result: FitResult) -> Figure:
-    figure, ax = plt.subplots(figsize=(6, 2.8), layout="constrained")
-    for name in ("elbo", "log_likelihood", "kl"):
-        ax.plot(range(1, len(result.elbo) + 1), getattr(result, name), label=name.replace("_", "-"))
-    # The first epochs are far below the rest and would flatten it.
-    late = slice(len(result.elbo) // 10, None)
-    low, high = min(result.elbo[late]), max(result.log_likelihood[late] + result.kl[late])
-    margin = 0.05 * (high - low) + 1e-3
-    ax.set(xlabel="epoch", ylabel="nats per image", ylim=(low - margin, high + margin))
-    ax.legend()
-    return figure
 
 
 def _fit_numbers(result: FitResult, guide: AutoNested | None) -> dict[str, Any]:
@@ -244,35 +224,5 @@ def _one_a_class(data: Dataset) -> list[int]:
 
 
 def _pictures(images: torch.Tensor, data: Dataset) -> np.ndarray:
-    return images.reshape(-1, *data.image_shape[1:]).numpy()
-
-
-def _print_table(header: tuple[str, ...], rows: list[list[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pyro": pyro.__version__,
-        "pyro_vnd": pyro_vnd.__version__,
-    }
-
-
-@contextmanager
-def _atomic_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `out`, whose files move there at the end, or vanish if anything fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
-        raise OSError(f"cannot write results to {out}: not a writable folder")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield temporary
-        out.mkdir(exist_ok=True)
-        for path in temporary.iterdir():
-            path.replace(out / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    # As matplotlib has them: gray ones without channels, coloured ones with channels last.
+    return images.reshape(-1, *data.image_shape).movedim(1, -1).squeeze(-1).numpy()

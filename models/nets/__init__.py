@@ -1,14 +1,10 @@
 """Ordinary torch nets for images: torch only, and traceable by `torch.fx`.
 
 They know nothing of nesting, of Pyro or of each other's data. Default arguments give the published nets; small ones
-give nets of the same structure that train in seconds.
+give nets of the same structure that train in seconds. `build` makes either by name for images of a given shape.
 """
 
-from collections.abc import Callable
-from functools import partial
-
-from torch import nn
-
+from models.nets.build import NETS, SMALL, build
 from models.nets.lenet import lenet
 from models.nets.mlp import mlp
 from models.nets.mobilenet import mobilenet_v2
@@ -17,15 +13,4 @@ from models.nets.resnext import resnext29
 from models.nets.vgg import vgg11
 from models.nets.vit import vit
 
-__all__ = ["NETS", "lenet", "mlp", "mobilenet_v2", "resnet18", "resnext29", "vgg11", "vit"]
-
-NETS: dict[str, Callable[..., nn.Module]] = {
-    "mlp": mlp,
-    "lenet": lenet,
-    "vgg11": vgg11,
-    "vgg11-wide": partial(vgg11, width=1.5, hidden=(256,)),  # as in "Variational Nested Dropout"
-    "resnet18": resnet18,
-    "resnext29": resnext29,
-    "mobilenet-v2": mobilenet_v2,
-    "vit": vit,
-}
+__all__ = ["NETS", "SMALL", "build", "lenet", "mlp", "mobilenet_v2", "resnet18", "resnext29", "vgg11", "vit"]

@@ -262,7 +262,7 @@ def apply_mask(x: Tensor, mask: Tensor | None, channel_dim: int) -> Tensor:
     """Multiply channels by a mask of shape (channels,), or (N, channels) with one row an example."""
     if mask is None:
         return x
-    rows = mask.shape[:-1]
+    rows, mask = mask.shape[:-1], mask.to(x.dtype)  # the law of a width may be of another precision
     if channel_dim == -1:
         return x * mask.reshape(*rows, *[1] * (x.dim() - 1 - len(rows)), mask.shape[-1])
     return x * mask.reshape(*(rows or (1,)), mask.shape[-1], *[1] * (x.dim() - 2))

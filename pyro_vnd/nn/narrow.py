@@ -67,8 +67,16 @@ def narrow(
             plain = _replace(plain, name, _narrow_norm(module, kept))
     for name, module in list(plain.named_modules()):
         if isinstance(module, Attention):
-            plain = _replace(plain, name, fx.symbolic_trace(module))
+            plain = _replace(plain, name, _as_graph(module))
     return plain
+
+
+def _as_graph(module: nn.Module) -> fx.GraphModule:
+    """Turn a module of this library into one of torch."""
+    graph = fx.Tracer().trace(module)
+    for node in graph.nodes:
+        node.type = None  # names of types could not be saved
+    return fx.GraphModule(module, graph, class_name=type(module).__name__)
 
 
 def _replace(net: nn.Module, name: str, module: nn.Module) -> nn.Module:

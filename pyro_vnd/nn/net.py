@@ -200,9 +200,10 @@ class NestedNet(PyroModule):
             width: A fraction in (0, 1] for all groups, a number of blocks, a mapping from group to either, which
                 leaves the other groups random, or a tensor of fractions: one for each row of the batch, or a single
                 one if there is one mask a batch. A zero in the tensor leaves that row random.
-            sliced: Whether the pass computes only the kept part of each layer, rather than multiplying by a mask. Groups
-                that are left random, all of them with `cut({}, sliced=True)`, are then drawn as exact masks without a
-                straight-through gradient, if there is one mask a batch: for score functions, as in `Trace_ELBO`.
+            sliced: Whether the pass computes only the kept part of each layer, rather than multiplying by a mask.
+                Groups that are left random, all of them with `cut({}, sliced=True)`, are then drawn as exact masks
+                without a straight-through gradient, if there is one mask a batch: for score functions, as in
+                `Trace_ELBO`.
 
         Yields:
             The net.

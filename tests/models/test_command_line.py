@@ -75,6 +75,7 @@ def test_without_a_command_the_models_are_listed(capsys):
     shown = capsys.readouterr().out
     assert "NestedClassifier" in shown
     assert "OrderedVAE" in shown
+    assert "mobilenet-v2" in shown
 
 
 def _file_in_the_way(tmp_path):
@@ -85,7 +86,13 @@ def _file_in_the_way(tmp_path):
 @pytest.mark.parametrize(
     ("data", "make_out", "message"),
     [
-        ("mnist-3d", lambda tmp: tmp / "demo", "unknown data set 'mnist-3d'; known are digits"),
+        (
+            "mnist-3d",
+            lambda tmp: tmp / "demo",
+            "no settings for data set 'mnist-3d'; the demo runs on digits, ",
+        ),
+        ("cifar-10", lambda tmp: tmp / "demo", "no settings for data set 'cifar-10'; the demo runs on digits"),
+        ("svhn", lambda tmp: tmp / "demo", "no settings for data set 'svhn'; the demo runs on digits"),
         ("fashion-mnist", lambda tmp: tmp / "demo", "no Fashion-MNIST in"),
         ("digits", _file_in_the_way, "not a writable folder"),
         ("digits", lambda tmp: _file_in_the_way(tmp) / "below", "demo"),

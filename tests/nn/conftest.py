@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import datasets
+from models import datasets, nets
 from pyro_vnd.nn import NestedNet
 
 
@@ -44,3 +44,30 @@ def digits() -> datasets.Dataset:
         for name in ("train", "validation", "test")
     }
     return replace(data, **parts)
+
+
+SMALL_NETS = {
+    "mlp": (lambda: nets.mlp(64, hidden=(16, 8)), (64,)),
+    "lenet": (lambda: nets.lenet(channels=(4, 8), hidden=8, image_size=8), (1, 8, 8)),
+    "vgg11": (lambda: nets.vgg11(1, width=1 / 16, hidden=(8,), image_size=16), (1, 16, 16)),
+    "resnet18": (lambda: nets.resnet18(1, base=8), (1, 16, 16)),
+    "resnext29": (lambda: nets.resnext29(1, cardinality=4, base_width=4, depth=11, base=8), (1, 8, 8)),
+    "mobilenet": (
+        lambda: nets.mobilenet_v2(1, width=0.25, stages=[(1, 16, 1, 1), (6, 24, 2, 2)], last_channels=32),
+        (1, 16, 16),
+    ),
+    "vit": (lambda: nets.vit(1, image_size=8, dim=16, depth=2, heads=4), (1, 8, 8)),
+}
+
+
+@pytest.fixture(params=SMALL_NETS)
+def family(request) -> tuple[torch.nn.Module, Tensor]:
+    """A small net of each family, with statistics of its own in all norms, and images."""
+    build, shape = SMALL_NETS[request.param]
+    plain, images = build(), torch.randn(6, *shape)
+    for module in plain.modules():
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            tensor = getattr(module, name, None)
+            if "Norm" in type(module).__name__ and tensor is not None:
+                torch.nn.init.uniform_(tensor, 0.5, 1.5)
+    return plain.eval(), images

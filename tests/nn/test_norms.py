@@ -1,0 +1,209 @@
+"""Norms over channels that may be cut, and their statistics after a cut."""
+
+import pytest
+import torch
+from torch import nn
+
+from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.infer import fit
+from pyro_vnd.nn import NestedClassifier, NestedNorm, Run, Width, narrow, nest, recalibrate_batchnorm
+
+NORMS = {
+    "batch1d": (lambda: nn.BatchNorm1d(8), (5, 8)),
+    "batch2d": (lambda: nn.BatchNorm2d(8, affine=False), (5, 8, 3, 3)),
+    "batch3d": (lambda: nn.BatchNorm3d(8, momentum=None), (5, 8, 3, 2, 2)),
+    "batch-without-statistics": (lambda: nn.BatchNorm1d(8, track_running_stats=False), (5, 8)),
+    "instance1d": (lambda: nn.InstanceNorm1d(8), (5, 8, 6)),
+    "instance2d": (lambda: nn.InstanceNorm2d(8, affine=True), (5, 8, 3, 3)),
+    "instance3d": (lambda: nn.InstanceNorm3d(8, affine=True, track_running_stats=True), (5, 8, 3, 2, 2)),
+    "group": (lambda: nn.GroupNorm(4, 8), (5, 8, 3, 3)),
+    "group-one": (lambda: nn.GroupNorm(1, 8), (5, 8, 3, 3)),
+    "group-one-vectors": (lambda: nn.GroupNorm(1, 8, affine=False), (5, 8)),
+    "layer": (lambda: nn.LayerNorm(8), (5, 3, 8)),
+    "layer-bare": (lambda: nn.LayerNorm(8, elementwise_affine=False), (5, 8)),
+    "layer-without-bias": (lambda: nn.LayerNorm(8, bias=False), (5, 3, 8)),
+    "rms": (lambda: nn.RMSNorm(8), (5, 3, 8)),
+    "rms-eps": (lambda: nn.RMSNorm(8, eps=0.1, elementwise_affine=False), (5, 8)),
+    "prelu": (lambda: nn.PReLU(8), (5, 8, 3)),
+}
+every = pytest.mark.parametrize(("build", "shape"), NORMS.values(), ids=NORMS)
+
+
+def randomised(build):
+    norm = build()
+    for name, value in [*norm.named_parameters(), *norm.named_buffers()]:
+        if value.dim():
+            nn.init.uniform_(value, 0.5, 1.5) if "bias" not in name else nn.init.normal_(value)
+    return norm
+
+
+def cut_by_hand(norm, channels):
+    """The same norm made anew with fewer channels."""
+    if isinstance(norm, nn.GroupNorm):
+        groups = 1 if norm.num_groups == 1 else norm.num_groups * len(channels) // 8
+        small = nn.GroupNorm(groups, len(channels), affine=norm.affine)
+    elif isinstance(norm, nn.LayerNorm):
+        small = nn.LayerNorm(len(channels), norm.eps, norm.elementwise_affine, norm.bias is not None)
+    elif isinstance(norm, nn.RMSNorm):
+        small = nn.RMSNorm(len(channels), norm.eps, norm.elementwise_affine)
+    elif isinstance(norm, nn.PReLU):
+        small = nn.PReLU(len(channels))
+    else:
+        small = type(norm)(len(channels), norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    state = {name: value[channels] if value.dim() else value for name, value in norm.state_dict().items()}
+    small.load_state_dict(state)
+    return small.train(norm.training)
+
+
+def channels_last(norm):
+    return isinstance(norm, nn.LayerNorm | nn.RMSNorm)
+
+
+@every
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("blocks", [1, 3, 4])
+def test_cut_norms_are_norms_of_fewer_channels(build, shape, training, blocks):
+    norm, x, width = randomised(build).train(training), torch.randn(shape), Width("hidden", 8, 4)
+    nested, kept = NestedNorm(norm, width), list(range(2 * blocks))
+    dim = x.dim() - 1 if channels_last(norm) else 1
+    small, x_kept = cut_by_hand(norm, kept), x.index_select(dim, torch.tensor(kept))
+    state = {name: value.clone() for name, value in norm.state_dict().items()}
+
+    width.hold(width.prefix(torch.tensor(blocks / 4)))
+    masked = nested(x).index_select(dim, torch.tensor(kept))
+    after = {name: value.clone() for name, value in norm.state_dict().items()}
+    norm.load_state_dict(state)
+    width.hold(num_kept=len(kept))
+    expected = small(x_kept)
+    torch.testing.assert_close(nested(x_kept), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(masked, expected, rtol=1e-11, atol=1e-11)
+    for name, value in small.state_dict().items():
+        for states in (norm.state_dict(), after):
+            torch.testing.assert_close(states[name][kept] if value.dim() else states[name], value)
+
+
+@every
+def test_statistics_of_channels_that_are_not_computed_stay(build, shape):
+    norm, width = randomised(build).train(), Width("hidden", 8, 4)
+    nested, dim = NestedNorm(norm, width), -1 if channels_last(norm) else 1
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    width.hold(num_kept=6)
+    nested(torch.randn(shape).narrow(dim, 0, 6))
+    for name, value in norm.state_dict().items():
+        if value.dim():
+            assert torch.equal(value[6:], before[name][6:])
+            assert torch.equal(value[:6], before[name][:6]) == ("running" not in name)
+
+
+@every
+def test_a_mask_for_each_example_is_a_loop_over_examples(build, shape):
+    norm, x, width = randomised(build).eval(), torch.randn(shape), Width("hidden", 8, 4)
+    nested, masks = NestedNorm(norm, width), OrderedMask.uniform(4).sample((5,))
+    if isinstance(norm, nn.BatchNorm1d) and not norm.track_running_stats:
+        return  # depends on the batch
+    width.hold(masks)
+    rows = nested(x)
+    dim = -1 if channels_last(norm) else 0
+    for n, mask in enumerate(masks):
+        width.hold(mask)
+        kept = int(width.mask.sum())
+        torch.testing.assert_close(rows[n].narrow(dim, 0, kept), nested(x[n : n + 1])[0].narrow(dim, 0, kept))
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: nn.BatchNorm1d(11), lambda: nn.InstanceNorm1d(11), lambda: nn.GroupNorm(1, 11)]
+)
+def test_norms_over_runs_of_several_widths(build):
+    norm, x = randomised(build).train(), torch.randn(5, 11, 4)
+    a, b = Width("a", 4), Width("b", 3)
+    nested = NestedNorm(norm, (Run(a, 4), Run(None, 4), Run(b, 3)))
+    kept = [0, 1, *range(4, 8), 8]
+    small = cut_by_hand(norm, kept)
+    a.hold(num_kept=2), b.hold(num_kept=1)
+    torch.testing.assert_close(nested(x[:, kept]), small(x[:, kept]))
+    for name, value in small.state_dict().items():
+        if value.dim():
+            torch.testing.assert_close(norm.state_dict()[name][kept], value)
+    b.hold(torch.tensor([1.0, 0.0, 0.0]))
+    expected = small.eval()(x[:, kept]) if isinstance(norm, nn.GroupNorm) else None
+    if expected is not None:
+        torch.testing.assert_close(nested(x[:, [0, 1, *range(4, 11)]])[:, :7], expected)
+
+
+def test_gradients_of_kept_channels_do_not_see_dropped_ones():
+    norm, width = randomised(lambda: nn.LayerNorm(8)), Width("hidden", 8, 4)
+    x = torch.randn(5, 8, requires_grad=True)
+    width.hold(torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    NestedNorm(norm, width)(x)[:, :4].square().sum().backward()
+    assert (x.grad[:, 4:] == 0).all()
+    assert (x.grad[:, :4] != 0).all()
+
+
+def test_what_is_no_norm_of_channels_is_an_error():
+    with pytest.raises(ValueError, match=r"`layer` must be one of BatchNorm1d, .*; got Linear"):
+        NestedNorm(nn.Linear(2, 2), None)
+    with pytest.raises(ValueError, match=r"normalise over the channels only; got \(4, 8\)"):
+        NestedNorm(nn.LayerNorm((4, 8)), Width("a", 8))
+    assert "channels=['a']" in repr(NestedNorm(nn.BatchNorm1d(4), Width("a", 4)))
+
+
+# Recalibration.
+
+
+def small_net():
+    return nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4)
+    )
+
+
+def test_statistics_are_averages_over_the_batches():
+    net, batches = small_net(), [torch.randn(n, 3) + n for n in (5, 9, 20)]
+    net[0].eval()
+    modes, momenta = [m.training for m in net.modules()], [net[1].momentum, net[5].momentum]
+    assert recalibrate_batchnorm(net, [(batch, "labels") for batch in batches]) is net
+    hidden = [net[0](batch) for batch in batches]
+    torch.testing.assert_close(net[1].running_mean, torch.stack([h.mean(0) for h in hidden]).mean(0))
+    torch.testing.assert_close(net[1].running_var, torch.stack([h.var(0) for h in hidden]).mean(0))
+    # The second norm sees what the first one makes of the batch, without dropout.
+    normal = [(h - h.mean(0)) / (h.var(0, correction=0) + net[1].eps).sqrt() for h in hidden]
+    second = [net[4]((net[1].weight * h + net[1].bias).relu()) for h in normal]
+    torch.testing.assert_close(net[5].running_mean, torch.stack([h.mean(0) for h in second]).mean(0))
+    torch.testing.assert_close(net[5].running_var, torch.stack([h.var(0) for h in second]).mean(0))
+    assert [m.training for m in net.modules()] == modes
+    assert [net[1].momentum, net[5].momentum] == momenta
+    assert net[1].num_batches_tracked == 3
+
+
+def test_an_empty_loader_and_an_error_leave_the_net_as_it_was():
+    net = small_net()
+    net(torch.randn(20, 3))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match="`loader` has no batches"):
+        recalibrate_batchnorm(net, [])
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    with pytest.raises(RuntimeError):
+        recalibrate_batchnorm(net, [torch.zeros(5, 4)])
+    assert all(module.training for module in net.modules())
+    assert net[1].momentum == 0.1
+
+
+def test_a_net_without_batchnorm_is_returned():
+    net = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    assert recalibrate_batchnorm(net, []) is net
+
+
+def test_recalibration_helps_narrowed_nets_on_digits(digits):
+    plain = nn.Sequential(
+        nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU()
+    )
+    plain.append(nn.Linear(32, 10))
+    net = nest(plain, digits.train.images[:2], num_groups=8, masks="batch", prior=None)
+    fit(NestedClassifier(net), net.posterior, digits.train, num_epochs=15, batch_size=128, lr=0.01, progress=False)
+    losses, net = {}, net.eval()
+    for width in (0.25, 0.5):
+        narrowed = narrow(net, width)
+        for name in ("before", "after"):
+            losses[width, name] = nn.functional.cross_entropy(narrowed(digits.test.images), digits.test.labels).item()
+            recalibrate_batchnorm(narrowed, digits.train.images.split(128))
+    assert losses[0.25, "after"] < losses[0.25, "before"]
+    assert losses[0.5, "after"] < losses[0.5, "before"]
