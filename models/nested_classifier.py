@@ -24,6 +24,8 @@ class NestedClassifier:
     p_k reweighed by exp(-loss of width k) of one image: no width is starved, as it would be if one mask held for the
     whole data set, whose likelihood is N times stronger than the prior.
 
+    Written out, to show the masks in a Pyro model of one's own; `pyro_vnd.nn.nest` makes the like of any torch net.
+
     Args:
         num_inputs: Pixels of an image.
         num_classes: Number of classes.

@@ -31,7 +31,7 @@ def load() -> Dataset:
 
 
 def _read_part(path: Path) -> Split:
-    from scipy.io import loadmat  # scikit-learn brings it
+    from scipy.io import loadmat
 
     content = io.BytesIO(path.read_bytes())
     try:

@@ -2,10 +2,11 @@
 
 from pyro_vnd.nn.axis import Axis, Run
 from pyro_vnd.nn.channels import ChannelGroups, channel_groups
+from pyro_vnd.nn.classifier import NestedClassifier
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.narrow import narrow, recalibrate_batchnorm
 from pyro_vnd.nn.nest import nest
-from pyro_vnd.nn.net import NestedClassifier, NestedNet, Posterior
+from pyro_vnd.nn.net import NestedNet, Posterior
 from pyro_vnd.nn.norms import NestedNorm
 from pyro_vnd.nn.width import Width
 

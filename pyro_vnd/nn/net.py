@@ -18,7 +18,7 @@ from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.norms import NestedNorm
 from pyro_vnd.nn.width import Width
 
-__all__ = ["NestedClassifier", "NestedNet", "Posterior", "WidthLike"]
+__all__ = ["NestedNet", "Posterior", "WidthLike"]
 
 WidthLike = float | int | Mapping[str, float | int] | Tensor
 
@@ -184,7 +184,7 @@ class NestedNet(PyroModule):
             width.hold(num_kept=sum(width.sizes[:num_blocks]))
             return
         mask = width.prefix(width.logits.new_tensor(num_blocks / width.num_groups))
-        width.hold(mask, None if self.masks == "example" else mask)
+        width.hold(mask, keep_probs=mask)  # as if sliced: what is dropped costs nothing
 
     def _draw_weights(self, which: Literal["prior", "posterior"]) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
@@ -293,30 +293,3 @@ class Posterior(PyroModule):
         """
         with self.net._drawn("posterior", len(inputs[0]), plate) as values:
             return values
-
-
-class NestedClassifier(PyroModule):
-    r"""A nested net as the model of labels, $y_n \sim \mathrm{Categorical}(\mathrm{logits} = f(x_n))$.
-
-    Args:
-        net: The nested net; its outputs are logits, shape (N, C).
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> from pyro_vnd.nn import NestedClassifier, nest
-        >>> net = nest(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(1, 4), num_groups=4)
-        >>> model, guide = NestedClassifier(net), net.posterior
-    """
-
-    def __init__(self, net: NestedNet) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Run the model and return the logits."""
-        plate = pyro.plate("data", len(x), dim=-1)
-        logits = self.net(x, plate=plate)
-        with plate:
-            pyro.sample("label", pyro.distributions.Categorical(logits=logits), obs=y)
-        return logits
