@@ -79,7 +79,7 @@ class Recipe:
     num_groups: int = 16
     law_lr: float = 10.0
     kl_weight: float = 0.015
-    length_weight: float = 1.0
+    length_weight: float = 0.015
     prior_scale: float = 1.0
     first_prior_scale: float = 2.0
     init_scale: float = 0.1

@@ -66,7 +66,7 @@ def _add_nest(commands: argparse._SubParsersAction) -> None:
         help=f"shares of the units in (0, 1]; default: {' '.join(map(str, nested_zoo.WIDTHS))}",
     )
     command.add_argument("--full", action="store_true", help="the published sizes, which want a GPU but for the least")
-    command.add_argument("--device", default="cpu", help="default: %(default)s")
+    command.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: %(default)s")
     command.add_argument("--out", type=Path, metavar="DIR", help="default: results/nest/NET")
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     command.set_defaults(run=_run_nest)

@@ -89,17 +89,19 @@ def run(
         widths: Shares of the units at which the net is scored, in (0, 1].
         epochs: Passes over the training part; by default those of the recipe.
         size: "small", or "full" for the published sizes.
-        device: Where the net is trained and scored.
+        device: Where the net is trained and scored, "cpu" or "cuda".
         seed: Seed of the initial weights, the training and the draws.
 
     Returns:
         The content of metrics.json.
 
     Raises:
-        ValueError: If the net, the data set or a width is unknown, or data are corrupt.
+        ValueError: If the net, the data set or a width is unknown, data are corrupt, or there is no GPU.
         OSError: If data are missing or the folder cannot be written.
         NonFiniteLossError: If training diverges.
     """
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"torch finds no GPU here; got device {device!r}")
     started = time.perf_counter()
     data = load(data_name)
     recipe = RECIPES[data_name] if epochs is None else replace(RECIPES[data_name], epochs=epochs)

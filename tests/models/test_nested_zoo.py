@@ -191,6 +191,20 @@ def test_a_wrong_request_is_one_line_and_leaves_nothing(arguments, message, tmp_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_one_line(tmp_path, capsys):
+    assert main(["nest", "lenet", "--device", "cuda", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "python -m models nest: torch finds no GPU here; got device 'cuda'\n"
+
+
+@pytest.mark.gpu
+def test_a_net_is_trained_scored_and_narrowed_on_a_gpu(tmp_path):
+    out = tmp_path / "out"
+    assert main(["nest", "vgg11", "--device", "cuda", "--epochs", "1", "--widths", "0.5", "1", "--out", str(out)]) == 0
+    nested, _ = load_state(out / "state.pt")
+    assert next(nested.parameters()).device.type == "cpu"
+
+
 def test_a_fit_that_fails_leaves_earlier_results_alone(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     out.mkdir()
