@@ -140,10 +140,19 @@ def forward_of(net: nn.Module, x: Tensor) -> Step:
 
 
 def run(seconds: float, threads: int) -> dict[str, Any]:
-    """Time everything and return the result."""
+    """Time everything and return the result; threads, random numbers and validation are then as before."""
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    pyro.enable_validation(False)  # as for any long training
+    try:
+        # Without validation, as for any long training.
+        with torch.random.fork_rng(), pyro.validation_enabled(False):
+            torch.manual_seed(0)
+            return _measure(seconds, threads)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(seconds: float, threads: int) -> dict[str, Any]:
     x, y = torch.rand(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
     steps = {
         "plain": plain_step(x, y),

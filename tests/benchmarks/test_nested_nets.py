@@ -1,0 +1,80 @@
+import json
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from benchmarks import nested_nets
+from benchmarks.nested_nets import METHODS, RECIPES, WIDTHS, ProbsAsLogitsWidth, build, main
+from benchmarks.nested_nets_report import Rows, figure, markdown, targets
+from pyro_vnd.distributions import OrderedMask
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """Every method, on digits, for one epoch; the second call finds all of it done."""
+    folder = tmp_path_factory.mktemp("nested_nets")
+    recipe = replace(RECIPES["mlp"], epochs=1, batch_size=32, num_samples=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nested_nets, "PARTS", folder / "parts")
+        patch.setattr(nested_nets, "RECIPES", {"mlp": recipe, "cnn": recipe})
+        for _ in range(2):
+            main(["--data", "digits", "--arch", "mlp", "--seeds", "1", "--json", str(folder / "rows.json")])
+            patch.setattr(nested_nets, "train", None)
+    torch.set_flush_denormal(False)
+    return json.loads((folder / "rows.json").read_text())
+
+
+def test_rows_are_complete(result):
+    found = {(row["method"], row["width"]) for row in result["rows"] if row["metric"] == "accuracy"}
+    assert {method for method, _ in found} == set(METHODS)
+    for method in METHODS:
+        widths = {width for name, width in found if name == method and width != "learned"}
+        assert widths == ({1.0} if method == "bayes_full" else set(WIDTHS))
+    assert set(result["rows"][0]) == {"data", "arch", "method", "width", "seed", "metric", "value"}
+    assert {"command", "versions", "revision", "recipe"} <= set(result["header"])
+
+
+def test_independent_nets_have_the_size_of_narrowed_ones(result):
+    rows = Rows(result)
+    for width in WIDTHS:
+        sizes = {rows.mean("mlp", method, width, "parameters") for method in ("independent", "vnd", "fixed_uniform")}
+        assert len(sizes) == 1
+
+
+def test_only_random_weights_have_mutual_information(result):
+    rows = Rows(result)
+    for method in METHODS:
+        information = rows.mean("mlp", method, 1.0, "mutual_information")
+        assert (information > 1e-6) == (method.startswith("vnd") or method == "bayes_full")
+
+
+def test_tables_margins_and_figure(result):
+    rows = Rows(result)
+    accuracy = rows.mean("mlp", "vnd", 1.0, "accuracy")
+    assert f"| {accuracy:.3f} ± 0.000 |" in markdown(result)
+    margins = {(row["what"], row["width"]): row["margin"] for row in targets(rows, "mlp")}
+    better = max(rows.mean("mlp", f"fixed_{law}", 1.0, "accuracy") for law in ("geometric", "uniform"))
+    assert margins["accuracy, fixed rate", 1.0] == pytest.approx(accuracy - better)
+    drawn = figure(rows)
+    assert len(drawn.axes) == 5
+    plt.close(drawn)
+
+
+def test_the_cnn_scales_with_its_width():
+    small, whole = (build("cnn", 28, width) for width in (1 / 16, 1.0))
+    assert small(torch.zeros(2, 1, 28, 28)).shape == whole(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    assert small[0].out_channels == 2
+
+
+def test_probabilities_as_logits_miss_the_law():
+    torch.manual_seed(0)
+    law = OrderedMask(probs=torch.tensor([0.9, 0.05, 0.03, 0.02]))
+    width = ProbsAsLogitsWidth("hidden", 4, init=law)
+    with torch.no_grad():
+        lengths = width.posterior.rsample((4000,)).sum(-1)
+    share = (lengths == 1).float().mean()
+    expected = law.probs.softmax(-1)[0]  # near uniform, whatever was learned
+    assert abs(share - expected) < 4 * (expected * (1 - expected) / 4000) ** 0.5
+    assert expected < 0.5 < law.probs[0]
