@@ -44,7 +44,8 @@ class Recipe:
         batch_size: Rows of a batch.
         lr: Largest learning rate; it falls to zero on a cosine.
         num_groups: Blocks of a group of channels, at most.
-        kl_weight: Weight of the weights' KL; at one, mean-field posteriors of whole nets underfit.
+        kl_weight: Weight of the KL of weights and of lengths; at one, mean-field posteriors of whole nets underfit, and
+            the laws of lengths hardly leave their prior.
         num_samples: Draws of the weights in evaluation.
         num_recalibrate: Training images that give BatchNorm the statistics of a width.
     """
@@ -184,6 +185,7 @@ def train(net: NestedNet, data: Dataset, recipe: Recipe, seed: int = 0) -> FitRe
         lr=recipe.lr,
         lr_schedule=cosine_to_zero(),
         kl_weight=recipe.kl_weight,
+        length_weight=recipe.kl_weight,
         masks=MaskSchedule(),
         local_reparam=True,
         seed=seed,
