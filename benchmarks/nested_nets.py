@@ -173,9 +173,9 @@ def build(arch: str, image_size: int, width: float = 1.0) -> nn.Module:
     if arch == "mlp":
         return mlp(image_size**2, hidden=(round(512 * width), round(512 * width)))
     first, second, hidden = round(32 * width), round(64 * width), round(128 * width)
-    side = (image_size + 3) // 4  # each stride halves it, rounding up
+    side = ((image_size - 3) // 3 + 2) // 2  # strides of three and of two
     return nn.Sequential(
-        nn.Conv2d(1, first, 5, stride=2, padding=2),
+        nn.Conv2d(1, first, 5, stride=3, padding=1),
         nn.ReLU(),
         nn.Conv2d(first, second, 3, stride=2, padding=1),
         nn.ReLU(),
