@@ -157,7 +157,8 @@ class Data:
             return (x - mean) / deviation
 
         parts = ((scaled(part.images), part.labels) for part in (data.train, data.validation, data.test))
-        return cls(name, *parts, {key: scaled(x) for key, x in ood_sets(data.test.images).items()})
+        foreign = {key: scaled(x) for key, x in ood_sets(data.test.images).items() if key != name}
+        return cls(name, *parts, foreign)
 
     @property
     def image_size(self) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.masks import markdown
+from benchmarks import masks, nested_nets_report, nested_speed
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -24,9 +24,13 @@ def test_demo_tables():
     assert f"| test MSE x 1000 | {errors} |" in README
 
 
-@pytest.mark.parametrize("paragraph", markdown(result("masks.json")).split("\n\n"))
-def test_benchmark_tables(paragraph):
-    assert paragraph in README
+@pytest.mark.parametrize(
+    ("benchmark", "name"),
+    [(masks, "masks.json"), (nested_nets_report, "nested_nets.json"), (nested_speed, "nested_speed.json")],
+)
+def test_benchmark_tables(benchmark, name):
+    for paragraph in benchmark.markdown(result(name)).split("\n\n"):
+        assert paragraph in README
 
 
 def test_images_exist():
