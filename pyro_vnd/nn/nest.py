@@ -30,6 +30,7 @@ def nest(
     num_groups: int | Mapping[str, int] | None = None,
     frozen: int | Mapping[str, int] = 0,
     masks: Literal["example", "batch"] = "example",
+    gated: bool | None = None,
     prior: Prior | Mapping[str, Prior] | Literal["normal"] | None = "normal",
     init_scale: float = 0.1,
     width_prior: WidthLaw = None,
@@ -54,6 +55,7 @@ def nest(
             is a block.
         frozen: Leading blocks that are always kept; or numbers by group.
         masks: One mask for each "example" or for each "batch"; see `NestedNet`.
+        gated: Whether the KL of a weight counts as far as its units are kept; see `NestedNet`.
         prior: Prior of the weights, as in `NestedLayer`, or priors by name of layer with "" for all others; None for
             point estimates: only the masks are random.
         init_scale: Starting deviation of the posterior of weights, as a share of the prior's.
@@ -128,7 +130,7 @@ def nest(
         else:
             parent, _, child = name.rpartition(".")
             setattr(nested.get_submodule(parent), child, replaced)
-    result = NestedNet(nested, masks=masks, prefix=prefix)
+    result = NestedNet(nested, masks=masks, gated=gated, prefix=prefix)
     _check_sliced(result, example_input)
     return result
 

@@ -56,6 +56,10 @@ class NestedNet(PyroModule):
     Args:
         net: A module with `NestedLayer`s; `nest` makes one from an ordinary net.
         masks: "example" or "batch".
+        gated: Whether the KL of a weight counts with the probability that the units at both its ends are kept. By
+            default with one mask a batch, where that is exact: weights that are not in use follow the prior. With one
+            mask an example every weight is in use by some of them, and a gate is a choice: it regularises a weight in
+            proportion to the rows that use it, so that the tail, which few rows use, is held less to the prior.
         prefix: Prefix of the names of all Pyro sites, for models with several nets.
 
     Raises:
@@ -72,11 +76,19 @@ class NestedNet(PyroModule):
         torch.Size([10, 5, 3])
     """
 
-    def __init__(self, net: nn.Module, *, masks: Literal["example", "batch"] = "example", prefix: str = "") -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        masks: Literal["example", "batch"] = "example",
+        gated: bool | None = None,
+        prefix: str = "",
+    ) -> None:
         super().__init__()
         if masks not in ("example", "batch"):
             raise ValueError(f"NestedNet: argument `masks` must be 'example' or 'batch'; got {masks!r}")
         self.net, self.masks, self.prefix = net, masks, prefix
+        self.gated = masks == "batch" if gated is None else gated
         found: dict[str, Width] = {}
         for module in net.modules():
             if isinstance(module, NestedLayer | NestedNorm):
@@ -170,12 +182,14 @@ class NestedNet(PyroModule):
                 continue
             with in_plate, latent:
                 mask = values[site] = pyro.sample(site, law)
-            keep_probs = None if by_example else width.posterior.keep_probs
+            keep_probs = width.posterior.keep_probs if self.gated else None
             if fractions is not None:
                 given = width.prefix(fractions)
                 free = is_free.unsqueeze(-1)
                 mask = torch.where(free, mask, given)
                 keep_probs = None if keep_probs is None else torch.where(free, keep_probs, given)
+            if keep_probs is not None and keep_probs.dim() > 1:
+                keep_probs = keep_probs.mean(0)
             width.hold(mask, keep_probs)
         return values
 

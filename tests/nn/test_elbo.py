@@ -18,12 +18,12 @@ OBJECTIVES = [Trace_ELBO, TraceMeanField_ELBO, NestedELBO]
 N, K = 4, 3
 
 
-def make(masks):
+def make(masks, gated=None):
     """y = w (z * tanh(a x)) + b with point estimates a, so that all expectations over w and b are known."""
     width = Width("hidden", K, prior=OrderedMask.geometric(0.4, K))
     first = NestedLayer(nn.Linear(2, K), outputs=width, prior=None)
     last = NestedLayer(nn.Linear(K, 1), inputs=width, prior=Normal(0.2, 1.5), init_scale=0.3)
-    net = NestedNet(nn.Sequential(first, nn.Tanh(), last), masks=masks)
+    net = NestedNet(nn.Sequential(first, nn.Tanh(), last), masks=masks, gated=gated)
     nn.init.normal_(width.logits)
 
     def model(x, y):
@@ -122,6 +122,23 @@ def test_only_free_rows_pay_for_their_lengths(objective, data):
         with net.cut(torch.tensor(fractions)):
             elbo.loss(model, net.posterior, *data)
         assert elbo.kl["hidden.mask"].item() == pytest.approx(free * kl, abs=1e-12)
+
+
+@pytest.mark.parametrize("lengths", [[1, 1, 2, 3], [0, 0, 0, 0], [0, 0, 3, 1]])
+def test_a_gate_by_example_is_the_share_of_rows_that_keep_a_unit(lengths, data):
+    net, model = make("example", gated=True)
+    elbo = NestedELBO()
+    with net.cut(torch.tensor(lengths) / K):
+        elbo.loss(model, net.posterior, *data)
+    q = net.widths["hidden"].law.probs
+    shares = [
+        sum(q[k:].sum() if length == 0 else float(length > k) for length in lengths) / len(lengths) for k in range(K)
+    ]
+    costs = weight_costs(net)
+    assert elbo.kl["2.weight"].item() == pytest.approx(
+        sum(s * c for s, c in zip(shares, costs[:K], strict=True)).item()
+    )
+    assert elbo.kl["2.bias"].item() == pytest.approx(costs[K].item())
 
 
 @pytest.mark.parametrize(("fraction", "length"), [(0.0, 0), (2 / 3, 2)])
