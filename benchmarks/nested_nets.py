@@ -339,7 +339,8 @@ def main(argv: list[str] | None = None) -> None:
     args.json.parent.mkdir(parents=True, exist_ok=True)
     result = run(args.data, args.arch, args.methods, args.seeds, recipes)
     recipe = {arch: asdict(recipes[arch]) for arch in args.arch}
-    write_json(args.json, {"header": header("benchmarks.nested_nets") | {"recipe": recipe}, "rows": result})
+    content = {"header": header("benchmarks.nested_nets") | {"recipe": recipe}, "rows": result}
+    write_json(args.json, content, table="rows")
 
 
 if __name__ == "__main__":

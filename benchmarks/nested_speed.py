@@ -180,7 +180,7 @@ def _measure(seconds: float, threads: int) -> dict[str, Any]:
         "header": header("benchmarks.nested_speed"),
         "seconds": {name: rounded(value) for name, value in times.items()},
         "ratio": {name: rounded(times[name] / times["plain"]) for name in steps},
-        "peak_mib": {name: round(peak_bytes(step) / 2**20) for name, step in (steps | passes).items()},
+        "peak_mib": {name: rounded(peak_bytes(step) / 2**20) for name, step in (steps | passes).items()},
         "targets": [
             {"what": what, "value": rounded(times[one] / times[other]), "limit": limit}
             for what, one, other, limit in TARGETS
@@ -192,7 +192,7 @@ def markdown(result: dict[str, Any]) -> str:
     """Format the result as tables."""
     steps = markdown_table(
         ["one training step", "time / plain", "peak memory, MiB"],
-        [[label, f"{result['ratio'][name]:.2f}", str(result["peak_mib"][name])] for name, label in LABELS.items()],
+        [[label, f"{result['ratio'][name]:.2f}", f"{result['peak_mib'][name]:.0f}"] for name, label in LABELS.items()],
     )
     targets = markdown_table(
         ["ratio", "measured", "target"],

@@ -45,12 +45,21 @@ def rounded(x: float) -> float:
     return float(f"{x:.4g}")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is complete or not there: under another name first, then renamed."""
+def write_json(path: Path, content: dict[str, Any], *, table: str | None = None) -> None:
+    """Write a file that is complete or not there: under another name first, then renamed.
+
+    Args:
+        path: The file.
+        content: What to write.
+        table: A key of the content whose value is a list, of which each item gets one line.
+    """
+    text = json.dumps(content if table is None else {**content, table: []}, indent=1)
+    if table is not None:
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in content[table])
+        text = text.replace(f'"{table}": []', f'"{table}": [\n{lines}\n ]')
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
         try:
-            json.dump(content, file, indent=1)
-            file.write("\n")
+            file.write(f"{text}\n")
         except BaseException:
             os.unlink(file.name)
             raise
