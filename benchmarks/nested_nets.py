@@ -312,14 +312,32 @@ def run(
         for seed in range(num_seeds):
             for method in methods:
                 part = PARTS / f"{name}-{arch}-{method}-{seed}.json"
-                recipe = asdict(recipes[arch])
-                if not (part.exists() and json.loads(part.read_text())["recipe"] == recipe):
+                recipe = {name: value for name, value in asdict(recipes[arch]).items() if uses(method, name)}
+                if not _is_done(part, recipe):
                     print(f"{arch}, seed {seed}: {method}", flush=True)
                     part.parent.mkdir(parents=True, exist_ok=True)
-                    done = list(rows(method, arch, seed, data, recipes[arch]))
-                    write_json(part, {"recipe": recipe, "rows": done})
+                    write_json(part, {"recipe": recipe, "rows": list(rows(method, arch, seed, data, recipes[arch]))})
                 result += json.loads(part.read_text())["rows"]
     return result
+
+
+def uses(method: str, field: str) -> bool:
+    """Say whether a method depends on a field of the recipe."""
+    shared = {"epochs", "batch_size", "lr"}
+    fixed = shared | {"num_groups", "keep"}
+    of_masks = {"law_lr", "length_weight", "learned", "budget", "full", "budget_power"}
+    if method == "independent":
+        return field in shared
+    if method.startswith("fixed"):
+        return field in fixed
+    return field != "keep" and (method != "bayes_full" or field not in of_masks)
+
+
+def _is_done(part: Path, recipe: dict[str, Any]) -> bool:
+    if not part.exists():
+        return False
+    found = json.loads(part.read_text())["recipe"]
+    return all(name in found and found[name] == value for name, value in recipe.items())
 
 
 def main(argv: list[str] | None = None) -> None:
