@@ -6,16 +6,14 @@ import platform
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import pyro_vnd
+from models.results import versions
 
 __all__ = ["header", "markdown_table", "rounded", "write_json"]
 
@@ -29,12 +27,7 @@ def header(module: str) -> dict[str, Any]:
     return {
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "pyro": version("pyro-ppl"),
-            "pyro_vnd": pyro_vnd.__version__,
-        },
+        "versions": versions(),
         "revision": {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))},
         "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
     }
@@ -57,14 +50,12 @@ def write_json(path: Path, content: dict[str, Any], *, table: str | None = None)
     if table is not None:
         lines = ",\n".join(f"  {json.dumps(row)}" for row in content[table])
         text = text.replace(f'"{table}": []', f'"{table}": [\n{lines}\n ]')
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
-        try:
-            file.write(f"{text}\n")
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.chmod(file.name, 0o644)  # temporary files are private
-    os.replace(file.name, path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_text(f"{text}\n")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:

@@ -1,7 +1,6 @@
 """Predictions of a classifier scored on test data and on data from elsewhere, as an xarray Dataset."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,9 @@ from pyro_vnd.diagnostics.calibration import NUM_BINS, calibration_bins, score_l
 from pyro_vnd.diagnostics.ood import SCORES, ood_metrics, ood_scores, score_limits
 from pyro_vnd.diagnostics.predictive import AveragedPredictive, average_draws, predictive_metrics
 from pyro_vnd.diagnostics.temperature import fit_temperature, scale_temperature
+from pyro_vnd.nn.mode import module_mode
 
-__all__ = ["Predict", "Rows", "average_batches", "batches", "evaluate", "evaluation_mode", "net_cost"]
+__all__ = ["Predict", "Rows", "average_batches", "batches", "evaluate", "net_cost"]
 
 Predict = Callable[[Tensor], Tensor]
 Rows = Tensor | Iterable[Any]
@@ -155,10 +155,11 @@ def average_batches(
         (torch.Size([9, 3]), None)
     """
     parts, labels = [], []
-    with torch.random.fork_rng(), evaluation_mode(predict) as home:
+    device = _device_of(predict) if device is None else device
+    with torch.random.fork_rng(), module_mode([predict], training=False):
         for batch in batches(data, batch_size):
             torch.manual_seed(seed)
-            x = batch[0] if device is None and home is None else batch[0].to(home if device is None else device)
+            x = batch[0] if device is None else batch[0].to(device)
             logits = predict(x)
             parts.append(average_draws(logits=logits.unsqueeze(0) if logits.dim() == 2 else logits))
             labels += [batch[1].cpu()] if len(batch) > 1 else []
@@ -187,7 +188,7 @@ def net_cost(net: nn.Module, x: Tensor) -> dict[str, int]:
         >>> net_cost(torch.nn.Linear(2, 3), torch.zeros(1, 2))
         {'multiply_adds': 6, 'parameters': 9}
     """
-    with torch.no_grad(), evaluation_mode(net), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), module_mode([net], training=False), FlopCounterMode(display=False) as counter:
         net(x)
     parameters = sum(parameter.numel() for parameter in net.parameters())
     return {"multiply_adds": counter.get_total_flops() // (2 * len(x)), "parameters": parameters}
@@ -203,26 +204,10 @@ def batches(data: Rows, batch_size: int) -> Iterator[Sequence[Tensor]]:
         yield (batch,) if isinstance(batch, Tensor) else batch
 
 
-@contextmanager
-def evaluation_mode(predict: Predict) -> Iterator[torch.device | None]:
-    """Put a module into evaluation mode and back, each part into the mode it had.
-
-    Args:
-        predict: A module; any other callable is left alone.
-
-    Yields:
-        The device of the module, if it has parameters.
-    """
-    if not isinstance(predict, nn.Module):
-        yield None
-        return
-    modes = {module: module.training for module in predict.modules()}
-    predict.eval()
-    try:
-        yield next((parameter.device for parameter in predict.parameters()), None)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+def _device_of(predict: Predict) -> torch.device | None:
+    """Return the device of a module, if it is one and has parameters."""
+    parameters = predict.parameters() if isinstance(predict, nn.Module) else iter(())
+    return next((parameter.device for parameter in parameters), None)
 
 
 def _labelled(

@@ -7,9 +7,10 @@ import xarray as xr
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_vnd.diagnostics.evaluate import Predict, Rows, batches, evaluate, evaluation_mode, net_cost
+from pyro_vnd.diagnostics.evaluate import Predict, Rows, batches, evaluate, net_cost
 from pyro_vnd.infer import module_local_params
 from pyro_vnd.nn import NestedNet, narrow, recalibrate_batchnorm
+from pyro_vnd.nn.mode import module_mode
 
 __all__ = ["evaluate_learned", "evaluate_widths"]
 
@@ -76,7 +77,7 @@ def evaluate_widths(
     device = next(net.parameters()).device
     example = _first_input(loader).to(device)
     results = []
-    with evaluation_mode(net):
+    with module_mode([net], training=False):
         for width in tqdm(widths, desc="widths", disable=not progress):
             nets = _narrow_draws(net, width, example, num_samples, seed)
             if recalibrate is not None:
@@ -133,7 +134,7 @@ def evaluate_learned(
     Raises:
         ValueError: As in `evaluate`.
     """
-    with evaluation_mode(net):
+    with module_mode([net], training=False):
         return evaluate(
             lambda x: net.predict(x, num_samples=num_samples),
             loader,

@@ -5,13 +5,17 @@ from typing import Any
 from pyro_vnd.distributions.nested_normal import NestedNormal
 from pyro_vnd.distributions.ordered_mask import OrderedMask
 
-__all__ = ["find_mask"]
+__all__ = ["find_mask", "innermost"]
+
+
+def innermost(fn: Any) -> Any:
+    """Return the law below `to_event`, `mask` and `expand`."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
 
 
 def find_mask(fn: Any) -> OrderedMask | NestedNormal | None:
     """Return the law of a mask below `to_event`, `mask` and `expand`, or None if `fn` is about something else."""
-    while not isinstance(fn, OrderedMask | NestedNormal):
-        if not hasattr(fn, "base_dist"):
-            return None
-        fn = fn.base_dist
-    return fn
+    law = innermost(fn)
+    return law if isinstance(law, OrderedMask | NestedNormal) else None

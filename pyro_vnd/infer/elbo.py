@@ -16,6 +16,8 @@ from pyro.util import check_if_enumerated, check_model_guide_match, check_site_s
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_vnd.distributions.wrapped import innermost
+
 __all__ = ["NestedELBO"]
 
 
@@ -144,7 +146,9 @@ def _keep_exact_kl(model_trace: Any, guide_trace: Any) -> None:
     """
     for name, model_site in model_trace.nodes.items():
         site = guide_trace.nodes.get(name)
-        if model_site["type"] != "sample" or model_site["is_observed"] or site is None or _is_point(site["fn"]):
+        if model_site["type"] != "sample" or model_site["is_observed"] or site is None:
+            continue
+        if isinstance(innermost(site["fn"]), Delta):
             continue
         try:
             kl = kl_divergence(site["fn"], model_site["fn"])
@@ -157,9 +161,3 @@ def _keep_exact_kl(model_trace: Any, guide_trace: Any) -> None:
             kl = torch.as_tensor(kl, device=getattr(site["value"], "device", None)).expand(batch_shape)
         assert kl.shape == batch_shape, f"KL at site {name!r} has shape {kl.shape}, its guide {batch_shape}"
         site["kl"] = scale_and_mask(kl, site["scale"], site["mask"]).sum()
-
-
-def _is_point(fn: Any) -> bool:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, Delta)

@@ -15,12 +15,13 @@ from pyro_vnd.infer.cuts import MaskCuts, find_masks, nested_laws
 from pyro_vnd.infer.elbo import NestedELBO
 from pyro_vnd.infer.local_params import module_local_params
 from pyro_vnd.infer.local_reparam import LocalReparameterization
-from pyro_vnd.infer.minibatches import check_data, cuda_devices, minibatches, module_mode, random_numbers
+from pyro_vnd.infer.minibatches import check_data, cuda_devices, minibatches, random_numbers
 from pyro_vnd.infer.monitor import ScaleToDataset
 from pyro_vnd.infer.result import FitResult
 from pyro_vnd.infer.schedules import LRSchedule, MaskSchedule, Schedule, schedule_values
 from pyro_vnd.infer.step import Handler, NonFiniteLossError, Step
 from pyro_vnd.infer.validation import mean_log_likelihood
+from pyro_vnd.nn.mode import module_mode
 
 __all__ = ["NonFiniteLossError", "fit"]
 

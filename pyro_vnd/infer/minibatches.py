@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_data", "cuda_devices", "minibatches", "module_mode", "random_numbers"]
+__all__ = ["check_data", "cuda_devices", "minibatches", "random_numbers"]
 
 
 def check_data(data: Tensor | Sequence[Tensor], name: str = "data") -> list[Tensor]:
@@ -67,17 +67,3 @@ def random_numbers(seed: int | None, devices: list[torch.device]) -> Iterator[No
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def module_mode(objects: Iterable[Any], training: bool) -> Iterator[None]:
-    """Put modules into training or evaluation mode inside a block, and each part of them back into its own after it."""
-    roots = [thing for thing in objects if isinstance(thing, nn.Module)]
-    before = [(part, part.training) for root in roots for part in root.modules()]
-    for root in roots:
-        root.train(training)
-    try:
-        yield
-    finally:
-        for part, was_training in before:
-            part.training = was_training

@@ -8,7 +8,8 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_vnd.infer.minibatches import cuda_devices, module_mode
+from pyro_vnd.infer.minibatches import cuda_devices
+from pyro_vnd.nn.mode import module_mode
 
 __all__ = ["mean_log_likelihood"]
 

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyro_vnd.nn.replace import replace_modules
+
 __all__ = ["Attention"]
 
 
@@ -64,10 +66,9 @@ class Attention(nn.Module):
 
 def unpack_attention(net: nn.Module, excluded: tuple[str, ...] = ()) -> nn.Module:
     """Replace each `torch.nn.MultiheadAttention` of a net by its parts, in place, but for excluded ones."""
-    for name, module in list(net.named_modules()):
-        if isinstance(module, nn.MultiheadAttention) and not any(f"{name}.".startswith(f"{e}.") for e in excluded):
-            if not name:
-                return Attention(module)
-            parent, _, child = name.rpartition(".")
-            setattr(net.get_submodule(parent), child, Attention(module))
-    return net
+    replacements: dict[nn.Module, nn.Module] = {
+        module: Attention(module)
+        for name, module in net.named_modules()
+        if isinstance(module, nn.MultiheadAttention) and not any(f"{name}.".startswith(f"{e}.") for e in excluded)
+    }
+    return replace_modules(net, replacements)

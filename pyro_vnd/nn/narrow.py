@@ -13,8 +13,10 @@ from torch import Tensor, fx, nn
 from pyro_vnd.nn.attention import Attention
 from pyro_vnd.nn.axis import take
 from pyro_vnd.nn.layers import NestedLayer
+from pyro_vnd.nn.mode import module_mode
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.norms import BATCH_NORMS, NestedNorm
+from pyro_vnd.nn.replace import replace_modules
 
 __all__ = ["narrow", "recalibrate_batchnorm"]
 
@@ -58,17 +60,18 @@ def narrow(
         raise ValueError(f"narrow: argument `net` must be a NestedNet, as `nest` returns; got {type(net).__name__}")
     widths = net._check_cut(width, sliced=True).widths
     kept = {name: net.widths[name].num_kept(value) for name, value in widths.items()}
-    plain = copy.deepcopy(net.net)
-    for name, module in list(plain.named_modules()):
+    narrowed: dict[int, Any] = {}
+    for name, module in net.net.named_modules():
         if isinstance(module, NestedLayer):
             site = f"{net.prefix}{name}" if name else f"{net.prefix}layer"
-            plain = _replace(plain, name, _narrow_layer(module, kept, site, draw))
+            narrowed[id(module)] = _narrow_layer(module, kept, site, draw)
         elif isinstance(module, NestedNorm):
-            plain = _replace(plain, name, _narrow_norm(module, kept))
-    for name, module in list(plain.named_modules()):
-        if isinstance(module, Attention):
-            plain = _replace(plain, name, _as_graph(module))
-    return plain
+            narrowed[id(module)] = _narrow_norm(module, kept)
+    # A copy takes what the memo has in place of copying it: wide weights are never copied.
+    plain = copy.deepcopy(net.net, narrowed)
+    return replace_modules(
+        plain, {module: _as_graph(module) for module in plain.modules() if isinstance(module, Attention)}
+    )
 
 
 def _as_graph(module: nn.Module) -> fx.GraphModule:
@@ -77,14 +80,6 @@ def _as_graph(module: nn.Module) -> fx.GraphModule:
     for node in graph.nodes:
         node.type = None  # names of types could not be saved
     return fx.GraphModule(module, graph, class_name=type(module).__name__)
-
-
-def _replace(net: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    if not name:
-        return module
-    parent, _, child = name.rpartition(".")
-    setattr(net.get_submodule(parent), child, module)
-    return net
 
 
 def _narrow_layer(layer: NestedLayer, kept: dict[str, int], site: str, draw: Mapping[str, Tensor] | None) -> nn.Module:
@@ -188,15 +183,12 @@ def recalibrate_batchnorm(net: nn.Module, loader: Iterable[Any]) -> nn.Module:
 @contextmanager
 def _calibrating(net: nn.Module, norms: list[Any]) -> Iterator[None]:
     """Put norms into training mode with cumulative averages, and everything else into evaluation mode."""
-    modes = [(module, module.training) for module in net.modules()]
     momenta = [norm.momentum for norm in norms]
-    net.eval()
-    for norm in norms:
-        norm.training, norm.momentum = True, None
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+    with module_mode([net], training=False):
+        for norm in norms:
+            norm.training, norm.momentum = True, None
+        try:
+            yield
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum

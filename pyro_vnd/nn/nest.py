@@ -14,8 +14,10 @@ from pyro_vnd.nn.attention import unpack_attention
 from pyro_vnd.nn.axis import Run
 from pyro_vnd.nn.channels import Layout, channel_groups
 from pyro_vnd.nn.layers import AFFINE, NestedLayer, Prior
+from pyro_vnd.nn.mode import module_mode
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.norms import NestedNorm
+from pyro_vnd.nn.replace import replace_modules
 from pyro_vnd.nn.width import Noise, Width
 
 __all__ = ["nest"]
@@ -113,24 +115,17 @@ def nest(
                 noise=noise,
             )
         )
+    replacements: dict[nn.Module, nn.Module] = {}
     for name, channels in groups.layers.items():
         layer: Any = nested.get_submodule(name)
         inputs, outputs = _runs(channels.inputs, widths), _runs(channels.outputs, widths)
-        replaced: nn.Module
         if type(layer) in AFFINE:
-            replaced = NestedLayer(
+            replacements[layer] = NestedLayer(
                 layer, inputs=inputs, outputs=outputs, prior=_prior_of(prior, name), init_scale=init_scale
             )
         elif any(run.width is not None for run in outputs):
-            replaced = NestedNorm(layer, outputs)
-        else:
-            continue
-        if not name:
-            nested = replaced
-        else:
-            parent, _, child = name.rpartition(".")
-            setattr(nested.get_submodule(parent), child, replaced)
-    result = NestedNet(nested, masks=masks, gated=gated, prefix=prefix)
+            replacements[layer] = NestedNorm(layer, outputs)
+    result = NestedNet(replace_modules(nested, replacements), masks=masks, gated=gated, prefix=prefix)
     _check_sliced(result, example_input)
     return result
 
@@ -164,27 +159,21 @@ def _runs(layout: Layout, widths: list[Width]) -> tuple[Run, ...]:
 def _check_sliced(net: NestedNet, example_input: Tensor | tuple[Tensor, ...]) -> None:
     """Compare a pass that is cut by masks with one that computes the kept part only."""
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
     width = {name: max(each.always_kept, each.num_groups // 2) for name, each in net.widths.items()}
-    try:
-        with torch.no_grad():
-            outputs = []
-            for sliced in (False, True):
-                with net.cut(width, sliced=sliced):
-                    net._draw_masks("posterior", len(inputs[0]), None)
-                    try:
-                        outputs.append(net.net(*inputs))
-                    except RuntimeError as error:
-                        raise ValueError(
-                            f"nest: the net does not run with fewer channels: {error}. Does its forward name a number "
-                            "of channels, as in view(-1, 512)? Write torch.flatten(x, 1), or reshape with -1 there"
-                        ) from error
-                    finally:
-                        net._release()
-    finally:
-        for module, training in modes:
-            module.training = training
+    outputs = []
+    with module_mode([net], training=False), torch.no_grad():
+        for sliced in (False, True):
+            with net.cut(width, sliced=sliced):
+                net._draw_masks("posterior", len(inputs[0]), None)
+                try:
+                    outputs.append(net.net(*inputs))
+                except RuntimeError as error:
+                    raise ValueError(
+                        f"nest: the net does not run with fewer channels: {error}. Does its forward name a number of "
+                        "channels, as in view(-1, 512)? Write torch.flatten(x, 1), or reshape with -1 there"
+                    ) from error
+                finally:
+                    net._release()
     dense, sliced_outputs = ([x] if isinstance(x, Tensor) else list(x) for x in outputs)
     for one, other in zip(dense, sliced_outputs, strict=True):
         if isinstance(one, Tensor) and not torch.allclose(

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributions import Laplace, Normal
 
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.nn import NestedLayer, NestedNorm, nest
+from pyro_vnd.nn import NestedLayer, NestedNorm, narrow, nest
 
 X = torch.zeros(1, 3, dtype=torch.float64)
 
@@ -187,3 +187,25 @@ def test_a_prefix_goes_before_groups_and_not_before_layers():
     net = nest(mlp(), X, prefix="bnn.")
     assert isinstance(net.layers["0"], NestedLayer)
     assert list(net.laws) == ["bnn.0.mask", "bnn.2.mask"]
+
+
+class Twice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.middle = self.again = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.last(self.again(self.middle(self.first(x).relu()).relu()).relu())
+
+
+def test_a_layer_under_two_names_is_nested_and_narrowed_under_both():
+    net = nest(Twice(), torch.zeros(1, 4), num_groups=4)
+    assert net.net.again is net.net.middle
+    assert list(net.layers) == ["first", "last", "middle"]
+    narrowed = narrow(net, 0.5)
+    assert narrowed.again is narrowed.middle
+    assert narrowed.middle.weight.shape == (4, 4)
+    assert torch.equal(narrowed.middle.weight, net.net.middle.plain.weight[:4, :4])
