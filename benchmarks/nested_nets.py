@@ -68,6 +68,8 @@ class Recipe:
             k^-budget_power.
         full: Share of masks at full width.
         budget_power: Exponent of the law of budgets.
+        num_particles: Evaluations of the ELBO in a step, whose widths are a systematic sample.
+        sliced: Whether each of them has one budget for the whole batch and computes only what that keeps.
         keep: Rate of the fixed geometric law.
         local_reparam: What draws its outputs rather than its weights in training.
         num_samples: Draws of the weights in evaluation.
@@ -87,6 +89,8 @@ class Recipe:
     budget: float = 0.8
     full: float = 0.1
     budget_power: float = 0.75
+    num_particles: int = 1
+    sliced: bool = False
     keep: float = 0.85
     local_reparam: Literal["linear"] | bool = "linear"
     num_samples: int = 30
@@ -229,7 +233,9 @@ def train(method: str, arch: str, seed: int, data: Data, recipe: Recipe, width: 
             init_scale=recipe.init_scale,
         )
         budgets = torch.arange(1.0, recipe.num_groups + 1) ** -recipe.budget_power
-        schedule = MaskSchedule(recipe.learned, recipe.budget, recipe.full, law=OrderedMask(probs=budgets))
+        schedule = MaskSchedule(
+            recipe.learned, recipe.budget, recipe.full, OrderedMask(probs=budgets), recipe.num_particles
+        )
         if method == "bayes_full":
             schedule = MaskSchedule(learned=0, budget=0, full=1)
         if method == "vnd_probs_as_logits":
@@ -237,6 +243,7 @@ def train(method: str, arch: str, seed: int, data: Data, recipe: Recipe, width: 
                 group.__class__ = ProbsAsLogitsWidth
         arguments |= {
             "masks": schedule,
+            "sliced": recipe.sliced,
             "local_reparam": recipe.local_reparam,
             "kl_weight": recipe.kl_weight,
             "length_weight": recipe.length_weight,

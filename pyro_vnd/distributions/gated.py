@@ -160,13 +160,44 @@ def _sum_of_normals(q: Gated, p: Normal) -> Tensor:
     r"""Sum KL = (σ² + (μ - m)²) / 2s² - log σ + log s - 1/2 over an array."""
     normal: Any = q.base
     if q.gate is None and p.loc.numel() == 1 and p.scale.numel() == 1 and normal.batch_shape == q.event_shape:
-        # Each term summed by itself: half the passes over the weights, which for large nets is what a step consists of.
-        squares = normal.scale.square().sum() + (normal.loc - p.loc).square().sum()
-        return (
-            squares * (0.5 / p.scale.square())
-            - normal.scale.log().sum()
-            + q.event_shape.numel() * (p.scale.log() - 0.5)
-        ).reshape(())
+        return _SumOfNormals.apply(normal.loc, normal.scale, p.loc, p.scale)
     terms = (normal.scale.square() + (normal.loc - p.loc).square()) * (0.5 / p.scale.square())
     terms = terms - normal.scale.log() + (p.scale.log() - 0.5)
     return q._sum(terms.expand(torch.broadcast_shapes(terms.shape, q.event_shape)), q.gate)
+
+
+class _SumOfNormals(torch.autograd.Function):
+    """The same for whole arrays and one prior, in few passes: for large nets a step consists of them.
+
+    Each new array of the size of the weights costs more than the arithmetic on it, so that arrays are used again.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(loc: Tensor, scale: Tensor, prior_loc: Tensor, prior_scale: Tensor) -> Tensor:
+        squares = (loc - prior_loc).pow_(2).sum()
+        array = scale.square()
+        squares = squares + array.sum()
+        logs = array.copy_(scale).log_().sum()
+        kl = squares * (0.5 / prior_scale.square()) - logs + loc.numel() * (prior_scale.log() - 0.5)
+        return kl.reshape(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        loc, scale, prior_loc, prior_scale = ctx.saved_tensors
+        slope = grad / prior_scale.square()
+        grad_loc = grad_scale = grad_prior_loc = grad_prior_scale = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
+            grad_loc = (loc - prior_loc).mul_(slope)
+            grad_prior_loc = -grad_loc.sum().reshape(prior_loc.shape)
+        if ctx.needs_input_grad[1]:
+            grad_scale = torch.div(-grad, scale).addcmul_(scale, slope)
+        if ctx.needs_input_grad[3]:
+            squares = (loc - prior_loc).square().sum() + scale.square().sum()
+            grad_prior_scale = (grad * loc.numel() - squares * slope) / prior_scale
+        return grad_loc, grad_scale, grad_prior_loc, grad_prior_scale

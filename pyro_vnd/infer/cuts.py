@@ -1,10 +1,10 @@
 """What a fit sets on the masks of its modules: where they come from in a step, and their temperature."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer.auto_nested import _AutoMask
@@ -19,7 +19,7 @@ class MaskCuts:
 
     Args:
         schedule: Where masks come from.
-        sliced: Whether nets with one mask for the batch compute only what is kept of them.
+        sliced: Whether nets compute only what is kept of them where their width is given.
         objects: Model and guide, whose parts are searched for nets.
 
     Raises:
@@ -38,24 +38,34 @@ class MaskCuts:
         self.by_example = [net for net in nets if net.masks == "example"]
         self.by_batch = [net for net in nets if net.masks == "batch"]
 
-    @contextmanager
-    def draw(self, num_rows: int) -> Iterator[None]:
-        """Run a block in which the nets are cut; one draw a row holds for all nets, or one for the whole batch.
+    def draw(self, num_rows: int) -> list[AbstractContextManager[None]]:
+        """Draw the widths of one step.
+
+        One draw a row holds for all nets with a mask an example, and one for the whole batch for the others; for all
+        nets if passes are sliced, which takes one width.
 
         Args:
             num_rows: Rows of the batch.
 
-        Yields:
-            Nothing.
+        Returns:
+            A context for each particle of the schedule, in which the nets are cut.
         """
+        by_row = self.by_example and not self.sliced
+        by_batch = self.by_batch or self.sliced
+        rows = self.schedule.draw(_num_blocks(self.by_example), (num_rows,)) if by_row else None
+        batch = self.schedule.draw(_num_blocks(self.by_batch + self.by_example)).tolist() if by_batch else None
+        return [
+            self._cut(None if rows is None else rows[particle], 0 if batch is None else batch[particle])
+            for particle in range(self.schedule.num_particles)
+        ]
+
+    @contextmanager
+    def _cut(self, rows: Tensor | None, fraction: float) -> Iterator[None]:
         with ExitStack() as stack:
-            if self.by_example:
-                rows = self.schedule.draw(_num_blocks(self.by_example), (num_rows,))
-                for net in self.by_example:
+            for net in self.by_example + self.by_batch:
+                if rows is not None and net.masks == "example":
                     stack.enter_context(net.cut(rows.to(next(net.parameters()).device)))
-            if self.by_batch:
-                fraction = self.schedule.draw(_num_blocks(self.by_batch)).item()
-                for net in self.by_batch if fraction > 0 else ():
+                elif fraction > 0:
                     stack.enter_context(net.cut(fraction, sliced=self.sliced))
             yield
 

@@ -90,8 +90,9 @@ def fit(
             None leaves theirs alone. The last one stays after the fit.
         masks: Where the masks of nested nets come from: part from q, part at a budget, part at full width. The cure
             against lengths that collapse; see `MaskSchedule`. None draws all of them from q.
-        sliced: Whether steps in which the whole batch has one width compute only what is kept: nets with
-            masks="batch", under `masks`.
+        sliced: Whether, under `masks`, budgets are drawn for the whole batch and only what is kept is computed. For
+            nets with masks="example", too, whose budgets are otherwise drawn for each row; several particles then
+            see to it that a step trains several widths, and a weight costs in proportion to the passes that keep it.
         local_reparam: Whether to draw the outputs of layers rather than weights, `LocalReparameterization`: gradients
             have less noise; "linear" leaves convolutions out. It needs an objective that scores no value, `NestedELBO`.
         validation: Data like `data`, whose log-likelihood at draws of the guide is reported after every epoch. For
@@ -151,18 +152,17 @@ def fit(
     num_steps = num_epochs * (num_data // batch_size)
     schedules = _Schedules(num_steps, kl_weight, length_weight, temperature)
     handlers: list[Handler] = []
-    if masks is not None:
-        handlers.append(MaskCuts(masks, sliced, (model, guide)).draw)
+    particles = None if masks is None else MaskCuts(masks, sliced, (model, guide)).draw
     if local_reparam:
         layers: Any = "all" if local_reparam is True else local_reparam
-        handlers.append(lambda num_rows: LocalReparameterization(layers))
+        handlers.append(lambda: LocalReparameterization(layers))
 
     started, devices = time.perf_counter(), cuda_devices([model, guide, *tensors])
     with module_local_params(model, guide), random_numbers(seed, devices), module_mode([model, guide], training=True):
         scale = ScaleToDataset(plate, num_data, batch_size, mark=keeps_parts)
         schedules.set(0, scale, [])
         objective: Any = elbo(model, guide)  # type: ignore[arg-type]
-        step = Step(objective, scale, [rows[:batch_size] for rows in tensors], handlers, clip_norm)
+        step = Step(objective, scale, [rows[:batch_size] for rows in tensors], particles, handlers, clip_norm)
         with_temperature = find_masks([model, guide])
         if temperature is not None and not with_temperature:
             raise ValueError("fit: argument `temperature` is for masks of AutoNested or a nested net; there are none")

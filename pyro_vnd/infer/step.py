@@ -1,7 +1,7 @@
 """One step of stochastic variational inference, and what it takes to explain a failure."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from pyro_vnd.infer.monitor import ElboMonitor, ScaleToDataset
 
 __all__ = ["NonFiniteLossError", "Step"]
 
-Handler = Callable[[int], AbstractContextManager[Any]]
+Particles = Callable[[int], Sequence[AbstractContextManager[Any]]]
+Handler = Callable[[], AbstractContextManager[Any]]
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -29,7 +30,8 @@ class Step:
         objective: ELBO module of model and guide.
         scale: Scales the batch to the data.
         first_batch: Rows for the first call, in which lazy guides make their parameters.
-        handlers: What is entered around each evaluation of the ELBO, made from the number of rows.
+        particles: Makes a context for each evaluation of the ELBO in a step, from the number of rows; None is one.
+        handlers: Make more contexts for each evaluation.
         clip_norm: Largest norm of the gradient, or None.
 
     Raises:
@@ -44,16 +46,17 @@ class Step:
         objective: Any,
         scale: ScaleToDataset,
         first_batch: list[Tensor],
+        particles: Particles | None,
         handlers: list[Handler],
         clip_norm: float | None,
     ) -> None:
         self.objective, self.scale, self.clip_norm = objective, scale, clip_norm
-        self.handlers: list[Handler] = []
+        self.particles = particles
         self.keeps_parts = isinstance(objective.elbo, NestedELBO)
         self.monitor = ElboMonitor(score=not self.keeps_parts)
         with poutine.trace(param_only=True) as trace:
             self._loss(first_batch)
-        self.handlers = handlers  # not in the first call, where a guide may look for sites that these hide
+        self.handlers = handlers  # not for the first call, where a guide may look for sites that these hide
         self.scale.check()
         self.parameters = list(objective.parameters())
         known = {id(parameter) for parameter in self.parameters}
@@ -85,26 +88,31 @@ class Step:
             NonFiniteLossError: If the loss or a gradient is not finite.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        with ExitStack() as stack:
-            for handler in self.handlers:
-                stack.enter_context(handler(len(batch[0])))
-            try:
-                loss = self._loss(batch)
-            except ValueError as error:
-                raise NonFiniteLossError(
-                    f"fit: evaluating the ELBO failed after site {self.monitor.last_site!r}: {error}"
-                ) from error
-            loss.backward()
-            norm = self._clip()
-            # One look at the device a step. A loss that is not finite is found here, too: nothing was updated yet.
-            if not (torch.isfinite(loss) & torch.isfinite(norm)):
-                what = "gradient norm" if torch.isfinite(loss) else "loss"
-                value = norm if torch.isfinite(loss) else loss
-                raise NonFiniteLossError(f"fit: the {what} is {value.item()}; {self._blame(batch)}")
+        particles = [nullcontext()] if self.particles is None else self.particles(len(batch[0]))
+        parts = []
+        for particle in particles:
+            with ExitStack() as stack:
+                for context in (particle, *(handler() for handler in self.handlers)):
+                    stack.enter_context(context)
+                try:
+                    loss = self._loss(batch)
+                except ValueError as error:
+                    raise NonFiniteLossError(
+                        f"fit: evaluating the ELBO failed after site {self.monitor.last_site!r}: {error}"
+                    ) from error
+                (loss / len(particles)).backward()  # here, so that memory holds the graph of one at a time
+                parts.append(self._parts(loss.detach()))
+        norm = self._clip()
+        mean = torch.stack(parts).mean(0)
+        # One look at the device a step. A loss that is not finite is found here, too: nothing was updated yet.
+        if not (torch.isfinite(mean[0]) & torch.isfinite(norm)):
+            what = "gradient norm" if torch.isfinite(mean[0]) else "loss"
+            value = norm if torch.isfinite(mean[0]) else -mean[0]
+            raise NonFiniteLossError(f"fit: the {what} is {value.item()}; {self._blame(batch)}")
         self.optimizer.step()
         if self.lr_schedule is not None:
             self.lr_schedule.step()
-        return self._parts(loss.detach())
+        return mean
 
     def _clip(self) -> Tensor:
         if self.clip_norm is not None:

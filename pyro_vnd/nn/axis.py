@@ -124,7 +124,7 @@ def take_block(x: Tensor, indices: dict[int, slice | Tensor | None]) -> Tensor:
 
 
 class _Leading(torch.autograd.Function):
-    """The leading block of an array: slicing, with one array of zeros in the backward pass rather than one a slice."""
+    """The leading block of an array: slicing, with one array in the backward pass rather than one a slice."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lengths: dict[int, int]) -> Tensor:
@@ -133,8 +133,11 @@ class _Leading(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        whole = grad.new_zeros(ctx.shape)
-        _leading(whole, ctx.lengths).copy_(grad)
+        whole = part = grad.new_empty(ctx.shape)
+        for dim, length in ctx.lengths.items():
+            part.narrow(dim, length, part.shape[dim] - length).zero_()
+            part = part.narrow(dim, 0, length)
+        part.copy_(grad)
         return whole, None
 
 

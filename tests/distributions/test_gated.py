@@ -216,3 +216,39 @@ def test_divergence_of_different_shapes_is_an_error():
         posterior().expand((2,)).expand((3,))
     with pytest.raises(NotImplementedError):
         Gated.infer_shapes(base=())
+
+
+# The KL of a whole array from one prior has a backward pass of its own.
+
+
+def whole_kl(loc, scale, prior_loc, prior_scale):
+    return kl_divergence(Gated(Normal(loc, scale)), Gated(Normal(prior_loc, prior_scale), loc.shape))
+
+
+@pytest.fixture
+def whole():
+    arrays = torch.randn(SHAPE), torch.rand(SHAPE) + 0.1, torch.tensor(0.3), torch.tensor([0.7])
+    return tuple(array.requires_grad_() for array in arrays)
+
+
+def test_gradients_of_the_kl_to_one_prior(whole):
+    assert torch.autograd.gradcheck(whole_kl, whole)
+    assert torch.autograd.gradgradcheck(whole_kl, whole)
+    by_torch = torch.autograd.grad(kl_divergence(Normal(*whole[:2]), Normal(*whole[2:])).sum(), whole)
+    for ours, theirs in zip(torch.autograd.grad(whole_kl(*whole), whole), by_torch, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_kl_to_one_prior_under_vmap(whole):
+    locs = torch.randn(5, *SHAPE)
+    values = torch.func.vmap(lambda loc: whole_kl(loc, *whole[1:]))(locs)
+    torch.testing.assert_close(values, torch.stack([whole_kl(loc, *whole[1:]) for loc in locs]))
+    slopes = torch.func.vmap(torch.func.grad(whole_kl), in_dims=(0, None, None, None))(locs, *whole[1:])
+    torch.testing.assert_close(slopes, (locs - 0.3) / 0.49)
+
+
+def test_the_kl_of_a_million_weights_is_exact_in_float32():
+    loc, scale = torch.randn(1000, 1000, dtype=torch.float32), torch.rand(1000, 1000, dtype=torch.float32) + 0.01
+    prior = torch.tensor(0.0), torch.tensor(0.5)
+    exact = whole_kl(loc.double(), scale.double(), *prior)
+    assert whole_kl(loc, scale, *(each.float() for each in prior)).item() == pytest.approx(exact.item(), rel=1e-6)

@@ -173,10 +173,11 @@ def test_temperature_reaches_every_mask_and_stays(y, labelled):
 # Where masks come from.
 
 
+@pytest.mark.parametrize("num_particles", [1, 3])
 @pytest.mark.parametrize("masks", ["example", "batch"])
-def test_lengths_are_paid_for_where_masks_are_learned_only(masks, labelled):
+def test_lengths_are_paid_for_where_masks_are_learned_only(masks, num_particles, labelled):
     net = make_net(masks)
-    schedule = MaskSchedule(learned=0.25, budget=0.5, full=0.25)
+    schedule = MaskSchedule(learned=0.25, budget=0.5, full=0.25, num_particles=num_particles)
     arguments = {"masks": schedule, "optimizer": still, "progress": False}
     epochs = 20 if masks == "example" else 200
     result = fit(NestedClassifier(net), net.posterior, labelled, num_epochs=epochs, **arguments)
@@ -204,6 +205,38 @@ def test_every_width_is_trained_and_a_batch_has_one(sliced, labelled):
     assert set(seen) == {2, 4, 6, 8}
     assert 25 <= seen.count(8) <= 65  # 0.25 + 0.75 / 4 of 100
     assert sum(result.kl_lengths) == 0
+
+
+@pytest.mark.parametrize("num_particles", [1, 3])
+@pytest.mark.parametrize("masks", ["example", "batch"])
+def test_sliced_particles_estimate_the_elbo_averaged_over_widths(masks, num_particles, labelled):
+    net = make_net(masks)
+    model, guide, probs = NestedClassifier(net), net.posterior, torch.tensor([0.4, 0.3, 0.2, 0.1])
+    schedule = MaskSchedule(0.0, 1.0, 0.0, OrderedMask(probs=probs), num_particles)
+    arguments = {"masks": schedule, "sliced": True, "optimizer": still, "local_reparam": True, "progress": False}
+    result = fit(model, guide, labelled, num_epochs=400, **arguments)
+    expected = {"elbo": 0.0, "kl_latents": 0.0}
+    for width, prob in zip((0.25, 0.5, 0.75, 1.0), probs, strict=True):
+        with net.cut(width, sliced=True):
+            only = MaskSchedule(0.0, 1.0, 0.0, OrderedMask(probs=(torch.arange(1, 5) == 4 * width).double()))
+            at_width = fit(model, guide, labelled, num_epochs=100, **arguments | {"masks": only})
+        for name in expected:
+            expected[name] += prob.item() * sum(getattr(at_width, name)) / 100
+    for name, value in expected.items():
+        values = torch.tensor(getattr(result, name))
+        error = (values.std() / 20).item()
+        assert abs(values.mean().item() - value) < 4 * error + 0.003
+        assert abs(values.mean().item() - 1.2 * value) > 4 * error + 0.003  # the check would see a wrong weight
+
+
+def test_systematic_particles_have_less_variance(labelled):
+    net, variances = make_net(), {}
+    for num_particles in (1, 4):
+        schedule = MaskSchedule(0.0, 1.0, 0.0, num_particles=num_particles)
+        arguments = {"masks": schedule, "sliced": True, "optimizer": still, "local_reparam": True, "progress": False}
+        result = fit(NestedClassifier(net), net.posterior, labelled, num_epochs=100, **arguments)
+        variances[num_particles] = torch.tensor(result.kl_latents).var().item()
+    assert variances[4] < 1e-3 * variances[1]  # each step has every width once; independent draws would give a quarter
 
 
 def test_a_mask_schedule_makes_narrow_widths_useful(labelled):

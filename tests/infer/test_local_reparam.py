@@ -186,6 +186,29 @@ def test_other_gated_latents_are_drawn():
     assert (value != 0).all()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_are_those_of_the_formula(bias):
+    layer, x = NestedLayer(nn.Linear(6, 8, bias=bias), init_scale=0.7), torch.randn(4, 6, requires_grad=True)
+    names = list(layer.log_scales)
+    inputs = (x, *layer.plain.parameters(), *layer.log_scales.values())
+
+    def by_formula():
+        means = dict(layer.plain.named_parameters())
+        variances = {name: torch.exp(2 * layer.log_scales[name]) for name in names}
+        mean = nn.functional.linear(x, *(means[name] for name in names))
+        variance = nn.functional.linear(x**2, *(variances[name] for name in names))
+        return mean + variance.sqrt() * torch.randn_like(mean)
+
+    gradients = []
+    for draw in (by_formula, lambda: layer(x)):
+        with LocalReparameterization():
+            layer.draw("posterior", "layer")
+            torch.manual_seed(1)
+            gradients.append(torch.autograd.grad(draw().pow(3).sum(), inputs))
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_rows_of_zeros_have_finite_gradients():
     layer = NestedLayer(nn.Linear(6, 8, bias=False))
     with LocalReparameterization():

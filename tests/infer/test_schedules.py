@@ -81,6 +81,7 @@ def test_the_learning_rate_rises_to_its_value_and_falls_towards_zero(total_steps
         (lambda: MaskSchedule(math.nan, 0.5, 0.5), "shares that sum to 1"),
         (lambda: MaskSchedule(law="loguniform"), "'uniform', 'log-uniform' or an OrderedMask; got 'loguniform'"),
         (lambda: MaskSchedule(law=OrderedMask(logits=torch.zeros(2, 3))), r"single law; got batch shape \(2,\)"),
+        (lambda: MaskSchedule(num_particles=0), "`num_particles` must be at least 1; got 0"),
     ],
 )
 def test_bad_arguments(make, message):
@@ -96,26 +97,45 @@ LAWS = {
 }
 
 
+@pytest.mark.parametrize("num_particles", [1, 3])
 @pytest.mark.parametrize(("law", "probs"), LAWS.values(), ids=LAWS)
-def test_shares_and_budgets_have_their_probabilities(law, probs):
-    fractions = MaskSchedule(0.3, 0.5, 0.2, law=law).draw(4, (N,))
+def test_shares_and_budgets_have_their_probabilities(law, probs, num_particles):
+    fractions = MaskSchedule(0.3, 0.5, 0.2, law=law, num_particles=num_particles).draw(4, (N,))
+    assert fractions.shape == (num_particles, N)
+    # Particles of one row depend on each other: one of them, chosen anew for each row, has the law.
+    fractions = fractions.gather(0, torch.randint(num_particles, (1, N)))
     expected = torch.tensor([0.3, *(0.5 * probs)])
     expected[-1] += 0.2
 
     def p_value(expected):
         return chisquare(counts, N * expected.double().numpy() / expected.double().sum().item()).pvalue
 
-    counts = torch.bincount((fractions * 4).long(), minlength=5).double().numpy()
+    counts = torch.bincount((fractions * 4).long().flatten(), minlength=5).double().numpy()
     assert p_value(expected) > 0.001
     assert p_value(expected + torch.tensor([0.015, 0, 0, 0, -0.015])) < 1e-4  # the test would see a share that is off
 
 
+@pytest.mark.parametrize("num_particles", [2, 3, 8])
+def test_particles_are_spread_evenly(num_particles):
+    expected = num_particles * torch.tensor([0.1, 0.18, 0.18, 0.18, 0.36])
+
+    def counts(schedule):
+        drawn = torch.cat([schedule.draw(4, (1000,)) for _ in range(num_particles // schedule.num_particles)])
+        return torch.stack([(drawn == k / 4).sum(0) for k in range(5)], -1)
+
+    # As many of each kind as expected, up to rounding; drawn independently they differ by more.
+    assert (counts(MaskSchedule(0.1, 0.72, 0.18, num_particles=num_particles)) - expected).abs().max() < 1
+    assert (counts(MaskSchedule(0.1, 0.72, 0.18)) - expected).abs().max() > 1
+
+
 def test_shares_of_zero_never_occur():
-    assert set(MaskSchedule(0.5, 0.0, 0.5).draw(4, (1000,)).tolist()) == {0.0, 1.0}
-    assert set(MaskSchedule(1.0, 0.0, 0.0).draw(4, (1000,)).tolist()) == {0.0}
-    assert MaskSchedule(0.0, 0.0, 1.0).draw(4).item() == 1.0
+    assert set(MaskSchedule(0.5, 0.0, 0.5).draw(4, (1000,)).flatten().tolist()) == {0.0, 1.0}
+    assert set(MaskSchedule(1.0, 0.0, 0.0).draw(4, (1000,)).flatten().tolist()) == {0.0}
+    assert MaskSchedule(0.0, 0.0, 1.0).draw(4).tolist() == [1.0]
+    third = OrderedMask(probs=torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    assert MaskSchedule(0.0, 1.0, 0.0, law=third, num_particles=2).draw(4).tolist() == [0.75, 0.75]
 
 
 def test_a_law_over_other_blocks_gives_fractions():
     halves = MaskSchedule(0.0, 1.0, 0.0, law=OrderedMask.uniform(2)).draw(16, (100,))
-    assert set(halves.tolist()) == {0.5, 1.0}
+    assert set(halves.flatten().tolist()) == {0.5, 1.0}
