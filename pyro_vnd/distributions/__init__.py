@@ -3,6 +3,7 @@
 import pyro_vnd.distributions.kl  # noqa: F401 - registers the divergences
 from pyro_vnd.distributions.constraints import binary_ordered_mask, nested_vector, ordered_mask
 from pyro_vnd.distributions.gated import Gated
+from pyro_vnd.distributions.log_scale_normal import LogScaleNormal
 from pyro_vnd.distributions.log_uniform import LogUniform
 from pyro_vnd.distributions.nested_normal import NestedNormal
 from pyro_vnd.distributions.ordered_mask import OrderedMask
@@ -12,6 +13,7 @@ from pyro_vnd.distributions.tail_sum import TailSum
 
 __all__ = [
     "Gated",
+    "LogScaleNormal",
     "LogUniform",
     "NestedNormal",
     "OrderedMask",

@@ -74,7 +74,7 @@ class LocalReparameterization(Messenger):
     def _variance(self, mean: Tensor | None) -> Tensor | None:
         if mean is None or id(mean) not in self._laws:
             return None
-        return _Square.apply(self._laws[id(mean)][1].scale.expand_as(mean))
+        return self._laws[id(mean)][1].variance.expand_as(mean)
 
     def _pyro_affine(self, msg: Any) -> None:
         layer, x, weight, bias = msg["args"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Normal, kl_divergence
 from torch.nn import functional as F
 
-from pyro_vnd.distributions.gated import Gated
+from pyro_vnd.distributions import Gated, LogScaleNormal
 from pyro_vnd.nn.axis import Axis, Run, take, take_block
 from pyro_vnd.nn.width import Width
 
@@ -181,9 +181,9 @@ class NestedLayer(nn.Module):
         mean = self.take(name, self.plain.get_parameter(name))
         if which == "prior":
             return Gated(self._kept_prior(name), mean.shape, validate_args=False)
-        scale, gate = self.take(name, self.log_scales[name]).exp(), self.gate(name)
+        log_scale, gate = self.take(name, self.log_scales[name]), self.gate(name)
         rest = None if gate is None else self._kept_prior(name)
-        return Gated(Normal(mean, scale, validate_args=False), mean.shape, gate, rest, validate_args=False)
+        return Gated(LogScaleNormal(mean, log_scale, validate_args=False), mean.shape, gate, rest, validate_args=False)
 
     def _kept_prior(self, name: str) -> Distribution:
         law = self.prior_of(name)

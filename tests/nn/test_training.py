@@ -165,6 +165,7 @@ def test_digits_are_learned_at_every_width(digits):
         digits.train,
         num_epochs=25,
         batch_size=128,
+        kl_weight=0.1,  # at 1, underfitting leaves the order of accuracies to chance
         masks=MaskSchedule(),
         progress=False,
     )
@@ -173,6 +174,6 @@ def test_digits_are_learned_at_every_width(digits):
         (net.predict(x, width=w, num_samples=5).softmax(-1).mean(0).argmax(-1) == y).double().mean()
         for w in (0.25, 0.5, 1.0)
     ]
-    assert accuracy[0] > 0.5
-    assert accuracy[2] > 0.85
-    assert accuracy[0] <= accuracy[2] + 0.02
+    assert accuracy[0] > 0.85
+    assert accuracy[2] > 0.92
+    assert accuracy[0] <= accuracy[2]
