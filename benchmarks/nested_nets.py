@@ -4,6 +4,7 @@ Every method has the same architecture, data, epochs, batches, optimiser and lea
 
 - independent: one deterministic net for each width, trained by itself at that size;
 - fixed_geometric, fixed_uniform: nested dropout with a fixed law of the kept fraction, deterministic weights;
+- fixed_uniform_particles: the same with as many passes a step as ours, so that one sees what these do by themselves;
 - bayes_full: a mean-field Bayesian net, at full width only;
 - vnd: ours;
 - vnd_probs_as_logits: ours, but masks are drawn as if probabilities were logits, an ablation.
@@ -41,7 +42,10 @@ from pyro_vnd.nn import NestedClassifier, NestedNet, Width, nest
 RESULTS = Path(__file__).parent / "results" / "nested_nets.json"
 PARTS = Path("results") / "nested_nets"
 WIDTHS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
-METHODS = ("independent", "fixed_geometric", "fixed_uniform", "bayes_full", "vnd", "vnd_probs_as_logits")
+METHODS = (
+    *("independent", "fixed_geometric", "fixed_uniform", "fixed_uniform_particles"),
+    *("bayes_full", "vnd", "vnd_probs_as_logits"),
+)
 SCALARS = (
     *("accuracy", "nll", "brier", "ece", "adaptive_ece", "entropy", "mutual_information"),
     *("temperature", "nll_calibrated", "ece_calibrated", "multiply_adds", "parameters"),
@@ -75,22 +79,22 @@ class Recipe:
         num_samples: Draws of the weights in evaluation.
     """
 
-    epochs: int = 15
+    epochs: int = 20
     batch_size: int = 256
     lr: float = 3e-3
     num_groups: int = 16
     law_lr: float = 10.0
-    kl_weight: float = 0.015
-    length_weight: float = 0.015
+    kl_weight: float = 0.0125
+    length_weight: float = 0.0125
     prior_scale: float = 1.0
     first_prior_scale: float = 2.0
     init_scale: float = 0.1
-    learned: float = 0.1
-    budget: float = 0.8
+    learned: float = 0.05
+    budget: float = 0.85
     full: float = 0.1
-    budget_power: float = 0.75
-    num_particles: int = 1
-    sliced: bool = False
+    budget_power: float = 0.9
+    num_particles: int = 4
+    sliced: bool = True
     keep: float = 0.85
     local_reparam: Literal["linear"] | bool = "linear"
     num_samples: int = 30
@@ -99,7 +103,9 @@ class Recipe:
 # Chosen on the validation part.
 RECIPES = {
     "mlp": Recipe(),
-    "cnn": Recipe(epochs=12, kl_weight=0.01, length_weight=0.01, budget=0.85, full=0.05, budget_power=1.0),
+    "cnn": Recipe(
+        epochs=12, kl_weight=0.01, length_weight=0.01, budget=0.8, full=0.15, budget_power=1.15, num_particles=5
+    ),
 }
 
 
@@ -220,8 +226,12 @@ def train(method: str, arch: str, seed: int, data: Data, recipe: Recipe, width: 
     example = data.train[0][:1]
     if method.startswith("fixed"):
         net = nest(plain, example, num_groups=recipe.num_groups, prior=None)
-        law = "uniform" if method == "fixed_uniform" else OrderedMask.geometric(recipe.keep, recipe.num_groups)
-        arguments["masks"] = MaskSchedule(learned=0, budget=1, full=0, law=law)
+        law = OrderedMask.geometric(recipe.keep, recipe.num_groups) if method == "fixed_geometric" else "uniform"
+        particles = method == "fixed_uniform_particles"
+        arguments |= {
+            "masks": MaskSchedule(0, 1, 0, law, recipe.num_particles if particles else 1),
+            "sliced": particles and recipe.sliced,
+        }
     else:
         priors = prior(recipe)
         first = next(name for name, module in plain.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
@@ -331,13 +341,16 @@ def run(
 def uses(method: str, field: str) -> bool:
     """Say whether a method depends on a field of the recipe."""
     shared = {"epochs", "batch_size", "lr"}
-    fixed = shared | {"num_groups", "keep"}
-    of_masks = {"law_lr", "length_weight", "learned", "budget", "full", "budget_power"}
+    particles = {"num_particles", "sliced"}
+    of_masks = particles | {"law_lr", "length_weight", "learned", "budget", "full", "budget_power"}
     if method == "independent":
         return field in shared
-    if method.startswith("fixed"):
-        return field in fixed
-    return field != "keep" and (method != "bayes_full" or field not in of_masks)
+    if method == "bayes_full":
+        return field not in of_masks | {"keep"}
+    if method.startswith("vnd"):
+        return field != "keep"
+    own = {"fixed_geometric": {"keep"}, "fixed_uniform": set(), "fixed_uniform_particles": particles}
+    return field in shared | {"num_groups"} | own[method]
 
 
 def _is_done(part: Path, recipe: dict[str, Any]) -> bool:
