@@ -4,9 +4,8 @@ Every method has the same architecture, data, epochs, batches, optimiser and lea
 
 - independent: one deterministic net for each width, trained by itself at that size;
 - fixed_geometric, fixed_uniform: nested dropout with a fixed law of the kept fraction, deterministic weights;
-- fixed_uniform_particles: the same with as many passes a step as ours, so that one sees what these do by themselves;
 - bayes_full: a mean-field Bayesian net, at full width only;
-- vnd: ours;
+- vnd: ours; a step has `num_particles` passes, most of them narrow, where those above have one;
 - vnd_probs_as_logits: ours, but masks are drawn as if probabilities were logits, an ablation.
 
 All choices were made on the validation part; the test part is scored once, here. Each fit is kept in a file of its own
@@ -42,10 +41,7 @@ from pyro_vnd.nn import NestedClassifier, NestedNet, Width, nest
 RESULTS = Path(__file__).parent / "results" / "nested_nets.json"
 PARTS = Path("results") / "nested_nets"
 WIDTHS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
-METHODS = (
-    *("independent", "fixed_geometric", "fixed_uniform", "fixed_uniform_particles"),
-    *("bayes_full", "vnd", "vnd_probs_as_logits"),
-)
+METHODS = ("independent", "fixed_geometric", "fixed_uniform", "bayes_full", "vnd", "vnd_probs_as_logits")
 SCALARS = (
     *("accuracy", "nll", "brier", "ece", "adaptive_ece", "entropy", "mutual_information"),
     *("temperature", "nll_calibrated", "ece_calibrated", "multiply_adds", "parameters"),
@@ -226,12 +222,8 @@ def train(method: str, arch: str, seed: int, data: Data, recipe: Recipe, width: 
     example = data.train[0][:1]
     if method.startswith("fixed"):
         net = nest(plain, example, num_groups=recipe.num_groups, prior=None)
-        law = OrderedMask.geometric(recipe.keep, recipe.num_groups) if method == "fixed_geometric" else "uniform"
-        particles = method == "fixed_uniform_particles"
-        arguments |= {
-            "masks": MaskSchedule(0, 1, 0, law, recipe.num_particles if particles else 1),
-            "sliced": particles and recipe.sliced,
-        }
+        law = "uniform" if method == "fixed_uniform" else OrderedMask.geometric(recipe.keep, recipe.num_groups)
+        arguments["masks"] = MaskSchedule(learned=0, budget=1, full=0, law=law)
     else:
         priors = prior(recipe)
         first = next(name for name, module in plain.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
@@ -341,16 +333,13 @@ def run(
 def uses(method: str, field: str) -> bool:
     """Say whether a method depends on a field of the recipe."""
     shared = {"epochs", "batch_size", "lr"}
-    particles = {"num_particles", "sliced"}
-    of_masks = particles | {"law_lr", "length_weight", "learned", "budget", "full", "budget_power"}
+    fixed = shared | {"num_groups", "keep"}
+    of_masks = {"law_lr", "length_weight", "learned", "budget", "full", "budget_power", "num_particles", "sliced"}
     if method == "independent":
         return field in shared
-    if method == "bayes_full":
-        return field not in of_masks | {"keep"}
-    if method.startswith("vnd"):
-        return field != "keep"
-    own = {"fixed_geometric": {"keep"}, "fixed_uniform": set(), "fixed_uniform_particles": particles}
-    return field in shared | {"num_groups"} | own[method]
+    if method.startswith("fixed"):
+        return field in fixed
+    return field != "keep" and (method != "bayes_full" or field not in of_masks)
 
 
 def _is_done(part: Path, recipe: dict[str, Any]) -> bool:

@@ -20,7 +20,6 @@ LABELS = {
     "independent": "independent nets",
     "fixed_geometric": "nested dropout, geometric",
     "fixed_uniform": "nested dropout, uniform",
-    "fixed_uniform_particles": "uniform, as many passes as ours",
     "bayes_full": "Bayesian, full width",
     "vnd": "ours",
     "vnd_probs_as_logits": "ours, probabilities as logits",

@@ -121,7 +121,8 @@ class MaskSchedule:
     of which each step takes an unbiased estimate: the mean over `num_particles` evaluations, each with weights of its
     own. Their masks are a systematic sample: with the sources in order, masks from q first, then budgets from narrow to
     full, one uniform offset places all particles at equal distances in probability, so that one of several is narrow
-    and another one wide, and the estimate has less variance than with masks drawn independently.
+    and another one wide, and the estimate has less variance than with masks drawn independently. In sliced passes a
+    weight that is not kept follows its prior, and KL(q(w) || p(w)) counts it in the passes that keep it only.
 
     Args:
         learned: Share of masks from q.
