@@ -45,10 +45,11 @@ def forget_deviations(net) -> None:
 def test_small_nets_are_nested_trained_and_narrowed(name, digits):
     images, labels = (rows[:96] for rows in digits.train)
     net = make(name, digits.image_shape, 10, "small", num_groups=4)
-    recipe = Recipe(epochs=12 if name == "lenet" else 4, batch_size=32, lr=0.02, kl_weight=0.001)
+    recipe = Recipe(epochs=12 if name in ("lenet", "vgg11") else 4, batch_size=32, lr=0.02, kl_weight=0.001)
     result = train(net, replace(digits, train=Split(images, labels)), recipe)
     assert result.elbo[-1] > result.elbo[0]
-    assert result.log_likelihood[-1] > result.log_likelihood[0] + 0.03
+    quarter = len(result.log_likelihood) // 4  # one epoch of three steps is noisy
+    assert sum(result.log_likelihood[-quarter:]) > sum(result.log_likelihood[:quarter]) + 0.03 * quarter
 
     net.eval()
     for width in (0.25, 0.5, 1.0):
@@ -94,7 +95,7 @@ def test_nets_of_the_published_sizes_are_nested_and_narrowed(name):
 
 def test_lenet_learns_real_digits_at_every_width(digits):
     net = make("lenet", digits.image_shape, 10, "small", num_groups=16)
-    train(net, digits, Recipe(epochs=20, batch_size=128, lr=0.02))
+    train(net, digits, Recipe(epochs=30, batch_size=128, lr=0.02))
     scores = evaluate_widths(net, digits.validation, [0.25, 0.5, 1.0], num_samples=5, progress=False).squeeze("seed")
     assert scores["accuracy"].sel(width=0.25) > 0.9  # chance is .1
     assert scores["accuracy"].sel(width=1.0) > 0.95
