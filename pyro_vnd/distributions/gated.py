@@ -163,7 +163,7 @@ def _sum_of_normals(q: Gated, p: Normal) -> Tensor:
     if q.gate is None and p.loc.numel() == 1 and p.scale.numel() == 1 and normal.batch_shape == q.event_shape:
         # Each term summed by itself: fewer passes over the weights, of which a step of a large net consists.
         if isinstance(normal, LogScaleNormal):
-            _, variances, logs = normal.variance_and_sums()
+            _, variances, logs = normal.variance_and_sums
         else:
             variances, logs = normal.variance.sum(), normal.scale.log().sum()
         squares = variances + _SquaredDistance.apply(normal.loc, p.loc)

@@ -32,7 +32,7 @@ class LogScaleNormal(Normal):
 
     Example:
         >>> q = LogScaleNormal(torch.tensor([1.0, 2.0]), torch.tensor([0.0, -100.0]))
-        >>> q.scale, q.variance, q.variance_and_sums()[2]
+        >>> q.scale, q.variance, q.variance_and_sums[2]
         (tensor([1.0000e+00, 3.7835e-44]), tensor([1., 0.]), tensor(-100.))
     """
 
@@ -59,14 +59,11 @@ class LogScaleNormal(Normal):
     @property
     def variance(self) -> Tensor:
         """Variance σ², shape batch_shape."""
-        return self.variance_and_sums()[0]
-
-    def variance_and_sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return σ², Σ σ² and Σ ρ, with a gradient in one array for all three."""
-        return self._variance_and_sums
+        return self.variance_and_sums[0]
 
     @cached_property
-    def _variance_and_sums(self) -> tuple[Tensor, Tensor, Tensor]:
+    def variance_and_sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """σ², shape batch_shape, and the sums Σ σ² and Σ ρ, with a gradient in one array for all three."""
         return _VarianceAndSums.apply(self.log_scale)
 
     def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
@@ -97,10 +94,12 @@ class _VarianceAndSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, each: Tensor | None, variances: Tensor | None, logs: Tensor | None) -> Tensor | None:
         (variance,) = ctx.saved_tensors
-        grad = each if variances is None else variances if each is None else each + variances
-        if grad is not None:
-            # In place on arrays made here; those that come in may belong to others.
-            grad = (grad * variance).mul_(2) if variances is None or each is None else grad.mul_(variance).mul_(2)
+        grad = None
+        # In place on arrays made here only; those that come in may belong to others.
+        if each is not None and variances is not None:
+            grad = (each + variances).mul_(variance).mul_(2)
+        elif each is not None or variances is not None:
+            grad = (variance * (variances if each is None else each)).mul_(2)
         if logs is None:
             return grad
         return logs.expand(variance.shape) if grad is None else grad.add_(logs)

@@ -86,7 +86,7 @@ def test_gradients_of_variance_and_sums(part, parameters):
     weights = torch.randn(SHAPE)
 
     def value(log_scale):
-        return part(LogScaleNormal(parameters[0], log_scale).variance_and_sums(), weights)
+        return part(LogScaleNormal(parameters[0], log_scale).variance_and_sums, weights)
 
     log_scale = parameters[1]
     by_torch = part(((2 * log_scale).exp(), (2 * log_scale).exp().sum(), log_scale.sum()), weights)
@@ -99,7 +99,7 @@ def test_under_vmap(parameters):
     rows = torch.randn(5, *SHAPE)
 
     def total(log_scale):
-        variance, variances, logs = LogScaleNormal(parameters[0], log_scale, validate_args=False).variance_and_sums()
+        variance, variances, logs = LogScaleNormal(parameters[0], log_scale, validate_args=False).variance_and_sums
         return (variance.square().sum() + variances) * logs
 
     torch.testing.assert_close(torch.func.vmap(total)(rows), torch.stack([total(row) for row in rows]))
@@ -110,7 +110,7 @@ def test_under_vmap(parameters):
 @pytest.mark.parametrize("log_scale", [-100.0, -20.0, 0.0, 40.0])
 def test_extremes_are_finite_in_float32(log_scale):
     parameter = torch.full((4,), log_scale, dtype=torch.float32, requires_grad=True)
-    variance, variances, logs = LogScaleNormal(torch.zeros(4), parameter).variance_and_sums()
+    variance, variances, logs = LogScaleNormal(torch.zeros(4), parameter).variance_and_sums
     (variance.sum() + variances - logs).backward()
     assert torch.isfinite(variance).all()
     assert logs.item() == pytest.approx(4 * log_scale)
