@@ -8,7 +8,7 @@ Every method has the same architecture, data, epochs, batches, optimiser and lea
 - vnd: ours; a step has `num_particles` passes, most of them narrow, where those above have one;
 - vnd_probs_as_logits: ours, but masks are drawn as if probabilities were logits, an ablation.
 
-All choices were made on the validation part; the test part is scored once, here. Each fit is kept in a file of its own
+Recipes are compared on the validation part; the test part is scored here only. Each fit is kept in a file of its own
 as soon as it is done, so that a run that is interrupted goes on from there.
 """
 
@@ -96,7 +96,7 @@ class Recipe:
     num_samples: int = 30
 
 
-# Chosen on the validation part.
+# Compared on the validation part, with the test scores of an earlier recipe known.
 RECIPES = {
     "mlp": Recipe(),
     "cnn": Recipe(
