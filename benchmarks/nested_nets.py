@@ -8,18 +8,22 @@ Every method has the same architecture, data, epochs, batches, optimiser and lea
 - vnd: ours; a step has `num_particles` passes, most of them narrow, where those above have one;
 - vnd_probs_as_logits: ours, but masks are drawn as if probabilities were logits, an ablation.
 
-Recipes are compared on the validation part; the test part is scored here only. Each fit is kept in a file of its own
-as soon as it is done, so that a run that is interrupted goes on from there.
+Recipes are compared on the validation part, as in
+
+    python -m benchmarks.nested_nets --part validation --first-seed 10 --set kl_weight=0.02 --json FILE
+
+with other seeds and other foreign images than those of the final run, which alone scores the test part. Each fit is
+kept in a file of its own as soon as it is done, so that a run that is interrupted goes on from there.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyro
 import pyro.distributions as dist
@@ -32,7 +36,7 @@ from torch.distributions import Normal
 from benchmarks.record import header, rounded, write_json
 from models.datasets import load
 from models.nets import mlp
-from models.ood import ood_sets
+from models.ood import Part, ood_sets
 from pyro_vnd.diagnostics import evaluate, evaluate_learned, evaluate_widths, net_cost
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
 from pyro_vnd.infer import FitResult, MaskSchedule, cosine_to_zero, fit
@@ -145,16 +149,24 @@ class NoLatents(PyroModule):
 
 @dataclass(frozen=True)
 class Data:
-    """Standardised images and labels, and images from elsewhere."""
+    """Standardised images and labels, and images from elsewhere.
+
+    Attributes:
+        name: Name of the data set.
+        train: What is fitted.
+        scored: What fits are scored on: the test part, or the validation part where recipes are compared.
+        calibration: What temperatures are fitted on: the validation part, unless that is scored.
+        ood: Foreign images by name, of the part that is scored.
+    """
 
     name: str
     train: tuple[Tensor, Tensor]
-    validation: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
+    scored: tuple[Tensor, Tensor]
+    calibration: tuple[Tensor, Tensor] | None
     ood: dict[str, Tensor]
 
     @classmethod
-    def load(cls, name: str) -> "Data":
+    def load(cls, name: str, part: Part = "test") -> "Data":
         """Load a data set; pixels are centred and scaled by the mean and deviation of the training images."""
         data = load(name)
         mean, deviation = data.train.images.mean(), data.train.images.std()
@@ -162,9 +174,14 @@ class Data:
         def scaled(x: Tensor) -> Tensor:
             return (x - mean) / deviation
 
-        parts = ((scaled(part.images), part.labels) for part in (data.train, data.validation, data.test))
-        foreign = {key: scaled(x) for key, x in ood_sets(data.test.images).items() if key != name}
-        return cls(name, *parts, foreign)
+        train, validation, test = (
+            (scaled(split.images), split.labels) for split in (data.train, data.validation, data.test)
+        )
+        images = (data.test if part == "test" else data.validation).images
+        foreign = {key: scaled(x) for key, x in ood_sets(images, split=part).items() if key != name}
+        if part == "test":
+            return cls(name, train, test, validation, foreign)
+        return cls(name, train, validation, None, foreign)
 
     @property
     def image_size(self) -> int:
@@ -263,10 +280,10 @@ def train(method: str, arch: str, seed: int, data: Data, recipe: Recipe, width: 
 
 
 def rows(method: str, arch: str, seed: int, data: Data, recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """Fit a method and score it on the test part: one row a width and metric."""
+    """Fit a method and score it: one row a width and metric."""
     shared: dict[str, Any] = {
         "ood": data.ood,
-        "calibrate": data.validation,
+        "calibrate": data.calibration,
         "seed": seed,
         "batch_size": 1000,
         "progress": sys.stderr.isatty(),
@@ -287,19 +304,19 @@ def rows(method: str, arch: str, seed: int, data: Data, recipe: Recipe) -> Itera
     if method == "independent":
         for width in WIDTHS:
             net, record = train(method, arch, seed, data, recipe, width)
-            result = evaluate(net, data.test, **shared)
-            cost = net_cost(net, data.test[0][:1])
+            result = evaluate(net, data.scored, **shared)
+            cost = net_cost(net, data.scored[0][:1])
             yield from flat(result.assign({name: ((), value) for name, value in cost.items()}), width, record.seconds)
         return
     net, record = train(method, arch, seed, data, recipe)
     assert isinstance(net, NestedNet)
     num_samples = 1 if method.startswith("fixed") else recipe.num_samples
     widths = (1.0,) if method == "bayes_full" else WIDTHS
-    result = evaluate_widths(net, data.test, widths, num_samples, **shared)
+    result = evaluate_widths(net, data.scored, widths, num_samples, **shared)
     for width in widths:
         yield from flat(result.sel(width=width), width, record.seconds)
     if method == "vnd":
-        yield from flat(evaluate_learned(net, data.test, num_samples, **shared), "learned", record.seconds)
+        yield from flat(evaluate_learned(net, data.scored, num_samples, **shared), "learned", record.seconds)
         for name, law in net.laws.items():
             group = name.removesuffix(".mask")
             facts = {
@@ -312,21 +329,22 @@ def rows(method: str, arch: str, seed: int, data: Data, recipe: Recipe) -> Itera
 
 
 def run(
-    name: str, archs: list[str], methods: list[str], num_seeds: int, recipes: dict[str, Recipe]
+    name: str, archs: list[str], methods: list[str], seeds: range, recipes: dict[str, Recipe], part: Part = "test"
 ) -> list[dict[str, Any]]:
     """Run what is not done yet, and return all rows."""
-    data = Data.load(name)
+    data = Data.load(name, part)
+    folder = PARTS if part == "test" else PARTS / part
+    folder.mkdir(parents=True, exist_ok=True)
     result: list[dict[str, Any]] = []
     for arch in archs:
-        for seed in range(num_seeds):
+        for seed in seeds:
             for method in methods:
-                part = PARTS / f"{name}-{arch}-{method}-{seed}.json"
+                file = folder / f"{name}-{arch}-{method}-{seed}.json"
                 recipe = {name: value for name, value in asdict(recipes[arch]).items() if uses(method, name)}
-                if not _is_done(part, recipe):
+                if not _is_done(file, recipe):
                     print(f"{arch}, seed {seed}: {method}", flush=True)
-                    part.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(part, {"recipe": recipe, "rows": list(rows(method, arch, seed, data, recipes[arch]))})
-                result += json.loads(part.read_text())["rows"]
+                    write_json(file, {"recipe": recipe, "rows": list(rows(method, arch, seed, data, recipes[arch]))})
+                result += json.loads(file.read_text())["rows"]
     return result
 
 
@@ -342,11 +360,25 @@ def uses(method: str, field: str) -> bool:
     return field != "keep" and (method != "bayes_full" or field not in of_masks)
 
 
-def _is_done(part: Path, recipe: dict[str, Any]) -> bool:
-    if not part.exists():
+def _is_done(file: Path, recipe: dict[str, Any]) -> bool:
+    if not file.exists():
         return False
-    found = json.loads(part.read_text())["recipe"]
+    found = json.loads(file.read_text())["recipe"]
     return all(name in found and found[name] == value for name, value in recipe.items())
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """Read `field=value` for a numeric or boolean field of the recipe."""
+    name, _, value = text.partition("=")
+    types = {field.name: type(field.default) for field in fields(Recipe) if not isinstance(field.default, str)}
+    try:
+        number = float(value)
+        if name not in types or types[name](number) != number:
+            raise ValueError
+    except ValueError:
+        known = ", ".join(f"{name} ({kind.__name__})" for name, kind in types.items())
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=NUMBER with a field of {known}") from None
+    return name, types[name](number)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -356,17 +388,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", default="fashion-mnist", choices=["fashion-mnist", "digits"])
     parser.add_argument("--arch", nargs="+", default=["mlp", "cnn"], choices=["mlp", "cnn"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, 0, 1, ...")
-    parser.add_argument("--epochs", type=int, help="another number of epochs than the recipe's")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
+    parser.add_argument("--part", default="test", choices=get_args(Part), help="what is scored")
+    parser.add_argument(
+        "--set",
+        type=setting,
+        nargs="+",
+        default=[],
+        metavar="FIELD=NUMBER",
+        help="change the recipe, for instance epochs=2",
+    )
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="where the rows go")
     args = parser.parse_args(argv)
-    recipes = {
-        arch: recipe if args.epochs is None else replace(recipe, epochs=args.epochs) for arch, recipe in RECIPES.items()
-    }
+    if args.part != "test" and args.json == RESULTS:
+        parser.error("--part validation needs --json FILE: the committed results are of the test part")
+    recipes = {arch: replace(recipe, **dict(args.set)) for arch, recipe in RECIPES.items()}
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    result = run(args.data, args.arch, args.methods, args.seeds, recipes)
+    result = run(args.data, args.arch, args.methods, seeds, recipes, args.part)
     recipe = {arch: asdict(recipes[arch]) for arch in args.arch}
-    content = {"header": header("benchmarks.nested_nets") | {"recipe": recipe}, "rows": result}
+    content = {"header": header("benchmarks.nested_nets") | {"part": args.part, "recipe": recipe}, "rows": result}
     write_json(args.json, content, table="rows")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import nested_nets
-from benchmarks.nested_nets import METHODS, RECIPES, WIDTHS, ProbsAsLogitsWidth, build, main
+from benchmarks.nested_nets import METHODS, RECIPES, WIDTHS, Data, ProbsAsLogitsWidth, build, main
 from benchmarks.nested_nets_report import Rows, figure, markdown, targets
 from pyro_vnd.distributions import OrderedMask
 
@@ -48,6 +48,41 @@ def test_only_random_weights_have_mutual_information(result):
     for method in METHODS:
         information = rows.mean("mlp", method, 1.0, "mutual_information")
         assert (information > 1e-6) == (method.startswith("vnd") or method == "bayes_full")
+
+
+def test_comparing_recipes_leaves_the_test_part_alone():
+    test, validation = Data.load("digits"), Data.load("digits", "validation")
+    assert torch.equal(validation.scored[0], test.calibration[0])
+    assert validation.calibration is None
+    assert set(validation.ood) == set(test.ood)
+    for name, images in validation.ood.items():
+        seen = {row.numpy().tobytes() for row in test.ood[name].flatten(1)}
+        assert not any(row.numpy().tobytes() in seen for row in images.flatten(1))
+
+
+def test_a_recipe_is_changed_for_other_seeds_on_the_validation_part(tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(nested_nets, "PARTS", tmp_path / "parts")
+    file = tmp_path / "rows.json"
+    arguments = ["--data", "digits", "--arch", "mlp", "--methods", "fixed_uniform", "--seeds", "1", "--json", str(file)]
+    main([*arguments, "--part", "validation", "--first-seed", "10", "--set", "epochs=1", "batch_size=32"])
+    torch.set_flush_denormal(False)
+    content = json.loads(file.read_text())
+    assert {row["seed"] for row in content["rows"]} == {10}
+    assert content["header"]["part"] == "validation"
+    assert content["header"]["recipe"]["mlp"]["epochs"] == 1
+    assert "ece_calibrated" not in {row["metric"] for row in content["rows"]}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--set", "no_field=1"], ["--set", "epochs=1.5"], ["--set", "epochs"], ["--part", "validation"]],
+    ids=" ".join,
+)
+def test_bad_arguments_are_named(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert arguments[-1] in capsys.readouterr().err
 
 
 def test_tables_margins_and_figure(result):
