@@ -19,8 +19,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def clean_state() -> Iterator[None]:
-    """Same random numbers, an empty parameter store and Pyro's validation for each test."""
+    """Same random numbers, an empty parameter store, denormal numbers and Pyro's validation for each test."""
     pyro.set_rng_seed(0)  # seeds torch, numpy and random
     pyro.clear_param_store()
+    torch.set_flush_denormal(False)  # benchmarks, whose commands are tested, turn it on for the whole process
     with pyro.validation_enabled(True):
         yield

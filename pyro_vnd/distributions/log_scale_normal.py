@@ -31,9 +31,9 @@ class LogScaleNormal(Normal):
         ValueError: If the shapes do not broadcast, or arguments are checked and are no real numbers.
 
     Example:
-        >>> q = LogScaleNormal(torch.tensor([1.0, 2.0]), torch.tensor([0.0, -100.0]))
+        >>> q = LogScaleNormal(torch.tensor([1.0, 2.0]), torch.tensor([0.0, -80.0]))
         >>> q.scale, q.variance, q.variance_and_sums[2]
-        (tensor([1.0000e+00, 3.7835e-44]), tensor([1., 0.]), tensor(-100.))
+        (tensor([1.0000e+00, 1.8049e-35]), tensor([1., 0.]), tensor(-80.))
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {  # type: ignore[misc]

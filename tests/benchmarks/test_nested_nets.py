@@ -22,7 +22,6 @@ def result(tmp_path_factory):
         for _ in range(2):
             main(["--data", "digits", "--arch", "mlp", "--seeds", "1", "--json", str(folder / "rows.json")])
             patch.setattr(nested_nets, "train", None)
-    torch.set_flush_denormal(False)
     return json.loads((folder / "rows.json").read_text())
 
 
@@ -66,7 +65,6 @@ def test_a_recipe_is_changed_for_other_seeds_on_the_validation_part(tmp_path, mo
     file = tmp_path / "rows.json"
     arguments = ["--data", "digits", "--arch", "mlp", "--methods", "fixed_uniform", "--seeds", "1", "--json", str(file)]
     main([*arguments, "--part", "validation", "--first-seed", "10", "--set", "epochs=1", "batch_size=32"])
-    torch.set_flush_denormal(False)
     content = json.loads(file.read_text())
     assert {row["seed"] for row in content["rows"]} == {10}
     assert content["header"]["part"] == "validation"
