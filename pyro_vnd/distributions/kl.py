@@ -21,8 +21,14 @@ def _kl_ordered_mask(q: OrderedMask, p: OrderedMask) -> Tensor:
 @register_kl(NestedNormal, NestedNormal)
 def _kl_nested_normal(q: NestedNormal, p: NestedNormal) -> Tensor:
     """Return KL(L_q || L_p) + sum_i S_i KL(N_q,i || N_p,i): a coordinate costs only when it is kept."""
+    lengths, coordinates = kl_parts(q, p)
+    return lengths + coordinates
+
+
+def kl_parts(q: NestedNormal, p: NestedNormal) -> tuple[Tensor, Tensor]:
+    """Return the two terms of the divergence, that of the lengths and that of the kept coordinates."""
     _check_units(q, p)
-    return kl_divergence(q.lengths, p.lengths) + (q.keep_probs * kl_divergence(q.normal, p.normal)).sum(-1)
+    return kl_divergence(q.lengths, p.lengths), (q.keep_probs * kl_divergence(q.normal, p.normal)).sum(-1)
 
 
 def _check_units(q: OrderedMask | NestedNormal, p: OrderedMask | NestedNormal) -> None:

@@ -159,6 +159,66 @@ class NestedNormal(TorchDistribution):
         """Return H(L) + sum_i S_i H(N_i) in nats, shape batch_shape."""
         return self.lengths.entropy() + (self.keep_probs * self.normal.entropy()).sum(-1)
 
+    @staticmethod
+    def mask(value: Tensor) -> Tensor:
+        r"""Return the mask of a value, $z_i = 1[i \le L]$ with L its last coordinate that is not zero, or one.
+
+        For a decoder that sees how many coordinates it has. The mask of a fresh sample has its straight-through
+        gradient, so that the lengths learn from what is made of it.
+
+        Args:
+            value: Samples, shape (..., K).
+
+        Returns:
+            Zeros and ones, the shape of `value`.
+
+        Example:
+            >>> NestedNormal.mask(torch.tensor([0.5, 0.0, -1.0, 0.0]))
+            tensor([1., 1., 1., 0.])
+        """
+        making = recall(value)
+        if making is not None:
+            return making[0]
+        mask = (tail_sum(value != 0) > 0).to(value.dtype)
+        return torch.cat([torch.ones_like(mask[..., :1]), mask[..., 1:]], -1)
+
+    def cut(self, length: int | Tensor) -> "NestedNormal":
+        """Return the same law with the length given.
+
+        Args:
+            length: L, from 1 to K, or 0 to leave it random; integers that broadcast to the batch shape.
+
+        Returns:
+            A law of the same shape whose lengths have all their mass on one where it is given.
+
+        Raises:
+            ValueError: If a length is no integer from 0 to K.
+
+        Example:
+            >>> law = NestedNormal(torch.zeros(3), torch.ones(3), torch.zeros(3))
+            >>> law.cut(2).keep_probs
+            tensor([1., 1., 0.])
+        """
+        lengths = torch.as_tensor(length, device=self._loc.device)
+        in_range = not self._validate_args or ((lengths >= 0) & (lengths <= self.num_units)).all()
+        if lengths.is_floating_point() or not in_range:
+            raise ValueError(
+                f"NestedNormal.cut: argument `length` must be integers from 1 to {self.num_units}, or 0 for a random "
+                f"length; got {lengths.tolist()}"
+            )
+        lengths = lengths.unsqueeze(-1)
+        units = torch.arange(1, self.num_units + 1, device=lengths.device)
+        probs = torch.where(lengths > 0, (units == lengths).to(self.length_probs), self.length_probs)
+        cut = NestedNormal(
+            self._loc,
+            self._scale,
+            probs=probs,
+            temperature=self.lengths.temperature,
+            noise=self.lengths.noise,
+            validate_args=self._validate_args,
+        )
+        return cut.expand(self.batch_shape)
+
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Draw vectors with zeros past a random length, shape sample_shape + batch_shape + (K,)."""
         mask = self.lengths.rsample(sample_shape)
@@ -171,10 +231,7 @@ class NestedNormal(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         making = recall(value)
-        if making is None:
-            mask = (tail_sum(value != 0) > 0).to(self._loc.dtype)
-            making = torch.cat([torch.ones_like(mask[..., :1]), mask[..., 1:]], -1), value
-        mask, dense = making
+        mask, dense = (self.mask(value), value) if making is None else making
         # A dropped coordinate counts nothing; a straight-through mask still passes its gradient.
         return self.lengths.log_prob(mask) + (mask * self.normal.log_prob(dense)).sum(-1)
 

@@ -1,12 +1,14 @@
 """What a fit sets on the masks of its modules: where they come from in a step, and their temperature."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.distributions import NestedNormal, OrderedMask
 from pyro_vnd.infer.auto_nested import _AutoMask
 from pyro_vnd.infer.schedules import MaskSchedule
 from pyro_vnd.nn import NestedNet, Width
@@ -15,45 +17,63 @@ __all__ = ["MaskCuts", "find_masks", "nested_laws"]
 
 
 class MaskCuts:
-    """Cut the nested nets of a model as a `MaskSchedule` says, anew in each step.
+    """Cut the nested nets and the codes of a model as a `MaskSchedule` says, anew in each step.
 
     Args:
         schedule: Where masks come from.
         sliced: Whether nets compute only what is kept of them where their width is given.
         objects: Model and guide, whose parts are searched for nets.
+        plate: Name of the plate of the data, in which codes are cut.
 
-    Raises:
-        ValueError: If there is no nested net among them.
+    Attributes:
+        t: Where the fit stands, from 0 to 1.
     """
 
-    def __init__(self, schedule: MaskSchedule, sliced: bool, objects: Iterable[Any]) -> None:
-        self.schedule, self.sliced = schedule, sliced
+    def __init__(self, schedule: MaskSchedule, sliced: bool, objects: Iterable[Any], plate: str) -> None:
+        self.schedule, self.sliced, self.plate = schedule, sliced, plate
         nets = _parts(objects, NestedNet)
-        if not nets:
-            raise ValueError(
-                "fit: argument `masks` needs a NestedNet in model or guide, and found none. Make the model an "
-                "nn.Module that holds the net (`NestedClassifier(net)` does), or, for masks of your own, mix their law "
-                "with a fixed one in model and guide"
-            )
         self.by_example = [net for net in nets if net.masks == "example"]
         self.by_batch = [net for net in nets if net.masks == "batch"]
+        self.num_latents: list[int] = []
+        self.t = 0.0
+
+    def find_codes(self, laws: Mapping[str, OrderedMask | NestedNormal]) -> None:
+        """Take note of the codes among the laws of the guide.
+
+        Args:
+            laws: Laws by site.
+
+        Raises:
+            ValueError: If there is neither a code nor a nested net.
+        """
+        self.num_latents = [law.num_units for law in laws.values() if isinstance(law, NestedNormal)]
+        if not (self.num_latents or self.by_example or self.by_batch):
+            raise ValueError(
+                "fit: argument `masks` needs a NestedNet in model or guide, or a NestedNormal, and found none. Make "
+                "the model an nn.Module that holds the net (`NestedClassifier(net)` does), or, for masks of your own, "
+                "mix their law with a fixed one in model and guide"
+            )
 
     def draw(self, num_rows: int) -> list[AbstractContextManager[None]]:
         """Draw the widths of one step.
 
-        One draw a row holds for all nets with a mask an example, and one for the whole batch for the others; for all
-        nets if passes are sliced, which takes one width.
+        One draw a row holds for all codes and nets with a mask an example, and one for the whole batch for the others;
+        for all nets if passes are sliced, which takes one width.
 
         Args:
             num_rows: Rows of the batch.
 
         Returns:
-            A context for each particle of the schedule, in which the nets are cut.
+            A context for each particle of the schedule, in which nets and codes are cut.
         """
-        by_row = self.by_example and not self.sliced
-        by_batch = self.by_batch or self.sliced
-        rows = self.schedule.draw(_num_blocks(self.by_example), (num_rows,)) if by_row else None
-        batch = self.schedule.draw(_num_blocks(self.by_batch + self.by_example)).tolist() if by_batch else None
+        nets_by_row = [] if self.sliced else self.by_example
+        nets_by_batch = self.by_batch + (self.by_example if self.sliced else [])
+        rows = batch = None
+        if nets_by_row or self.num_latents:
+            num_blocks = max([*_num_blocks(nets_by_row), *self.num_latents])
+            rows = self.schedule.draw(num_blocks, (num_rows,), self.t)
+        if nets_by_batch:
+            batch = self.schedule.draw(max(_num_blocks(nets_by_batch)), t=self.t).tolist()
         return [
             self._cut(None if rows is None else rows[particle], 0 if batch is None else batch[particle])
             for particle in range(self.schedule.num_particles)
@@ -63,11 +83,28 @@ class MaskCuts:
     def _cut(self, rows: Tensor | None, fraction: float) -> Iterator[None]:
         with ExitStack() as stack:
             for net in self.by_example + self.by_batch:
-                if rows is not None and net.masks == "example":
+                if rows is not None and net.masks == "example" and not self.sliced:
                     stack.enter_context(net.cut(rows.to(next(net.parameters()).device)))
                 elif fraction > 0:
                     stack.enter_context(net.cut(fraction, sliced=self.sliced))
+            if rows is not None and self.num_latents:
+                stack.enter_context(_CutCodes(rows, self.plate))
             yield
+
+
+class _CutCodes(Messenger):
+    """Give the codes of each row a length, in model and guide alike: its KL is then zero."""
+
+    def __init__(self, rows: Tensor, plate: str) -> None:
+        super().__init__()
+        self.rows, self.plate = rows, plate
+
+    def _pyro_sample(self, msg: Any) -> None:
+        law = msg["fn"]
+        if isinstance(law, NestedNormal) and any(frame.name == self.plate for frame in msg["cond_indep_stack"]):
+            rows = self.rows.to(law.loc.device)
+            lengths = torch.where(rows > 0, (rows * law.num_units + 0.5).floor().clamp_min(1), 0)  # as `Width` rounds
+            msg["fn"] = law.cut(lengths.long())
 
 
 def find_masks(objects: Iterable[Any]) -> list[Any]:
@@ -85,5 +122,5 @@ def _parts(objects: Iterable[Any], kind: Any) -> list[Any]:
     return list(dict.fromkeys(part for part in modules if isinstance(part, kind)))
 
 
-def _num_blocks(nets: list[NestedNet]) -> int:
-    return max(width.num_groups for net in nets for width in net.widths.values())
+def _num_blocks(nets: list[NestedNet]) -> list[int]:
+    return [width.num_groups for net in nets for width in net.widths.values()]

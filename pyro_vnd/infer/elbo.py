@@ -16,6 +16,8 @@ from pyro.util import check_if_enumerated, check_model_guide_match, check_site_s
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_vnd.distributions import NestedNormal
+from pyro_vnd.distributions.kl import kl_parts
 from pyro_vnd.distributions.wrapped import innermost
 
 __all__ = ["NestedELBO"]
@@ -33,11 +35,13 @@ class NestedELBO(TraceMeanField_ELBO):
     out: with an `AutoNormal` and a positive latent, `TraceMeanField_ELBO` lacks the Jacobian, and this one has it.
     Latents must be reparameterised, and none may depend in the model on one that comes after it in the guide.
 
-    A weight $w_i$ other than one is read from the site: `infer={"kl_weight": w}`.
+    A weight $w_i$ other than one is read from the site: `infer={"kl_weight": w}`; that of the lengths of a
+    `NestedNormal`, whose KL has two terms, from `infer={"length_weight": w}`.
 
     Attributes:
         log_likelihood: Score of the observed sites in the last evaluation, its mean over the particles; detached.
         kl: KL of each latent in it, by site, without the weights; detached.
+        kl_lengths: The part of it that is for the lengths of a `NestedNormal`, by site, without the weights; detached.
 
     Args:
         *args: As those of `pyro.infer.ELBO`: `num_particles`, `vectorize_particles` and so on.
@@ -62,6 +66,7 @@ class NestedELBO(TraceMeanField_ELBO):
         super().__init__(*args, **kwargs)
         self.log_likelihood: Tensor | float = 0.0
         self.kl: dict[str, Tensor] = {}
+        self.kl_lengths: dict[str, Tensor] = {}
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Return the negative ELBO as a number."""
@@ -75,7 +80,7 @@ class NestedELBO(TraceMeanField_ELBO):
         return loss
 
     def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[Any]:
-        self.log_likelihood, self.kl = 0.0, {}
+        self.log_likelihood, self.kl, self.kl_lengths = 0.0, {}, {}
         yield from super()._get_traces(model, guide, args, kwargs)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -127,19 +132,22 @@ class NestedELBO(TraceMeanField_ELBO):
 
     def _weighted_kl(self, name: str, guide_site: Any, model_site: Any = None) -> Tensor:
         if "kl" in guide_site:
-            kl = guide_site["kl"]
+            parts = guide_site["kl"]
         else:
             if is_validation_enabled():
                 check_fully_reparametrized(guide_site)
             kl = guide_site["score_parts"].entropy_term.sum()
-            kl = kl if model_site is None else kl - model_site["log_prob_sum"]
-        self.kl[name] = self.kl.get(name, 0.0) + kl.detach() / self.num_particles
-        weight: float = guide_site["infer"].get("kl_weight", 1.0)
-        return kl if weight == 1 else weight * kl
+            parts = {"kl_weight": kl if model_site is None else kl - model_site["log_prob_sum"]}
+        for record, keys in ((self.kl, parts), (self.kl_lengths, {"length_weight"} & parts.keys())):
+            for key in keys:
+                record[name] = record.get(name, 0.0) + parts[key].detach() / self.num_particles
+        infer = guide_site["infer"]
+        weights = [infer.get(key, infer.get("kl_weight", 1.0)) for key in parts]
+        return sum(part if weight == 1 else weight * part for weight, part in zip(weights, parts.values(), strict=True))
 
 
 def _keep_exact_kl(model_trace: Any, guide_trace: Any) -> None:
-    """Put the summed KL into the sites of the guide that have an exact one, as `site["kl"]`.
+    """Put the summed KL into the sites of the guide that have an exact one, as `site["kl"]`: its terms by their weight.
 
     Points are scored: what Pyro registers as their KL leaves out the log-density that they carry, the Jacobian of a
     transformed latent of an autoguide.
@@ -151,13 +159,21 @@ def _keep_exact_kl(model_trace: Any, guide_trace: Any) -> None:
         if isinstance(innermost(site["fn"]), Delta):
             continue
         try:
-            kl = kl_divergence(site["fn"], model_site["fn"])
+            terms = _kl_terms(site["fn"], model_site["fn"])
         except NotImplementedError:
             continue
         batch_shape = site["fn"].batch_shape
         if is_validation_enabled() and not site["fn"].has_rsample:
             raise NotImplementedError(f"NestedELBO: site {name!r} of the guide must be reparameterised; its law is not")
-        if not isinstance(kl, Tensor):  # Pyro's KL between equal uniform laws is the number zero
-            kl = torch.as_tensor(kl, device=getattr(site["value"], "device", None)).expand(batch_shape)
-        assert kl.shape == batch_shape, f"KL at site {name!r} has shape {kl.shape}, its guide {batch_shape}"
-        site["kl"] = scale_and_mask(kl, site["scale"], site["mask"]).sum()
+        site["kl"] = {}
+        for weight, kl in terms.items():
+            if not isinstance(kl, Tensor):  # Pyro's KL between equal uniform laws is the number zero
+                kl = torch.as_tensor(kl, device=getattr(site["value"], "device", None)).expand(batch_shape)
+            assert kl.shape == batch_shape, f"KL at site {name!r} has shape {kl.shape}, its guide {batch_shape}"
+            site["kl"][weight] = scale_and_mask(kl, site["scale"], site["mask"]).sum()
+
+
+def _kl_terms(q: Any, p: Any) -> dict[str, Any]:
+    if isinstance(q, NestedNormal) and isinstance(p, NestedNormal):
+        return dict(zip(("length_weight", "kl_weight"), kl_parts(q, p), strict=True))
+    return {"kl_weight": kl_divergence(q, p)}

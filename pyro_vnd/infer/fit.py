@@ -39,6 +39,7 @@ def fit(
     clip_norm: float | None = None,
     elbo: ELBO | None = None,
     kl_weight: Schedule = 1.0,
+    local_kl_weight: Schedule = 1.0,
     length_weight: Schedule = 1.0,
     temperature: Schedule | None = None,
     masks: MaskSchedule | None = None,
@@ -84,12 +85,15 @@ def fit(
         kl_weight: Weight, or schedule of it, of the KL of the latents outside the plate of the data that are no masks,
             such as the weights of a net. Below one the posterior is colder than Bayes' and the objective no bound. The
             result has the KL in the objective, and beside it the parts without weights.
-        length_weight: The same for the KL of all masks, in the plate and outside. Above one the laws of lengths are
-            held nearer to their prior.
+        local_kl_weight: The same for the latents in the plate that are no masks, such as codes. A schedule that rises
+            from zero, `linear(0, 1, warmup=0.3)`, keeps an autoencoder from giving up latents before it can use them.
+        length_weight: The same for the KL of all masks, in the plate and outside, and under `NestedELBO` for the
+            lengths of each `NestedNormal`. Above one the laws of lengths are held nearer to their prior.
         temperature: Temperature, or schedule of it, of all straight-through masks of `AutoNested` and nested nets;
             None leaves theirs alone. The last one stays after the fit.
-        masks: Where the masks of nested nets come from: part from q, part at a budget, part at full width. The cure
-            against lengths that collapse; see `MaskSchedule`. None draws all of them from q.
+        masks: Where the masks of nested nets and the lengths of codes (`NestedNormal`) come from: part from q, part at
+            a budget, part at full width. The cure against lengths that collapse; see `MaskSchedule`. None draws all of
+            them from q.
         sliced: Whether, under `masks`, budgets are drawn for the whole batch and only what is kept is computed. For
             nets with masks="example", too, whose budgets are otherwise drawn for each row; several particles then
             see to it that a step trains several widths, and a weight costs in proportion to the passes that keep it.
@@ -150,9 +154,10 @@ def fit(
     if local_reparam and not keeps_parts:
         raise ValueError(f"fit: argument `local_reparam` needs a NestedELBO; {type(elbo).__name__} scores weights")
     num_steps = num_epochs * (num_data // batch_size)
-    schedules = _Schedules(num_steps, kl_weight, length_weight, temperature)
     handlers: list[Handler] = []
-    particles = None if masks is None else MaskCuts(masks, sliced, (model, guide)).draw
+    cuts = None if masks is None else MaskCuts(masks, sliced, (model, guide), plate)
+    particles = None if cuts is None else cuts.draw
+    schedules = _Schedules(num_steps, kl_weight, local_kl_weight, length_weight, temperature, cuts)
     if local_reparam:
         layers: Any = "all" if local_reparam is True else local_reparam
         handlers.append(lambda: LocalReparameterization(layers))
@@ -163,6 +168,8 @@ def fit(
         schedules.set(0, scale, [])
         objective: Any = elbo(model, guide)  # type: ignore[arg-type]
         step = Step(objective, scale, [rows[:batch_size] for rows in tensors], particles, handlers, clip_norm)
+        if cuts is not None:
+            cuts.find_codes(step.monitor.laws)
         with_temperature = find_masks([model, guide])
         if temperature is not None and not with_temperature:
             raise ValueError("fit: argument `temperature` is for masks of AutoNested or a nested net; there are none")
@@ -198,12 +205,20 @@ def fit(
 
 
 class _Schedules:
-    """The weights of KLs and the temperature of masks at every step."""
+    """The weights of KLs, the temperature of masks and where they come from, at every step."""
 
     def __init__(
-        self, num_steps: int, kl_weight: Schedule, length_weight: Schedule, temperature: Schedule | None
+        self,
+        num_steps: int,
+        kl_weight: Schedule,
+        local_kl_weight: Schedule,
+        length_weight: Schedule,
+        temperature: Schedule | None,
+        cuts: MaskCuts | None,
     ) -> None:
+        self.num_steps, self.cuts = num_steps, cuts
         self.kl_weight = schedule_values("kl_weight", kl_weight, num_steps)
+        self.local_kl_weight = schedule_values("local_kl_weight", local_kl_weight, num_steps)
         self.length_weight = schedule_values("length_weight", length_weight, num_steps)
         self.temperature = None
         if temperature is not None:
@@ -212,6 +227,9 @@ class _Schedules:
     def set(self, step: int, scale: ScaleToDataset, masks: list[Any]) -> None:
         """Set what holds in a step."""
         scale.kl_weight, scale.length_weight = self.kl_weight[step], self.length_weight[step]
+        scale.local_kl_weight = self.local_kl_weight[step]
+        if self.cuts is not None:
+            self.cuts.t = step / max(self.num_steps - 1, 1)
         if self.temperature is not None:
             for mask in masks:
                 mask.temperature = self.temperature[step]

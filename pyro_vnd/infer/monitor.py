@@ -25,8 +25,9 @@ class ScaleToDataset(Messenger):
         num_data: Rows of the data set.
         batch_size: Rows of the mini-batch.
         kl_weight: Weight of the latents outside the plate that are no masks.
-        length_weight: Weight of the masks, inside the plate and outside.
-        mark: Whether weights are left to the ELBO, in `infer["kl_weight"]` of the site as `NestedELBO` wants it,
+        local_kl_weight: Weight of the latents inside the plate that are no masks.
+        length_weight: Weight of the masks, inside the plate and outside, and of the lengths of a `NestedNormal`.
+        mark: Whether weights are left to the ELBO, in `infer` of the site as `NestedELBO` wants them,
             instead of multiplying the scale of the site, which every ELBO understands.
     """
 
@@ -36,12 +37,13 @@ class ScaleToDataset(Messenger):
         num_data: int,
         batch_size: int,
         kl_weight: float = 1.0,
+        local_kl_weight: float = 1.0,
         length_weight: float = 1.0,
         mark: bool = False,
     ) -> None:
         super().__init__()
         self.plate, self.num_data, self.batch_size, self.mark = plate, num_data, batch_size, mark
-        self.kl_weight, self.length_weight = kl_weight, length_weight
+        self.kl_weight, self.local_kl_weight, self.length_weight = kl_weight, local_kl_weight, length_weight
         self.found = False
         self.plates: dict[str, int] = {}
 
@@ -52,9 +54,9 @@ class ScaleToDataset(Messenger):
         if isinstance(find_mask(msg["fn"]), OrderedMask):
             weight = self.length_weight
         else:
-            weight = 1.0 if in_plate else self.kl_weight
+            weight = self.local_kl_weight if in_plate else self.kl_weight
         if self.mark:
-            msg["infer"]["kl_weight"] = weight
+            msg["infer"] |= {"kl_weight": weight, "length_weight": self.length_weight}
         else:
             msg["scale"] = msg["scale"] * weight
 

@@ -100,13 +100,15 @@ def cosine_to_zero(warmup: float = 0.05) -> LRSchedule:
 
 @dataclass(frozen=True)
 class MaskSchedule:
-    r"""Where the masks of a nested net come from in training: the default cure against collapsed lengths.
+    r"""Where masks and code lengths come from in training: the default cure against collapsed lengths.
 
-    For each row of a batch, or for the whole batch where the net has one mask, the masks are
+    For each row of a batch, or for the whole batch where a net has one mask, the masks are
 
     - drawn from the learned law q with probability `learned`, and their KL is paid;
     - cut to a budget with probability `budget`: one fraction of the blocks, the same in all groups, drawn from `law`;
     - at full width with probability `full`.
+
+    The lengths of a `NestedNormal` in the plate of the data, the codes of a VAE say, come from the same draws.
 
     Left alone, q puts its mass on the lengths that do best now, the others are no longer trained, and so they never do
     better. Here every width is trained as long as the fit lasts.
@@ -131,9 +133,11 @@ class MaskSchedule:
         law: "uniform" over the numbers of blocks 1..K; "log-uniform", $P(k) \propto 1/k$, which favours narrow nets;
             or an `OrderedMask` over any number of units, whose length k of K stands for the fraction k / K.
         num_particles: Evaluations of the ELBO in a step; one step takes as many times longer.
+        anneal: Share of the fit in which the share of masks at full width falls on a line from one to `full`, so that
+            the whole model is there before it is cut; in [0, 1].
 
     Raises:
-        ValueError: If the shares, the law or the number of particles are invalid.
+        ValueError: If the shares, the law, the number of particles or `anneal` are invalid.
 
     Example:
         >>> MaskSchedule().draw(num_blocks=4, shape=(1000,)).unique()  # 0 is a mask from q
@@ -147,6 +151,7 @@ class MaskSchedule:
     full: float = 0.1
     law: str | OrderedMask = "uniform"
     num_particles: int = 1
+    anneal: float = 0.0
 
     def __post_init__(self) -> None:
         shares = (self.learned, self.budget, self.full)
@@ -165,13 +170,16 @@ class MaskSchedule:
             )
         if self.num_particles < 1:
             raise ValueError(f"MaskSchedule: argument `num_particles` must be at least 1; got {self.num_particles}")
+        if not 0 <= self.anneal <= 1:
+            raise ValueError(f"MaskSchedule: argument `anneal` must be in [0, 1]; got {self.anneal}")
 
-    def draw(self, num_blocks: int, shape: tuple[int, ...] = ()) -> Tensor:
+    def draw(self, num_blocks: int, shape: tuple[int, ...] = (), t: float = 1.0) -> Tensor:
         """Draw where masks come from, systematically over the particles.
 
         Args:
             num_blocks: K, blocks of a group of the net.
             shape: Shape of independent draws, the rows of a batch say.
+            t: Where the fit stands, from 0 to 1.
 
         Returns:
             Fractions of the blocks to keep, on the CPU, shape (num_particles,) + shape; 0 stands for a mask from q.
@@ -179,6 +187,9 @@ class MaskSchedule:
         law = self._law(num_blocks)
         probs = torch.cat([torch.tensor([self.learned]).double(), self.budget * law.probs.detach().cpu().double()])
         probs[-1] += self.full
+        if t < self.anneal:
+            probs *= t / self.anneal
+            probs[-1] += 1 - t / self.anneal
         particles = torch.arange(self.num_particles).reshape(-1, *[1] * len(shape))
         places = (particles + torch.rand(shape)) / self.num_particles
         # Right of the bounds, so that what has no probability is never drawn; rounding may leave the last one below 1.

@@ -124,8 +124,8 @@ class Step:
         if self.keeps_parts:
             masks = {name for name, law in self.monitor.laws.items() if isinstance(law, OrderedMask)}
             likelihood = elbo.log_likelihood
-            latents = sum(kl for name, kl in elbo.kl.items() if name not in masks)
-            lengths = sum(kl for name, kl in elbo.kl.items() if name in masks)
+            lengths = sum(kl for name, kl in elbo.kl.items() if name in masks) + sum(elbo.kl_lengths.values())
+            latents = sum(elbo.kl.values()) - lengths
         elif not self.monitor.enumerated:
             likelihood = self.monitor.log_likelihood / elbo.num_particles
         return torch.stack([torch.as_tensor(part).to(loss) for part in (-loss, likelihood, latents, lengths)])

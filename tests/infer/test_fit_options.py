@@ -368,7 +368,10 @@ def test_progress_shows_validation(y, capsys):
         ({"kl_weight": lambda t: -t}, "`kl_weight` must be finite and >= 0; got -0.1"),
         ({"temperature": 0.0}, "`temperature` must be finite and > 0"),
         ({"clip_norm": 0.0}, "`clip_norm` must be finite and > 0, or None; got 0.0"),
-        ({"masks": MaskSchedule()}, r"`masks` needs a NestedNet in model or guide, and found none. Make the model an"),
+        (
+            {"masks": MaskSchedule()},
+            r"`masks` needs a NestedNet in model or guide, or a NestedNormal, and found none. Make the model an",
+        ),
         ({"sliced": True}, "`sliced` is for steps at a given width"),
         ({"temperature": 0.5}, "`temperature` is for masks of AutoNested or a nested net; there are none"),
         ({"local_reparam": True, "elbo": Trace_ELBO()}, "needs a NestedELBO; Trace_ELBO scores weights"),

@@ -1,0 +1,150 @@
+"""Laws of the pixels given what the decoder puts out."""
+
+from typing import ClassVar, Literal
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.fx import symbolic_trace
+
+__all__ = ["BernoulliPixels", "ContinuousBernoulliPixels", "GaussianPixels", "Pixels"]
+
+
+class Pixels(nn.Module):
+    """Base of the laws of pixels.
+
+    Attributes:
+        bounded: Whether pixels must lie in [0, 1].
+    """
+
+    bounded: ClassVar[bool]
+
+    def law(self, outputs: Tensor, mask: Tensor) -> dist.TorchDistribution:
+        """Return the law of each pixel.
+
+        Args:
+            outputs: Of the decoder, shape (..., *image_shape).
+            mask: Of the code, shape (..., K).
+
+        Returns:
+            A law with the shape of the outputs as batch shape.
+        """
+        raise NotImplementedError
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        """Return the mean of each pixel, the shape of the outputs."""
+        raise NotImplementedError
+
+    def mean_layers(self) -> list[nn.Module]:
+        """Return plain torch layers that do what `mean` does."""
+        raise NotImplementedError
+
+
+class GaussianPixels(Pixels):
+    r"""Normal pixels whose noise is learned: one scale for all codes, or one for each length of the code.
+
+    $$x_d \sim N(f_d(z), \sigma_L).$$
+
+    A code of one number explains an image less well than a code of thirty-two. A shared scale is a compromise between
+    the lengths: too small for short codes, whose errors then drown those of long ones in the gradient, and too large
+    for long ones, whose likelihood suffers. With a scale a length the model is calibrated at each.
+
+    Args:
+        num_latents: K, the longest code.
+        noise: "shared" or "by_length".
+        scale: Where the scale starts.
+        mean: "identity", or "sigmoid" for pixels in [0, 1].
+
+    Raises:
+        ValueError: If an argument is invalid.
+    """
+
+    bounded = False
+
+    def __init__(
+        self,
+        num_latents: int,
+        noise: Literal["shared", "by_length"] = "shared",
+        scale: float = 0.3,
+        mean: Literal["identity", "sigmoid"] = "identity",
+    ) -> None:
+        super().__init__()
+        if noise not in ("shared", "by_length"):
+            raise ValueError(f"GaussianPixels: argument `noise` must be 'shared' or 'by_length'; got {noise!r}")
+        if mean not in ("identity", "sigmoid"):
+            raise ValueError(f"GaussianPixels: argument `mean` must be 'identity' or 'sigmoid'; got {mean!r}")
+        if not 0 < scale < torch.inf:
+            raise ValueError(f"GaussianPixels: argument `scale` must be finite and > 0; got {scale}")
+        self.log_scale = nn.Parameter(torch.full((num_latents if noise == "by_length" else 1,), scale).log())
+        self.squash = mean == "sigmoid"
+
+    def law(self, outputs: Tensor, mask: Tensor) -> dist.Normal:
+        """Return the Normal law of each pixel."""
+        log_scale = self.log_scale
+        if len(log_scale) > 1:
+            # c_k = z_k - z_{k+1} is one at k = L: linear in the mask, whose gradient so sees the noise.
+            one_hot = mask - nn.functional.pad(mask[..., 1:], (0, 1))
+            log_scale = one_hot @ log_scale
+            log_scale = log_scale.reshape(*log_scale.shape, *[1] * (outputs.dim() - log_scale.dim()))
+        return dist.Normal(self.mean(outputs), log_scale.exp(), validate_args=False)
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        """Return the mean of each pixel."""
+        return outputs.sigmoid() if self.squash else outputs
+
+    def mean_layers(self) -> list[nn.Module]:
+        """Return a sigmoid or nothing."""
+        return [nn.Sigmoid()] if self.squash else []
+
+
+class BernoulliPixels(Pixels):
+    r"""Independent bits, $\log p(x) = \sum_d x_d \log \pi_d + (1 - x_d) \log(1 - \pi_d)$ with $\pi = \sigma(f(z))$.
+
+    For gray values in between it is a cross-entropy, not a normalised likelihood: see `ContinuousBernoulliPixels`.
+    """
+
+    bounded = True
+
+    def law(self, outputs: Tensor, mask: Tensor) -> dist.Bernoulli:
+        """Return the Bernoulli law of each pixel."""
+        return dist.Bernoulli(logits=outputs, validate_args=False)
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        """Return the probability of each pixel."""
+        return outputs.sigmoid()
+
+    def mean_layers(self) -> list[nn.Module]:
+        """Return a sigmoid."""
+        return [nn.Sigmoid()]
+
+
+class ContinuousBernoulliPixels(Pixels):
+    r"""Gray values in [0, 1] with a normalised density of the Bernoulli's form.
+
+    $$\log p(x) = \sum_d x_d \eta_d - \log \frac{e^{\eta_d} - 1}{\eta_d}, \qquad
+      E x_d = \frac{1}{1 - e^{-\eta_d}} - \frac{1}{\eta_d}, \qquad \eta = f(z).$$
+
+    Source: Loaiza-Ganem and Cunningham, "The continuous Bernoulli", NeurIPS 2019, arXiv 1907.06845.
+    """
+
+    bounded = True
+
+    def law(self, outputs: Tensor, mask: Tensor) -> dist.ContinuousBernoulli:
+        """Return the continuous Bernoulli law of each pixel."""
+        return dist.ContinuousBernoulli(logits=outputs, validate_args=False)
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        """Return the mean of each pixel, which is not the Bernoulli's."""
+        return _ContinuousBernoulliMean()(outputs)
+
+    def mean_layers(self) -> list[nn.Module]:
+        """Return the formula of the mean, traced so that it needs no code of ours."""
+        return [symbolic_trace(_ContinuousBernoulliMean())]
+
+
+class _ContinuousBernoulliMean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        near_zero = x.abs() < 0.1  # the two terms are large there and cancel: E x = 1/2 + x/12 - x^3/720 + O(x^5)
+        safe = torch.where(near_zero, torch.ones_like(x), x)
+        series = 0.5 + x / 12 - x**3 / 720
+        return torch.where(near_zero, series, -1 / torch.expm1(-safe) - 1 / safe)
