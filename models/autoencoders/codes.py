@@ -79,9 +79,9 @@ class CodeDecoder(nn.Module):
         body: What follows the linear map.
         num_inputs: Outputs of the linear map.
         num_latents: K.
-        tail: What takes the place of dropped latents: "zeros", nothing; "filler", a learned number for each; "mask", the
-            map sees which are dropped, a vector U (1 - z) that starts at zero and vanishes for whole codes. Zeros are
-            likely values of a latent that is kept; a decoder that sees the mask knows the one from the other.
+        tail: What takes the place of dropped latents: "zeros", nothing; "filler", a learned number for each; "mask",
+            the map sees which are dropped, a vector U (1 - z) that starts at zero and vanishes for whole codes. Zero is
+            a likely value of a latent that is kept; a decoder that sees the mask knows the one from the other.
     """
 
     def __init__(self, body: nn.Module, num_inputs: int, num_latents: int, tail: Tail) -> None:
@@ -122,12 +122,13 @@ def check_lengths(prior: OrderedMask, num_latents: int, posterior: str) -> None:
     """Raise a ValueError if the law of the lengths is not a single one over K, or its posterior is unknown."""
     if not isinstance(prior, OrderedMask) or prior.batch_shape or prior.num_units != num_latents:
         raise ValueError(
-            f"argument `prior_lengths` must be an OrderedMask over {num_latents} units without batch shape; got {prior!r}"
+            f"argument `prior_lengths` must be an OrderedMask over {num_latents} units without batch shape; "
+            f"got {prior!r}"
         )
     if posterior not in get_args(Posterior):
         raise ValueError(f"argument `posterior_lengths` must be one of {get_args(Posterior)}; got {posterior!r}")
     if posterior != "prior" and not (prior.probs > 0).all():
         raise ValueError(
-            "argument `prior_lengths` gives some lengths no probability, so that a posterior that is learned would have "
-            "an infinite KL; give it positive probabilities, or posterior_lengths='prior'"
+            "argument `prior_lengths` gives some lengths no probability, so that a learned posterior would have an "
+            "infinite KL; give it positive probabilities, or posterior_lengths='prior'"
         )

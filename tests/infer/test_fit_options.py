@@ -370,7 +370,7 @@ def test_progress_shows_validation(y, capsys):
         ({"clip_norm": 0.0}, "`clip_norm` must be finite and > 0, or None; got 0.0"),
         (
             {"masks": MaskSchedule()},
-            r"`masks` needs a NestedNet in model or guide, or a NestedNormal, and found none. Make the model an",
+            r"`masks` needs a NestedNet in model or guide, or a NestedNormal, and found none",
         ),
         ({"sliced": True}, "`sliced` is for steps at a given width"),
         ({"temperature": 0.5}, "`temperature` is for masks of AutoNested or a nested net; there are none"),
