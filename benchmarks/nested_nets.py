@@ -17,10 +17,9 @@ kept in a file of its own as soon as it is done, so that a run that is interrupt
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -33,6 +32,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from benchmarks.parts import kept_rows, setting
 from benchmarks.record import header, rounded, write_json
 from models.datasets import load
 from models.nets import mlp
@@ -334,17 +334,14 @@ def run(
     """Run what is not done yet, and return all rows."""
     data = Data.load(name, part)
     folder = PARTS if part == "test" else PARTS / part
-    folder.mkdir(parents=True, exist_ok=True)
     result: list[dict[str, Any]] = []
     for arch in archs:
         for seed in seeds:
             for method in methods:
-                file = folder / f"{name}-{arch}-{method}-{seed}.json"
-                recipe = {name: value for name, value in asdict(recipes[arch]).items() if uses(method, name)}
-                if not _is_done(file, recipe):
-                    print(f"{arch}, seed {seed}: {method}", flush=True)
-                    write_json(file, {"recipe": recipe, "rows": list(rows(method, arch, seed, data, recipes[arch]))})
-                result += json.loads(file.read_text())["rows"]
+                recipe = recipes[arch]
+                used = {field: value for field, value in asdict(recipe).items() if uses(method, field)}
+                make = partial(rows, method, arch, seed, data, recipe)
+                result += kept_rows(folder / f"{name}-{arch}-{method}-{seed}.json", used, make)
     return result
 
 
@@ -360,27 +357,6 @@ def uses(method: str, field: str) -> bool:
     return field != "keep" and (method != "bayes_full" or field not in of_masks)
 
 
-def _is_done(file: Path, recipe: dict[str, Any]) -> bool:
-    if not file.exists():
-        return False
-    found = json.loads(file.read_text())["recipe"]
-    return all(name in found and found[name] == value for name, value in recipe.items())
-
-
-def setting(text: str) -> tuple[str, Any]:
-    """Read `field=value` for a numeric or boolean field of the recipe."""
-    name, _, value = text.partition("=")
-    types = {field.name: type(field.default) for field in fields(Recipe) if not isinstance(field.default, str)}
-    try:
-        number = float(value)
-        if name not in types or types[name](number) != number:
-            raise ValueError
-    except ValueError:
-        known = ", ".join(f"{name} ({kind.__name__})" for name, kind in types.items())
-        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=NUMBER with a field of {known}") from None
-    return name, types[name](number)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark and write its rows."""
     torch.set_flush_denormal(True)  # moments of weights that are long without a gradient
@@ -393,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--part", default="test", choices=get_args(Part), help="what is scored")
     parser.add_argument(
         "--set",
-        type=setting,
+        type=setting(Recipe),
         nargs="+",
         default=[],
         metavar="FIELD=NUMBER",
