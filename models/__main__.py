@@ -12,7 +12,10 @@ from pyro_vnd.infer import NonFiniteLossError
 
 MODELS = {
     "NestedClassifier": "Bayesian classifier that can be cut to any width (models/nested_classifier.py)",
-    "OrderedVAE": "variational autoencoder whose code can be cut at any length (models/ordered_vae.py)",
+    "OrderedVAE": "variational autoencoder whose code can be cut at any length (models/autoencoders)",
+    "OrderedWAE": "the same with a maximum mean discrepancy in place of the KL",
+    "OrderedVQVAE": "the same with quantised codes, tokens or their dimensions in order",
+    "LinearGaussianVAE": "probabilistic principal components in their order",
     "nets": f"ordinary nets that `nest` makes Bayesian and cuttable (models/nets): {', '.join(NETS)}",
 }
 

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from models.autoencoders import GaussianPixels, OrderedVAE, mlp_bodies
 from models.datasets import Dataset, load
 from models.nested_classifier import NestedClassifier
-from models.ordered_vae import OrderedVAE
 from models.report import Report, elbo_figure
 from models.results import atomic_folder, print_table, versions
 from pyro_vnd.diagnostics import classification_metrics, plot_keep_probs, plot_prefixes, plot_widths, summary, to_arviz
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import AutoNested, FitResult, fit
+from pyro_vnd.infer import AutoNested, FitResult, MaskSchedule, cosine_to_zero, fit, linear
 
 WIDTHS = tuple(eighths / 8 for eighths in range(1, 9))
 
@@ -158,7 +158,14 @@ def _vae(data: Dataset, settings: Settings, seed: int, report: Report, folder: P
     print(f"\nOrdered-latent VAE on {data.name}: {num_latents} latents")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = OrderedVAE(data.train.images.shape[-1], num_latents)
+        num_pixels = data.train.images.shape[-1]
+        model = OrderedVAE(
+            (num_pixels,),
+            num_latents,
+            bodies=mlp_bodies((num_pixels,), hidden=(128, 128)),
+            pixels=GaussianPixels(num_latents, noise="by_length"),
+            tail="mask",
+        )
     guide = model.make_guide()
     result = fit(
         model,
@@ -167,6 +174,9 @@ def _vae(data: Dataset, settings: Settings, seed: int, report: Report, folder: P
         num_epochs=settings.vae_epochs,
         batch_size=settings.batch_size,
         lr=0.002,
+        lr_schedule=cosine_to_zero(),
+        local_kl_weight=linear(0.0, 1.0, warmup=0.7),
+        masks=MaskSchedule(learned=0.1, budget=0.6, full=0.3, law="log-uniform"),
         seed=seed,
     )
     print(result)
@@ -196,8 +206,8 @@ def _vae(data: Dataset, settings: Settings, seed: int, report: Report, folder: P
     report.figure(
         ax.figure,
         "keep_probs_vae",
-        "Keep probabilities of the latents, amortised and averaged over test images. Half of the law is uniform by "
-        f"construction, the rest is learned. Band: 90 % of posterior draws of the share of {settings.num_rows} images.",
+        "Keep probabilities of the latents under the learned law q(L | x), averaged over test images: how many are "
+        f"worth their cost. Band: 90 % of posterior draws of the share of {settings.num_rows} images.",
     )
     report.figure(elbo_figure(result), "elbo_vae", "ELBO and its parts during training, in nats per image.")
     return {"mse": {str(k): error for k, error in errors.items()}, **_fit_numbers(result, None)}

@@ -2,19 +2,28 @@
 
 from models.autoencoders.base import EncoderGuide, OrderedAutoencoder
 from models.autoencoders.codes import full_width
+from models.autoencoders.linear import LinearGaussianVAE
+from models.autoencoders.mmd import AggregateMMD, InverseMultiquadratic
 from models.autoencoders.nets import Bodies, conv_bodies, linear_bodies, mlp_bodies
 from models.autoencoders.pixels import BernoulliPixels, ContinuousBernoulliPixels, GaussianPixels, Pixels
 from models.autoencoders.vae import ElboTerms, OrderedVAE
+from models.autoencoders.vqvae import OrderedVQVAE
+from models.autoencoders.wae import OrderedWAE
 
 __all__ = [
+    "AggregateMMD",
     "BernoulliPixels",
     "Bodies",
     "ContinuousBernoulliPixels",
     "ElboTerms",
     "EncoderGuide",
     "GaussianPixels",
+    "InverseMultiquadratic",
+    "LinearGaussianVAE",
     "OrderedAutoencoder",
     "OrderedVAE",
+    "OrderedVQVAE",
+    "OrderedWAE",
     "Pixels",
     "conv_bodies",
     "full_width",

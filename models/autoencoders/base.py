@@ -33,7 +33,7 @@ class OrderedAutoencoder(PyroModule):
         pixels: Law of the pixels; `GaussianPixels(num_latents)` by default.
         prior_lengths: Law of the lengths a priori; uniform by default.
         posterior_lengths: "prior", "global" or "amortised", see `CodeEncoder`.
-        tail: What the decoder has in place of dropped latents: "zeros", "filler" or "mask", see `CodeDecoder`.
+        tail: What the decoder has in place of dropped latents: "zeros", "filler", "mask" or "gates", see `CodeDecoder`.
 
     Raises:
         ValueError: If an argument is invalid.
@@ -72,10 +72,13 @@ class OrderedAutoencoder(PyroModule):
         return EncoderGuide(self)
 
     def prior(self, length: int | Tensor | None = None) -> NestedNormal:
-        """Return the prior of a code, cut to a length if one is given."""
+        """Return the prior of a code, cut to a length if one is given, or of a batch of codes to a length each."""
         zeros = self.prior_probs.new_zeros(self.num_latents)
         prior = NestedNormal(zeros, zeros + 1, probs=self.prior_probs)
-        return prior if length is None else prior.cut(self._length(length))
+        if length is None:
+            return prior
+        lengths = self._length(length)
+        return prior.expand(lengths.shape).cut(lengths)
 
     def pixel_law(self, code: Tensor, mask: Tensor) -> dist.TorchDistribution:
         """Return the law of images given their codes, shape (..., K), and masks: batch shape (...)."""
@@ -97,7 +100,12 @@ class OrderedAutoencoder(PyroModule):
         """
         self.check_images(x)
         code = self.encoder(x)
-        return code if length is None else code.cut(self._length(length))
+        if length is None:
+            return code
+        lengths = self._length(length)
+        if lengths.dim() and lengths.shape != (len(x),):
+            raise ValueError(f"argument `length` must be one for each of {len(x)} images; got {tuple(lengths.shape)}")
+        return code.cut(lengths)
 
     def decode(self, z: Tensor) -> Tensor:
         """Return the mean images of codes; a code ends with its last number that is not zero.

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from pyro_vnd.distributions import NestedNormal, OrderedMask
 
-__all__ = ["CodeDecoder", "CodeEncoder", "Posterior", "Tail", "check_lengths", "full_width"]
+__all__ = ["CodeDecoder", "CodeEncoder", "LengthEncoder", "Posterior", "Tail", "check_lengths", "full_width"]
 
 Posterior = Literal["prior", "global", "amortised"]
-Tail = Literal["zeros", "filler", "mask"]
+Tail = Literal["zeros", "filler", "mask", "gates"]
 
 
 def full_width(num_latents: int) -> OrderedMask:
@@ -29,59 +29,99 @@ def full_width(num_latents: int) -> OrderedMask:
     return OrderedMask(probs=(torch.arange(num_latents) == num_latents - 1).to(torch.get_default_dtype()))
 
 
-class CodeEncoder(nn.Module):
-    r"""Amortised posterior over codes: a `NestedNormal` whose mean, deviation and lengths depend on the image.
-
-    $$q(z, L \mid x) = q(L \mid x) \, N(z_{\le L}; \mu(x), \sigma(x)).$$
+class LengthEncoder(nn.Module):
+    """Numbers for each image and a law of lengths, from one linear map: what encoders of ordered codes share.
 
     Args:
         body: Maps images to features.
         num_features: Features of an image.
+        num_values: Numbers for each image.
         prior: Law of the lengths a priori.
         posterior: Where q(L | x) comes from: "prior" leaves it at the prior, which makes the prior's rate a prescribed
             one, as in nested dropout; "global" learns one law for all images; "amortised" one for each.
     """
 
-    def __init__(self, body: nn.Module, num_features: int, prior: OrderedMask, posterior: Posterior) -> None:
+    def __init__(
+        self, body: nn.Module, num_features: int, num_values: int, prior: OrderedMask, posterior: Posterior
+    ) -> None:
         super().__init__()
-        self.body, self.posterior, self.num_latents = body, posterior, prior.num_units
-        self.heads = nn.Linear(num_features, (3 if posterior == "amortised" else 2) * self.num_latents)
+        self.body, self.posterior, self.num_latents, self.num_values = body, posterior, prior.num_units, num_values
+        self.heads = nn.Linear(num_features, num_values + (self.num_latents if posterior == "amortised" else 0))
         if posterior == "prior":
             self.register_buffer("length_probs", prior.probs.detach().clone())
         elif posterior == "global":
             self.length_logits = nn.Parameter(prior.logits.detach().clone())
         else:
             with torch.no_grad():  # starts at the prior
-                self.heads.weight[2 * self.num_latents :] = 0
-                self.heads.bias[2 * self.num_latents :] = prior.logits.detach()
+                self.heads.weight[num_values:] = 0
+                self.heads.bias[num_values:] = prior.logits.detach()
 
-    def forward(self, x: Tensor) -> NestedNormal:
-        """Return the law of the codes of images, batch shape (N,)."""
-        heads = self.heads(self.body(x)).split(self.num_latents, -1)
-        scale = nn.functional.softplus(heads[1]) + 1e-4
+    def values_and_lengths(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the numbers, shape (N, num_values), and the `probs` or `logits` of the law of the lengths."""
+        heads = self.heads(self.body(x))
         if self.posterior == "prior":
-            return NestedNormal(heads[0], scale, probs=self.length_probs)
-        return NestedNormal(heads[0], scale, self.length_logits if self.posterior == "global" else heads[2])
+            return heads, {"probs": self.length_probs}
+        lengths = self.length_logits if self.posterior == "global" else heads[..., self.num_values :]
+        return heads[..., : self.num_values], {"logits": lengths}
 
-    def truncate(self, length: int) -> nn.Sequential:
-        """Return a plain net from images to the means of the first latents."""
-        head = nn.Linear(self.heads.in_features, length).to(self.heads.weight)
+    def truncate(self, num_values: int) -> nn.Sequential:
+        """Return a plain net from images to the first numbers."""
+        head = nn.Linear(self.heads.in_features, num_values).to(self.heads.weight)
         with torch.no_grad():
-            head.weight.copy_(self.heads.weight[:length])
-            head.bias.copy_(self.heads.bias[:length])
+            head.weight.copy_(self.heads.weight[:num_values])
+            head.bias.copy_(self.heads.bias[:num_values])
         return nn.Sequential(self.body, head)
 
 
+class CodeEncoder(LengthEncoder):
+    r"""Amortised posterior over codes: a `NestedNormal` whose mean, deviation and lengths depend on the image.
+
+    $$q(z, L \mid x) = q(L \mid x) \, N(z_{\le L}; \mu(x), \sigma(x)).$$
+
+    Args:
+        body: As in `LengthEncoder`.
+        num_features: As in `LengthEncoder`.
+        prior: As in `LengthEncoder`.
+        posterior: As in `LengthEncoder`.
+        shared_scale: Whether the deviations are the same for all images.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        num_features: int,
+        prior: OrderedMask,
+        posterior: Posterior,
+        *,
+        shared_scale: bool = False,
+    ) -> None:
+        super().__init__(body, num_features, (1 if shared_scale else 2) * prior.num_units, prior, posterior)
+        self.raw_scale = nn.Parameter(torch.zeros(self.num_latents)) if shared_scale else None
+
+    def forward(self, x: Tensor) -> NestedNormal:
+        """Return the law of the codes of images, batch shape (N,)."""
+        values, lengths = self.values_and_lengths(x)
+        raw_scale = values[..., self.num_latents :] if self.raw_scale is None else self.raw_scale
+        return NestedNormal(values[..., : self.num_latents], nn.functional.softplus(raw_scale) + 1e-4, **lengths)
+
+
 class CodeDecoder(nn.Module):
-    r"""From codes to the outputs of a decoder, $f(W z + b + \text{tail})$.
+    r"""From codes to the outputs of a decoder, $f(W z + b)$, with something in place of dropped latents.
+
+    What that is, `tail`, starts at nothing and vanishes for whole codes:
+
+    - "zeros", nothing;
+    - "filler", a learned number for each;
+    - "mask", a shift, $W z + b + U (1 - m)$: zero is a likely value of a latent that is kept, and so the decoder knows
+      the one from the other;
+    - "gates", a gain and a shift, $(W z + b) \odot (1 + G (1 - m)) + U (1 - m)$: what the decoder does may depend on the
+      length, at little cost.
 
     Args:
         body: What follows the linear map.
         num_inputs: Outputs of the linear map.
         num_latents: K.
-        tail: What takes the place of dropped latents: "zeros", nothing; "filler", a learned number for each; "mask",
-            the map sees which are dropped, a vector U (1 - z) that starts at zero and vanishes for whole codes. Zero is
-            a likely value of a latent that is kept; a decoder that sees the mask knows the one from the other.
+        tail: As above.
     """
 
     def __init__(self, body: nn.Module, num_inputs: int, num_latents: int, tail: Tail) -> None:
@@ -92,29 +132,39 @@ class CodeDecoder(nn.Module):
         self.body, self.tail = body, tail
         if tail == "filler":
             self.filler = nn.Parameter(torch.zeros(num_latents))
-        elif tail == "mask":
-            self.dropped = nn.Parameter(torch.zeros(num_inputs, num_latents))
+        if tail in ("mask", "gates"):
+            self.shift = nn.Parameter(torch.zeros(num_inputs, num_latents))
+        if tail == "gates":
+            self.gain = nn.Parameter(torch.zeros(num_inputs, num_latents))
 
     def forward(self, code: Tensor, mask: Tensor) -> Tensor:
         """Return the outputs of codes, shape (..., K), and their masks: shape (..., *image_shape)."""
         if self.tail == "filler":
             code = code + (1 - mask) * self.filler
         inputs = self.entry(code)
-        if self.tail == "mask":
-            inputs = inputs + nn.functional.linear(1 - mask, self.dropped)
+        if self.tail in ("mask", "gates"):
+            dropped = 1 - mask
+            shifted = inputs + nn.functional.linear(dropped, self.shift)
+            gates = self.tail == "gates"
+            inputs = torch.addcmul(shifted, inputs, nn.functional.linear(dropped, self.gain)) if gates else shifted
         outputs = self.body(inputs.reshape(-1, inputs.shape[-1]))
         return outputs.reshape(*code.shape[:-1], *outputs.shape[1:])
 
+    @torch.no_grad()
     def truncate(self, length: int) -> nn.Sequential:
-        """Return a plain net from the first latents to the outputs: the tail becomes part of the bias."""
+        """Return a plain net from the first latents to the outputs: the tail becomes part of the linear map."""
         entry = nn.Linear(length, self.entry.out_features).to(self.entry.weight)
-        with torch.no_grad():
-            entry.weight.copy_(self.entry.weight[:, :length])
-            entry.bias.copy_(self.entry.bias)
-            if self.tail == "filler":
-                entry.bias += self.entry.weight[:, length:] @ self.filler[length:]
-            elif self.tail == "mask":
-                entry.bias += self.dropped[:, length:].sum(-1)
+        weight, bias = self.entry.weight, self.entry.bias
+        dropped = (torch.arange(weight.shape[1], device=weight.device) >= length).to(weight)
+        if self.tail == "filler":
+            bias = bias + weight @ (dropped * self.filler)
+        if self.tail == "gates":
+            gain = 1 + self.gain @ dropped
+            weight, bias = gain.unsqueeze(-1) * weight, gain * bias
+        if self.tail in ("mask", "gates"):
+            bias = bias + self.shift @ dropped
+        entry.weight.copy_(weight[:, :length])
+        entry.bias.copy_(bias)
         return nn.Sequential(entry, self.body)
 
 

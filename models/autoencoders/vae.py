@@ -95,6 +95,8 @@ class OrderedVAE(OrderedAutoencoder):
         Raises:
             ValueError: If an argument is invalid.
         """
+        if num_samples < 1:
+            raise ValueError(f"argument `num_samples` must be at least 1; got {num_samples}")
         q, p = self.encode(x, length), self.prior(length)
         p = p.expand(q.batch_shape)
         code = q.rsample((num_samples,))

@@ -12,7 +12,7 @@ from torch.types import _size
 
 from pyro_vnd.distributions.tail_sum import tail_sum
 
-__all__ = ["LengthLaw", "check_expandable"]
+__all__ = ["LengthLaw", "check_expandable", "cut_probs"]
 
 _HALF_PRECISION = (torch.bfloat16, torch.float16)  # too coarse for sums of thousands of probabilities
 
@@ -298,6 +298,8 @@ class LengthLaw(TorchDistribution):
 
 def check_expandable(distribution: TorchDistribution, batch_shape: torch.Size) -> None:
     """Raise a ValueError if the batch shape of a distribution does not broadcast to another one."""
+    if distribution.batch_shape == batch_shape:  # most often; broadcast_shapes is slow
+        return
     try:
         fits = torch.broadcast_shapes(distribution.batch_shape, batch_shape) == batch_shape
     except RuntimeError:
@@ -307,6 +309,37 @@ def check_expandable(distribution: TorchDistribution, batch_shape: torch.Size) -
             f"{type(distribution).__name__}: batch shape {tuple(distribution.batch_shape)} cannot be expanded to "
             f"{tuple(batch_shape)}"
         )
+
+
+def cut_probs(law: Any, length: int | Tensor) -> Tensor:
+    """Return the probabilities of the lengths of a law, on a single length where it is given.
+
+    Args:
+        law: A law of masks or of what they cut, with `num_units` and `length_probs`.
+        length: L, from 1 to K, or 0 to leave it random; integers that broadcast to the batch shape.
+
+    Returns:
+        Probabilities, shape broadcast(length.shape, batch_shape) + (K,).
+
+    Raises:
+        ValueError: If a length is no integer from 0 to K.
+    """
+    lengths = torch.as_tensor(length, device=law.length_probs.device)
+    whole = not lengths.is_floating_point() and lengths.dtype != torch.bool
+    if not whole or (law._validate_args and not ((lengths >= 0) & (lengths <= law.num_units)).all()):
+        raise ValueError(
+            f"{type(law).__name__}.cut: argument `length` must be integers from 1 to {law.num_units}, or 0 for a "
+            f"random length; got {lengths.tolist()}"
+        )
+    lengths = lengths.unsqueeze(-1)
+    units = torch.arange(1, law.num_units + 1, device=lengths.device)
+    probs = torch.where(lengths > 0, (units == lengths).to(law.length_probs), law.length_probs)
+    if probs.shape[:-1] != law.batch_shape:
+        raise ValueError(
+            f"{type(law).__name__}.cut: argument `length` of shape {tuple(lengths.shape[:-1])} cannot be expanded to "
+            f"the batch shape {tuple(law.batch_shape)}"
+        )
+    return probs
 
 
 def _positive_int(cls: type, num_units: int) -> int:

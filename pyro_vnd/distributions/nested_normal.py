@@ -10,7 +10,7 @@ from torch.types import _size
 
 from pyro_vnd.distributions.constraints import nested_vector
 from pyro_vnd.distributions.fresh import recall, remember
-from pyro_vnd.distributions.length_law import check_expandable
+from pyro_vnd.distributions.length_law import check_expandable, cut_probs
 from pyro_vnd.distributions.straight_through import OrderedMaskStraightThrough
 from pyro_vnd.distributions.tail_sum import tail_sum
 
@@ -90,8 +90,7 @@ class NestedNormal(TorchDistribution):
                     f"NestedNormal: argument `{name}` must be a tensor that broadcasts to (..., {lengths.num_units}), "
                     f"as many coordinates as lengths; got {got}"
                 )
-            valid = torch.isfinite(value) & (value > 0 if name == "scale" else True)
-            if lengths._validate_args and not valid.all():
+            if lengths._validate_args and not _in_range(name, value):
                 raise ValueError(
                     f"NestedNormal: argument `{name}` of shape {tuple(value.shape)} must be finite"
                     f"{' and > 0' if name == 'scale' else ''}; got values from {value.min().item():.4g} to "
@@ -199,25 +198,9 @@ class NestedNormal(TorchDistribution):
             >>> law.cut(2).keep_probs
             tensor([1., 1., 0.])
         """
-        lengths = torch.as_tensor(length, device=self._loc.device)
-        in_range = not self._validate_args or ((lengths >= 0) & (lengths <= self.num_units)).all()
-        if lengths.is_floating_point() or not in_range:
-            raise ValueError(
-                f"NestedNormal.cut: argument `length` must be integers from 1 to {self.num_units}, or 0 for a random "
-                f"length; got {lengths.tolist()}"
-            )
-        lengths = lengths.unsqueeze(-1)
-        units = torch.arange(1, self.num_units + 1, device=lengths.device)
-        probs = torch.where(lengths > 0, (units == lengths).to(self.length_probs), self.length_probs)
-        cut = NestedNormal(
-            self._loc,
-            self._scale,
-            probs=probs,
-            temperature=self.lengths.temperature,
-            noise=self.lengths.noise,
-            validate_args=self._validate_args,
-        )
-        return cut.expand(self.batch_shape)
+        cut = self.expand(self.batch_shape)
+        cut.lengths = self.lengths._with_probs(cut_probs(self, length))
+        return cut
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Draw vectors with zeros past a random length, shape sample_shape + batch_shape + (K,)."""
@@ -262,3 +245,11 @@ class NestedNormal(TorchDistribution):
 
     def __repr__(self) -> str:
         return f"NestedNormal({tuple(self.batch_shape + self.event_shape)})"
+
+
+def _in_range(name: str, value: Tensor) -> bool:
+    """Say whether means or deviations are finite and deviations positive; NaN is neither above nor below a bound."""
+    if not value.numel():
+        return True
+    low, high = value.detach().aminmax()
+    return bool((low > (0 if name == "scale" else -torch.inf)) & (high < torch.inf))

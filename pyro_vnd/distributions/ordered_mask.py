@@ -1,6 +1,6 @@
 """The exact, discrete ordered mask."""
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from torch.types import _size
 
 from pyro_vnd.distributions.constraints import binary_ordered_mask
-from pyro_vnd.distributions.length_law import LengthLaw
+from pyro_vnd.distributions.length_law import LengthLaw, cut_probs
 from pyro_vnd.distributions.logistic_mask import hard_mask
 from pyro_vnd.distributions.tail_sum import tail_difference, tail_sum
 
@@ -71,6 +71,32 @@ class OrderedMask(LengthLaw):
         """Draw masks of zeros and ones, shape sample_shape + batch_shape + (K,)."""
         with torch.no_grad():
             return hard_mask(tail_sum(self._probs), self._uniform(sample_shape))
+
+    def cut(self, length: int | Tensor) -> Self:
+        """Return the same law with the length given.
+
+        Args:
+            length: L, from 1 to K, or 0 to leave it random; integers that broadcast to the batch shape.
+
+        Returns:
+            A law of the same class and shape whose lengths have all their mass on one where it is given.
+
+        Raises:
+            ValueError: If a length is no integer from 0 to K.
+
+        Example:
+            >>> OrderedMask.uniform(3).cut(2).keep_probs
+            tensor([1., 1., 0.])
+        """
+        return self._with_probs(cut_probs(self, length))
+
+    def _with_probs(self, probs: Tensor) -> Self:
+        """Return the same law with other probabilities, which are normalised: not to be checked and divided again."""
+        new = self.expand(self.batch_shape)
+        new._param, new._param_name = probs, "probs"
+        new.__dict__.pop("_log_probs", None)
+        new.__dict__["_probs"] = probs
+        return new
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-probability of masks, shape broadcast(value.shape[:-1], batch_shape).

@@ -1,6 +1,6 @@
 """What a fit sets on the masks of its modules: where they come from in a step, and their temperature."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyro_vnd.distributions import NestedNormal, OrderedMask
 from pyro_vnd.infer.auto_nested import _AutoMask
+from pyro_vnd.infer.monitor import ElboMonitor
 from pyro_vnd.infer.schedules import MaskSchedule
 from pyro_vnd.nn import NestedNet, Width
 
@@ -23,7 +24,8 @@ class MaskCuts:
         schedule: Where masks come from.
         sliced: Whether nets compute only what is kept of them where their width is given.
         objects: Model and guide, whose parts are searched for nets.
-        plate: Name of the plate of the data, in which codes are cut.
+        plate: Name of the plate of the data. Sites of the guide in it are codes, and are cut, if their law is a
+            `NestedNormal` or an `OrderedMask` that is not enumerated, and no mask of a net.
 
     Attributes:
         t: Where the fit stands, from 0 to 1.
@@ -32,26 +34,32 @@ class MaskCuts:
     def __init__(self, schedule: MaskSchedule, sliced: bool, objects: Iterable[Any], plate: str) -> None:
         self.schedule, self.sliced, self.plate = schedule, sliced, plate
         nets = _parts(objects, NestedNet)
+        self.of_nets = {name for net in nets for name in net.laws}
         self.by_example = [net for net in nets if net.masks == "example"]
         self.by_batch = [net for net in nets if net.masks == "batch"]
-        self.num_latents: list[int] = []
+        self.codes: dict[str, int] = {}
         self.t = 0.0
 
-    def find_codes(self, laws: Mapping[str, OrderedMask | NestedNormal]) -> None:
-        """Take note of the codes among the laws of the guide.
+    def find_codes(self, monitor: ElboMonitor) -> None:
+        """Take note of the codes of the guide and the number of their units.
 
         Args:
-            laws: Laws by site.
+            monitor: It has seen an evaluation of the ELBO.
 
         Raises:
             ValueError: If there is neither a code nor a nested net.
         """
-        self.num_latents = [law.num_units for law in laws.values() if isinstance(law, NestedNormal)]
-        if not (self.num_latents or self.by_example or self.by_batch):
+        self.codes = {
+            name: monitor.laws[name].num_units
+            for name, plates in monitor.plates.items()
+            if self.plate in plates and name not in self.of_nets
+        }
+        if not (self.codes or self.by_example or self.by_batch):
             raise ValueError(
-                "fit: argument `masks` needs a NestedNet in model or guide, or a NestedNormal, and found none. Make "
-                "the model an nn.Module that holds the net (`NestedClassifier(net)` does), or, for masks of your own, "
-                "mix their law with a fixed one in model and guide"
+                "fit: argument `masks` needs a NestedNet in model or guide, or a NestedNormal or an OrderedMask in the "
+                f"plate {self.plate!r}, and found none. Make the model an nn.Module that holds the net "
+                "(`NestedClassifier(net)` does), or, for masks of your own that are outside the plate, enumerated or "
+                "wrapped, mix their law with a fixed one in model and guide"
             )
 
     def draw(self, num_rows: int) -> list[AbstractContextManager[None]]:
@@ -69,8 +77,8 @@ class MaskCuts:
         nets_by_row = [] if self.sliced else self.by_example
         nets_by_batch = self.by_batch + (self.by_example if self.sliced else [])
         rows = batch = None
-        if nets_by_row or self.num_latents:
-            num_blocks = max([*_num_blocks(nets_by_row), *self.num_latents])
+        if nets_by_row or self.codes:
+            num_blocks = max([*_num_blocks(nets_by_row), *self.codes.values()])
             rows = self.schedule.draw(num_blocks, (num_rows,), self.t)
         if nets_by_batch:
             batch = self.schedule.draw(max(_num_blocks(nets_by_batch)), t=self.t).tolist()
@@ -87,24 +95,25 @@ class MaskCuts:
                     stack.enter_context(net.cut(rows.to(next(net.parameters()).device)))
                 elif fraction > 0:
                     stack.enter_context(net.cut(fraction, sliced=self.sliced))
-            if rows is not None and self.num_latents:
-                stack.enter_context(_CutCodes(rows, self.plate))
+            if rows is not None and self.codes:
+                stack.enter_context(_CutCodes(rows, self.codes))
             yield
 
 
 class _CutCodes(Messenger):
     """Give the codes of each row a length, in model and guide alike: its KL is then zero."""
 
-    def __init__(self, rows: Tensor, plate: str) -> None:
+    def __init__(self, rows: Tensor, codes: Container[str]) -> None:
         super().__init__()
-        self.rows, self.plate = rows, plate
+        self.rows, self.codes = rows, codes
 
     def _pyro_sample(self, msg: Any) -> None:
         law = msg["fn"]
-        if isinstance(law, NestedNormal) and any(frame.name == self.plate for frame in msg["cond_indep_stack"]):
-            rows = self.rows.to(law.loc.device)
+        if msg["name"] in self.codes and isinstance(law, NestedNormal | OrderedMask):
+            rows = self.rows.to(law.length_probs.device)
             lengths = torch.where(rows > 0, (rows * law.num_units + 0.5).floor().clamp_min(1), 0)  # as `Width` rounds
             msg["fn"] = law.cut(lengths.long())
+            msg["infer"]["uncut"] = law  # for the record
 
 
 def find_masks(objects: Iterable[Any]) -> list[Any]:

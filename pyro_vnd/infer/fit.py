@@ -91,9 +91,9 @@ def fit(
             lengths of each `NestedNormal`. Above one the laws of lengths are held nearer to their prior.
         temperature: Temperature, or schedule of it, of all straight-through masks of `AutoNested` and nested nets;
             None leaves theirs alone. The last one stays after the fit.
-        masks: Where the masks of nested nets and the lengths of codes (`NestedNormal`) come from: part from q, part at
-            a budget, part at full width. The cure against lengths that collapse; see `MaskSchedule`. None draws all of
-            them from q.
+        masks: Where the masks of nested nets and the lengths of codes (a `NestedNormal` or `OrderedMask` in the plate
+            of the data) come from: part from q, part at a budget, part at full width. The cure against lengths that
+            collapse; see `MaskSchedule`. None draws all of them from q.
         sliced: Whether, under `masks`, budgets are drawn for the whole batch and only what is kept is computed. For
             nets with masks="example", too, whose budgets are otherwise drawn for each row; several particles then
             see to it that a step trains several widths, and a weight costs in proportion to the passes that keep it.
@@ -169,7 +169,7 @@ def fit(
         objective: Any = elbo(model, guide)  # type: ignore[arg-type]
         step = Step(objective, scale, [rows[:batch_size] for rows in tensors], particles, handlers, clip_norm)
         if cuts is not None:
-            cuts.find_codes(step.monitor.laws)
+            cuts.find_codes(step.monitor)
         with_temperature = find_masks([model, guide])
         if temperature is not None and not with_temperature:
             raise ValueError("fit: argument `temperature` is for masks of AutoNested or a nested net; there are none")
@@ -200,7 +200,7 @@ def fit(
             epochs.set_postfix_str(result.progress())
             if state is not None:
                 state.save(result)
-    result.warn_of_collapse()
+    result.warn_of_collapse({name for name, law in step.monitor.laws.items() if not law.length_probs.requires_grad})
     return result
 
 

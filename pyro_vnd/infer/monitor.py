@@ -99,16 +99,21 @@ class ElboMonitor(Messenger):
 
     With ELBO = log-likelihood - KL, the KL part follows. Nothing is recorded where a site is enumerated, as its
     log-likelihood is then an expectation that the handler does not see. A mask that is not drawn in an evaluation, as
-    it is cut to a budget, keeps its law of an earlier one.
+    it is cut to a budget, keeps its law of an earlier one; a code that is cut is recorded with its law before.
 
     Args:
         score: Whether to score the observed sites, for an ELBO that does not keep the log-likelihood itself.
+
+    Attributes:
+        laws: Laws of the masks and codes of the guide, by site.
+        plates: Names of the plates of those that a `MaskSchedule` can cut: not wrapped and not enumerated.
     """
 
     def __init__(self, score: bool = True) -> None:
         super().__init__()
         self.score = score
         self.laws: dict[str, OrderedMask | NestedNormal] = {}
+        self.plates: dict[str, set[str]] = {}
         self._reset()
 
     def _reset(self) -> None:
@@ -134,6 +139,8 @@ class ElboMonitor(Messenger):
                     self.log_likelihood += scale_and_mask(log_prob, msg["scale"], msg["mask"]).sum()
         elif name not in self._seen:  # the guide runs before the model
             self._seen.add(name)
-            law = find_mask(msg["fn"])
+            law = find_mask(msg["infer"].get("uncut", msg["fn"]))
             if law is not None:
                 self.laws[name] = law
+                if law is msg["fn"] and msg["infer"].get("_enumerate_dim") is None:
+                    self.plates[name] = {frame.name for frame in msg["cond_indep_stack"]}

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -117,10 +117,14 @@ class FitResult:
             parts.append(f"validation={self.validation_log_likelihood[-1]:.4g}")
         return ", ".join([*parts, *(f"E[L {name}]={summary.mean:.1f}" for name, summary in self.lengths.items())])
 
-    def warn_of_collapse(self) -> None:
-        """Warn of laws that have put all their mass on one length."""
+    def warn_of_collapse(self, given: Collection[str] = ()) -> None:
+        """Warn of laws that have put all their mass on one length.
+
+        Args:
+            given: Sites whose law is not learned.
+        """
         for name, summary in self.lengths.items():
-            if summary.num_units > 1 and summary.entropy < _COLLAPSED:
+            if name not in given and summary.num_units > 1 and summary.entropy < _COLLAPSED:
                 warnings.warn(
                     f"the law of lengths at site {name!r} has collapsed ({summary}). If the length itself is what you "
                     "infer, that may be the posterior. If every prefix is to be useful: draw a mask for each row "

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -108,7 +109,8 @@ class MaskSchedule:
     - cut to a budget with probability `budget`: one fraction of the blocks, the same in all groups, drawn from `law`;
     - at full width with probability `full`.
 
-    The lengths of a `NestedNormal` in the plate of the data, the codes of a VAE say, come from the same draws.
+    The lengths of a `NestedNormal` or an `OrderedMask` in the plate of the data, the codes of an autoencoder say, come
+    from the same draws.
 
     Left alone, q puts its mass on the lengths that do best now, the others are no longer trained, and so they never do
     better. Here every width is trained as long as the fit lasts.
@@ -174,26 +176,29 @@ class MaskSchedule:
             raise ValueError(f"MaskSchedule: argument `anneal` must be in [0, 1]; got {self.anneal}")
 
     def draw(self, num_blocks: int, shape: tuple[int, ...] = (), t: float = 1.0) -> Tensor:
-        """Draw where masks come from, systematically over the particles.
+        """Draw where masks come from, systematically over the particles and the rows.
 
         Args:
             num_blocks: K, blocks of a group of the net.
-            shape: Shape of independent draws, the rows of a batch say.
+            shape: Shape of draws that go together, the rows of a batch say. Each has the law of the schedule; together
+                they are a systematic sample in random order, so that a batch has of each source what is its share.
             t: Where the fit stands, from 0 to 1.
 
         Returns:
             Fractions of the blocks to keep, on the CPU, shape (num_particles,) + shape; 0 stands for a mask from q.
         """
         law = self._law(num_blocks)
-        probs = torch.cat([torch.tensor([self.learned]).double(), self.budget * law.probs.detach().cpu().double()])
-        probs[-1] += self.full
+        shares = [self.learned, *(self.budget * p for p in law.probs.tolist())]
+        shares[-1] += self.full
         if t < self.anneal:
-            probs *= t / self.anneal
-            probs[-1] += 1 - t / self.anneal
+            shares = [share * t / self.anneal for share in shares]
+            shares[-1] += 1 - t / self.anneal
+        bounds = torch.tensor([*accumulate(shares)][:-1], dtype=torch.float64)
         particles = torch.arange(self.num_particles).reshape(-1, *[1] * len(shape))
-        places = (particles + torch.rand(shape)) / self.num_particles
+        offsets = (torch.randperm(math.prod(shape)).reshape(shape) + torch.rand(())) / math.prod(shape)
+        places = (particles + offsets) / self.num_particles
         # Right of the bounds, so that what has no probability is never drawn; rounding may leave the last one below 1.
-        index = torch.searchsorted(probs.cumsum(0)[:-1], places.double(), right=True)
+        index = torch.bucketize(places.double(), bounds, right=True)
         return index.float() / law.num_units
 
     def _law(self, num_blocks: int) -> OrderedMask:

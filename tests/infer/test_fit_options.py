@@ -253,6 +253,76 @@ def test_a_mask_schedule_makes_narrow_widths_useful(labelled):
     assert narrow[MaskSchedule()] > narrow[None] + 0.1
 
 
+class MaskedRows(PyroModule):
+    """A model with a mask of its own for each row, perhaps beside a nested net, and its guide."""
+
+    def __init__(self, net=None, wrap=lambda law: law):
+        super().__init__()
+        self.net, self.wrap, self.seen = net, wrap, []
+        self.logits = nn.Parameter(torch.tensor([1.0, 0.0, -1.0, 0.5]))
+
+    def forward(self, x, y):
+        rows = pyro.plate("data", len(x), dim=-1)
+        if self.net is not None:
+            self.net(x, plate=rows)
+        with rows:
+            mask = pyro.sample("code", self.wrap(OrderedMask.uniform(K)))
+            self.seen.append(mask.detach().sum(-1))
+            pyro.sample("y", dist.Normal(mask.sum(-1), 1.0), obs=y.double())
+
+    def make_guide(self):
+        return RowsGuide(self)
+
+
+class RowsGuide(PyroModule):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, y):
+        rows = pyro.plate("data", len(x), dim=-1)
+        if self.model.net is not None:
+            self.model.net.posterior(x, plate=rows)
+        with rows:
+            pyro.sample("code", self.model.wrap(OrderedMaskStraightThrough(0.2, logits=self.model.logits)))
+
+
+def test_masks_of_a_model_in_the_plate_of_the_data_are_cut(labelled):
+    model = MaskedRows()
+    schedule = MaskSchedule(learned=0.25, budget=0.5, full=0.25)
+    result = fit(model, model.make_guide(), labelled, num_epochs=50, masks=schedule, optimizer=still, progress=False)
+    law = OrderedMask(logits=model.logits.detach())
+    share = sum(result.kl_lengths) / 50 / kl_divergence(law, OrderedMask.uniform(K)).item()
+    assert abs(share - 0.25) < 3.5 * (0.25 * 0.75 / (50 * N)) ** 0.5
+    # The lengths that the model sees are the mixture, those on record the law itself.
+    seen = torch.bincount(torch.cat(model.seen[1:]).long(), minlength=K + 1)[1:]
+    mixture = 0.25 * law.probs + 0.125 + torch.tensor([0.0, 0, 0, 0.25])
+    z = (seen - 50 * N * mixture) / (50 * N * mixture * (1 - mixture)).sqrt()
+    assert z.abs().max() < 3.5
+    assert (seen - 50 * N * law.probs).abs().max() > 3.5 * (50 * N) ** 0.5
+    assert result.lengths["code"].mean == pytest.approx(law.mean_length.item())
+
+
+def test_masks_of_nets_are_cut_once_beside_those_of_the_model(labelled):
+    net = make_net()
+    model = MaskedRows(net)
+    schedule = MaskSchedule(learned=0.25, budget=0.5, full=0.25)
+    arguments = {"masks": schedule, "optimizer": still, "progress": False}
+    result = fit(model, model.make_guide(), labelled, num_epochs=50, **arguments)
+    width = net.widths["hidden"]
+    kl = kl_divergence(width.law, width.prior).item()
+    kl += kl_divergence(OrderedMask(logits=model.logits.detach()), OrderedMask.uniform(K)).item()
+    share = sum(result.kl_lengths) / 50 / kl
+    assert abs(share - 0.25) < 3.5 * (0.25 * 0.75 / (50 * N)) ** 0.5
+    assert set(result.lengths) == {"hidden.mask", "code"}
+
+
+def test_masks_that_are_wrapped_are_not_cut(labelled):
+    model = MaskedRows(wrap=lambda law: law.mask(torch.tensor(True)))
+    with pytest.raises(ValueError, match="`masks` needs a NestedNet in model or guide"):
+        fit(model, model.make_guide(), labelled, num_epochs=1, masks=MaskSchedule(), progress=False)
+
+
 def test_local_reparam_trains_with_the_same_kl(labelled):
     results = []
     for local_reparam in (False, True):
@@ -370,7 +440,7 @@ def test_progress_shows_validation(y, capsys):
         ({"clip_norm": 0.0}, "`clip_norm` must be finite and > 0, or None; got 0.0"),
         (
             {"masks": MaskSchedule()},
-            r"`masks` needs a NestedNet in model or guide, or a NestedNormal, and found none",
+            r"`masks` needs a NestedNet in model or guide, or a NestedNormal or an OrderedMask in the plate .data.",
         ),
         ({"sliced": True}, "`sliced` is for steps at a given width"),
         ({"temperature": 0.5}, "`temperature` is for masks of AutoNested or a nested net; there are none"),

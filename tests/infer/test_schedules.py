@@ -82,6 +82,7 @@ def test_the_learning_rate_rises_to_its_value_and_falls_towards_zero(total_steps
         (lambda: MaskSchedule(law="loguniform"), "'uniform', 'log-uniform' or an OrderedMask; got 'loguniform'"),
         (lambda: MaskSchedule(law=OrderedMask(logits=torch.zeros(2, 3))), r"single law; got batch shape \(2,\)"),
         (lambda: MaskSchedule(num_particles=0), "`num_particles` must be at least 1; got 0"),
+        (lambda: MaskSchedule(anneal=1.5), r"`anneal` must be in \[0, 1\]; got 1.5"),
     ],
 )
 def test_bad_arguments(make, message):
@@ -89,7 +90,7 @@ def test_bad_arguments(make, message):
         make()
 
 
-N = 20_000
+N = 10_000
 LAWS = {
     "uniform": ("uniform", torch.full((4,), 0.25)),
     "log-uniform": ("log-uniform", torch.tensor([12.0, 6.0, 4.0, 3.0]) / 25),
@@ -97,22 +98,35 @@ LAWS = {
 }
 
 
-@pytest.mark.parametrize("num_particles", [1, 3])
+@pytest.mark.parametrize(("num_rows", "num_particles"), [(1, 1), (1, 3), (7, 2)])
 @pytest.mark.parametrize(("law", "probs"), LAWS.values(), ids=LAWS)
-def test_shares_and_budgets_have_their_probabilities(law, probs, num_particles):
-    fractions = MaskSchedule(0.3, 0.5, 0.2, law=law, num_particles=num_particles).draw(4, (N,))
-    assert fractions.shape == (num_particles, N)
-    # Particles of one row depend on each other: one of them, chosen anew for each row, has the law.
-    fractions = fractions.gather(0, torch.randint(num_particles, (1, N)))
+def test_shares_and_budgets_have_their_probabilities(law, probs, num_rows, num_particles):
+    schedule = MaskSchedule(0.3, 0.5, 0.2, law=law, num_particles=num_particles)
+    # What is drawn together depends on each other: one particle of one row of each draw has the law.
+    fractions = torch.cat([schedule.draw(4, (num_rows,)).flatten()[None] for _ in range(N)])
+    fractions = fractions.gather(1, torch.randint(num_rows * num_particles, (N, 1)))
+    first = torch.stack([schedule.draw(4, (num_rows,))[torch.randint(num_particles, ()), 0] for _ in range(N)])
     expected = torch.tensor([0.3, *(0.5 * probs)])
     expected[-1] += 0.2
 
-    def p_value(expected):
+    def p_value(fractions, expected):
+        counts = torch.bincount((fractions * 4).long().flatten(), minlength=5).double().numpy()
         return chisquare(counts, N * expected.double().numpy() / expected.double().sum().item()).pvalue
 
-    counts = torch.bincount((fractions * 4).long().flatten(), minlength=5).double().numpy()
-    assert p_value(expected) > 0.001
-    assert p_value(expected + torch.tensor([0.015, 0, 0, 0, -0.015])) < 1e-4  # the test would see a share that is off
+    wrong = expected + torch.tensor([0.03, 0, 0, 0, -0.03])
+    for drawn in (fractions, first):
+        assert p_value(drawn, expected) > 0.001
+        assert p_value(drawn, wrong) < 1e-4  # the test would see a share that is off
+
+
+def test_a_batch_has_of_each_source_what_is_its_share():
+    expected = 40 * torch.tensor([0.1, 0.18, 0.18, 0.18, 0.36])
+    rows = MaskSchedule(0.1, 0.72, 0.18).draw(4, (40,))
+    counts = torch.bincount((rows * 4).long().flatten(), minlength=5)
+    assert (counts - expected).abs().max() < 1
+    independent = torch.bincount(torch.multinomial(expected, 40, replacement=True), minlength=5)
+    assert (independent - expected).abs().max() > 1  # so the bound says something
+    assert MaskSchedule().draw(4, (0,)).shape == (1, 0)
 
 
 @pytest.mark.parametrize("num_particles", [2, 3, 8])
@@ -126,6 +140,16 @@ def test_particles_are_spread_evenly(num_particles):
     # As many of each kind as expected, up to rounding; drawn independently they differ by more.
     assert (counts(MaskSchedule(0.1, 0.72, 0.18, num_particles=num_particles)) - expected).abs().max() < 1
     assert (counts(MaskSchedule(0.1, 0.72, 0.18)) - expected).abs().max() > 1
+
+
+def test_the_whole_model_comes_first_if_asked():
+    schedule = MaskSchedule(0.5, 0.5, 0.0, anneal=0.5)
+    assert schedule.draw(4, (1000,), t=0.0).unique().tolist() == [1.0]
+    half_way = schedule.draw(4, (1000,), t=0.25)
+    assert abs((half_way == 1).float().mean() - (0.5 + 0.5 * 0.125)) < 0.002
+    assert abs((half_way == 0).float().mean() - 0.25) < 0.002
+    for t in (0.5, 1.0):
+        assert abs((schedule.draw(4, (1000,), t=t) == 0).float().mean() - 0.5) < 0.002
 
 
 def test_shares_of_zero_never_occur():

@@ -1,0 +1,293 @@
+"""Autoencoders whose code can be cut, with a learned law of lengths, a fixed one or none: what is a prefix worth?
+
+Within a model every method has the same architecture, data, epochs, batches, optimiser, learning-rate schedule and
+weights of the objective, and they differ in the lengths of the codes:
+
+- plain: all latents always;
+- fixed_geometric, fixed_uniform: nested dropout, lengths drawn from a fixed law;
+- vnd: ours, a law that is learned for each image, and codes cut by a `MaskSchedule`; the decoder sees where a code
+  ends, and has a noise for each length;
+- pca: principal components, of the linear model only.
+
+Recipes are compared on the validation part, as in
+
+    python -m benchmarks.ordered_latents --part validation --first-seed 10 --set full=0.5 --json FILE
+
+with other seeds than those of the final run, which alone scores the test part. Each fit is kept in a file of its own
+as soon as it is done, so that a run that is interrupted goes on from there.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from benchmarks.parts import kept_rows, setting
+from benchmarks.record import header, rounded, write_json
+from models.autoencoders import (
+    GaussianPixels,
+    LinearGaussianVAE,
+    OrderedAutoencoder,
+    OrderedVAE,
+    OrderedVQVAE,
+    OrderedWAE,
+    full_width,
+    mlp_bodies,
+)
+from models.datasets import Dataset, load
+from models.features import train_features
+from pyro_vnd.diagnostics import evaluate_prefixes
+from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit, linear
+
+Part = Literal["validation", "test"]
+
+RESULTS = Path(__file__).parent / "results" / "ordered_latents.json"
+PARTS = Path("results") / "ordered_latents"
+PREFIXES = (1, 2, 4, 8, 16, 32)
+MODELS = ("vae", "beta_vae", "wae", "vqvae_tokens", "vqvae_dims", "linear")
+METHODS = ("plain", "fixed_geometric", "fixed_uniform", "vnd", "pca")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all fits share, and what only some of them have.
+
+    Attributes:
+        epochs: Passes over the training part.
+        batch_size: Rows of a batch.
+        lr: Largest learning rate of Adam, which rises for a twentieth of the steps and falls to zero on a cosine.
+        num_latents: K.
+        kl_warmup: Share of the steps in which the weight of the latents' KL, or of the discrepancy, rises from zero.
+        beta: That weight of the beta-VAE in the end.
+        mmd_scale: Weight of the WAE's divergence.
+        codebook_size: Vectors of the VQ-VAE's codebook.
+        token_dim: Numbers of a token where tokens are ordered.
+        num_tokens: Tokens where their dimensions are ordered.
+        keep: Rate of the fixed geometric law.
+        learned: Share of our lengths drawn from q(L | x).
+        budget: Share of them drawn from a budget, length k with probability proportional to
+            (k + budget_offset)^-budget_power.
+        full: Share of them at K.
+        budget_offset: Offset of the law of budgets.
+        budget_power: Exponent of the law of budgets.
+        length_weight: Weight of the KL of the lengths.
+        num_importance: Draws of the importance-weighted bound.
+        num_generated: Samples for the Frechet distance.
+    """
+
+    epochs: int = 16
+    batch_size: int = 256
+    lr: float = 4e-3
+    num_latents: int = 32
+    kl_warmup: float = 1.0
+    beta: float = 2.0
+    mmd_scale: float = 100.0
+    codebook_size: int = 256
+    token_dim: int = 4
+    num_tokens: int = 8
+    keep: float = 0.88
+    learned: float = 0.05
+    budget: float = 0.43
+    full: float = 0.52
+    budget_offset: float = 0.5
+    budget_power: float = 1.0
+    length_weight: float = 1.0
+    num_importance: int = 20
+    num_generated: int = 10_000
+
+
+RECIPE = Recipe()
+
+
+def build(model: str, method: str, image_size: int, recipe: Recipe) -> OrderedAutoencoder:
+    """Return an untrained model."""
+    shape, num_latents = (1, image_size, image_size), recipe.num_latents
+    ours = method == "vnd"
+    laws = {
+        "plain": full_width(num_latents),
+        "fixed_geometric": OrderedMask.geometric(recipe.keep, num_latents),
+        "fixed_uniform": OrderedMask.uniform(num_latents),
+        "vnd": OrderedMask.uniform(num_latents),
+    }
+    lengths: dict[str, Any] = {"prior_lengths": laws[method], "posterior_lengths": "amortised" if ours else "prior"}
+    if model == "linear":
+        return LinearGaussianVAE(shape, num_latents, **lengths | ({"posterior_lengths": "global"} if ours else {}))
+    lengths |= {
+        "bodies": mlp_bodies(shape, hidden=(512, 256)),
+        "tail": "gates" if ours else "zeros",
+        "pixels": GaussianPixels(num_latents, noise="by_length" if ours else "shared"),
+    }
+    if model.startswith("vqvae"):
+        ordered = model.removeprefix("vqvae_")
+        num_tokens, dim = (num_latents, recipe.token_dim) if ordered == "tokens" else (recipe.num_tokens, num_latents)
+        return OrderedVQVAE(shape, num_tokens, dim, recipe.codebook_size, ordered=ordered, **lengths)
+    return (OrderedWAE if model == "wae" else OrderedVAE)(shape, num_latents, **lengths)
+
+
+def fit_arguments(model: str, method: str, recipe: Recipe) -> dict[str, Any]:
+    """Return what `fit` is given."""
+    arguments: dict[str, Any] = {
+        "num_epochs": recipe.epochs,
+        "batch_size": recipe.batch_size,
+        "lr": recipe.lr,
+        "lr_schedule": cosine_to_zero(),
+        "optimizer": partial(torch.optim.Adam, fused=True),
+        "local_kl_weight": linear(0.0, recipe.beta if model == "beta_vae" else 1.0, warmup=recipe.kl_warmup),
+        "length_weight": recipe.length_weight,
+    }
+    if method == "vnd":
+        budgets = (torch.arange(1.0, recipe.num_latents + 1) + recipe.budget_offset) ** -recipe.budget_power
+        arguments["masks"] = MaskSchedule(recipe.learned, recipe.budget, recipe.full, OrderedMask(probs=budgets))
+    return arguments
+
+
+class PrincipalComponents:
+    """Principal components with the interface of an autoencoder.
+
+    Args:
+        images: Training images, shape (N, ...).
+        num_latents: Number of components.
+    """
+
+    def __init__(self, images: torch.Tensor, num_latents: int) -> None:
+        x = images.flatten(1)
+        self.shape, self.num_latents, self.mean = images.shape[1:], num_latents, x.mean(0)
+        variance, vectors = torch.linalg.eigh((x - self.mean).T.double().cov())
+        self.components = vectors.flip(-1)[:, :num_latents].to(x)
+        self.deviations = variance.flip(-1)[:num_latents].sqrt().to(x)
+
+    def embed(self, x: torch.Tensor, length: int) -> torch.Tensor:
+        """Return the first coordinates, zeros after them."""
+        codes = (x.flatten(1) - self.mean) @ self.components
+        return codes * (torch.arange(self.num_latents) < length)
+
+    def reconstruct(self, x: torch.Tensor, length: int) -> torch.Tensor:
+        """Project images onto the first components."""
+        return self._image(self.embed(x, length))
+
+    def sample(self, num_samples: int, length: int | None) -> torch.Tensor:
+        """Draw coordinates with the variances of the data."""
+        codes = torch.randn(num_samples, self.num_latents) * self.deviations
+        return self._image(codes * (torch.arange(self.num_latents) < (self.num_latents if length is None else length)))
+
+    def _image(self, codes: torch.Tensor) -> torch.Tensor:
+        return (self.mean + codes @ self.components.T).unflatten(-1, self.shape)
+
+
+def train(model: str, method: str, seed: int, data: Dataset, recipe: Recipe) -> tuple[Any, float]:
+    """Fit one method; return the model and the seconds it took."""
+    images = data.train.images
+    if method == "pca":
+        return PrincipalComponents(images, recipe.num_latents), 0.0
+    torch.manual_seed(seed)
+    net = build(model, method, images.shape[-1], recipe)
+    arguments = fit_arguments(model, method, recipe)
+    if isinstance(net, OrderedWAE):
+        arguments["elbo"] = net.objective(recipe.mmd_scale, recipe.length_weight)
+    record = fit(net, net.make_guide(), images, **arguments, seed=seed, progress=sys.stderr.isatty())
+    return net, record.seconds
+
+
+def rows(
+    model: str, method: str, seed: int, data: Dataset, part: Part, features: nn.Module, recipe: Recipe
+) -> Iterator[dict[str, Any]]:
+    """Fit a method and score it: one row a prefix and metric."""
+    net, seconds = train(model, method, seed, data, recipe)
+    result = evaluate_prefixes(
+        net,
+        data.test if part == "test" else data.validation,
+        [k for k in PREFIXES if k <= recipe.num_latents],
+        num_importance=recipe.num_importance,
+        train=data.train,
+        features=features,
+        num_generated=recipe.num_generated,
+        seed=seed,
+        progress=sys.stderr.isatty(),
+    )
+    base = {"data": data.name, "model": model, "method": method, "seed": seed}
+    for name, values in result.sel(seed=seed).data_vars.items():
+        if values.dims == ("prefix",):
+            for prefix in values["prefix"].values:
+                value = values.sel(prefix=prefix).item()
+                yield base | {"prefix": int(prefix), "metric": name, "value": rounded(value)}
+        elif not values.dims:
+            yield base | {"prefix": "law", "metric": name, "value": rounded(values.item())}
+    yield base | {"prefix": "law", "metric": "fit_seconds", "value": rounded(seconds)}
+
+
+def uses(model: str, method: str, field: str) -> bool:
+    """Say whether a fit and its scores depend on a field of the recipe."""
+    if method == "pca":
+        return field in ("num_latents", "num_generated")
+    only = {
+        "beta": model == "beta_vae",
+        "mmd_scale": model == "wae",
+        "codebook_size": model.startswith("vqvae"),
+        "token_dim": model == "vqvae_tokens",
+        "num_tokens": model == "vqvae_dims",
+        "keep": method == "fixed_geometric",
+        **dict.fromkeys(
+            ("learned", "budget", "full", "budget_offset", "budget_power", "length_weight"), method == "vnd"
+        ),
+    }
+    return only.get(field, True)
+
+
+def run(name: str, models: list[str], methods: list[str], seeds: range, recipe: Recipe, part: Part) -> list[Any]:
+    """Run what is not done yet, and return all rows."""
+    data = load(name)
+    features = train_features(data)
+    folder = PARTS if part == "test" else PARTS / part
+    result: list[Any] = []
+    for seed in seeds:
+        for model in models:
+            for method in methods:
+                if method == "pca" and (model != "linear" or seed != seeds[0]):  # it has no seed
+                    continue
+                used = {field: value for field, value in asdict(recipe).items() if uses(model, method, field)}
+                make = partial(rows, model, method, seed, data, part, features.net, recipe)
+                result += kept_rows(folder / f"{name}-{model}-{method}-{seed}.json", used, make)
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the benchmark and write its rows."""
+    torch.set_flush_denormal(True)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ordered_latents", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--data", default="fashion-mnist", choices=["fashion-mnist", "digits"])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="MODEL")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
+    parser.add_argument("--part", default="test", choices=get_args(Part), help="what is scored")
+    parser.add_argument(
+        "--set",
+        type=setting(Recipe),
+        nargs="+",
+        default=[],
+        metavar="FIELD=NUMBER",
+        help="change the recipe, for instance epochs=2",
+    )
+    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="where the rows go")
+    args = parser.parse_args(argv)
+    if args.part != "test" and args.json == RESULTS:
+        parser.error("--part validation needs --json FILE: the committed results are of the test part")
+    recipe = replace(RECIPE, **dict(args.set))
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    result = run(args.data, args.models, args.methods, seeds, recipe, args.part)
+    about = header("benchmarks.ordered_latents") | {"part": args.part, "recipe": asdict(recipe)}
+    write_json(args.json, {"header": about, "rows": result}, table="rows")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

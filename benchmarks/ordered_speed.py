@@ -1,0 +1,120 @@
+"""A training step of an ordered VAE against that of a plain one, in time and memory.
+
+The perceptron 784-512-256 with 32 latents on batches of 128 images. Steps are those of `fit`, and all have the same
+fused Adam; "by hand" is a plain VAE in a torch loop without Pyro.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from benchmarks.ordered_latents import RECIPE, build, fit_arguments
+from benchmarks.record import header, markdown_table, rounded, write_json
+from benchmarks.timing import interleaved_medians, peak_bytes
+from pyro_vnd.infer import fit
+
+RESULTS = Path(__file__).parent / "results" / "ordered_speed.json"
+STEPS = 20  # of one call of `fit`, which also sets things up
+
+LABELS = {
+    "by_hand": "plain VAE, by hand without Pyro",
+    "plain": "plain VAE",
+    "fixed_uniform": "nested dropout, uniform",
+    "vnd": "ours",
+}
+TARGETS = {"time of ours / plain": ("seconds", 1.15), "memory of ours / plain": ("peak_mib", 1.1)}
+
+
+def steps_of(method: str, x: Tensor) -> Callable[[int], object]:
+    """Return a function that takes a number of steps of a method."""
+    vae = build("vae", method, x.shape[-1], RECIPE)
+    arguments = fit_arguments("vae", method, RECIPE) | {"num_epochs": 1, "lr_schedule": None}
+    guide = vae.make_guide()
+
+    def take(num_steps: int) -> None:
+        fit(vae, guide, x[: num_steps * RECIPE.batch_size], **arguments, progress=False)
+
+    return take
+
+
+def steps_by_hand(x: Tensor) -> Callable[[int], object]:
+    """Return a function that takes a number of steps of the plain VAE in bare torch."""
+    vae = build("vae", "plain", x.shape[-1], RECIPE)
+    parameters = list(vae.parameters())
+    whole = torch.ones(vae.num_latents)
+
+    def take(num_steps: int) -> None:
+        optimizer = torch.optim.Adam(parameters, lr=RECIPE.lr, fused=True)
+        for batch in x[: num_steps * RECIPE.batch_size].split(RECIPE.batch_size):
+            optimizer.zero_grad()
+            loc, raw_scale = vae.encoder.heads(vae.encoder.body(batch)).chunk(2, -1)
+            q = Normal(loc, torch.nn.functional.softplus(raw_scale) + 1e-4, validate_args=False)
+            pixels = vae.pixels.law(vae.decoder(q.rsample(), whole), whole)
+            prior = Normal(torch.zeros_like(loc), 1.0, validate_args=False)
+            (kl_divergence(q, prior).sum() - pixels.log_prob(batch).sum()).backward()
+            optimizer.step()
+
+    return take
+
+
+def run(seconds: float, threads: int) -> dict[str, Any]:
+    """Time everything and return the result; threads and random numbers are then as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            x = torch.rand(STEPS * RECIPE.batch_size, 1, 28, 28)
+            takers = {"by_hand": steps_by_hand(x)} | {name: steps_of(name, x) for name in LABELS if name != "by_hand"}
+            clock: dict[str, Any] = {} if threads == 1 else {"clock": perf_counter}
+            many = {name: partial(take, STEPS) for name, take in takers.items()}
+            times = interleaved_medians(many, seconds=seconds, min_rounds=5, **clock)
+            peaks = {name: peak_bytes(partial(take, 2)) / 2**20 for name, take in takers.items()}
+    finally:
+        torch.set_num_threads(before)
+    result: dict[str, Any] = {
+        "header": header("benchmarks.ordered_speed"),
+        "seconds": {name: rounded(value / STEPS) for name, value in times.items()},
+        "peak_mib": {name: rounded(value) for name, value in peaks.items()},
+    }
+    result["targets"] = [
+        {"what": what, "value": rounded(result[of]["vnd"] / result[of]["plain"]), "limit": limit}
+        for what, (of, limit) in TARGETS.items()
+    ]
+    return result
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Format the result as a table."""
+    seconds, peaks = result["seconds"], result["peak_mib"]
+    return markdown_table(
+        ["one training step", "time / plain", "peak memory, MiB"],
+        [[label, f"{seconds[name] / seconds['plain']:.2f}", f"{peaks[name]:.1f}"] for name, label in LABELS.items()],
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the benchmark and write its result."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ordered_speed", description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="where the result goes")
+    parser.add_argument("--seconds", type=float, default=60, help="time to spend, about")
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads")
+    args = parser.parse_args(argv)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    result = run(args.seconds, args.threads)
+    write_json(args.json, result)
+    print(markdown(result))
+    for row in result["targets"]:
+        print(f"{row['what']}: {row['value']:.2f}, at most {row['limit']:g}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
