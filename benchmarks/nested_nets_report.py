@@ -3,10 +3,8 @@
 import argparse
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -14,6 +12,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.nested_nets import RESULTS, WIDTHS
 from benchmarks.record import markdown_table
+from benchmarks.rows import Rows as SharedRows
 
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "nested_nets.png"
 LABELS = {
@@ -33,41 +32,17 @@ PANELS = {
 }
 
 
-class Rows:
-    """The rows of a result: means and standard errors over seeds."""
+class Rows(SharedRows):
+    """The rows of nested nets."""
 
     def __init__(self, result: dict[str, Any]) -> None:
-        self.values: dict[tuple[Any, ...], list[float]] = defaultdict(list)
-        for row in result["rows"]:
-            self.values[row["arch"], row["method"], row["width"], row["metric"]].append(row["value"])
-        self.archs = list(dict.fromkeys(key[0] for key in self.values))
-        self.methods = [name for name in LABELS if any(key[1] == name for key in self.values)]
-
-    def mean(self, *key: Any) -> float:
-        """Return the mean over seeds, or NaN if there are none."""
-        return mean(self.values[key]) if key in self.values else float("nan")
-
-    def error(self, *key: Any) -> float:
-        """Return the standard error of the mean over seeds."""
-        values = self.values.get(key, [])
-        return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+        super().__init__(result, "arch", "width", LABELS)
+        self.archs = self.fitted
 
     def best_score(self, arch: str, method: str, width: Any) -> str:
         """Return the out-of-domain score whose AUROC, averaged over sets and seeds, is highest."""
         known = [name.partition("/")[2] for *key, name in self.values if name.count("/") == 1 and name[:5] == "auroc"]
         return max(dict.fromkeys(known), key=lambda score: self.mean(arch, method, width, f"auroc/{score}"))
-
-
-def table(rows: Rows, arch: str, metric: str, digits: int = 3) -> str:
-    """Format one metric: a line a method, a column a width."""
-    body = []
-    for method in rows.methods:
-        cells = []
-        for width in WIDTHS:
-            key = (arch, method, width, metric)
-            cells.append(f"{rows.mean(*key):.{digits}f} ± {rows.error(*key):.{digits}f}" if key in rows.values else "-")
-        body.append([LABELS[method], *cells])
-    return markdown_table([metric, *[f"{width:g}" for width in WIDTHS]], body)
 
 
 def targets(rows: Rows, arch: str) -> list[dict[str, Any]]:
@@ -146,7 +121,7 @@ def markdown(result: dict[str, Any], metrics: Sequence[str] = ("accuracy", "nll"
         parts.append(f"**{arch.upper()}**")
         for metric in metrics:
             if metric != "auroc":
-                parts.append(table(rows, arch, metric))
+                parts.append(rows.table(arch, metric, WIDTHS))
                 continue
             # Deterministic nets have no mutual information: their best score is one of the other two.
             body = []

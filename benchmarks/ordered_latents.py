@@ -42,7 +42,7 @@ from models.autoencoders import (
 )
 from models.datasets import Dataset, load
 from models.features import train_features
-from pyro_vnd.diagnostics import evaluate_prefixes
+from pyro_vnd.diagnostics import evaluate_prefixes, weights_hash
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit, linear
 
@@ -240,10 +240,10 @@ def uses(model: str, method: str, field: str) -> bool:
     return only.get(field, True)
 
 
-def run(name: str, models: list[str], methods: list[str], seeds: range, recipe: Recipe, part: Part) -> list[Any]:
+def run(
+    data: Dataset, features: nn.Module, models: list[str], methods: list[str], seeds: range, recipe: Recipe, part: Part
+) -> list[Any]:
     """Run what is not done yet, and return all rows."""
-    data = load(name)
-    features = train_features(data)
     folder = PARTS if part == "test" else PARTS / part
     result: list[Any] = []
     for seed in seeds:
@@ -252,8 +252,8 @@ def run(name: str, models: list[str], methods: list[str], seeds: range, recipe: 
                 if method == "pca" and (model != "linear" or seed != seeds[0]):  # it has no seed
                     continue
                 used = {field: value for field, value in asdict(recipe).items() if uses(model, method, field)}
-                make = partial(rows, model, method, seed, data, part, features.net, recipe)
-                result += kept_rows(folder / f"{name}-{model}-{method}-{seed}.json", used, make)
+                make = partial(rows, model, method, seed, data, part, features, recipe)
+                result += kept_rows(folder / f"{data.name}-{model}-{method}-{seed}.json", used, make)
     return result
 
 
@@ -284,8 +284,15 @@ def main(argv: list[str] | None = None) -> None:
     recipe = replace(RECIPE, **dict(args.set))
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    result = run(args.data, args.models, args.methods, seeds, recipe, args.part)
+    data = load(args.data)
+    features = train_features(data, progress=sys.stderr.isatty())
+    result = run(data, features.net, args.models, args.methods, seeds, recipe, args.part)
     about = header("benchmarks.ordered_latents") | {"part": args.part, "recipe": asdict(recipe)}
+    about["features"] = {
+        "recipe": asdict(features.recipe),
+        "accuracy": features.accuracy,
+        "hash": weights_hash(features.net),
+    }
     write_json(args.json, {"header": about, "rows": result}, table="rows")
 
 

@@ -5,7 +5,7 @@ from pyro_vnd.diagnostics.calibration import CalibrationBins, calibration_bins, 
 from pyro_vnd.diagnostics.evaluate import average_batches, evaluate, net_cost
 from pyro_vnd.diagnostics.evaluate_prefixes import evaluate_prefixes
 from pyro_vnd.diagnostics.evaluate_widths import evaluate_learned, evaluate_widths
-from pyro_vnd.diagnostics.generative import generative_metrics, nearest_distances
+from pyro_vnd.diagnostics.generative import generative_metrics, nearest_distances, weights_hash
 from pyro_vnd.diagnostics.ood import ood_metrics, ood_scores
 from pyro_vnd.diagnostics.plots import plot_keep_probs, plot_laws, plot_prefixes, plot_widths
 from pyro_vnd.diagnostics.plots_metrics import plot_metrics, plot_ood, plot_reliability
@@ -53,4 +53,5 @@ __all__ = [
     "scale_temperature",
     "summary",
     "to_arviz",
+    "weights_hash",
 ]

@@ -1,0 +1,58 @@
+"""The rows of a benchmark of many fits: means and standard errors over seeds, and tables of them."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.record import markdown_table
+
+__all__ = ["Rows"]
+
+
+class Rows:
+    """The rows of a result, by what was fitted, method, size and metric.
+
+    Args:
+        result: Its `rows` have `seed`, `method`, `metric`, `value` and the two columns named below.
+        fitted: Column of what was fitted, "arch" say.
+        size: Column of the size at which it was scored, "width" say.
+        labels: Names of the methods in tables, in their order.
+    """
+
+    def __init__(self, result: Mapping[str, Any], fitted: str, size: str, labels: Mapping[str, str]) -> None:
+        self.values: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+        for row in result["rows"]:
+            self.values[row[fitted], row["method"], row[size], row["metric"]].append(row["value"])
+        self.fitted = list(dict.fromkeys(key[0] for key in self.values))
+        self.labels = {name: label for name, label in labels.items() if any(key[1] == name for key in self.values)}
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods that have rows."""
+        return list(self.labels)
+
+    def mean(self, *key: Any) -> float:
+        """Return the mean over seeds, or NaN if there are none."""
+        return mean(self.values[key]) if key in self.values else float("nan")
+
+    def error(self, *key: Any) -> float:
+        """Return the standard error of the mean over seeds."""
+        values = self.values.get(key, [])
+        return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+    def table(self, fitted: str, metric: str, sizes: Sequence[Any], digits: int = 3, scale: float = 1.0) -> str:
+        """Format one metric, times a scale: a line a method that has it, a column a size."""
+        body = []
+        for method, label in self.labels.items():
+            keys = [(fitted, method, size, metric) for size in sizes]
+            cells = [
+                f"{scale * self.mean(*key):.{digits}f} ± {scale * self.error(*key):.{digits}f}"
+                if key in self.values
+                else "-"
+                for key in keys
+            ]
+            if any(key in self.values for key in keys):
+                body.append([label, *cells])
+        heads = [f"{size:g}" if isinstance(size, float | int) else size for size in sizes]
+        return markdown_table([metric, *heads], body)
