@@ -164,7 +164,7 @@ def _vae(data: Dataset, settings: Settings, seed: int, report: Report, folder: P
             num_latents,
             bodies=mlp_bodies((num_pixels,), hidden=(128, 128)),
             pixels=GaussianPixels(num_latents, noise="by_length"),
-            tail="mask",
+            tail="gates",
         )
     guide = model.make_guide()
     result = fit(
@@ -176,7 +176,7 @@ def _vae(data: Dataset, settings: Settings, seed: int, report: Report, folder: P
         lr=0.002,
         lr_schedule=cosine_to_zero(),
         local_kl_weight=linear(0.0, 1.0, warmup=0.7),
-        masks=MaskSchedule(learned=0.1, budget=0.6, full=0.3, law="log-uniform"),
+        masks=MaskSchedule(learned=0.1, budget=0.75, full=0.15, law="log-uniform"),
         seed=seed,
     )
     print(result)

@@ -114,8 +114,8 @@ class CodeDecoder(nn.Module):
     - "filler", a learned number for each;
     - "mask", a shift, $W z + b + U (1 - m)$: zero is a likely value of a latent that is kept, and by the shift the
       decoder knows the one from the other;
-    - "gates", a gain and a shift, $(W z + b) \odot (1 + G (1 - m)) + U (1 - m)$: what the decoder does may depend on the
-      length, at little cost.
+    - "gates", a gain and a shift, $(W z + b) \odot (1 + G (1 - m)) + U (1 - m)$: what the decoder makes of a latent may
+      depend on the length, at little cost.
 
     Args:
         body: What follows the linear map.
