@@ -181,6 +181,23 @@ def test_a_weight_scales_the_objective_and_not_the_reported_kl():
     assert weighted_loss == pytest.approx(loss - plain.kl["mask"].item() - 0.75 * plain.kl["w"].item())
 
 
+def test_the_two_terms_of_a_nested_normal_have_weights_of_their_own():
+    q = NestedNormal(torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0.3, 0.0, 1.0]))
+    p = NestedNormal(torch.zeros(3), torch.ones(3), torch.zeros(3))
+
+    def site(law):
+        with pyro.plate("data", N):
+            pyro.sample("code", law, infer={"kl_weight": 2.0, "length_weight": 5.0})
+
+    lengths = N * kl_divergence(q.lengths, p.lengths)
+    whole = N * kl_divergence(q, p)
+    elbo = NestedELBO()
+    loss = elbo.differentiable_loss(lambda: site(p), lambda: site(q))
+    torch.testing.assert_close(elbo.kl["code"], whole)
+    torch.testing.assert_close(elbo.kl_lengths["code"], lengths)
+    torch.testing.assert_close(loss, 2 * (whole - lengths) + 5 * lengths)
+
+
 def test_the_jacobian_of_a_positive_latent_is_kept():
     # The guide is the prior: ELBO zero, on every draw. Pyro's mean-field ELBO forgets the log-density of the guide.
     def model():

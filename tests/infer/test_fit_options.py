@@ -12,8 +12,8 @@ from pyro.nn import PyroModule
 from torch import nn
 from torch.distributions import kl_divergence
 
-from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
-from pyro_vnd.infer import AutoNested, MaskSchedule, cosine_to_zero, fit, linear
+from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough
+from pyro_vnd.infer import AutoNested, LengthCollapseWarning, MaskSchedule, cosine_to_zero, fit, linear
 from pyro_vnd.infer.monitor import ScaleToDataset
 from pyro_vnd.infer.validation import mean_log_likelihood
 from pyro_vnd.nn import NestedClassifier, NestedLayer, NestedNet, Width
@@ -123,6 +123,32 @@ def test_length_weight_holds_for_masks_inside_the_plate_and_out_and_kl_weight_fo
     assert scales == {"global_mask": 3.0, "w": 0.5, "mask": 6.0, "z": 2.0, "y": 2.0}
 
 
+def test_the_weight_of_local_latents_is_one_of_its_own(y):
+    class Guide(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.loc = torch.nn.Parameter(torch.ones(K))
+
+        def forward(self, rows):
+            with pyro.plate("data", len(rows)):
+                pyro.sample("code", NestedNormal(self.loc, torch.full((K,), 0.5), torch.arange(1.0, K + 1)))
+
+    def model(rows):
+        with pyro.plate("data", len(rows)):
+            code = pyro.sample("code", NestedNormal(torch.zeros(K), torch.ones(K), torch.zeros(K)))
+            pyro.sample("y", dist.Normal(code.sum(-1), 1.0), obs=rows)
+
+    arguments = {"num_epochs": 5, "optimizer": still, "progress": False}
+    rising = fit(model, Guide(), y, local_kl_weight=linear(0, 1), length_weight=3.0, **arguments)
+    weights = [0, 0.25, 0.5, 0.75, 1]
+    expected = [w * a + 3 * b for w, a, b in zip(weights, rising.kl_latents, rising.kl_lengths, strict=True)]
+    assert rising.kl == pytest.approx(expected)
+    assert min(rising.kl_latents[0], rising.kl_lengths[0]) > 0.1
+    assert fit(model, Guide(), y, kl_weight=0.0, **arguments).kl == pytest.approx(
+        [a + b for a, b in zip(rising.kl_latents, rising.kl_lengths, strict=True)]
+    )
+
+
 def test_a_large_length_weight_holds_the_law_at_the_prior(y):
     distances = []
     for weight in (1.0, 100.0):
@@ -130,6 +156,29 @@ def test_a_large_length_weight_holds_the_law_at_the_prior(y):
         fit(masked_mean, guide, y + 3, num_epochs=80, lr=0.1, length_weight=weight, progress=False)
         distances.append((guide.laws["mask"].probs - OrderedMask.geometric(0.5, K).probs).abs().max().item())
     assert distances[1] < 0.1 < distances[0]
+
+
+def test_a_law_that_is_given_does_not_collapse(y):
+    """Warnings are errors here: a length that is prescribed is none that was learned."""
+
+    class Guide(PyroModule):
+        def __init__(self, probs):
+            super().__init__()
+            self.probs, self.loc = probs, torch.nn.Parameter(torch.zeros(K))
+
+        def forward(self, rows):
+            with pyro.plate("data", len(rows)):
+                pyro.sample("code", NestedNormal(self.loc, torch.ones(K), probs=self.probs))
+
+    def model(rows):
+        with pyro.plate("data", len(rows)):
+            code = pyro.sample("code", NestedNormal(torch.zeros(K), torch.ones(K), torch.zeros(K)))
+            pyro.sample("y", dist.Normal(code.sum(-1), 1.0), obs=rows)
+
+    last = (torch.arange(K) == K - 1).to(y)
+    fit(model, Guide(last), y, num_epochs=1, progress=False)
+    with pytest.warns(LengthCollapseWarning, match="site 'code' has collapsed"):
+        fit(model, Guide(torch.nn.Parameter(last)), y, num_epochs=1, progress=False)
 
 
 # Optimiser and masks.
