@@ -100,7 +100,7 @@ class OrderedVAE(OrderedAutoencoder):
         q, p = self.encode(x, length), self.prior(length)
         p = p.expand(q.batch_shape)
         code = q.rsample((num_samples,))
-        likelihood = self.pixel_law(code, NestedNormal.mask(code)).log_prob(x).mean(0)
+        likelihood = self._log_prob(x, code).mean(0)
         lengths = kl_divergence(q.lengths, p.lengths)
         return ElboTerms(likelihood, kl_divergence(q, p) - lengths, lengths)
 
@@ -144,10 +144,15 @@ class OrderedVAE(OrderedAutoencoder):
         log_weights = []
         for start in range(0, num_samples, at_once):
             code = q.sample((min(at_once, num_samples - start),))
-            law = self.pixel_law(code, NestedNormal.mask(code))
-            log_weights.append(law.log_prob(x) + p.log_prob(code) - q.log_prob(code))
+            log_weights.append(self._log_prob(x, code) + p.log_prob(code) - q.log_prob(code))
         estimate = torch.cat(log_weights).logsumexp(0) - math.log(num_samples)
         return estimate if unit == "nats" else -estimate / (math.log(2) * math.prod(self.image_shape))
+
+    def _log_prob(self, x: Tensor, code: Tensor) -> Tensor:
+        """Return log p(x | z), shape code.shape[:-1]; unlike torch's `Independent` it knows of no images at all."""
+        mask = NestedNormal.mask(code)
+        by_pixel = self.pixels.law(self.decoder(code, mask), mask).log_prob(x)
+        return by_pixel.sum(tuple(range(-len(self.image_shape), 0)))
 
 
 class EnumeratingGuide(EncoderGuide):

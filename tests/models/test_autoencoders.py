@@ -275,3 +275,10 @@ def test_training_orders_the_code_of_digits():
     pca = (spectrum.sum() - spectrum.cumsum(0)).tolist()
     assert all(longer < shorter for shorter, longer in pairwise([spectrum.sum().item(), *errors]))
     assert all(error < 0.95 * bound for error, bound in zip(errors[2:5], pca[2:5], strict=True))
+
+
+@pytest.mark.parametrize("bodies", BODIES)
+def test_no_images_are_images_too(bodies: str):
+    vae, none = make_vae(BODIES[bodies](), tail="gates"), torch.rand(0, *SHAPE)
+    assert vae.reconstruct(none, 2).shape == vae.sample(0).shape == (0, *SHAPE)
+    assert vae.elbo(none).elbo.shape == vae.log_likelihood(none, 3).shape == (0,)
