@@ -16,13 +16,12 @@ with other seeds and other foreign images than those of the final run, which alo
 kept in a file of its own as soon as it is done, so that a run that is interrupted goes on from there.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -32,7 +31,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from benchmarks.parts import kept_rows, setting
+from benchmarks.parts import kept_rows, read_arguments
 from benchmarks.record import header, rounded, write_json
 from models.datasets import load
 from models.nets import mlp
@@ -360,29 +359,10 @@ def uses(method: str, field: str) -> bool:
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark and write its rows."""
     torch.set_flush_denormal(True)  # moments of weights that are long without a gradient
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.nested_nets", description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", default="fashion-mnist", choices=["fashion-mnist", "digits"])
-    parser.add_argument("--arch", nargs="+", default=["mlp", "cnn"], choices=["mlp", "cnn"])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
-    parser.add_argument("--part", default="test", choices=get_args(Part), help="what is scored")
-    parser.add_argument(
-        "--set",
-        type=setting(Recipe),
-        nargs="+",
-        default=[],
-        metavar="FIELD=NUMBER",
-        help="change the recipe, for instance epochs=2",
-    )
-    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="where the rows go")
-    args = parser.parse_args(argv)
-    if args.part != "test" and args.json == RESULTS:
-        parser.error("--part validation needs --json FILE: the committed results are of the test part")
-    recipes = {arch: replace(recipe, **dict(args.set)) for arch, recipe in RECIPES.items()}
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    result = run(args.data, args.arch, args.methods, seeds, recipes, args.part)
+    choices = {"arch": tuple(RECIPES), "methods": METHODS}
+    args = read_arguments("benchmarks.nested_nets", __doc__.partition("\n")[0], choices, Recipe, RESULTS, argv)
+    recipes = {arch: replace(recipe, **args.changes) for arch, recipe in RECIPES.items()}
+    result = run(args.data, args.arch, args.methods, args.seeds, recipes, args.part)
     recipe = {arch: asdict(recipes[arch]) for arch in args.arch}
     content = {"header": header("benchmarks.nested_nets") | {"part": args.part, "recipe": recipe}, "rows": result}
     write_json(args.json, content, table="rows")

@@ -93,19 +93,9 @@ def figure(rows: Rows) -> Figure:
     )
     for line, arch in zip(axes, rows.archs, strict=True):
         for ax, (metric, label) in zip(line, PANELS.items(), strict=True):
-            for color, method in enumerate(rows.methods):
-                widths = [width for width in WIDTHS if (arch, method, width, metric) in rows.values]
-                if not widths or (metric.endswith("mutual_information") and not method.startswith(("vnd", "bayes"))):
-                    continue
-                means = [rows.mean(arch, method, width, metric) for width in widths]
-                errors = [rows.error(arch, method, width, metric) for width in widths]
-                style: dict[str, Any] = {"color": f"C{color}", "label": LABELS[method]}
-                if len(widths) == 1:
-                    ax.errorbar(widths, means, errors, marker="D", markersize=4, **style)
-                    continue
-                ax.plot(widths, means, marker="o", markersize=3, linewidth=2 if method == "vnd" else 1, **style)
-                low, high = zip(*((m - e, m + e) for m, e in zip(means, errors, strict=True)), strict=True)
-                ax.fill_between(widths, low, high, color=f"C{color}", alpha=0.2, linewidth=0)
+            for method in rows.methods:
+                if not metric.endswith("mutual_information") or method.startswith(("vnd", "bayes")):
+                    rows.draw(ax, arch, method, metric, WIDTHS)
             ax.set_xscale("log", base=2)
             ax.set(xlabel="width kept", title=f"{arch.upper()}: {label}")
     handles, labels = axes[0][0].get_legend_handles_labels()

@@ -17,18 +17,17 @@ with other seeds than those of the final run, which alone scores the test part. 
 as soon as it is done, so that a run that is interrupted goes on from there.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.parts import kept_rows, setting
+from benchmarks.parts import kept_rows, read_arguments
 from benchmarks.record import header, rounded, write_json
 from models.autoencoders import (
     GaussianPixels,
@@ -42,11 +41,10 @@ from models.autoencoders import (
 )
 from models.datasets import Dataset, load
 from models.features import train_features
+from models.ood import Part
 from pyro_vnd.diagnostics import evaluate_prefixes, weights_hash
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit, linear
-
-Part = Literal["validation", "test"]
 
 RESULTS = Path(__file__).parent / "results" / "ordered_latents.json"
 PARTS = Path("results") / "ordered_latents"
@@ -260,33 +258,12 @@ def run(
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark and write its rows."""
     torch.set_flush_denormal(True)
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ordered_latents", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("--data", default="fashion-mnist", choices=["fashion-mnist", "digits"])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="MODEL")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
-    parser.add_argument("--part", default="test", choices=get_args(Part), help="what is scored")
-    parser.add_argument(
-        "--set",
-        type=setting(Recipe),
-        nargs="+",
-        default=[],
-        metavar="FIELD=NUMBER",
-        help="change the recipe, for instance epochs=2",
-    )
-    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="where the rows go")
-    args = parser.parse_args(argv)
-    if args.part != "test" and args.json == RESULTS:
-        parser.error("--part validation needs --json FILE: the committed results are of the test part")
-    recipe = replace(RECIPE, **dict(args.set))
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
-    args.json.parent.mkdir(parents=True, exist_ok=True)
+    choices = {"models": MODELS, "methods": METHODS}
+    args = read_arguments("benchmarks.ordered_latents", __doc__.partition("\n")[0], choices, Recipe, RESULTS, argv)
+    recipe = replace(RECIPE, **args.changes)
     data = load(args.data)
     features = train_features(data, progress=sys.stderr.isatty())
-    result = run(data, features.net, args.models, args.methods, seeds, recipe, args.part)
+    result = run(data, features.net, args.models, args.methods, args.seeds, recipe, args.part)
     about = header("benchmarks.ordered_latents") | {"part": args.part, "recipe": asdict(recipe)}
     about["features"] = {
         "recipe": asdict(features.recipe),

@@ -87,19 +87,10 @@ def figure(rows: Rows) -> Figure:
     )
     for line, model in zip(axes, models, strict=True):
         for ax, (metric, (label, factor, _)) in zip(line, PANELS.items(), strict=True):
-            for color, method in enumerate(LABELS):
-                prefixes = [k for k in PREFIXES if (model, method, k, metric) in rows.values]
+            for method in rows.methods:
                 # Codes of a plain model that are cut are so far off that nothing else could be seen.
-                prefixes = prefixes[-1:] if method == "plain" and metric != "probe_accuracy" else prefixes
-                means = [factor * rows.mean(model, method, k, metric) for k in prefixes]
-                errors = [factor * rows.error(model, method, k, metric) for k in prefixes]
-                style: dict[str, Any] = {"color": f"C{color}", "label": LABELS[method]}
-                if len(prefixes) == 1:
-                    ax.errorbar(prefixes, means, errors, marker="D", markersize=4, **style)
-                elif prefixes:
-                    ax.plot(prefixes, means, marker="o", markersize=3, linewidth=2 if method == "vnd" else 1, **style)
-                    low, high = zip(*((m - e, m + e) for m, e in zip(means, errors, strict=True)), strict=True)
-                    ax.fill_between(prefixes, low, high, color=f"C{color}", alpha=0.2, linewidth=0)
+                whole_only = method == "plain" and metric != "probe_accuracy"
+                rows.draw(ax, model, method, metric, PREFIXES[-1:] if whole_only else PREFIXES, factor)
             if not ax.has_data():
                 ax.set_axis_off()
                 continue

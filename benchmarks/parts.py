@@ -1,17 +1,65 @@
-"""Benchmarks of many fits: each kept in a file of its own, and recipes changed from the command line."""
+"""Benchmarks of many fits: their command line, with recipes that can be changed, and each fit in a file of its own."""
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks.record import write_json
+from models.ood import Part
 
-__all__ = ["kept_rows", "setting"]
+__all__ = ["kept_rows", "read_arguments", "setting"]
 
 Row = dict[str, Any]
+
+
+def read_arguments(
+    module: str,
+    about: str,
+    choices: Mapping[str, Sequence[str]],
+    recipe: type,
+    results: Path,
+    argv: Sequence[str] | None,
+) -> argparse.Namespace:
+    """Read the command line of a benchmark.
+
+    Args:
+        module: Name of the benchmark, after `python -m`.
+        about: What it does, in one line.
+        choices: Names that can be run, by option; by default all of them.
+        recipe: Dataclass of the recipe.
+        results: Where the committed results are, which are of the test part.
+        argv: Arguments, or None for those of the process.
+
+    Returns:
+        `data`, the options of `choices`, `seeds` as a range, `part`, `changes` of the recipe, and `json`, a file whose
+        folder exists.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
+    parser.add_argument("--data", default="fashion-mnist", choices=["fashion-mnist", "digits"])
+    for option, names in choices.items():
+        parser.add_argument(f"--{option}", nargs="+", default=list(names), choices=names, metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
+    parser.add_argument("--part", default="test", choices=get_args(Part), help="what is scored")
+    parser.add_argument(
+        "--set",
+        type=setting(recipe),
+        nargs="+",
+        default=[],
+        metavar="FIELD=NUMBER",
+        help="change the recipe, for instance epochs=2",
+    )
+    parser.add_argument("--json", type=Path, default=results, metavar="FILE", help="where the rows go")
+    args = parser.parse_args(argv)
+    if args.part != "test" and args.json == results:
+        parser.error("--part validation needs --json FILE: the committed results are of the test part")
+    args.seeds = range(args.first_seed, args.first_seed + args.seeds)
+    args.changes = dict(args.set)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    return args
 
 
 def kept_rows(file: Path, recipe: dict[str, Any], make: Callable[[], Iterable[Row]]) -> list[Row]:

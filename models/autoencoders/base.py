@@ -173,9 +173,14 @@ class OrderedAutoencoder(PyroModule):
         Raises:
             ValueError: If the length is not in 1..K.
         """
-        code = self.prior(length).sample((num_samples,))
-        outputs, mask = self.decoder(code, NestedNormal.mask(code)), NestedNormal.mask(code)
+        code, mask = self._draw(num_samples, length)
+        outputs = self.decoder(code, mask)
         return self.pixels.law(outputs, mask).sample() if noise else self.pixels.mean(outputs)
+
+    def _draw(self, num_samples: int, length: int | None) -> tuple[Tensor, Tensor]:
+        """Draw codes and their masks from the prior."""
+        code = self.prior(length).sample((num_samples,))
+        return code, NestedNormal.mask(code)
 
     def truncate(self, length: int) -> tuple[nn.Module, nn.Module]:
         """Return plain, smaller torch nets for codes of a given length.

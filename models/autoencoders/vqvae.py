@@ -225,25 +225,10 @@ class OrderedVQVAE(OrderedAutoencoder):
         counts = one_hot(self.tokens(x), self.codebook_size).sum(0) + 1
         self.token_probs.copy_(counts / counts.sum(-1, keepdim=True))
 
-    @torch.no_grad()
-    def sample(self, num_samples: int, length: int | None = None, *, noise: bool = False) -> Tensor:
-        """Draw images from the prior, whose tokens are uniform until `count_tokens` has seen data.
-
-        Args:
-            num_samples: Number of images, N.
-            length: Code length, 1..K; None draws it from its prior.
-            noise: Whether to draw pixels from their law rather than to return its mean.
-
-        Returns:
-            Images, shape (N, *image_shape).
-
-        Raises:
-            ValueError: If the length is not in 1..K.
-        """
+    def _draw(self, num_samples: int, length: int | None) -> tuple[Tensor, Tensor]:
+        """Draw codes and their masks from the prior, whose tokens are uniform until `count_tokens` has seen data."""
         mask = self.prior(length).sample((num_samples,))
-        code = TokenPrior(self.quantiser.codebook, mask, self.blocks, self.token_probs).sample()
-        outputs = self.decoder(code, mask)
-        return self.pixels.law(outputs, mask).sample() if noise else self.pixels.mean(outputs)
+        return TokenPrior(self.quantiser.codebook, mask, self.blocks, self.token_probs).sample(), mask
 
     def truncate(self, length: int) -> tuple[nn.Module, nn.Module]:
         """Return plain, smaller torch nets for codes of a given length.
