@@ -65,7 +65,7 @@ class OrderedAutoencoder(PyroModule):
         self.check_images(x)
         with pyro.plate("data", len(x)):
             code = pyro.sample("code", self.prior())
-            return pyro.sample("pixels", self.pixel_law(code, NestedNormal.mask(code)), obs=x)
+            return pyro.sample("pixels", self.pixel_law(code, NestedNormal.mask_of(code)), obs=x)
 
     def make_guide(self) -> "EncoderGuide":
         """Return the amortised guide, a module of its own that shares this model's encoder."""
@@ -124,7 +124,7 @@ class OrderedAutoencoder(PyroModule):
                 f"argument `z` must be finite codes of shape (..., {self.num_latents}); got {tuple(z.shape)}"
                 f"{'' if torch.isfinite(z).all() else ' with NaN or inf'}"
             )
-        return self.pixels.mean(self.decoder(z, NestedNormal.mask(z)))
+        return self.pixels.mean(self.decoder(z, NestedNormal.mask_of(z)))
 
     def embed(self, x: Tensor, length: int | Tensor | None = None) -> Tensor:
         """Return the mean codes of images, cut to a length.
@@ -180,7 +180,7 @@ class OrderedAutoencoder(PyroModule):
     def _draw(self, num_samples: int, length: int | None) -> tuple[Tensor, Tensor]:
         """Draw codes and their masks from the prior."""
         code = self.prior(length).sample((num_samples,))
-        return code, NestedNormal.mask(code)
+        return code, NestedNormal.mask_of(code)
 
     def truncate(self, length: int) -> tuple[nn.Module, nn.Module]:
         """Return plain, smaller torch nets for codes of a given length.

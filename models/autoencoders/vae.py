@@ -150,7 +150,7 @@ class OrderedVAE(OrderedAutoencoder):
 
     def _log_prob(self, x: Tensor, code: Tensor) -> Tensor:
         """Return log p(x | z), shape code.shape[:-1]; unlike torch's `Independent` it knows of no images at all."""
-        mask = NestedNormal.mask(code)
+        mask = NestedNormal.mask_of(code)
         by_pixel = self.pixels.law(self.decoder(code, mask), mask).log_prob(x)
         return by_pixel.sum(tuple(range(-len(self.image_shape), 0)))
 

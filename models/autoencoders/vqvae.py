@@ -200,7 +200,7 @@ class OrderedVQVAE(OrderedAutoencoder):
         if z.shape[-1:] != (size,) or not torch.isfinite(z).all():
             raise ValueError(f"argument `z` must be finite codes of shape (..., {size}); got {tuple(z.shape)}")
         used = (z.unflatten(-1, (self.blocks.num_blocks, self.blocks.size)) != 0).any(-1)
-        return self.pixels.mean(self.decoder(z, NestedNormal.mask(used.to(z.dtype))))
+        return self.pixels.mean(self.decoder(z, NestedNormal.mask_of(used.to(z.dtype))))
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, length: int | Tensor | None = None) -> Tensor:

@@ -159,7 +159,7 @@ class NestedNormal(TorchDistribution):
         return self.lengths.entropy() + (self.keep_probs * self.normal.entropy()).sum(-1)
 
     @staticmethod
-    def mask(value: Tensor) -> Tensor:
+    def mask_of(value: Tensor) -> Tensor:
         r"""Return the mask of a value, $z_i = 1[i \le L]$ with L its last coordinate that is not zero, or one.
 
         For a decoder that sees how many coordinates it has. The mask of a fresh sample has its straight-through
@@ -172,7 +172,7 @@ class NestedNormal(TorchDistribution):
             Zeros and ones, the shape of `value`.
 
         Example:
-            >>> NestedNormal.mask(torch.tensor([0.5, 0.0, -1.0, 0.0]))
+            >>> NestedNormal.mask_of(torch.tensor([0.5, 0.0, -1.0, 0.0]))
             tensor([1., 1., 1., 0.])
         """
         making = recall(value)
@@ -214,7 +214,7 @@ class NestedNormal(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         making = recall(value)
-        mask, dense = (self.mask(value), value) if making is None else making
+        mask, dense = (self.mask_of(value), value) if making is None else making
         # A dropped coordinate counts nothing; a straight-through mask still passes its gradient.
         return self.lengths.log_prob(mask) + (mask * self.normal.log_prob(dense)).sum(-1)
 

@@ -133,16 +133,16 @@ def test_entropy_is_the_mean_log_density():
 def test_the_mask_of_a_value_is_that_of_its_sample():
     law = law_of(probs=[0.2, 0.3, 0.4, 0.1])
     value = law.rsample((DRAWS,))
-    mask = NestedNormal.mask(value)
-    assert torch.equal(mask.detach(), NestedNormal.mask(value.detach().clone()))
+    mask = NestedNormal.mask_of(value)
+    assert torch.equal(mask.detach(), NestedNormal.mask_of(value.detach().clone()))
     assert torch.equal(mask.detach(), torch.arange(4).lt((value != 0).sum(-1, keepdim=True)).to(value))
     kept_but_zero = torch.tensor([[0.0, 0.0, 1.5, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    assert NestedNormal.mask(kept_but_zero).tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+    assert NestedNormal.mask_of(kept_but_zero).tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
 
 
 def test_lengths_learn_from_the_mask_of_a_fresh_sample_only():
     logits = torch.zeros(4, requires_grad=True)
     value = NestedNormal(torch.zeros(4), torch.ones(4), logits).rsample((1000,))
-    NestedNormal.mask(value).sum(-1).mean().backward()
+    NestedNormal.mask_of(value).sum(-1).mean().backward()
     assert (logits.grad.diff() > 0).all()  # longer lengths keep more
-    assert not NestedNormal.mask(value.clone()).requires_grad
+    assert not NestedNormal.mask_of(value.clone()).requires_grad

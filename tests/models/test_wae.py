@@ -97,7 +97,7 @@ def test_objective_is_likelihood_less_discrepancy_and_kl_of_lengths(particles, x
     parts = []
     for _ in range(200):
         code = q.sample()
-        likelihood = wae.pixel_law(code, NestedNormal.mask(code)).log_prob(x).sum()
+        likelihood = wae.pixel_law(code, NestedNormal.mask_of(code)).log_prob(x).sum()
         parts.append(torch.stack([-likelihood, 300 * N * squared_mmd(code, prior.sample((N,)), kernel)]).detach())
     lengths = 20 * kl_divergence(q.lengths, prior.lengths).sum().item()
     losses, parts = torch.tensor(losses), torch.stack(parts)
