@@ -1,6 +1,6 @@
 """A training step of an ordered VAE against that of a plain one, in time and memory.
 
-The perceptron 784-512-256 with 32 latents on batches of 128 images. Steps are those of `fit`, and all have the same
+The perceptron 784-512-256 with 32 latents on batches of 256 images. Steps are those of `fit`, and all have the same
 fused Adam; "by hand" is a plain VAE in a torch loop without Pyro.
 """
 
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ordered_speed", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="where the result goes")
     parser.add_argument("--seconds", type=float, default=60, help="time to spend, about")
-    parser.add_argument("--threads", type=int, default=2, help="torch's threads")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads; the fits have one")
     args = parser.parse_args(argv)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     result = run(args.seconds, args.threads)
