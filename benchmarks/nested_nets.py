@@ -328,9 +328,15 @@ def rows(method: str, arch: str, seed: int, data: Data, recipe: Recipe) -> Itera
 
 
 def run(
-    name: str, archs: list[str], methods: list[str], seeds: range, recipes: dict[str, Recipe], part: Part = "test"
+    name: str,
+    archs: list[str],
+    methods: list[str],
+    seeds: range,
+    recipes: dict[str, Recipe],
+    part: Part = "test",
+    join: bool = False,
 ) -> list[dict[str, Any]]:
-    """Run what is not done yet, and return all rows."""
+    """Run what is not done yet, unless rows are only to be joined, and return all rows."""
     data = Data.load(name, part)
     folder = PARTS if part == "test" else PARTS / part
     result: list[dict[str, Any]] = []
@@ -339,7 +345,7 @@ def run(
             for method in methods:
                 recipe = recipes[arch]
                 used = {field: value for field, value in asdict(recipe).items() if uses(method, field)}
-                make = partial(rows, method, arch, seed, data, recipe)
+                make = None if join else partial(rows, method, arch, seed, data, recipe)
                 result += kept_rows(folder / f"{name}-{arch}-{method}-{seed}.json", used, make)
     return result
 
@@ -362,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     choices = {"arch": tuple(RECIPES), "methods": METHODS}
     args = read_arguments("benchmarks.nested_nets", __doc__.partition("\n")[0], choices, Recipe, RESULTS, argv)
     recipes = {arch: replace(recipe, **args.changes) for arch, recipe in RECIPES.items()}
-    result = run(args.data, args.arch, args.methods, args.seeds, recipes, args.part)
+    result = run(args.data, args.arch, args.methods, args.seeds, recipes, args.part, args.join)
     recipe = {arch: asdict(recipes[arch]) for arch in args.arch}
     content = {"header": header("benchmarks.nested_nets") | {"part": args.part, "recipe": recipe}, "rows": result}
     write_json(args.json, content, table="rows")

@@ -34,8 +34,8 @@ def read_arguments(
         argv: Arguments, or None for those of the process.
 
     Returns:
-        `data`, the options of `choices`, `seeds` as a range, `part`, `changes` of the recipe, and `json`, a file whose
-        folder exists.
+        `data`, the options of `choices`, `seeds` as a range, `part`, `changes` of the recipe, `join`, and `json`, a
+        file whose folder exists.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
     parser.add_argument("--data", default="fashion-mnist", choices=["fashion-mnist", "digits"])
@@ -52,6 +52,7 @@ def read_arguments(
         metavar="FIELD=NUMBER",
         help="change the recipe, for instance epochs=2",
     )
+    parser.add_argument("--join", action="store_true", help="fit nothing: write the rows of the fits that are done")
     parser.add_argument("--json", type=Path, default=results, metavar="FILE", help="where the rows go")
     args = parser.parse_args(argv)
     if args.part != "test" and args.json == results:
@@ -62,19 +63,21 @@ def read_arguments(
     return args
 
 
-def kept_rows(file: Path, recipe: dict[str, Any], make: Callable[[], Iterable[Row]]) -> list[Row]:
+def kept_rows(file: Path, recipe: dict[str, Any], make: Callable[[], Iterable[Row]] | None) -> list[Row]:
     """Return the rows of one fit: from its file if it was done under the same recipe, else made now and kept.
 
     Args:
         file: Where the rows are or go, written as soon as they are there: an interrupted run goes on from there.
         recipe: What the rows depend on.
-        make: Fits and scores.
+        make: Fits and scores; None leaves out what is not done.
 
     Returns:
         The rows.
     """
     found = json.loads(file.read_text())["recipe"] if file.exists() else {}
     if not all(name in found and found[name] == value for name, value in recipe.items()):
+        if make is None:
+            return []
         print(file.stem, flush=True)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {"recipe": recipe, "rows": list(make())})
