@@ -34,7 +34,7 @@ NAMES = {
 PANELS = {
     "mse": ("MSE x 1000", 1000.0, 1),
     "elbo": ("ELBO, nats", 1.0, 0),
-    "fid_samples": ("FID of samples", 1.0, 2),
+    "fid_samples": ("FID of samples", 1.0, 0),
     "probe_accuracy": ("linear probe", 1.0, 3),
 }
 FIXED = ("fixed_geometric", "fixed_uniform")
@@ -91,8 +91,8 @@ def figure(rows: Rows) -> Figure:
             for method in rows.methods:
                 # Codes of a plain model that are cut are so far off that nothing else could be seen.
                 whole_only = method == "plain" and metric != "probe_accuracy"
-                # Tokens drawn at random, without a law of which go together, make no images.
-                if not (model.startswith("vqvae") and metric == "fid_samples"):
+                # Linear decoders, and tokens drawn without a law of which go together, make no images.
+                if metric != "fid_samples" or model in ("vae", "wae"):
                     rows.draw(ax, model, method, metric, PREFIXES[-1:] if whole_only else PREFIXES, factor)
             if not ax.has_data():
                 ax.set_axis_off()
