@@ -37,7 +37,6 @@ class Rows(SharedRows):
 
     def __init__(self, result: dict[str, Any]) -> None:
         super().__init__(result, "arch", "width", LABELS)
-        self.archs = self.fitted
 
     def best_score(self, arch: str, method: str, width: Any) -> str:
         """Return the out-of-domain score whose AUROC, averaged over sets and seeds, is highest."""
@@ -85,13 +84,13 @@ def targets_table(rows: Rows, arch: str) -> str:
 def figure(rows: Rows) -> Figure:
     """Plot the metrics against the width, a row of panels for each architecture."""
     drawn, axes = plt.subplots(
-        len(rows.archs),
+        len(rows.fitted),
         len(PANELS),
-        figsize=(3.1 * len(PANELS), 2.7 * len(rows.archs)),
+        figsize=(3.1 * len(PANELS), 2.7 * len(rows.fitted)),
         layout="constrained",
         squeeze=False,
     )
-    for line, arch in zip(axes, rows.archs, strict=True):
+    for line, arch in zip(axes, rows.fitted, strict=True):
         for ax, (metric, label) in zip(line, PANELS.items(), strict=True):
             for method in rows.methods:
                 if not metric.endswith("mutual_information") or method.startswith(("vnd", "bayes")):
@@ -107,7 +106,7 @@ def markdown(result: dict[str, Any], metrics: Sequence[str] = ("accuracy", "nll"
     """Format the tables of the README: for each architecture accuracy, NLL, ECE and detection by width."""
     rows = Rows(result)
     parts = []
-    for arch in rows.archs:
+    for arch in rows.fitted:
         parts.append(f"**{arch.upper()}**")
         for metric in metrics:
             if metric != "auroc":
@@ -143,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     result = json.loads(args.json.read_text())
     rows = Rows(result)
     print(markdown(result))
-    for arch in rows.archs:
+    for arch in rows.fitted:
         print(f"\n{arch.upper()}: margins over the targets, positive is met\n\n{targets_table(rows, arch)}")
     drawn = figure(rows)
     drawn.savefig(args.figure, dpi=110)
