@@ -10,6 +10,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from models.autoencoders.codes import CodeDecoder, CodeEncoder, Posterior, Tail, check_lengths
+from models.autoencoders.images import ImageCheck
 from models.autoencoders.nets import Bodies, mlp_bodies
 from models.autoencoders.pixels import GaussianPixels, Pixels
 from pyro_vnd.distributions import NestedNormal, OrderedMask
@@ -58,6 +59,7 @@ class OrderedAutoencoder(PyroModule):
         self.encoder = CodeEncoder(bodies.encoder, bodies.num_features, prior_lengths, posterior_lengths)
         self.decoder = CodeDecoder(bodies.decoder, bodies.num_inputs, num_latents, tail)
         self.pixels = GaussianPixels(num_latents) if pixels is None else pixels
+        self.check_images = ImageCheck.of(image_shape, self.pixels)
         self.register_buffer("prior_probs", prior_lengths.probs.detach().clone())
 
     def forward(self, x: Tensor) -> Any:
@@ -199,23 +201,6 @@ class OrderedAutoencoder(PyroModule):
         encoder, decoder = self.encoder.truncate(length), self.decoder.truncate(length)
         return deepcopy(encoder), nn.Sequential(*deepcopy(decoder), *self.pixels.mean_layers())
 
-    def check_images(self, x: Tensor) -> None:
-        """Raise a ValueError if images have the wrong shape or pixels."""
-        if not isinstance(x, Tensor) or x.shape[1:] != self.image_shape or x.dim() != 1 + len(self.image_shape):
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(
-                f"argument `x` must be images of shape (N, {', '.join(map(str, self.image_shape))}); got {got}"
-            )
-        if not len(x):
-            return
-        low, high = (bound.item() for bound in x.aminmax())
-        if not (low > -torch.inf and high < torch.inf):  # NaN is in neither
-            raise ValueError("argument `x` must be finite images; got NaN or inf")
-        if self.pixels.bounded and not (low >= 0 and high <= 1):
-            raise ValueError(
-                f"argument `x` must have pixels in [0, 1] for {type(self.pixels).__name__}; got {low:.4g} to {high:.4g}"
-            )
-
     def _length(self, length: int | Tensor) -> Tensor:
         lengths = torch.as_tensor(length, device=self.prior_probs.device)
         if (
@@ -235,9 +220,10 @@ class EncoderGuide(PyroModule):
 
     def __init__(self, model: OrderedAutoencoder) -> None:
         super().__init__()
-        self.encoder = model.encoder
+        self.encoder, self.check_images = model.encoder, model.check_images
 
     def forward(self, x: Tensor) -> Tensor:
         """Draw codes of images, shape (N, *image_shape)."""
+        self.check_images(x)
         with pyro.plate("data", len(x)):
             return pyro.sample("code", self.encoder(x))

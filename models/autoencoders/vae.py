@@ -160,6 +160,7 @@ class EnumeratingGuide(EncoderGuide):
 
     def forward(self, x: Tensor) -> Tensor:
         """Draw masks and codes of images, shape (N, *image_shape)."""
+        self.check_images(x)
         law = self.encoder(x)
         with pyro.plate("data", len(x)):
             lengths = OrderedMask(probs=law.length_probs)

@@ -275,9 +275,11 @@ class TokenGuide(PyroModule):
     def __init__(self, model: OrderedVQVAE) -> None:
         super().__init__()
         self.encoder, self.quantiser, self.blocks = model.encoder, model.quantiser, model.blocks
+        self.check_images = model.check_images
 
     def forward(self, x: Tensor) -> Tensor:
         """Draw masks and codes of images, shape (N, *image_shape)."""
+        self.check_images(x)
         values, lengths = self.encoder(x)
         with pyro.plate("data", len(x)):
             mask = pyro.sample("mask", lengths)

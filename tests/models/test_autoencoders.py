@@ -204,6 +204,13 @@ def test_images_are_checked(method: str, case: str, x: Tensor):
         getattr(make_vae(), method)(spoil(x))
 
 
+@pytest.mark.parametrize("case", [case for case in BAD_IMAGES if case != "list"])  # `fit` takes tensors only
+def test_images_are_checked_before_the_encoder_sees_them(case: str, x: Tensor):
+    vae, (spoil, message) = make_vae(), BAD_IMAGES[case]
+    with pytest.raises(ValueError, match=f"argument `x` must be .*{message}"):
+        fit(vae, vae.make_guide(), spoil(x), num_epochs=1, progress=False)
+
+
 @pytest.mark.parametrize("scale", [-0.1, 1.1])
 def test_bounded_pixels_are_checked(scale: float, x: Tensor):
     for law in (BernoulliPixels, ContinuousBernoulliPixels):

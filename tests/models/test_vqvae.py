@@ -314,6 +314,8 @@ def test_lengths_and_images_are_checked(length, method, x):
         getattr(model, method)(x, length)
     with pytest.raises(ValueError, match="`x` must be images"):
         getattr(model, method)(x[:, 0], 1)
+    with pytest.raises(ValueError, match="`x` must be images"):
+        model.make_guide()(x[:, 0])
     with pytest.raises(ValueError, match="`z` must be finite codes"):
         model.decode(torch.full((2, T * D), math.nan))
     with pytest.raises(ValueError, match="`length`"):
