@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from models.autoencoders import (
@@ -204,11 +205,12 @@ def test_images_are_checked(method: str, case: str, x: Tensor):
         getattr(make_vae(), method)(spoil(x))
 
 
-@pytest.mark.parametrize("case", [case for case in BAD_IMAGES if case != "list"])  # `fit` takes tensors only
-def test_images_are_checked_before_the_encoder_sees_them(case: str, x: Tensor):
-    vae, (spoil, message) = make_vae(), BAD_IMAGES[case]
+@pytest.mark.parametrize("case", BAD_IMAGES)
+@pytest.mark.parametrize("enumerate_lengths", [False, True])
+def test_images_are_checked_before_the_encoder_sees_them(enumerate_lengths: bool, case: str, x: Tensor):
+    vae, (spoil, message) = make_vae(enumerate_lengths=enumerate_lengths), BAD_IMAGES[case]
     with pytest.raises(ValueError, match=f"argument `x` must be .*{message}"):
-        fit(vae, vae.make_guide(), spoil(x), num_epochs=1, progress=False)
+        TraceMeanField_ELBO().loss(vae, vae.make_guide(), spoil(x))
 
 
 @pytest.mark.parametrize("scale", [-0.1, 1.1])
