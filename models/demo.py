@@ -8,13 +8,22 @@ from typing import Any
 
 import numpy as np
 import torch
+import xarray as xr
 
 from models.autoencoders import GaussianPixels, OrderedVAE, mlp_bodies
 from models.datasets import Dataset, load
 from models.nested_classifier import NestedClassifier
-from models.report import Report, elbo_figure
+from models.report import Report
 from models.results import atomic_folder, print_table, versions
-from pyro_vnd.diagnostics import classification_metrics, plot_keep_probs, plot_prefixes, plot_widths, summary, to_arviz
+from pyro_vnd.diagnostics import (
+    classification_metrics,
+    plot_elbo,
+    plot_keep_probs,
+    plot_prefixes,
+    plot_widths,
+    summary,
+    to_arviz,
+)
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import AutoNested, FitResult, MaskSchedule, cosine_to_zero, fit, linear
 
@@ -128,9 +137,8 @@ def _classifier(data: Dataset, settings: Settings, seed: int, report: Report, fo
         f"{settings.kl_weight}.",
     )
     report.table(header, cells)
-    names = {"accuracy": "accuracy", "accuracy_se": "accuracy_se", "nll": "NLL", "nll_se": "NLL_se", "ece": "ECE"}
-    columns = {label: [row[name] for row in rows] for name, label in names.items()}
-    axes = plot_widths(WIDTHS, columns)
+    columns = {name: (("seed", "width"), [[row[name] for row in rows]]) for name in rows[0] if name != "width"}
+    axes = plot_widths(xr.Dataset(columns, {"seed": [seed], "width": list(WIDTHS)}))
     report.figure(
         axes[0].figure,
         "widths",
@@ -147,7 +155,11 @@ def _classifier(data: Dataset, settings: Settings, seed: int, report: Report, fo
         "Learned keep probabilities of the hidden units of each layer, and their prior. Bands: 90 % of posterior draws "
         f"of the share of {settings.num_rows} images that keep a unit.",
     )
-    report.figure(elbo_figure(result), "elbo_classifier", "ELBO and its parts during training, in nats per image.")
+    report.figure(
+        plot_elbo(result, figsize=(6, 2.8)).figure,
+        "elbo_classifier",
+        "ELBO and its parts during training, in nats per image.",
+    )
     report.text("Posterior summary (ArviZ); the draws are in posterior.nc.")
     report.pre(str(table))
     return {"widths": rows, **_fit_numbers(result, guide)}
@@ -196,7 +208,7 @@ def _vae(data: Dataset, settings: Settings, seed: int, report: Report, folder: P
     shown = _one_a_class(data)
     pictures = {k: _pictures(model.reconstruct(images[shown], k), data) for k in lengths}
     report.figure(
-        plot_prefixes(_pictures(images[shown], data), pictures),
+        plot_prefixes(_pictures(images[shown], data), pictures).figure,
         "prefixes",
         "Test images, one a class, and what codes of growing length keep of them.",
     )
@@ -209,8 +221,15 @@ def _vae(data: Dataset, settings: Settings, seed: int, report: Report, folder: P
         "Keep probabilities of the latents under the learned law q(L | x), averaged over test images: how many are "
         f"worth their cost. Band: 90 % of posterior draws of the share of {settings.num_rows} images.",
     )
-    report.figure(elbo_figure(result), "elbo_vae", "ELBO and its parts during training, in nats per image.")
+    report.figure(
+        plot_elbo(result, figsize=(6, 2.8)).figure, "elbo_vae", "ELBO and its parts during training, in nats per image."
+    )
     return {"mse": {str(k): error for k, error in errors.items()}, **_fit_numbers(result, None)}
+
+
+def _elbo_figure(report: Report, result: FitResult, name: str) -> None:
+    figure = plot_elbo(result, figsize=(6, 2.8)).figure
+    report.figure(figure, name, "ELBO and its parts during training, in nats per image.")
 
 
 def _fit_numbers(result: FitResult, guide: AutoNested | None) -> dict[str, Any]:

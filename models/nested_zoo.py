@@ -18,16 +18,16 @@ from models.datasets import Dataset, load
 from models.nets import build
 from models.nets.build import Size
 from models.ood import ood_sets
-from models.report import elbo_figure
 from models.results import atomic_folder, print_table, versions
 from pyro_vnd.diagnostics import (
     evaluate,
     evaluate_learned,
     evaluate_widths,
+    plot_elbo,
     plot_laws,
-    plot_metrics,
     plot_ood,
     plot_reliability,
+    plot_widths,
 )
 from pyro_vnd.infer import FitResult, MaskSchedule, cosine_to_zero, fit
 from pyro_vnd.nn import NestedClassifier, NestedNet, narrow, nest, recalibrate_batchnorm
@@ -284,13 +284,13 @@ def _numbers(result: xr.Dataset) -> dict[str, Any]:
 
 def _write_figures(folder: Path, net: NestedNet, result: FitResult, scores: xr.Dataset) -> None:
     figures: dict[str, Figure] = {
-        "metrics": plot_metrics(scores)[0].figure,
-        "reliability": plot_reliability(scores),
+        "widths": plot_widths(scores)[0].figure,
+        "reliability": plot_reliability(scores)[0].figure,
         "laws": plot_laws(net.laws, figsize=(7, 4)).figure,
-        "elbo": elbo_figure(result),
+        "elbo": plot_elbo(result, figsize=(6, 2.8)).figure,
     }
     if "auroc" in scores:
-        figures["ood"] = plot_ood(scores)
+        figures["ood"] = plot_ood(scores)[0].figure
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=150)
         plt.close(figure)

@@ -10,8 +10,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from pyro_vnd.infer import FitResult
-
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem; }
@@ -78,20 +76,6 @@ class Report:
             f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
             f"<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n" + "\n".join(self.parts) + "\n</body></html>\n"
         )
-
-
-def elbo_figure(result: FitResult) -> Figure:
-    """Plot the ELBO of a fit and its parts by epoch."""
-    figure, ax = plt.subplots(figsize=(6, 2.8), layout="constrained")
-    for name in ("elbo", "log_likelihood", "kl"):
-        ax.plot(range(1, len(result.elbo) + 1), getattr(result, name), label=name.replace("_", "-"))
-    # The first epochs are far below the rest and would flatten it.
-    late = slice(len(result.elbo) // 10, None)
-    low, high = min(result.elbo[late]), max(result.log_likelihood[late] + result.kl[late])
-    margin = 0.05 * (high - low) + 1e-3
-    ax.set(xlabel="epoch", ylabel="nats per image", ylim=(low - margin, high + margin))
-    ax.legend()
-    return figure
 
 
 def _row(tag: str, cells: Sequence[str]) -> str:

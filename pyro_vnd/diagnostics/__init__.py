@@ -2,21 +2,23 @@
 
 from pyro_vnd.diagnostics._arviz import summary
 from pyro_vnd.diagnostics.calibration import CalibrationBins, calibration_bins, classification_metrics
+from pyro_vnd.diagnostics.choose_width import loo_widths, smallest_width
 from pyro_vnd.diagnostics.evaluate import average_batches, evaluate, net_cost
 from pyro_vnd.diagnostics.evaluate_prefixes import evaluate_prefixes
 from pyro_vnd.diagnostics.evaluate_widths import evaluate_learned, evaluate_widths
 from pyro_vnd.diagnostics.generative import generative_metrics, nearest_distances, weights_hash
+from pyro_vnd.diagnostics.khat import khat, resample
+from pyro_vnd.diagnostics.khat_by_row import khat_by_row
+from pyro_vnd.diagnostics.loo import compare, loo
 from pyro_vnd.diagnostics.ood import ood_metrics, ood_scores
-from pyro_vnd.diagnostics.plots import plot_keep_probs, plot_laws, plot_prefixes, plot_widths
-from pyro_vnd.diagnostics.plots_metrics import plot_metrics, plot_ood, plot_reliability
-from pyro_vnd.diagnostics.plots_prefixes import (
-    plot_class_lengths,
-    plot_rate_distortion,
-    plot_samples,
-    plot_traversals,
-)
+from pyro_vnd.diagnostics.plots import plot_keep_probs, plot_laws, plot_length_posterior
+from pyro_vnd.diagnostics.plots_fit import plot_elbo, plot_ranks
+from pyro_vnd.diagnostics.plots_images import plot_prefixes, plot_samples, plot_traversals
+from pyro_vnd.diagnostics.plots_metrics import plot_ood, plot_reliability, plot_widths
+from pyro_vnd.diagnostics.plots_prefixes import plot_class_lengths, plot_rate_distortion
 from pyro_vnd.diagnostics.predictive import AveragedPredictive, average_draws, predictive_metrics
 from pyro_vnd.diagnostics.prefix_scores import PrefixModel
+from pyro_vnd.diagnostics.sbc import rank_uniformity, sbc
 from pyro_vnd.diagnostics.temperature import fit_temperature, scale_temperature
 from pyro_vnd.diagnostics.to_arviz import to_arviz
 
@@ -28,29 +30,40 @@ __all__ = [
     "average_draws",
     "calibration_bins",
     "classification_metrics",
+    "compare",
     "evaluate",
     "evaluate_learned",
     "evaluate_prefixes",
     "evaluate_widths",
     "fit_temperature",
     "generative_metrics",
+    "khat",
+    "khat_by_row",
+    "loo",
+    "loo_widths",
     "nearest_distances",
     "net_cost",
     "ood_metrics",
     "ood_scores",
     "plot_class_lengths",
+    "plot_elbo",
     "plot_keep_probs",
     "plot_laws",
-    "plot_metrics",
+    "plot_length_posterior",
     "plot_ood",
     "plot_prefixes",
+    "plot_ranks",
     "plot_rate_distortion",
     "plot_reliability",
     "plot_samples",
     "plot_traversals",
     "plot_widths",
     "predictive_metrics",
+    "rank_uniformity",
+    "resample",
+    "sbc",
     "scale_temperature",
+    "smallest_width",
     "summary",
     "to_arviz",
     "weights_hash",

@@ -1,30 +1,141 @@
 """The one place that knows which line of ArviZ is installed: 0.x (InferenceData) or 1.x (xarray DataTree)."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import arviz as az
+import arviz_stats
 import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
+import xarray as xr
 
-__all__ = ["from_groups", "summary"]
+__all__ = ["MIN_DRAWS", "compare", "dataset", "from_groups", "loo", "psis", "summary"]
 
+_stats: Any = arviz_stats  # the same functions in both lines, whose types say nothing of them
 _IS_LEGACY = az.__version__.startswith("0.")
+MIN_DRAWS = 25  # ArviZ fits a tail to a fifth of the draws, at least five
+_ROUNDING, _UNDERFLOW = 1e-5, 700.0  # logarithms of weights that differ by less are equal, by more 1 and 0
+_COMPARISON = ["rank", "elpd", "se", "p", "elpd_diff", "dse", "weight", "warning"]
 
-Groups = Mapping[str, Mapping[str, np.ndarray]]
-
-
-def from_groups(groups: Groups, coords: Mapping[str, Any], dims: Mapping[str, list[str]]) -> Any:
-    """Collect named groups of draws, arrays of shape (chain, draw, ...), into ArviZ's container."""
-    from_dict: Any = az.from_dict
-    if _IS_LEGACY:
-        return from_dict(**groups, coords=coords, dims=dims)
-    return from_dict(groups, coords=coords, dims=dims)
+Groups = Mapping[str, Mapping[str, tuple[Any, ...]]]
 
 
-def summary(data: Any, var_names: list[str] | None = None) -> Any:
-    """Summarise posterior draws as a data frame: means, deviations and intervals.
+def from_groups(groups: Groups, coords: Mapping[str, Any], attrs: Mapping[str, Any] | None = None) -> Any:
+    """Collect named groups of variables, (dims, values) or (dims, values, attrs) each, into ArviZ's container."""
+    datasets: dict[str, Any] = {}
+    for group, variables in groups.items():
+        data = xr.Dataset(variables, attrs=attrs)
+        datasets[group] = data.assign_coords({dim: coords.get(str(dim), np.arange(n)) for dim, n in data.sizes.items()})
+    return az.InferenceData(**datasets) if _IS_LEGACY else xr.DataTree.from_dict(datasets)
 
-    Convergence statistics are left out: draws of one variational fit are independent by construction, so that R-hat
-    and effective sample sizes would be undefined or flattering.
+
+def dataset(data: Any, group: str) -> xr.Dataset:
+    """Return a group of ArviZ's container as a dataset."""
+    names = list(data.children) if isinstance(data, xr.DataTree) else list(data.groups())
+    if group not in names:
+        raise ValueError(f"argument `data` must have the group {group!r}; its groups: {names}")
+    found = data[group]
+    return found.to_dataset() if isinstance(found, xr.DataTree) else found
+
+
+def summary(data: Any, var_names: list[str] | None = None) -> pd.DataFrame:
+    """Summarise posterior draws: means, deviations and 89 % intervals; with several chains also R-hat.
+
+    Draws of a guide are independent, so effective sample sizes would only repeat their number, and R-hat says nothing
+    within a fit. Where chains are independent fits R-hat tells whether they agree: near 1 if so, infinite where each
+    has settled on a value of its own. It is put to 1 for what is the same in all draws of all fits, such as the first
+    unit of a mask.
+
+    Args:
+        data: What `to_arviz` returned.
+        var_names: Variables of the posterior; all by default.
+
+    Returns:
+        A row for each number, rounded to three decimals.
     """
-    return az.summary(data, var_names=var_names, kind="stats")
+    posterior = dataset(data, "posterior")
+    has_rhat = posterior.sizes["chain"] > 1 and posterior.sizes["draw"] >= 4
+    tree = xr.DataTree.from_dict({"posterior": posterior})
+    with np.errstate(divide="ignore", invalid="ignore"):  # R-hat of constants
+        kind = "all" if has_rhat else "stats"
+        table = pd.DataFrame(_stats.summary(tree, var_names=var_names, kind=kind, round_to="none"))
+    if has_rhat:
+        table = table[[name for name in table if not str(name).startswith(("ess_", "mcse_"))]]
+        constant = table["r_hat"].isna() & (table["sd"] == 0)
+        table = table.assign(r_hat=table["r_hat"].mask(constant, 1.0))
+    return table.round(3)
+
+
+def psis(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Smooth importance weights by a Pareto tail; return their logarithms, normalised, and k-hat.
+
+    Where there is no tail to fit, weights are left as they are: k-hat is NaN for less than `MIN_DRAWS` of them, -inf
+    where the largest ones are equal, as weights are bounded then, and inf where a few of them leave nothing for others
+    or one is not a number.
+
+    Args:
+        log_weights: Shape (..., num_draws).
+
+    Returns:
+        Arrays of shape (..., num_draws) and (...).
+    """
+    return np.vectorize(_psis, signature="(s)->(s),()")(np.asarray(log_weights, dtype=float))
+
+
+def _psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
+    num_draws, largest = len(log_weights), log_weights.max()
+    if not np.isfinite(largest):
+        return np.full(num_draws, np.nan), np.inf
+    log_weights = log_weights - largest
+    num_tail = num_draws // 5 if num_draws <= 225 else int(3 * num_draws**0.5)
+    ordered = np.sort(log_weights)
+    tail, cutoff = ordered[-num_tail:], ordered[-num_tail - 1] if num_draws > num_tail else -np.inf
+    if num_draws >= MIN_DRAWS and tail[int(num_tail / 4 + 0.5) - 1] - cutoff > _ROUNDING and -tail[0] < _UNDERFLOW:
+        # This takes the logarithms of 1 / weight, being made for likelihoods.
+        smoothed, khat = _stats.base.array_stats.psislw(-log_weights)
+        return smoothed, float(khat)
+    is_bounded = (ordered > -_ROUNDING).sum() >= MIN_DRAWS / 5  # the largest weight is no chance
+    khat = np.nan if num_draws < MIN_DRAWS else -np.inf if is_bounded else np.inf
+    return log_weights - np.logaddexp.reduce(log_weights), khat
+
+
+def loo(data: Any, var_name: str | None = None, variational: bool = False) -> Any:
+    """Estimate the expected log predictive density of each row from the others; see `pyro_vnd.diagnostics.loo`."""
+    found = dataset(data, "log_likelihood")
+    if var_name is None and len(found) != 1:
+        raise ValueError(f"argument `var_name` must name one of the observed sites {list(found)}")
+    if var_name is not None and var_name not in found:
+        raise ValueError(f"argument `var_name` must be one of the observed sites {list(found)}; got {var_name!r}")
+    terms = found[next(iter(found)) if var_name is None else var_name]
+    rows = [dim for dim in terms.dims if dim not in ("chain", "draw")]
+    if terms.isnull().all(["chain", "draw"]).any():
+        terms = terms.stack(observation=rows).dropna("observation", how="all").reset_index("observation")
+    log_weights = -terms
+    if variational:
+        stats = dataset(data, "sample_stats")
+        if not {"log_p", "log_q"} <= set(stats):
+            raise ValueError("argument `variational` needs `log_p` and `log_q` in the group 'sample_stats' of `data`")
+        log_weights = log_weights + stats["log_p"] - stats["log_q"]
+    # What arviz_stats.loo and loo_approximate_posterior do, but for rows whose weights have no tail, where they raise.
+    by_row = log_weights.stack(sample=("chain", "draw"))
+    smoothed, khat = psis(by_row.to_numpy())
+    return _stats.loo(
+        xr.DataTree.from_dict({"log_likelihood": terms.to_dataset(name=terms.name)}),
+        pointwise=True,
+        reff=1.0,  # draws of a guide are independent
+        log_weights=by_row.copy(data=smoothed).unstack("sample"),
+        pareto_k=by_row.isel(sample=0, drop=True).copy(data=khat),
+    )
+
+
+def compare(elpds: Mapping[str, Any]) -> pd.DataFrame:
+    """Rank the results of `loo` by name."""
+    options = {} if _IS_LEGACY else {"round_to": "none"}
+    with warnings.catch_warnings():
+        # arviz-stats 0.8 sorts in place, which pandas 3 deprecates.
+        warnings.filterwarnings("ignore", "The inplace keyword", DeprecationWarning)
+        table = pd.DataFrame(_stats.compare(dict(elpds), **options))
+    # Lines differ in the sign of differences and in how they flag estimates that cannot be trusted.
+    flags = [bool(elpds[str(name)].warning) for name in table.index]
+    return table.assign(elpd_diff=table["elpd"] - table["elpd"].iloc[0], warning=flags)[_COMPARISON]

@@ -12,7 +12,7 @@ from pyro_vnd.infer import module_local_params
 from pyro_vnd.nn import NestedNet, narrow, recalibrate_batchnorm
 from pyro_vnd.nn.mode import module_mode
 
-__all__ = ["evaluate_learned", "evaluate_widths"]
+__all__ = ["check_widths", "evaluate_learned", "evaluate_widths", "first_input", "narrow_draws"]
 
 _WITHOUT_WIDTH = ["prevalence", "score_limit"]
 
@@ -65,21 +65,15 @@ def evaluate_widths(
         >>> result["nll"].dims, result["parameters"].values.tolist()
         (('seed', 'width'), [[19, 35, 67]])
     """
-    if len(widths) == 0 or len({type(width) for width in widths}) > 1:
-        raise ValueError(
-            f"evaluate_widths: `widths` must be fractions (floats) or numbers of blocks (ints); got {list(widths)}"
-        )
+    check_widths("evaluate_widths", net, widths)
     if num_samples < 1:
         raise ValueError(f"evaluate_widths: `num_samples` must be at least 1; got {num_samples}")
-    for width in widths:  # before hours go into the others
-        with net.cut(width):
-            pass
     device = next(net.parameters()).device
-    example = _first_input(loader).to(device)
+    example = first_input(loader).to(device)
     results = []
     with module_mode([net], training=False):
         for width in tqdm(widths, desc="widths", disable=not progress):
-            nets = _narrow_draws(net, width, example, num_samples, seed)
+            nets = narrow_draws(net, width, example, num_samples, seed)
             if recalibrate is not None:
                 for cut_net in nets:
                     recalibrate_batchnorm(cut_net, (batch[0].to(device) for batch in batches(recalibrate, batch_size)))
@@ -153,14 +147,24 @@ _LABELS = {
 }
 
 
-def _first_input(data: Rows) -> Tensor:
-    with torch.random.fork_rng():  # a loader that shuffles draws from it
+def check_widths(name: str, net: NestedNet, widths: Sequence[float] | Sequence[int]) -> None:
+    """Raise a ValueError if the net cannot be cut to each of the widths: before hours go into the others."""
+    if len(widths) == 0 or len({type(width) for width in widths}) > 1:
+        raise ValueError(f"{name}: `widths` must be fractions (floats) or numbers of blocks (ints); got {list(widths)}")
+    for width in widths:
+        with net.cut(width):
+            pass
+
+
+def first_input(data: Rows) -> Tensor:
+    """Return the first row of the inputs; a loader that shuffles leaves the caller's random state as it was."""
+    with torch.random.fork_rng():
         for batch in batches(data, 1):
             return batch[0][:1]
-    raise ValueError("evaluate_widths: `loader` has no rows")
+    raise ValueError("data of a net must have rows; got none")
 
 
-def _narrow_draws(net: NestedNet, width: float, example: Tensor, num_samples: int, seed: int) -> list[nn.Module]:
+def narrow_draws(net: NestedNet, width: float, example: Tensor, num_samples: int, seed: int) -> list[nn.Module]:
     """Draw whole weights, the same whatever the width, and cut the net with each draw of them."""
     nets = []
     with torch.random.fork_rng(), module_local_params(net), net.cut(1.0):

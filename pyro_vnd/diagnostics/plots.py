@@ -1,4 +1,4 @@
-"""Figures of learned orders."""
+"""Figures of learned laws of masks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,12 +6,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
+from matplotlib.ticker import MaxNLocator
 
 from pyro_vnd.distributions import OrderedMask
 
-__all__ = ["plot_keep_probs", "plot_laws", "plot_prefixes", "plot_widths"]
+__all__ = ["plot_keep_probs", "plot_laws", "plot_length_posterior"]
 
 
 def plot_keep_probs(
@@ -46,6 +45,59 @@ def plot_keep_probs(
     return ax
 
 
+def plot_length_posterior(
+    data: Any, var_names: Sequence[str], *, prob: float = 0.9, ax: Axes | None = None, figsize: Any = None
+) -> Axes:
+    """Plot the posterior over the kept lengths: bars for all fits together, a cross for each, steps for the prior.
+
+    Where there is a mask for each row of the data, the probabilities are means over the rows.
+
+    Args:
+        data: What `to_arviz` returned; its prior is shown if it has one.
+        var_names: Mask or `NestedNormal` sites.
+        prob: Mass of the shortest central interval of lengths that the legend names.
+        ax: Axes to draw on.
+        figsize: Size of a new figure, in inches.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If a name is no mask site of the data.
+    """
+    known = [str(name).removesuffix("_length") for name in data.posterior.data_vars if str(name).endswith("_length")]
+    unknown = [name for name in var_names if name not in known]
+    if unknown:
+        raise ValueError(f"plot_length_posterior: `var_names` must be mask sites, {known}; got {unknown}")
+    ax = ax or plt.subplots(figsize=figsize, layout="constrained")[1]
+    for number, name in enumerate(var_names):
+        num_units, color = data.posterior.sizes[f"{name}_unit"], f"C{number}"
+        lengths = np.arange(1, num_units + 1)
+        chains = _length_probs(data.posterior[f"{name}_length"], num_units)
+        pooled = chains.mean(0)
+        low, high = (1 + np.searchsorted(pooled.cumsum(), level) for level in ((1 - prob) / 2, (1 + prob) / 2))
+        label = f"{name}: mean {lengths @ pooled:.1f}, {prob:.0%} in {low}-{min(high, num_units)}"
+        # Bars of several sites stand side by side.
+        width = 0.8 / len(var_names)
+        at = lengths + width * (number - (len(var_names) - 1) / 2)
+        ax.bar(at, pooled, width, color=color, alpha=0.5, label=label)
+        if len(chains) > 1:
+            ax.plot(np.tile(at, (len(chains), 1)).T, chains.T, "x", color=color, markersize=4)
+        if "prior" in data and f"{name}_length" in data.prior:
+            prior = _length_probs(data.prior[f"{name}_length"], num_units).mean(0)
+            ax.stairs(prior, np.arange(num_units + 1) + 0.5, color=color, linestyle="--", label=f"{name}: prior")
+    ax.set(xlabel="length", ylabel="probability")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(fontsize="small")
+    return ax
+
+
+def _length_probs(lengths: Any, num_units: int) -> np.ndarray:
+    """Return the share of each length, a row a chain."""
+    values = lengths.to_numpy().astype(int).reshape(lengths.sizes["chain"], -1)
+    return np.stack([np.bincount(chain, minlength=num_units + 1)[1:] for chain in values]) / values.shape[1]
+
+
 def plot_laws(
     laws: Mapping[str, OrderedMask],
     priors: Mapping[str, OrderedMask] | None = None,
@@ -77,62 +129,3 @@ def plot_laws(
     ax.set(xlabel="position in the layer (share of its units)", ylabel="keep probability", xlim=(0, 1), ylim=(0, 1.02))
     ax.legend(fontsize="small", title="dashed: prior" if priors else None)
     return ax
-
-
-def plot_widths(
-    widths: ArrayLike, metrics: Mapping[str, ArrayLike], *, axes: Sequence[Axes] | None = None, figsize: Any = None
-) -> Sequence[Axes]:
-    """Plot metrics against the width that was kept, one panel a metric.
-
-    Args:
-        widths: Widths, shape (W,).
-        metrics: Values by name, shape (W,); a metric `name_se` gives `name` a band of one standard error.
-        axes: Axes to draw on, one a metric.
-        figsize: Size of a new figure, in inches.
-
-    Returns:
-        The axes.
-    """
-    names = [name for name in metrics if not name.endswith("_se")]
-    x = np.asarray(widths)
-    if axes is None:
-        _, axes = plt.subplots(1, len(names), figsize=figsize or (3.4 * len(names), 2.8), layout="constrained")
-    for ax, name in zip(np.atleast_1d(np.asarray(axes)), names, strict=True):
-        y = np.asarray(metrics[name])
-        ax.plot(x, y, marker="o")
-        if f"{name}_se" in metrics:
-            error = np.asarray(metrics[f"{name}_se"])
-            ax.fill_between(x, y - error, y + error, alpha=0.25, linewidth=0)
-        ax.set(xlabel="width kept", ylabel=name)
-    return axes
-
-
-def plot_prefixes(
-    images: ArrayLike, reconstructions: Mapping[int, ArrayLike], *, figsize: Any = None, cmap: str = "gray_r"
-) -> Figure:
-    """Plot images, one a column, above their reconstructions from codes of growing length.
-
-    Args:
-        images: Images with pixels in [0, 1], shape (N, H, W).
-        reconstructions: Reconstructions by code length, each of shape (N, H, W).
-        figsize: Size of the figure, in inches.
-        cmap: Colour map.
-
-    Returns:
-        The figure.
-    """
-    rows = [("data", np.asarray(images))] + [(str(k), np.asarray(r)) for k, r in sorted(reconstructions.items())]
-    num_columns = len(rows[0][1])
-    figure, axes = plt.subplots(
-        len(rows),
-        num_columns,
-        figsize=figsize or (0.7 * num_columns + 0.6, 0.75 * len(rows)),
-        layout="constrained",
-        squeeze=False,
-    )
-    for line, (label, pictures) in zip(axes, rows, strict=True):
-        for ax, picture in zip(line, pictures, strict=True):
-            ax.imshow(picture, cmap=cmap, vmin=0, vmax=1)
-            ax.set(xticks=[], yticks=[])
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center")
-    return figure

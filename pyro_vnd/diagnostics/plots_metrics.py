@@ -7,20 +7,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-__all__ = ["plot_metrics", "plot_ood", "plot_reliability"]
+__all__ = ["plot_ood", "plot_reliability", "plot_widths"]
 
 
-def plot_metrics(
+def plot_widths(
     datasets: Mapping[str, xr.Dataset] | xr.Dataset,
     metrics: Sequence[str] = ("accuracy", "nll", "ece"),
     *,
     x: str = "width",
-    axes: Sequence[Axes] | None = None,
+    ax: Sequence[Axes] | Axes | None = None,
     figsize: Any = None,
-) -> list[Axes]:
+) -> np.ndarray:
     """Plot metrics against the width, or its cost, one panel a metric and one line a method.
 
     Lines are means over seeds with a band of one standard error over seeds; from a single seed the band is the standard
@@ -31,22 +30,19 @@ def plot_metrics(
         metrics: Names of variables; for those of foreign data select set and score first,
             `dataset.sel(ood="svhn", score="entropy")`.
         x: What is on the horizontal axis: "width", "multiply_adds" or "parameters".
-        axes: Axes to draw on, one a metric.
+        ax: Axes to draw on, one a metric.
         figsize: Size of a new figure, in inches.
 
     Returns:
-        The axes.
+        The axes, shape (number of metrics,).
 
     Raises:
-        ValueError: If a dataset lacks a metric, or `x` besides its width, or a metric has other dimensions.
+        ValueError: If a dataset lacks a metric, or `x` besides its width, or a metric has other dimensions, or `ax` is
+            not as many axes as there are metrics.
     """
     methods = {"": datasets} if isinstance(datasets, xr.Dataset) else dict(datasets)
-    if axes is None:
-        _, new = plt.subplots(
-            1, len(metrics), figsize=figsize or (3.4 * len(metrics), 3), layout="constrained", squeeze=False
-        )
-        axes = list(new[0])
-    for ax, metric in zip(axes, metrics, strict=True):
+    axes = _axes("plot_widths", ax, len(metrics), figsize or (3.4 * len(metrics), 3))
+    for panel, metric in zip(axes, metrics, strict=True):
         for number, (method, data) in enumerate(methods.items()):
             _check_metric(method, data, metric, x)
             mean, error = _over_seeds(data, metric)
@@ -54,94 +50,90 @@ def plot_metrics(
             band: dict[str, Any] = {"color": f"C{number}", "alpha": 0.2, "linewidth": 0}
             if "width" in mean.dims:
                 position = data[x].mean("seed") if "seed" in data[x].dims else data[x]
-                ax.plot(position, mean, marker=".", **style)
-                ax.fill_between(position, mean - error, mean + error, **band)
+                panel.plot(position, mean, marker=".", **style)
+                panel.fill_between(position, mean - error, mean + error, **band)
             else:
-                ax.axhline(mean.item(), linestyle="--", linewidth=1, **style)
-                ax.axhspan((mean - error).item(), (mean + error).item(), **band)
+                panel.axhline(mean.item(), linestyle="--", linewidth=1, **style)
+                panel.axhspan((mean - error).item(), (mean + error).item(), **band)
         first = next(iter(methods.values()))
         by_width = next((data for data in methods.values() if "width" in data.dims), first)
-        ax.set(xlabel=_label(by_width, x) if x in by_width.variables else x, ylabel=_label(first, metric))
+        panel.set(xlabel=_label(by_width, x) if x in by_width.variables else x, ylabel=_label(first, metric))
         if x != "width":
-            ax.set_xscale("log")
-            ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-            ax.xaxis.set_minor_formatter(NullFormatter())
+            panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+            panel.xaxis.set_minor_formatter(NullFormatter())
     if list(methods) != [""]:
         axes[0].legend()
-    return list(axes)
+    return axes
 
 
-def plot_reliability(dataset: xr.Dataset, *, figsize: Any = None) -> Figure:
-    """Plot accuracy against confidence, one panel a width, above the share of rows in each bin; seeds are pooled.
+def plot_reliability(
+    dataset: xr.Dataset, *, ax: Sequence[Axes] | Axes | None = None, figsize: Any = None
+) -> np.ndarray:
+    """Plot accuracy against confidence, one panel a width, and the share of rows in each bin; seeds are pooled.
 
     Args:
         dataset: What `evaluate_widths` or `evaluate` returned.
-        figsize: Size of the figure, in inches.
+        ax: Axes to draw on, one a width.
+        figsize: Size of a new figure, in inches.
 
     Returns:
-        The figure.
+        The axes, shape (number of widths,).
+
+    Raises:
+        ValueError: If `ax` is not as many axes as there are widths.
     """
     panels = list(_panels(dataset))
-    figure, axes = plt.subplots(
-        2,
-        len(panels),
-        figsize=figsize or (2.4 * len(panels) + 0.5, 3.4),
-        layout="constrained",
-        squeeze=False,
-        sharex=True,
-        sharey="row",
-        height_ratios=[3, 1],
-    )
+    axes = _axes("plot_reliability", ax, len(panels), figsize or (2.6 * len(panels) + 0.5, 2.8), share=True)
     edges = np.linspace(0, 1, dataset.sizes["bin"] + 1)
-    for (above, below), (title, data) in zip(axes.T, panels, strict=True):
+    width = edges[1]
+    for panel, (title, data) in zip(axes, panels, strict=True):
         count = data["bin_count"].sum("seed")
         confidence, accuracy = (
             ((data[name] * data["bin_count"]).sum("seed") / count.where(count > 0)).to_numpy()
             for name in ("bin_confidence", "bin_accuracy")
         )
-        above.plot([0, 1], [0, 1], color="0.6", linewidth=1)
-        above.bar(edges[:-1], np.nan_to_num(accuracy), np.diff(edges), align="edge", alpha=0.35)
-        above.plot(confidence, accuracy, ".", color="C0")
-        below.bar(edges[:-1], count / count.sum(), np.diff(edges), align="edge", color="0.6")
-        above.set(title=f"{title}ECE {data['ece'].mean().item():.3f}", ylim=(0, 1.02))
-        below.set(xlabel="confidence")
-    axes[0, 0].set(ylabel="accuracy", xlim=(0, 1))
-    axes[1, 0].set(ylabel="share of rows")
-    figure.align_ylabels()
-    return figure
+        panel.plot([0, 1], [0, 1], color="0.6", linewidth=1)
+        panel.bar(edges[:-1], np.nan_to_num(accuracy), width, align="edge", alpha=0.35)
+        panel.plot(confidence, accuracy, ".", color="C0", label="accuracy")
+        middles = (edges[:-1] + edges[1:]) / 2
+        panel.bar(middles, count / count.sum(), 0.4 * width, color="0.5", label="share of rows")
+        panel.set(title=f"{title}ECE {data['ece'].mean().item():.3f}", xlabel="confidence", xlim=(0, 1), ylim=(0, 1.02))
+    axes[0].set_ylabel("accuracy, share of rows")
+    axes[0].legend(fontsize="small", loc="upper left")
+    return axes
 
 
-def plot_ood(dataset: xr.Dataset, score: str = "entropy", *, figsize: Any = None) -> Figure:
+def plot_ood(
+    dataset: xr.Dataset,
+    score: str = "entropy",
+    *,
+    ax: Sequence[Axes] | Axes | None = None,
+    figsize: Any = None,
+) -> np.ndarray:
     """Plot histograms of a score on test data and on foreign data, one panel a width; seeds are pooled.
 
     Args:
         dataset: What `evaluate_widths` or `evaluate` returned with `ood`.
         score: "doubt", "entropy" or "mutual_information".
-        figsize: Size of the figure, in inches.
+        ax: Axes to draw on, one a width.
+        figsize: Size of a new figure, in inches.
 
     Returns:
-        The figure.
+        The axes, shape (number of widths,).
 
     Raises:
-        ValueError: If the dataset has no such score.
+        ValueError: If the dataset has no such score, or `ax` is not as many axes as there are widths.
     """
     known = dataset["score"].values.tolist() if "score_count" in dataset else []
     if score not in known:
         raise ValueError(f"plot_ood: `score` must be one of {known}, which the dataset has; got {score!r}")
     chosen = dataset.sel(score=score)
     panels = list(_panels(chosen))
-    figure, axes = plt.subplots(
-        1,
-        len(panels),
-        figsize=figsize or (2.6 * len(panels) + 0.5, 2.8),
-        layout="constrained",
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-    )
+    axes = _axes("plot_ood", ax, len(panels), figsize or (2.6 * len(panels) + 0.5, 2.8), share=True)
     edges = np.linspace(0, float(chosen["score_limit"].mean()), dataset.sizes["score_bin"] + 1)
-    for ax, (title, data) in zip(axes[0], panels, strict=True):
+    for panel, (title, data) in zip(axes, panels, strict=True):
         counts = data["score_count"].sum("seed")
         shares = counts / counts.sum("score_bin")
         for number, source in enumerate(shares["source"].values):
@@ -149,13 +141,25 @@ def plot_ood(dataset: xr.Dataset, score: str = "entropy", *, figsize: Any = None
             if number:
                 label += f", AUROC {data['auroc'].sel(ood=source).mean().item():.3f}"
             values = shares.sel(source=source).to_numpy()
-            ax.stairs(values, edges, fill=True, alpha=0.3, color=f"C{number}")
-            ax.stairs(values, edges, color=f"C{number}", label=label)
-        ax.set(title=title.removesuffix(", "), xlabel=f"{score.replace('_', ' ')}{_UNITS.get(score, '')}", yscale="log")
-        ax.legend(fontsize="small")
-    axes[0, 0].set(ylabel="share of rows")
-    axes[0, 0].set_ylim(top=10 * axes[0, 0].get_ylim()[1])  # room for the legends
-    return figure
+            panel.stairs(values, edges, fill=True, alpha=0.3, color=f"C{number}")
+            panel.stairs(values, edges, color=f"C{number}", label=label)
+        name = score.replace("_", " ")
+        panel.set(title=title.removesuffix(", "), xlabel=f"{name}{_UNITS.get(score, '')}", yscale="log")
+        panel.legend(fontsize="small")
+    axes[0].set(ylabel="share of rows")
+    axes[0].set_ylim(top=10 * axes[0].get_ylim()[1])  # room for the legends
+    return axes
+
+
+def _axes(name: str, ax: Sequence[Axes] | Axes | None, number: int, figsize: Any, *, share: bool = False) -> np.ndarray:
+    """Return the given axes, or those of a new figure, one row of them."""
+    if ax is None:
+        options: dict[str, Any] = {"sharex": share, "sharey": share, "squeeze": False, "layout": "constrained"}
+        return plt.subplots(1, number, figsize=figsize, **options)[1][0]
+    axes = np.atleast_1d(np.asarray(ax, dtype=object)).ravel()
+    if len(axes) != number:
+        raise ValueError(f"{name}: `ax` must be {number} axes, one a panel; got {len(axes)}")
+    return axes
 
 
 _UNITS = {"entropy": " (nats)", "mutual_information": " (nats)"}
@@ -183,16 +187,16 @@ def _over_seeds(data: xr.Dataset, metric: str) -> tuple[xr.DataArray, xr.DataArr
 def _check_metric(method: str, data: xr.Dataset, metric: str, x: str) -> None:
     if metric not in data:
         raise ValueError(
-            f"plot_metrics: dataset {method!r} has no metric {metric!r}; it has {sorted(map(str, data.data_vars))}"
+            f"plot_widths: dataset {method!r} has no metric {metric!r}; it has {sorted(map(str, data.data_vars))}"
         )
     extra = sorted(str(dim) for dim in data[metric].dims if dim not in ("seed", "width"))
     if extra:
         raise ValueError(
-            f"plot_metrics: metric {metric!r} has the dimensions {extra} too; select from them first, as in "
+            f"plot_widths: metric {metric!r} has the dimensions {extra} too; select from them first, as in "
             f"dataset.sel(ood=..., score=...)"
         )
     if "width" in data[metric].dims and x not in data.variables:
-        raise ValueError(f"plot_metrics: dataset {method!r} has no `x` {x!r}; it has width, multiply_adds, parameters")
+        raise ValueError(f"plot_widths: dataset {method!r} has no `x` {x!r}; it has width, multiply_adds, parameters")
 
 
 def _label(data: xr.Dataset, name: str) -> str:

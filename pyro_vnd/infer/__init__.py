@@ -1,6 +1,7 @@
 """Guides and training."""
 
 from pyro_vnd.infer.auto_nested import AutoNested
+from pyro_vnd.infer.convergence import Plateau
 from pyro_vnd.infer.elbo import NestedELBO
 from pyro_vnd.infer.fit import NonFiniteLossError, fit
 from pyro_vnd.infer.local_params import module_local_params
@@ -17,6 +18,7 @@ __all__ = [
     "MaskSchedule",
     "NestedELBO",
     "NonFiniteLossError",
+    "Plateau",
     "cosine",
     "cosine_to_zero",
     "fit",

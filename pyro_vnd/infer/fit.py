@@ -1,5 +1,6 @@
 """Stochastic variational inference with mini-batches, progress and a record of the ELBO's parts."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vnd.infer.checkpoint import Checkpoint
+from pyro_vnd.infer.convergence import StoppingRule
 from pyro_vnd.infer.cuts import MaskCuts, find_masks, nested_laws
 from pyro_vnd.infer.elbo import NestedELBO
 from pyro_vnd.infer.local_params import module_local_params
@@ -46,6 +48,7 @@ def fit(
     sliced: bool = False,
     local_reparam: bool | Literal["linear"] = False,
     validation: Tensor | Sequence[Tensor] | None = None,
+    stop: StoppingRule | None = None,
     plate: str = "data",
     checkpoint: str | Path | None = None,
     resume: bool = False,
@@ -73,7 +76,7 @@ def fit(
         model: A Pyro model; an `nn.Module` if it has parameters.
         guide: Its guide, an `nn.Module` such as `AutoNested` or the `posterior` of a nested net.
         data: A tensor, or several with the same number of rows.
-        num_epochs: Passes over the data.
+        num_epochs: Passes over the data; with `stop` at most.
         batch_size: Rows of a mini-batch; the rows that do not fill a last one wait for the next epoch's shuffle. By
             default all rows.
         lr: Learning rate, handed to the optimiser.
@@ -101,6 +104,9 @@ def fit(
             have less noise; "linear" leaves convolutions out. It needs an objective that scores no value, `NestedELBO`.
         validation: Data like `data`, whose log-likelihood at draws of the guide is reported after every epoch. For
             choosing between fits: a part of the training data that was held back, never the test data.
+        stop: Ends training early: `Plateau()`, or a function of the ELBO by epoch. It sees the epochs in which weights
+            of KLs, temperature and the shares of masks have the values that they keep. Schedules are made for all of
+            `num_epochs`, the learning rate's too, which may be stopped while it is still high.
         plate: Name of the plate over the rows of the data.
         checkpoint: File in which the state of the fit is kept, written anew after every epoch.
         resume: Whether to go on from that file, with the very result of a fit that was never interrupted; an epoch
@@ -183,9 +189,10 @@ def fit(
             result = state.load() if resume else result
         done, before = len(result.elbo), result.seconds
         schedules.set(max(result.num_steps - 1, 0), scale, with_temperature)  # a finished fit, too, has its last one
-        epochs = tqdm(
-            range(done, num_epochs), desc="fit", unit="epoch", initial=done, total=num_epochs, disable=not progress
-        )
+        settled = -(-schedules.settled * num_epochs // num_steps)  # in epochs, rounded up
+        result.converged = _holds(stop, result.elbo[settled:])
+        rest = range(num_epochs if result.converged else done, num_epochs)
+        epochs = tqdm(rest, desc="fit", unit="epoch", initial=done, total=num_epochs, disable=not progress)
         for _ in epochs:
             parts = []
             for batch in minibatches(tensors, batch_size):
@@ -198,14 +205,25 @@ def fit(
                 result.validation_log_likelihood.append(mean_log_likelihood(model, guide, held_back, batch_size, plate))
             result.seconds = before + time.perf_counter() - started
             epochs.set_postfix_str(result.progress())
+            result.converged = _holds(stop, result.elbo[settled:])
             if state is not None:
                 state.save(result)
+            if result.converged:
+                break
     result.warn_of_collapse({name for name, law in step.monitor.laws.items() if not law.length_probs.requires_grad})
     return result
 
 
+def _holds(stop: StoppingRule | None, elbo: list[float]) -> bool:
+    return stop is not None and len(elbo) > 0 and bool(stop(elbo))
+
+
 class _Schedules:
-    """The weights of KLs, the temperature of masks and where they come from, at every step."""
+    """The weights of KLs, the temperature of masks and where they come from, at every step.
+
+    Attributes:
+        settled: The first step from which all of them stay what they are.
+    """
 
     def __init__(
         self,
@@ -223,6 +241,10 @@ class _Schedules:
         self.temperature = None
         if temperature is not None:
             self.temperature = schedule_values("temperature", temperature, num_steps, positive=True)
+        scheduled = [self.kl_weight, self.local_kl_weight, self.length_weight, self.temperature or [0.0]]
+        changes = [i for values in scheduled for i in range(1, len(values)) if values[i] != values[i - 1]]
+        annealed = 0 if cuts is None else math.ceil(cuts.schedule.anneal * (num_steps - 1))
+        self.settled = max(annealed, *changes, 0)
 
     def set(self, step: int, scale: ScaleToDataset, masks: list[Any]) -> None:
         """Set what holds in a step."""

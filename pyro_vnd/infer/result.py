@@ -66,6 +66,7 @@ class FitResult:
         validation_log_likelihood: Log-likelihood of the validation data after each epoch, if there are any.
         lengths: The law of each mask site at the end.
         mean_length: E L of each mask site in each epoch.
+        converged: Whether the rule that `fit` was given as `stop` held, which ended training after the last epoch here.
         num_steps: Steps of the optimiser.
         seconds: Wall-clock time.
     """
@@ -78,12 +79,14 @@ class FitResult:
     validation_log_likelihood: list[float] = field(default_factory=list)
     lengths: dict[str, LengthSummary] = field(default_factory=dict)
     mean_length: dict[str, list[float]] = field(default_factory=dict)
+    converged: bool = False
     num_steps: int = 0
     seconds: float = 0.0
 
     def __str__(self) -> str:
+        epochs = f"{len(self.elbo)} epochs{', converged' if self.converged else ''}"
         lines = [
-            f"{len(self.elbo)} epochs, {self.num_steps} steps in {self.seconds:.1f} s; nats per row: ELBO "
+            f"{epochs}, {self.num_steps} steps in {self.seconds:.1f} s; nats per row: ELBO "
             f"{self.elbo[-1]:.4g} = log-likelihood {self.log_likelihood[-1]:.4g} - KL {self.kl[-1]:.4g}"
         ]
         if not math.isnan(self.kl_latents[-1]):

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_vnd.diagnostics import evaluate_prefixes, plot_metrics
+from pyro_vnd.diagnostics import evaluate_prefixes, plot_widths
 from pyro_vnd.distributions import OrderedMask
 
 K = 6
@@ -241,7 +241,7 @@ def test_fits_join_along_seed_and_random_numbers_are_the_callers(oracle, data, t
     assert joined["keep_probs"].dims == ("seed", "class", "unit")
     assert (joined["elbo"].std("seed") > 0).all()  # other draws
     assert (joined["mse"].std("seed") == 0).all()
-    (ax,) = plot_metrics(joined.rename(prefix="width"), ["elbo"])
+    (ax,) = plot_widths(joined.rename(prefix="width"), ["elbo"])
     assert ax.get_xlabel() == "code length (latents)"
 
 

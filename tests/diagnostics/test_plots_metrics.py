@@ -6,7 +6,7 @@ import pytest
 import torch
 import xarray as xr
 
-from pyro_vnd.diagnostics import evaluate_learned, evaluate_widths, plot_laws, plot_metrics, plot_ood, plot_reliability
+from pyro_vnd.diagnostics import evaluate_learned, evaluate_widths, plot_laws, plot_ood, plot_reliability, plot_widths
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def band(ax, number=0):
 
 
 def test_lines_are_means_and_bands_standard_errors_over_seeds(seeds):
-    (ax,) = plot_metrics({"nested": seeds}, ["nll"])
+    (ax,) = plot_widths({"nested": seeds}, ["nll"])
     np.testing.assert_allclose(ax.lines[0].get_xdata(), [0.5, 1.0])
     np.testing.assert_allclose(ax.lines[0].get_ydata(), seeds["nll"].mean("seed"))
     first, second = seeds["nll"].values
@@ -42,7 +42,7 @@ def test_lines_are_means_and_bands_standard_errors_over_seeds(seeds):
 
 def test_one_seed_has_its_standard_error_over_rows(seeds):
     one = seeds.sel(seed=[0])
-    nll, ece = plot_metrics(one, ["nll", "ece"])
+    nll, ece = plot_widths(one, ["nll", "ece"])
     mean, error = one["nll"].values[0], one["nll_se"].values[0]
     assert band(nll) == pytest.approx((min(mean - error), max(mean + error)))
     corners = ece.collections[0].get_paths()[0].vertices
@@ -52,7 +52,7 @@ def test_one_seed_has_its_standard_error_over_rows(seeds):
 
 def test_a_method_without_widths_is_a_level_line(seeds, trained, digits):
     learned = evaluate_learned(trained, digits.test, 4, progress=False)
-    (ax,) = plot_metrics({"learned": learned, "nested": seeds}, ["accuracy"], x="multiply_adds")
+    (ax,) = plot_widths({"learned": learned, "nested": seeds}, ["accuracy"], x="multiply_adds")
     assert set(ax.lines[0].get_ydata()) == {learned["accuracy"].item()}
     np.testing.assert_allclose(ax.lines[1].get_xdata(), seeds["multiply_adds"].values[0])
     assert ax.get_xlabel() == "multiply-adds (per row)"
@@ -61,17 +61,17 @@ def test_a_method_without_widths_is_a_level_line(seeds, trained, digits):
 
 def test_metrics_of_foreign_data_are_selected_first(seeds):
     with pytest.raises(ValueError, match=r"'auroc' has the dimensions \['ood', 'score'\] too; select"):
-        plot_metrics({"nested": seeds}, ["auroc"])
-    (ax,) = plot_metrics({"nested": seeds.sel(ood="noise", score="entropy")}, ["auroc"])
+        plot_widths({"nested": seeds}, ["auroc"])
+    (ax,) = plot_widths({"nested": seeds.sel(ood="noise", score="entropy")}, ["auroc"])
     expected = seeds["auroc"].sel(ood="noise", score="entropy").mean("seed")
     np.testing.assert_allclose(ax.lines[0].get_ydata(), expected)
 
 
 def test_unknown_names_are_refused(seeds):
     with pytest.raises(ValueError, match="dataset 'nested' has no metric 'f1'; it has"):
-        plot_metrics({"nested": seeds}, ["f1"])
+        plot_widths({"nested": seeds}, ["f1"])
     with pytest.raises(ValueError, match="has no `x` 'seconds'"):
-        plot_metrics({"nested": seeds}, ["nll"], x="seconds")
+        plot_widths({"nested": seeds}, ["nll"], x="seconds")
     with pytest.raises(ValueError, match=r"`score` must be one of \['doubt', .*got 'energy'"):
         plot_ood(seeds, "energy")
     with pytest.raises(ValueError, match=r"`score` must be one of \[\]"):
@@ -79,32 +79,41 @@ def test_unknown_names_are_refused(seeds):
 
 
 def test_reliability_pools_seeds_and_shows_counts(seeds):
-    figure = plot_reliability(seeds)
-    assert len(figure.axes) == 4
-    above, below = figure.axes[1], figure.axes[3]  # width 1
+    axes = plot_reliability(seeds)
+    assert axes.shape == (2,)
+    right_bars, count_bars = axes[1].containers  # width 1
     at = seeds.sel(width=1.0)
     counts = at["bin_count"].sum("seed")
-    np.testing.assert_allclose([bar.get_height() for bar in below.patches], counts / 718)
+    np.testing.assert_allclose([bar.get_height() for bar in count_bars], counts / 718)
     right = (at["bin_count"] * at["bin_accuracy"]).sum("seed") / counts
-    np.testing.assert_allclose([bar.get_height() for bar in above.patches], right.fillna(0))
-    assert above.get_title() == f"width 1, ECE {at['ece'].mean().item():.3f}"
+    np.testing.assert_allclose([bar.get_height() for bar in right_bars], right.fillna(0))
+    assert axes[1].get_title() == f"width 1, ECE {at['ece'].mean().item():.3f}"
 
 
 def test_reliability_without_widths_has_one_panel(trained, digits):
-    figure = plot_reliability(evaluate_learned(trained, digits.test, 2, progress=False))
-    assert figure.axes[0].get_title().startswith("ECE 0.")
-    assert len(figure.axes) == 2
+    _, given = plt.subplots()
+    (ax,) = plot_reliability(evaluate_learned(trained, digits.test, 2, progress=False), ax=given)
+    assert ax is given
+    assert ax.get_title().startswith("ECE 0.")
 
 
 def test_histograms_of_scores_have_shares_and_aurocs(seeds):
-    figure = plot_ood(seeds, "entropy")
-    ax = figure.axes[1]
+    ax = plot_ood(seeds, "entropy")[1]
     shown = ax.patches[0].get_data()
     assert shown.edges[[0, -1]] == pytest.approx([0, np.log(10)])
     assert shown.values.sum() == pytest.approx(1)
     auroc = seeds["auroc"].sel(width=1.0, ood="noise", score="entropy").mean().item()
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["test", f"noise, AUROC {auroc:.3f}"]
     assert (ax.get_title(), ax.get_xlabel()) == ("width 1", "entropy (nats)")
+
+
+@pytest.mark.parametrize("plot", [plot_widths, plot_reliability, plot_ood])
+def test_axes_may_be_given_and_are_counted(seeds, plot):
+    panels = 3 if plot is plot_widths else 2  # metrics, or widths
+    _, axes = plt.subplots(1, 3)
+    assert plot(seeds, ax=axes[:panels]).tolist() == axes[:panels].tolist()
+    with pytest.raises(ValueError, match=rf"{plot.__name__}: `ax` must be {panels} axes, one a panel; got 1"):
+        plot(seeds, ax=axes[0])
 
 
 def test_laws_are_shown_with_their_priors(trained):

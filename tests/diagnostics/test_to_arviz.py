@@ -1,4 +1,4 @@
-"""Posterior draws in ArviZ: names, dimensions, lengths, scores and the file."""
+"""Fits in ArviZ: groups, names, dimensions, laws of draws, scores and the file."""
 
 import arviz as az
 import numpy as np
@@ -6,12 +6,23 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from scipy import stats
+from torch import nn
 
 from pyro_vnd.diagnostics import summary, to_arviz
-from pyro_vnd.distributions import NestedNormal, OrderedMask
-from pyro_vnd.infer import AutoNested, module_local_params
+from pyro_vnd.diagnostics._arviz import dataset
+from pyro_vnd.diagnostics.loo import compare, loo
+from pyro_vnd.distributions import LogUniform, NestedNormal, OrderedMask
+from pyro_vnd.infer import AutoNested, fit, module_local_params
+from pyro_vnd.nn import NestedClassifier, nest
 
 K, ROWS = 4, 3
+Y = torch.tensor([0.3, -1.2, 0.8, 2.0, 0.1], dtype=torch.float64)
+VARIANCE = 1 / (len(Y) + 1)
+MEAN = Y.sum() * VARIANCE
 
 
 def model(y):
@@ -19,6 +30,24 @@ def model(y):
     with pyro.plate("data", len(y)):
         mask = pyro.sample("mask", OrderedMask.geometric(0.5, K))
         pyro.sample("y", dist.Normal(mask.sum(-1) + w.sum(-1), 1.0), obs=y)
+
+
+def conjugate(y=Y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        return pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def posterior(y=Y):
+    pyro.sample("z", dist.Normal(MEAN, VARIANCE**0.5))
+
+
+def shifted(y=Y):
+    pyro.sample("z", dist.Normal(MEAN + VARIANCE**0.5, VARIANCE**0.5))
+
+
+def log_normal(x, mean, variance):
+    return stats.norm.logpdf(x, mean, np.sqrt(variance))
 
 
 @pytest.fixture
@@ -30,22 +59,75 @@ def fitted():
     return guide, y
 
 
+def test_groups_and_variables(fitted):
+    guide, y = fitted
+    data = to_arviz(model, guide, y, num_samples=30, num_prior=20, constant_data={"y_twice": 2 * y})
+    variables = {
+        "posterior": {"w", "mask", "mask_length"},
+        "prior": {"w", "mask", "mask_length"},
+        "posterior_predictive": {"y"},
+        "prior_predictive": {"y"},
+        "log_likelihood": {"y"},
+        "observed_data": {"y"},
+        "constant_data": {"y_twice"},
+        "sample_stats": {"log_p", "log_q", "elbo", "weight", "khat"},
+    }
+    found = data.children if hasattr(data, "children") else data.groups()
+    assert set(found) == set(variables)
+    assert {group: set(dataset(data, group)) for group in variables} == variables
+    assert data.prior.sizes["draw"] == data.prior_predictive.sizes["draw"] == 20
+    for group in ("posterior", "posterior_predictive", "log_likelihood", "sample_stats"):
+        assert dataset(data, group).sizes["chain"] == 1
+        assert dataset(data, group).sizes["draw"] == 30
+        assert dataset(data, group).attrs["inference_library"] == "pyro"
+    for name in ("log_p", "log_q", "elbo"):
+        assert data.sample_stats[name].attrs == {"units": "nats"}
+    assert data.log_likelihood["y"].attrs == {"units": "nats"}
+    np.testing.assert_array_equal(data.observed_data["y"], y)
+    np.testing.assert_array_equal(data.constant_data["y_twice"], 2 * y)
+
+
 def test_sites_dimensions_and_lengths(fitted):
     guide, y = fitted
     data = to_arviz(model, guide, y, num_samples=50)
-    posterior = data.posterior
-    assert set(posterior.data_vars) == {"w", "mask", "mask_length"}
-    assert posterior["mask"].dims == ("chain", "draw", "data", "mask_unit")
-    assert posterior["mask_length"].dims == ("chain", "draw", "data")
-    assert posterior["w"].shape == (1, 50, 2)
-    assert posterior["mask_unit"].values.tolist() == [1, 2, 3, 4]
-    np.testing.assert_array_equal(posterior["mask_length"], posterior["mask"].sum("mask_unit"))
+    for group in (data.posterior, data.prior):
+        assert group["mask"].dims == ("chain", "draw", "data", "mask_unit")
+        assert group["mask_length"].dims == ("chain", "draw", "data")
+        assert group["w"].shape == (1, 50, 2)
+        assert group["mask_unit"].values.tolist() == [1, 2, 3, 4]
+        np.testing.assert_array_equal(group["mask_length"], group["mask"].sum("mask_unit"))
+    for group in (data.log_likelihood, data.posterior_predictive, data.prior_predictive):
+        assert group["y"].dims == ("chain", "draw", "data")
+    assert data.observed_data["y"].dims == ("data",)
+
+
+def test_caller_names_dimensions_and_gives_coordinates(fitted):
+    guide, y = fitted
+    x = torch.randn(ROWS, 2)
+    data = to_arviz(
+        model,
+        guide,
+        y,
+        num_samples=5,
+        dims={"w": ["class"], "mask": ["latent"], "x": ["data", "class"]},
+        coords={"class": ["a", "b"], "data": [10, 20, 30]},
+        constant_data={"x": x},
+    )
+    assert data.posterior["w"].dims == ("chain", "draw", "class")
+    assert data.prior["mask"].dims == ("chain", "draw", "data", "latent")
+    assert data.posterior["mask_length"].dims == ("chain", "draw", "data")
+    assert data.posterior["latent"].values.tolist() == [1, 2, 3, 4]
+    assert data.log_likelihood["data"].values.tolist() == [10, 20, 30]
+    assert data.constant_data["x"].dims == ("data", "class")
+    assert float(data.constant_data["x"].sel(data=20, **{"class": "b"})) == x[1, 1]
 
 
 def test_draws_follow_the_law_of_the_guide(fitted):
     guide, y = fitted
-    n = 2000
-    lengths = to_arviz(model, guide, y, num_samples=n).posterior["mask_length"].values.ravel()
+    n = 1000
+    lengths = (
+        to_arviz(model, guide, y, num_samples=n, num_prior=0, predictive=False).posterior["mask_length"].values.ravel()
+    )
     counts = np.bincount(lengths.astype(int), minlength=K + 1)[1:]
     expected = guide.laws["mask"].probs[0].numpy() * n * ROWS
     # Pearson's statistic has mean K - 1 = 3; 16.3 is its 99.9 % quantile.
@@ -56,15 +138,270 @@ def test_draws_follow_the_law_of_the_guide(fitted):
 def test_scores_are_the_log_densities_of_the_draws(fitted):
     guide, y = fitted
     data = to_arviz(model, guide, y, num_samples=5)
-    posterior = data.posterior
-    w, lengths = torch.tensor(posterior["w"].values[0]), torch.tensor(posterior["mask_length"].values[0])
+    w, lengths = (torch.tensor(data.posterior[name].values[0]) for name in ("w", "mask_length"))
     log_mask = OrderedMask.geometric(0.5, K).logits[lengths.long() - 1].sum(-1)
-    log_p = dist.Normal(0.0, 1.0).log_prob(w).sum(-1) + log_mask
-    log_p = log_p + dist.Normal(lengths + w.sum(-1, keepdim=True), 1.0).log_prob(y).sum(-1)
+    by_row = dist.Normal(lengths + w.sum(-1, keepdim=True), 1.0).log_prob(y)
+    log_p = dist.Normal(0.0, 1.0).log_prob(w).sum(-1) + log_mask + by_row.sum(-1)
     # The guide starts at the law of the model for the masks.
     log_q = dist.Normal(guide[0].locs.w, guide[0].scales.w).log_prob(w).sum(-1) + log_mask
     np.testing.assert_allclose(data.sample_stats["log_p"].values[0], log_p.detach(), rtol=1e-10)
     np.testing.assert_allclose(data.sample_stats["log_q"].values[0], log_q.detach(), rtol=1e-10)
+    np.testing.assert_allclose(data.sample_stats["elbo"].values[0], (log_p - log_q).detach(), rtol=1e-10)
+    np.testing.assert_allclose(data.log_likelihood["y"].values[0], by_row, rtol=1e-10)
+
+
+def test_laws_of_a_conjugate_model():
+    n = 1000
+    data = to_arviz(conjugate, posterior, num_samples=n)
+    draws = {
+        "posterior": data.posterior["z"].values[0],
+        "prior": data.prior["z"].values[0],
+        "posterior predictive": data.posterior_predictive["y"].values[0, :, 2],
+        "prior predictive": data.prior_predictive["y"].values[0, :, 2],
+    }
+    laws = {
+        "posterior": stats.norm(MEAN, VARIANCE**0.5),
+        "prior": stats.norm(0, 1),
+        "posterior predictive": stats.norm(MEAN, (1 + VARIANCE) ** 0.5),
+        "prior predictive": stats.norm(0, 2**0.5),
+    }
+    for name, x in draws.items():
+        assert stats.kstest(x, laws[name].cdf).pvalue > 0.001, name
+    # Power: the observed values, the predictive without the latent's variance, and the prior's without the noise's.
+    assert stats.kstest(draws["posterior predictive"], stats.norm(MEAN, 2**0.5).cdf).pvalue < 1e-3
+    assert stats.kstest(draws["prior predictive"], laws["prior"].cdf).pvalue < 1e-3
+    # Rows share the latent: their covariance is its variance, with a standard error of some 1.2 / sqrt(n).
+    covariance = np.cov(data.posterior_predictive["y"].values[0].T)[0, 1]
+    assert abs(covariance - VARIANCE) < 4 * 1.2 / n**0.5
+
+
+def test_elbo_of_the_exact_posterior_is_the_evidence():
+    exact = to_arviz(conjugate, posterior, num_samples=100).sample_stats
+    covariance = np.eye(len(Y)) + 1
+    evidence = stats.multivariate_normal(np.zeros(len(Y)), covariance).logpdf(Y)
+    np.testing.assert_allclose(exact["elbo"], evidence)
+    np.testing.assert_allclose(exact["weight"], 0.01)
+    assert exact["khat"].values == -np.inf  # all weights are equal
+    # KL of the shifted guide: a shift of one standard deviation costs 1/2; the ELBO's standard error is 1 / sqrt(n).
+    elbo = to_arviz(conjugate, shifted, num_samples=1000, num_prior=0, predictive=False).sample_stats["elbo"]
+    assert abs(float(elbo.mean()) - (evidence - 0.5)) < 4 / 1000**0.5
+
+
+def test_weights_turn_draws_of_the_guide_into_draws_of_the_posterior():
+    options = {"num_samples": 1000, "num_prior": 0, "predictive": False}
+    data = to_arviz(conjugate, [shifted, shifted], **options)
+    weight, z = data.sample_stats["weight"], data.posterior["z"]
+    np.testing.assert_allclose(weight.sum("draw"), [1, 1])
+    # Weights exp(-u), u normal, leave 1000 / e draws in effect.
+    z_score = ((weight * z).sum("draw") - float(MEAN)) / (VARIANCE * np.e / 1000) ** 0.5
+    assert abs(z_score).max() < 4
+    assert (z.mean("draw") - float(MEAN)).min() > 0.9 * VARIANCE**0.5  # power: without weights
+    assert data.sample_stats["khat"].dims == ("chain",)
+    assert (data.sample_stats["khat"] < 0.7).all()
+
+    def narrow(y=Y):
+        pyro.sample("z", dist.Normal(MEAN, 0.1 * VARIANCE**0.5))
+
+    assert (to_arviz(conjugate, narrow, **options).sample_stats["khat"] > 0.7).all()
+
+
+def test_each_fit_is_a_chain():
+    data = to_arviz(conjugate, [posterior, posterior, shifted], num_samples=400, num_prior=50)
+    assert data.posterior["z"].shape == (3, 400)
+    assert data.prior["z"].shape == (3, 50)
+    means = data.posterior["z"].mean("draw").values - float(MEAN)
+    np.testing.assert_allclose(means, [0, 0, VARIANCE**0.5], atol=4 * (VARIANCE / 400) ** 0.5)
+    z = data.posterior["z"].values
+    np.testing.assert_allclose(data.sample_stats["log_q"].values[0], log_normal(z[0], MEAN, VARIANCE))
+    np.testing.assert_allclose(data.sample_stats["log_q"].values[2], log_normal(z[2], MEAN + VARIANCE**0.5, VARIANCE))
+    assert summary(data)["r_hat"]["z"] > 1.05
+    agreed = to_arviz(conjugate, [posterior] * 3, num_samples=400)
+    assert summary(agreed)["r_hat"]["z"] < 1.02
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(scale).log())
+
+    def forward(self, y):
+        pyro.module("scaled", self)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(z, self.log_scale.exp()), obs=y)
+
+
+def test_each_fit_can_have_a_model_with_parameters_of_its_own():
+    data = to_arviz([Scaled(1.0), Scaled(3.0)], (posterior, posterior), Y, num_samples=400)
+    z = data.posterior["z"].values[..., None]
+    np.testing.assert_allclose(data.log_likelihood["y"].values[0], log_normal(Y, z[0], 1.0))
+    np.testing.assert_allclose(data.log_likelihood["y"].values[1], log_normal(Y, z[1], 9.0))
+    assert data.posterior_predictive["y"].std(["draw", "data"]).values[1] == pytest.approx(3, rel=0.1)
+
+
+def test_parameters_of_the_global_store_are_used():
+    def guide(y):
+        loc = pyro.param("loc", torch.tensor(0.0))
+        pyro.sample("z", dist.Normal(loc, VARIANCE**0.5))
+
+    svi = SVI(conjugate, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+    for _ in range(100):
+        svi.step(Y)
+    loc = pyro.param("loc").item()
+    assert abs(loc) > 0.05
+    data = to_arviz(conjugate, guide, Y, num_samples=400)
+    np.testing.assert_allclose(data.sample_stats["log_q"][0], log_normal(data.posterior["z"][0], loc, VARIANCE))
+
+
+def test_scale_counts_in_the_joint_but_not_by_row():
+    def subsampling(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 5 * len(y), subsample_size=len(y)), poutine.scale(scale=0.5):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    data = to_arviz(subsampling, posterior, Y, num_samples=20)
+    z = data.posterior["z"].values[0]
+    by_row = log_normal(Y, z[:, None], 1.0)
+    np.testing.assert_allclose(data.log_likelihood["y"][0], by_row)
+    np.testing.assert_allclose(data.sample_stats["log_p"][0], log_normal(z, 0, 1) + 2.5 * by_row.sum(-1))
+
+
+def test_a_plate_that_subsamples_keeps_its_rows():
+    def subsampling(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y), subsample_size=3) as rows:
+            local = pyro.sample("local", dist.Normal(z, 1.0))
+            pyro.sample("y", dist.Normal(local, 1.0), obs=y[rows])
+
+    def guide(y):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y), subsample_size=3) as rows:
+            pyro.sample("local", dist.Normal(y[rows], 1e-3))
+
+    y = torch.arange(100.0)
+    data = to_arviz(subsampling, [guide, guide], y, num_samples=20)
+    rows = data.observed_data["y"].values
+    assert len(set(rows)) == 3
+    np.testing.assert_allclose(data.posterior["local"], np.broadcast_to(rows, (2, 20, 3)), atol=0.01)
+    np.testing.assert_allclose(data.log_likelihood["y"], log_normal(rows, data.posterior["local"], 1.0))
+
+
+@pytest.mark.parametrize("how", ["poutine", "distribution"])
+def test_masked_rows_have_no_likelihood(how):
+    shown = torch.tensor([True, False, True, True, False])
+
+    def masked(y=Y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        law = dist.Normal(z, 1.0).expand([len(y)])
+        with pyro.plate("data", len(y)):
+            if how == "distribution":
+                pyro.sample("y", law.mask(shown), obs=y)
+            else:
+                with poutine.mask(mask=shown):
+                    pyro.sample("y", law, obs=y)
+
+    def guide(y=Y):
+        pyro.sample("z", dist.Normal(Y[shown].sum() / 4, 0.5))
+
+    data = to_arviz(masked, guide, num_samples=400, num_prior=0)
+    z, by_row = data.posterior["z"].values[0], data.log_likelihood["y"].values[0]
+    assert np.isnan(by_row[:, ~shown.numpy()]).all()
+    np.testing.assert_allclose(by_row[:, shown], log_normal(Y[shown], z[:, None], 1.0))
+    np.testing.assert_allclose(data.sample_stats["log_p"][0], log_normal(z, 0, 1) + np.nansum(by_row, -1))
+    assert loo(data).n_data_points == 3
+    assert np.unique(data.posterior_predictive["y"].values[..., 1]).size == 400  # masked rows are predicted, too
+
+
+def test_missing_values_of_a_partly_observed_site_are_predicted():
+    shown = torch.tensor([True, False, True, True, False])
+
+    def partly(y=Y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y, obs_mask=shown)
+
+    data = to_arviz(partly, posterior, num_samples=1000)
+    assert set(data.posterior.data_vars) == {"z", "y"}
+    np.testing.assert_allclose(data.posterior["y"].values[0, :, shown], np.broadcast_to(Y[shown][:, None], (3, 1000)))
+    z = data.posterior["z"].values[0]
+    residual = data.posterior["y"].values[0, :, ~shown.numpy()] - z
+    assert stats.kstest(residual.ravel(), stats.norm.cdf).pvalue > 0.001
+    assert set(data.posterior_predictive.data_vars) == {"y_observed", "y_unobserved"}
+    log_p = log_normal(z, 0, 1) + log_normal(Y[shown], z[:, None], 1.0).sum(-1)
+    np.testing.assert_allclose(data.sample_stats["log_p"][0], log_p)
+
+
+def test_several_observed_sites_events_factors_and_deterministic_sites():
+    images, counts = torch.randn(3, 2, 4), torch.tensor([0, 2, 5])
+
+    def several():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("image", 3):
+            twice = pyro.deterministic("twice", 2 * z.expand(3), event_dim=0)
+            pyro.sample("pixels", dist.Normal(twice[:, None, None].expand(3, 2, 4), 1.0).to_event(2), obs=images)
+            pyro.sample("count", dist.Poisson(z.exp()), obs=counts)
+        pyro.factor("penalty", -(z**2))
+
+    data = to_arviz(several, posterior, num_samples=20, dims={"pixels": ["row", "column"]})
+    z = data.posterior["z"].values[0]
+    assert set(data.observed_data.data_vars) == set(data.prior_predictive.data_vars) == {"pixels", "count"}
+    assert data.observed_data["pixels"].dims == ("image", "row", "column")
+    assert data.posterior_predictive["pixels"].dims == ("chain", "draw", "image", "row", "column")
+    pixels = log_normal(images, 2 * z[:, None, None, None], 1.0).sum((-1, -2))
+    count = stats.poisson.logpmf(counts, np.exp(z)[:, None])
+    assert data.log_likelihood["pixels"].dims == ("chain", "draw", "image")
+    np.testing.assert_allclose(data.log_likelihood["pixels"][0], pixels)
+    np.testing.assert_allclose(data.log_likelihood["count"][0], count)
+    log_p = log_normal(z, 0, 1) + pixels.sum(-1) + count.sum(-1) - z**2
+    np.testing.assert_allclose(data.sample_stats["log_p"][0], log_p)
+    assert data.posterior["twice"].dims == ("chain", "draw", "image")
+    np.testing.assert_allclose(data.prior["twice"][0, :, 1], 2 * data.prior["z"][0])
+    with pytest.raises(ValueError, match="`var_name` must name one of"):
+        loo(data)
+
+
+def test_later_data_are_predicted_from_predicted_data():
+    def walk():
+        z = pyro.sample("z", dist.Normal(0.0, 1e-3))
+        first = pyro.sample("first", dist.Normal(z, 1.0), obs=torch.tensor(50.0))
+        pyro.sample("second", dist.Normal(first, 1e-3), obs=torch.tensor(50.0))
+
+    predicted = to_arviz(walk, lambda: pyro.sample("z", dist.Normal(0.0, 1e-3)), num_samples=20).posterior_predictive
+    np.testing.assert_allclose(predicted["second"], predicted["first"], atol=0.01)
+    assert abs(predicted["first"]).max() < 5
+
+
+@pytest.mark.parametrize("auto", [AutoNormal, AutoMultivariateNormal])
+def test_auxiliary_sites_of_autoguides_count_in_the_density_only(auto):
+    def positive(y=Y):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+
+    guide = auto(positive, init_scale=0.3)
+    data = to_arviz(positive, guide, num_samples=30)
+    assert set(data.posterior.data_vars) == {"scale"}
+    log_scale = np.log(data.posterior["scale"].values[0])
+    with module_local_params(guide):
+        loc = guide.median()["scale"].log().item()
+    # The density of the scale, not of its logarithm.
+    np.testing.assert_allclose(data.sample_stats["log_q"][0], log_normal(log_scale, loc, 0.09) - log_scale)
+
+
+def test_one_mask_for_each_group():
+    def grouped():
+        with pyro.plate("group", 3):
+            mask = pyro.sample("mask", OrderedMask.uniform(K))
+            with pyro.plate("data", 5):
+                pyro.sample("y", dist.Normal(mask.sum(-1), 1.0), obs=torch.zeros(5, 3))
+
+    data = to_arviz(grouped, AutoNested(grouped), num_samples=40)
+    assert data.posterior["mask"].dims == ("chain", "draw", "group", "mask_unit")
+    assert data.log_likelihood["y"].dims == ("chain", "draw", "data", "group")
+    lengths = data.posterior["mask_length"].values
+    assert (lengths.std(-1) > 0).any()
+    by_row = log_normal(0.0, lengths[:, :, None], 1.0)
+    np.testing.assert_allclose(data.log_likelihood["y"], np.broadcast_to(by_row, (1, 40, 5, 3)))
 
 
 def test_nested_normal_has_its_length_too():
@@ -72,20 +409,168 @@ def test_nested_normal_has_its_length_too():
         with pyro.plate("data", 6):
             pyro.sample("code", NestedNormal(torch.zeros(K), torch.ones(K), torch.zeros(K)))
 
-    posterior = to_arviz(site, site, num_samples=20).posterior
-    code, length = posterior["code"].values, posterior["code_length"].values
-    assert ((code != 0).sum(-1) == length).all()
-    assert set(np.unique(length)) == {1, 2, 3, 4}
+    data = to_arviz(site, site, num_samples=20, dims={"code": ["latent"]})
+    for group in (data.posterior, data.prior):
+        code, length = group["code"].values, group["code_length"].values
+        assert group["code"].dims == ("chain", "draw", "data", "latent")
+        assert ((code != 0).sum(-1) == length).all()
+        assert set(np.unique(length)) == {1, 2, 3, 4}
+    assert "posterior_predictive" not in (data.children if hasattr(data, "children") else data.groups())
 
 
-def test_netcdf_round_trip(fitted, tmp_path):
+def classifier(masks):
+    torch.manual_seed(0)
+    x = torch.randn(24, 4)
+    labels = (x[:, 0] > 0).long() + (x[:, 1] > 1).long()
+    net = nest(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), x[:1], num_groups=4, masks=masks)
+    fit(NestedClassifier(net), net.posterior, (x, labels), num_epochs=5, progress=False)
+    return NestedClassifier(net), net.posterior, x, labels
+
+
+@pytest.mark.parametrize("masks", ["example", "batch"])
+def test_nested_classifier(masks, tmp_path):
+    net, guide, x, labels = classifier(masks)
+    data = to_arviz(net, guide, x, labels, num_samples=40, coords={"data": np.arange(100, 124)})
+    (mask,) = (name for name in data.posterior.data_vars if name.endswith("mask"))
+    rows = ("data",) if masks == "example" else ()
+    assert data.posterior[mask].dims == ("chain", "draw", *rows, f"{mask}_unit")
+    assert data.posterior[f"{mask}_length"].dims == ("chain", "draw", *rows)
+    weights = [name for name in data.posterior.data_vars if name.endswith("weight")]
+    assert [data.posterior[name].shape[2:] for name in weights] == [(8, 4), (3, 8)]
+    assert data.log_likelihood["label"].dims == ("chain", "draw", "data")
+    np.testing.assert_array_equal(data.observed_data["label"], labels)
+    # A label is predicted as often as its likelihood says: mean and variance of a sum of Bernoulli draws.
+    p = np.exp(data.log_likelihood["label"].values)
+    right = (data.posterior_predictive["label"].values == labels.numpy()).sum()
+    assert abs(right - p.sum()) < 4 * (p * (1 - p)).sum() ** 0.5
+    assert np.isfinite(data.sample_stats["elbo"]).all()
+    data.to_netcdf(str(tmp_path / "net.nc"))
+    back = az.from_netcdf(str(tmp_path / "net.nc"))
+    np.testing.assert_array_equal(back.posterior[mask], data.posterior[mask])
+
+
+def test_labels_that_are_not_given_are_predictions():
+    net, guide, x, labels = classifier("example")
+    with_labels = to_arviz(net, guide, x, labels, num_samples=30)
+    without = to_arviz(net, guide, x, num_samples=30)
+    groups = without.children if hasattr(without, "children") else without.groups()
+    assert "observed_data" not in groups
+    assert set(without.posterior.data_vars) == set(with_labels.posterior.data_vars)
+    assert without.posterior_predictive["label"].dims == ("chain", "draw", "data")
+    assert without.prior_predictive["label"].dims == ("chain", "draw", "data")
+    # Without data the evidence is 1, and the ELBO minus a divergence.
+    assert float(without.sample_stats["elbo"].mean()) < 0
+
+
+def test_modules_are_evaluated_as_they_are_used_and_left_as_they_were():
+    norm = nn.BatchNorm1d(1)
+
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, y=Y):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", len(y)):
+                pyro.sample("y", dist.Normal(z + self.norm(y[:, None])[:, 0], 1.0), obs=y)
+
+    module = Normed()
+    to_arviz(module, posterior, num_samples=3)
+    assert norm.running_mean.item() == 0
+    assert module.training
+    assert norm.training
+
+
+def test_seed(fitted):
     guide, y = fitted
-    data = to_arviz(model, guide, y, num_samples=5)
+
+    def lengths(seed):
+        return to_arviz(model, guide, y, num_samples=20, seed=seed).posterior["w"].values
+
+    state = torch.random.get_rng_state()
+    np.testing.assert_array_equal(lengths(0), lengths(0))
+    assert (lengths(0) != lengths(1)).any()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert (lengths(None) != lengths(None)).any()
+
+
+def test_parts_can_be_left_out(fitted):
+    guide, y = fitted
+    data = to_arviz(model, guide, y, num_samples=5, num_prior=0, predictive=False)
+    groups = data.children if hasattr(data, "children") else data.groups()
+    assert set(groups) == {"posterior", "sample_stats", "log_likelihood", "observed_data"}
+    only = to_arviz(model, guide, y, num_samples=5, num_prior=5, predictive=False)
+    assert not hasattr(only, "prior_predictive")
+    assert set(only.prior.data_vars) == {"w", "mask", "mask_length"}
+
+
+def test_an_improper_prior_has_no_draws():
+    def improper():
+        w = pyro.sample("w", LogUniform())
+        pyro.sample("y", dist.Normal(w, 1.0), obs=torch.tensor(2.0))
+
+    def guide():
+        pyro.sample("w", dist.Normal(2.0, 0.1))
+
+    data = to_arviz(improper, guide, num_samples=5)
+    assert not hasattr(data, "prior")
+    assert data.posterior_predictive["y"].shape == (1, 5)
+    with pytest.raises(ValueError, match="`num_prior` must be 0"):
+        to_arviz(improper, guide, num_samples=5, num_prior=5)
+
+
+def test_data_without_a_sampler_are_not_predicted():
+    def without():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+        pyro.sample("w", LogUniform(), obs=torch.tensor(2.0))
+
+    def guide():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="`predictive` must be False: an observed site has no draws"):
+        to_arviz(without, guide, num_samples=3)
+    data = to_arviz(without, guide, num_samples=3, num_prior=0, predictive=False)
+    assert set(data.log_likelihood.data_vars) == {"y", "w"}
+
+
+def test_netcdf_round_trip_of_all_groups(fitted, tmp_path):
+    guide, y = fitted
+    data = to_arviz(model, [guide, guide], y, num_samples=30, constant_data={"index": torch.arange(ROWS)})
     path = tmp_path / "posterior.nc"
     data.to_netcdf(str(path))
     back = az.from_netcdf(str(path))
-    np.testing.assert_array_equal(back.posterior["mask"], data.posterior["mask"])
-    np.testing.assert_array_equal(back.sample_stats["log_q"], data.sample_stats["log_q"])
+    groups = list(data.children if hasattr(data, "children") else data.groups())
+    assert len(groups) == 8
+    for group in groups:
+        assert dataset(back, group).load().identical(dataset(data, group)), group
+
+
+def test_loo_is_close_to_the_exact_leave_one_out_density():
+    n = len(Y)
+    exact = log_normal(Y, (Y.sum() - Y) / n, 1 + 1 / n)
+    options = {"num_samples": 2000, "num_prior": 0, "predictive": False}
+    data = to_arviz(conjugate, posterior, **options)
+    np.testing.assert_allclose(loo(data).elpd_i, exact, atol=0.03)
+    off = to_arviz(conjugate, [shifted, shifted], **options)
+    assert abs(loo(off).elpd - exact.sum()) < 0.15
+    assert abs(loo(off, variational=False).elpd - exact.sum()) > 0.3  # power: draws of the guide as they are
+
+
+def test_comparison_of_models():
+    def without_latent(y=Y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(0.01 * z, 5.0), obs=y)
+
+    right = to_arviz(conjugate, posterior, num_samples=500)
+    wrong = to_arviz(without_latent, lambda y=Y: pyro.sample("z", dist.Normal(0.0, 1.0)), num_samples=500)
+    table = compare({"wrong": loo(wrong), "right": right})
+    assert table.index.tolist() == ["right", "wrong"]
+    assert table["elpd"]["wrong"] == pytest.approx(log_normal(Y, 0, 25).sum(), abs=0.01)
+    with pytest.raises(ValueError, match=r"`datasets` must have at least two models; got \['right'\]"):
+        compare({"right": right})
 
 
 def test_summary_shows_no_convergence_statistics_of_a_single_fit(fitted):
@@ -96,7 +581,85 @@ def test_summary_shows_no_convergence_statistics_of_a_single_fit(fitted):
     assert not {"r_hat", "ess_bulk", "ess_tail"} & set(table.columns)
 
 
-def test_number_of_samples_is_checked(fitted):
+def test_summary_of_several_fits_has_no_nan(fitted):
     guide, y = fitted
-    with pytest.raises(ValueError, match="`num_samples` must be at least 1; got 0"):
-        to_arviz(model, guide, y, num_samples=0)
+    table = summary(to_arviz(model, [guide, guide], y, num_samples=200, num_prior=0))
+    assert not table.isna().any(axis=None)
+    assert table["r_hat"].max() < 1.05
+    assert (table["r_hat"][[f"mask[{i}, 1]" for i in range(ROWS)]] == 1).all()
+
+
+def test_enumerated_sites_must_be_drawn_by_the_guide():
+    @pyro.infer.config_enumerate
+    def mixture():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(Y)):
+            which = pyro.sample("which", dist.Categorical(torch.ones(2)))
+            pyro.sample("y", dist.Normal(z + which, 1.0), obs=Y)
+
+    with pytest.raises(ValueError, match=r"\['which'\] are marked for enumeration .* Add them to the guide"):
+        to_arviz(mixture, lambda: pyro.sample("z", dist.Normal(0.0, 1.0)), num_samples=2)
+
+    def full():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(Y)):
+            pyro.sample("which", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+
+    data = to_arviz(mixture, full, num_samples=20)
+    assert data.posterior["which"].dims == ("chain", "draw", "data")
+    assert set(np.unique(data.posterior["which"])) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_samples": 0}, "`num_samples` must be at least 1; got 0"),
+        ({"num_prior": -1}, "`num_prior` must be at least 0; got -1"),
+        ({"dims": {"mask": ["a", "b", "c"]}}, r"`dims` names 3 dimensions \['a', 'b', 'c'\] of 'mask'; it has 2"),
+        ({"dims": {"nothing": ["a"]}}, r"`dims` names \['nothing'\]; variables: "),
+        ({"dims": {"mask": ["data"]}}, "`dims` must name dimensions of 'mask' apart"),
+        ({"dims": {"w": ["data"]}}, "dimension 'data' must have one size"),
+        ({"coords": {"nothing": [1]}}, "`coords` names 'nothing'; dimensions: "),
+        ({"coords": {"data": [1]}}, "`coords` must have 3 values for 'data'; got 1"),
+        ({"guide": []}, "got 0 models and 0 guides"),
+        ({"model": [model, model]}, "got 2 models and 1 guides"),
+        ({"guide": "guide"}, "`guide` must be callable; got str"),
+        ({"model": None}, "`model` must be callable; got NoneType"),
+        ({"guide": lambda y: None}, r"`guide` must draw sites of the model, \['w', 'mask'\]; it draws \[\]"),
+    ],
+)
+def test_bad_arguments_are_named(fitted, arguments, message):
+    guide, y = fitted
+    arguments = {"model": model, "guide": guide, "num_samples": 3, **arguments}
+    model_, guide_ = arguments.pop("model"), arguments.pop("guide")
+    with pytest.raises(ValueError, match=message):
+        to_arviz(model_, guide_, y, **arguments)
+
+
+def test_sites_with_a_wrong_name_or_shape_are_named():
+    def misspelt(y=Y):
+        pyro.sample("zz", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"`guide` must draw sites of the model, \['z'\]; it draws \['zz'\]"):
+        to_arviz(conjugate, misspelt, num_samples=3)
+
+    def growing():
+        pyro.sample("z", dist.Normal(torch.zeros(len(size)), 1.0).to_event(1))
+
+    def growing_guide():
+        size.append(1)
+        growing()
+
+    size = []
+    with pytest.raises(ValueError, match=r"'z' must have one shape in all draws and fits; got \(1,\) and \(2,\)"):
+        to_arviz(growing, growing_guide, num_samples=3, num_prior=0)
+
+    def sometimes():
+        calls.append(1)
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        if len(calls) > 4:
+            pyro.sample("rare", dist.Normal(0.0, 1.0))
+
+    calls = []
+    with pytest.raises(ValueError, match="'rare' must be in all draws and fits; it is in"):
+        to_arviz(sometimes, sometimes, num_samples=5, num_prior=0)
