@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 # One torch thread in each test process: with more they wait for each other.
 PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test lint format bench notebooks clean
+.PHONY: help demo test lint format bench notebooks docs clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -28,10 +28,18 @@ bench: .venv/installed  ## Measure the masks against their peers
 	$(RUN) -m benchmarks.masks
 
 notebooks: .venv/installed  ## Run the notebooks from their scripts and keep the outputs
-	$(RUN) -m jupytext --to ipynb --execute notebooks/*.py
+	$(RUN) -m jupytext --quiet --update --to ipynb notebooks/*.py
+	env -u PYRO_VND_SMOKE OMP_NUM_THREADS=1 $(RUN) -m nbconvert --log-level ERROR --to notebook --inplace --execute \
+		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	$(RUN) -m nbconvert --log-level ERROR --to notebook --inplace --coalesce-streams notebooks/*.ipynb
+
+docs: .venv/installed-docs  ## Build the documentation into site; a warning is an error
+	$(RUN) -m sphinx --conf-dir docs --doctree-dir build/doctrees --fresh-env --fail-on-warning --quiet . site
+	@cp site/README.html site/index.html
+	@echo "The documentation begins at site/index.html"
 
 clean:  ## Remove .venv, caches and build outputs; results/ stays
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp: older than either file means that the environment is out of date.
@@ -43,4 +51,8 @@ clean:  ## Remove .venv, caches and build outputs; results/ stays
 	$(PYTHON) -m venv .venv
 	@echo "Installing into .venv, which takes a few minutes the first time"
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,dev,notebooks]'
+	@touch $@
+
+.venv/installed-docs: .venv/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@

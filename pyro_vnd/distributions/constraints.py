@@ -56,5 +56,10 @@ class _NestedVector(constraints.Constraint):
 
 
 ordered_mask = _OrderedMask()
+r"""Vectors with $1 = z_1 \ge z_2 \ge \dots \ge z_K \ge 0$, up to rounding: the support of `RelaxedOrderedMask`."""
+
 binary_ordered_mask = _BinaryOrderedMask()
+r"""Vectors of k ones followed by K - k zeros, $1 \le k \le K$: the support of `OrderedMask`."""
+
 nested_vector = _NestedVector()
+"""Real vectors whose coordinates past some length are zero: the support of `NestedNormal`; nothing maps to it."""

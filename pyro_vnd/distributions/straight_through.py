@@ -26,7 +26,8 @@ class OrderedMaskStraightThrough(OrderedMask):
 
       and with noise "gumbel", K numbers $g_k$ a mask,
 
-      $$\tilde z = \mathrm{TailSum}(\mathrm{softmax}((\log p + g) / \tau)), \qquad L = \arg\max_k (\log p_k + g_k).$$
+      $$\tilde z = \mathrm{TailSum}(\mathrm{softmax}((\log p + g) / \tau)), \qquad
+        L = \mathrm{arg\,max}_k (\log p_k + g_k).$$
 
     The gradient is biased towards that of the relaxed objective, and its variance grows as the temperature falls. The
     logistic noise has less variance wherever it was measured, and less bias for strongly nonlinear objectives; for a

@@ -13,7 +13,12 @@ __all__ = ["Axis", "Run", "take", "take_block"]
 
 
 class Run(NamedTuple):
-    """Consecutive channels that belong to one width, each unit `size // num_units` of them; or to none."""
+    """Consecutive channels that belong to one width, each unit `size // num_units` of them; or to none.
+
+    Attributes:
+        width: The width whose units they are, or None if they cannot be cut.
+        size: Number of channels.
+    """
 
     width: Width | None
     size: int
