@@ -33,8 +33,8 @@ def plot_keep_probs(
     """
     ax = ax or plt.subplots(figsize=figsize, layout="constrained")[1]
     for name in var_names:
-        kept = (data.posterior[name] != 0).astype(float)
-        rows = [dim for dim in kept.dims if dim not in ("chain", "draw", f"{name}_unit")]
+        kept = (data.posterior[name] != 0).astype(float)  # units are the last dimension, whatever its name
+        rows = [dim for dim in kept.dims[:-1] if dim not in ("chain", "draw")]
         curves = kept.mean(rows).stack(sample=("chain", "draw")).transpose("sample", ...).to_numpy()
         units = np.arange(1, curves.shape[-1] + 1)
         low, high = np.quantile(curves, [(1 - prob) / 2, (1 + prob) / 2], axis=0)
@@ -71,7 +71,7 @@ def plot_length_posterior(
         raise ValueError(f"plot_length_posterior: `var_names` must be mask sites, {known}; got {unknown}")
     ax = ax or plt.subplots(figsize=figsize, layout="constrained")[1]
     for number, name in enumerate(var_names):
-        num_units, color = data.posterior.sizes[f"{name}_unit"], f"C{number}"
+        num_units, color = data.posterior[name].shape[-1], f"C{number}"
         lengths = np.arange(1, num_units + 1)
         chains = _length_probs(data.posterior[f"{name}_length"], num_units)
         pooled = chains.mean(0)

@@ -77,8 +77,9 @@ def test_length_posterior_has_bars_crosses_and_the_prior():
 
 def test_length_posterior_of_one_fit_and_unknown_sites():
     (model,) = masks(OrderedMask.uniform(K))
-    data = to_arviz(model, model, num_samples=50, num_prior=0)
+    data = to_arviz(model, model, num_samples=50, num_prior=0, dims={"mask": ["component"]})  # another name of units
     _, ax = plt.subplots()
+    assert plot_keep_probs(data, ["mask"]).lines[0].get_xdata().tolist() == [1, 2, 3, 4, 5, 6]
     assert plot_length_posterior(data, ["mask"], ax=ax) is ax
     assert not ax.lines  # one fit: no crosses
     with pytest.raises(ValueError, match=r"`var_names` must be mask sites, \['mask'\]; got \['w'\]"):

@@ -1,0 +1,248 @@
+"""Embeddings that can be cut, learned lengths against a list of sizes: which images does a prefix find?
+
+Every method has the same net, epochs, batches and optimiser; they differ in the prefixes that an image is seen through:
+
+- plain: the whole embedding only; pca: principal components of that one, fitted on the training part;
+- fixed_sizes: all powers of two, their losses summed, as in Matryoshka representation learning (its tied form);
+- fixed_uniform: one of these, drawn anew for each image and step;
+- fixed_octaves: one length in each octave, as many as fixed_sizes, drawn anew each time;
+- vnd: ours, the same from laws that are learned;
+- vnd_schedule: one length, from one law that is learned and from the budgets of a `MaskSchedule`.
+
+The training part is the index and the test part are the queries, compared by the cosine of prefixes. Recipes are
+chosen with the validation part as queries and other seeds:
+
+    python -m benchmarks.matryoshka --part validation --first-seed 10 --set length_weight=1 --json FILE
+
+Each fit is kept in a file of its own as soon as it is done, so that a run that is interrupted goes on from there.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from benchmarks.parts import kept_rows, read_arguments
+from benchmarks.record import header, markdown_table, rounded, write_json
+from benchmarks.rows import Rows
+from benchmarks.timing import interleaved_medians
+from models.datasets import Dataset, Split, load
+from models.matryoshka import MatryoshkaEmbedding, octaves
+from models.ood import Part
+from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit, module_local_params
+
+RESULTS = Path(__file__).parent / "results" / "matryoshka.json"
+PARTS = Path("results") / "matryoshka"
+PREFIXES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+LABELS = {
+    "plain": "plain",
+    "pca": "principal components of plain",
+    "fixed_sizes": "list of sizes, summed",
+    "fixed_uniform": "list of sizes, drawn",
+    "fixed_octaves": "a length in each octave, drawn",
+    "vnd": "ours, a length in each octave",
+    "vnd_schedule": "ours, one length",
+}
+METHODS = tuple(method for method in LABELS if method != "pca")  # which comes with plain
+METRICS = ("1-NN accuracy", "mAP@10")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all fits share, and what only ours have.
+
+    Attributes:
+        epochs: Passes over the training part.
+        batch_size: Rows of a batch.
+        lr: Largest learning rate of Adam, which rises for a twentieth of the steps and falls to zero on a cosine.
+        num_dims: K.
+        length_weight: Weight of the KL of the lengths.
+    """
+
+    epochs: int = 5
+    batch_size: int = 256
+    lr: float = 2e-3
+    num_dims: int = 64
+    length_weight: float = 0.1
+
+
+RECIPE = Recipe()
+
+
+def views(method: str, num_dims: int) -> OrderedMask:
+    """Return the law of the lengths of each of a method's views, which those of ours start from."""
+    sizes = [2**j for j in range(1, num_dims.bit_length()) if 2**j < num_dims] + [num_dims]
+    masses = torch.eye(num_dims)[[size - 1 for size in sizes]]  # each on one size
+    return {
+        "plain": OrderedMask(probs=masses[-1]),
+        "fixed_sizes": OrderedMask(probs=masses),
+        "fixed_uniform": OrderedMask(probs=masses.sum(0)),
+        "fixed_octaves": octaves(num_dims),
+        "vnd": octaves(num_dims),
+        "vnd_schedule": OrderedMask(probs=1 / torch.arange(1, num_dims + 1)),
+    }[method]
+
+
+def train(method: str, seed: int, data: Dataset, recipe: Recipe) -> tuple[MatryoshkaEmbedding, OrderedMask, float]:
+    """Fit one method; return the embedding, the law of its lengths, and the seconds that its thread ran."""
+    torch.manual_seed(seed)
+    lengths = views(method, recipe.num_dims)
+    net = MatryoshkaEmbedding(data.image_shape, len(data.class_names), recipe.num_dims, lengths=lengths)
+    guide = net.make_guide()
+    if not method.startswith("vnd"):
+        with module_local_params(net, guide):
+            guide(data.train.images[:1])  # makes the laws, which are left at what they are
+        guide.requires_grad_(False)
+    started = time.thread_time()
+    fit(
+        net,
+        guide,
+        data.train,
+        num_epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        lr=recipe.lr,
+        lr_schedule=cosine_to_zero(),
+        optimizer=partial(torch.optim.Adam, fused=True),
+        length_weight=recipe.length_weight,
+        masks=MaskSchedule(law="log-uniform") if method == "vnd_schedule" else None,
+        seed=seed,
+        progress=sys.stderr.isatty(),
+    )
+    seconds = time.thread_time() - started
+    return net.eval(), net.length_law(guide), seconds
+
+
+def retrieval_accuracy(index: Split, queries: Split, top_k: int = 10, chunk_size: int = 500) -> dict[str, float]:
+    r"""Score how well the neighbours of queries, by cosine, have their labels.
+
+    $$\mathrm{mAP@}k = \frac1Q \sum_q
+      \frac{\sum_{i \le k} r_{qi} \, \frac1i \sum_{j \le i} r_{qj}}{\sum_{i \le k} r_{qi}},$$
+
+    where $r_{qi}$ says whether the i-th neighbour is of the query's class; a query without such a neighbour counts 0.
+
+    Args:
+        index: Embeddings, shape (N, D), and labels, shape (N,), among which neighbours are sought.
+        queries: Embeddings, shape (Q, D), and labels, shape (Q,).
+        top_k: Neighbours of a query, at most N.
+        chunk_size: Queries that are compared at once.
+
+    Returns:
+        The share of queries whose nearest neighbour is of their class, and the mean average precision.
+
+    Raises:
+        ValueError: If shapes do not belong together, or `top_k` is not from 1 to N.
+
+    Example:
+        >>> index = Split(torch.tensor([[1.0, 0.1], [0.9, 0.3], [0.0, 1.0]]), torch.tensor([0, 1, 1]))
+        >>> retrieval_accuracy(index, Split(torch.tensor([[0.0, 2.0]]), torch.tensor([1])), top_k=3)
+        {'1-NN accuracy': 1.0, 'mAP@3': 1.0}
+    """
+    for name, part in (("index", index), ("queries", queries)):
+        if part[0].dim() != 2 or part[1].shape != part[0].shape[:1] or part[0].shape[1] != index[0].shape[1]:
+            shapes = [tuple(tensor.shape) for tensor in part]
+            raise ValueError(
+                f"argument `{name}` must be embeddings (N, D) and labels (N,), D the index's; got {shapes}"
+            )
+    if not 1 <= top_k <= len(index[0]):
+        raise ValueError(f"argument `top_k` must be from 1 to {len(index[0])}, the rows of the index; got {top_k}")
+    columns = normalize(index[0], dim=-1).T
+    chunks = normalize(queries[0], dim=-1).split(chunk_size)
+    found = torch.cat([(chunk @ columns).topk(top_k).indices for chunk in chunks])
+    relevant = (index[1][found] == queries[1].unsqueeze(-1)).double()
+    precision = relevant.cumsum(-1) / torch.arange(1, top_k + 1)
+    average = (relevant * precision).sum(-1) / relevant.sum(-1).clamp_min(1)
+    return {"1-NN accuracy": relevant[:, 0].mean().item(), f"mAP@{top_k}": average.mean().item()}
+
+
+def principal_components(index: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Return coordinates along the principal components of the index, the largest variance first."""
+    mean = index.mean(0)
+    components = torch.linalg.eigh((index - mean).T.double().cov()).eigenvectors.flip(-1).to(index)
+    return (index - mean) @ components, (queries - mean) @ components
+
+
+@torch.no_grad()
+def rows(method: str, seed: int, data: Dataset, part: Part, recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """Fit a method and score it: one row a prefix and metric, for plain its principal components', too."""
+    with torch.enable_grad():
+        net, law, seconds = train(method, seed, data, recipe)
+    whole, queries = net.truncate(recipe.num_dims), data.test if part == "test" else data.validation
+    found = torch.cat([whole(images) for images in data.train.images.split(5000)])
+    embeddings = {method: (found, whole(queries.images))}
+    if method == "plain":
+        embeddings["pca"] = principal_components(*embeddings["plain"])
+    base = {"data": data.name, "model": "mlp", "method": method, "seed": seed}
+    for name, (index, asked) in embeddings.items():
+        for prefix in (k for k in PREFIXES if k <= recipe.num_dims):
+            scores = retrieval_accuracy(
+                Split(index[:, :prefix], data.train.labels), Split(asked[:, :prefix], queries.labels)
+            )
+            for metric, value in scores.items():
+                yield base | {"method": name, "prefix": prefix, "metric": metric, "value": rounded(value)}
+    for metric, value in {
+        "mean_length": law.mean_length.item(),
+        "entropy_length": law.entropy().item(),
+        "fit_thread_seconds": seconds,
+    }.items():
+        yield base | {"prefix": "law", "metric": metric, "value": rounded(value)}
+
+
+def run(
+    data: Dataset, methods: list[str], seeds: range, recipe: Recipe, part: Part, join: bool = False
+) -> list[dict[str, Any]]:
+    """Run what is not done yet, unless rows are only to be joined, and return all rows."""
+    folder, result = PARTS if part == "test" else PARTS / part, []
+    for seed in seeds:
+        for method in methods:
+            make = None if join else partial(rows, method, seed, data, part, recipe)
+            result += kept_rows(folder / f"{data.name}-{method}-{seed}.json", asdict(recipe), make)
+    return result
+
+
+def step_ratios(data: Dataset, recipe: Recipe, num_steps: int = 20) -> dict[str, float]:
+    """Time short fits of all methods in turn, and return their thread's time relative to plain's."""
+    few = replace(data, train=Split(*(rows[: num_steps * recipe.batch_size] for rows in data.train)))
+    fits = {method: partial(train, method, 0, few, replace(recipe, epochs=1)) for method in METHODS}
+    seconds = interleaved_medians(fits, seconds=0, min_rounds=5)
+    return {method: rounded(seconds[method] / seconds["plain"]) for method in METHODS}
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Format the tables of the README: both metrics by prefix, then the laws and what a step costs."""
+    found = Rows(result, "model", "prefix", LABELS)
+    tables = [found.table("mlp", metric, PREFIXES) for metric in METRICS]
+    body = [
+        [LABELS[method], f"{found.mean('mlp', method, 'law', 'mean_length'):.1f}", f"{ratio:.2f}"]
+        for method, ratio in result["step_ratio"].items()
+    ]
+    return "\n\n".join(
+        [*tables, markdown_table(["prefixes in training", "mean length", "time of a step / plain"], body)]
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the benchmark, write its rows and print its tables."""
+    torch.set_flush_denormal(True)
+    about = __doc__.partition("\n")[0]
+    args = read_arguments("benchmarks.matryoshka", about, {"methods": METHODS}, Recipe, RESULTS, argv)
+    recipe = replace(RECIPE, **args.changes)
+    data = load(args.data)
+    result = {
+        "header": header("benchmarks.matryoshka") | {"part": args.part, "recipe": asdict(recipe)},
+        "step_ratio": step_ratios(data, recipe),
+        "rows": run(data, args.methods, args.seeds, recipe, args.part, args.join),
+    }
+    write_json(args.json, result, table="rows")
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Embeddings of images whose every prefix is an embedding: Matryoshka representations with learned lengths."""
+
+from copy import deepcopy
+from itertools import pairwise
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.nn.functional import linear, normalize
+
+from models.autoencoders import mlp_bodies
+from models.autoencoders.images import ImageCheck
+from models.nets.checks import check_sizes
+from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.infer import AutoNested
+
+__all__ = ["MatryoshkaEmbedding", "octaves"]
+
+
+def octaves(num_dims: int) -> OrderedMask:
+    r"""Return a law of lengths $p(k) \propto 1/k$ for each octave: 1 and 2, 3 and 4, 5 to 8, and so on up to K.
+
+    Example:
+        >>> octaves(4).probs
+        tensor([[0.6667, 0.3333, 0.0000, 0.0000],
+                [0.0000, 0.0000, 0.5714, 0.4286]])
+    """
+    check_sizes(num_dims=num_dims)
+    ends = [0, *(2**j for j in range(1, num_dims.bit_length()) if 2**j < num_dims), num_dims]
+    lengths = torch.arange(1, num_dims + 1)
+    return OrderedMask(probs=torch.stack([((lengths > a) & (lengths <= b)) / lengths for a, b in pairwise(ends)]))
+
+
+class MatryoshkaEmbedding(PyroModule):
+    r"""Embedding of images, learned from their labels, that can be cut to any length.
+
+    Each image is seen in V views, through a prefix whose length has a law $p_v$ of its own,
+
+    $$m_{vn} \sim \mathrm{OrderedMask}(p_v), \qquad
+      y_n \sim \mathrm{Categorical}(\mathrm{logits} = e^{a^\top m_{vn}} \, W (m_{vn} \odot f(x_n))),$$
+
+    with a proxy of each class in W and a temperature of each length. Laws that are learned tend to
+    $q_v(k) \propto p_v(k) e^{-\ell_k / w}$, with the loss $\ell_k$ at length k and the `length_weight` w of `fit`. With
+    a view for each octave they cannot collapse: what is learned is which lengths of an octave to train.
+
+    A view for each of some sizes, `OrderedMask(probs=torch.eye(K)[[1, 3, 7]])`, leaves nothing to learn: the sum of
+    their losses is Matryoshka representation learning with a tied classifier. A single view is nested dropout.
+
+    Args:
+        image_shape: Shape of an image.
+        num_classes: C.
+        num_dims: K, numbers of the whole embedding.
+        lengths: Law of each view's lengths, batch shape (V,), or () for one view; `octaves(num_dims)` by default.
+        body: Maps images to features, shape (N, num_features); by default a perceptron with 512 more units before.
+        num_features: Features of an image.
+
+    Raises:
+        ValueError: If a size is not positive, or `lengths` are not such laws.
+
+    Source: Kusupati et al., "Matryoshka representation learning", arXiv 2205.13147.
+
+    Example:
+        >>> net, images = MatryoshkaEmbedding((1, 8, 8), num_classes=10, num_dims=16), torch.rand(5, 1, 8, 8)
+        >>> net.embed(images, length=3).shape, net.truncate(3)(images).shape
+        (torch.Size([5, 3]), torch.Size([5, 3]))
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, ...],
+        num_classes: int,
+        num_dims: int = 64,
+        *,
+        lengths: OrderedMask | None = None,
+        body: nn.Module | None = None,
+        num_features: int = 256,
+    ) -> None:
+        super().__init__()
+        check_sizes(image_shape=image_shape, num_classes=num_classes, num_dims=num_dims, num_features=num_features)
+        lengths = octaves(num_dims) if lengths is None else lengths
+        if not isinstance(lengths, OrderedMask) or len(lengths.batch_shape) > 1 or lengths.num_units != num_dims:
+            raise ValueError(
+                f"argument `lengths` must be an OrderedMask of {num_dims} units of shape () or (V,); got {lengths!r}"
+            )
+        self.num_dims, self.check_images = num_dims, ImageCheck(tuple(image_shape), "", bounded=False)
+        self.body = mlp_bodies(image_shape, (512, num_features)).encoder if body is None else body
+        self.head = nn.Linear(num_features, num_dims)
+        self.proxies = nn.Linear(num_dims, num_classes, bias=False)  # a bias has norms tell what cosines cannot see
+        self.log_scale = nn.Parameter(torch.zeros(num_dims))
+        self.register_buffer("length_probs", lengths.probs.detach().reshape(-1, 1, num_dims).clone())
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Run the model on images, shape (N, *image_shape), and labels, shape (N,); return labels, shape (V, N)."""
+        self.check_images(x)
+        embedding, (views, data) = self.head(self.body(x)), self._plates(x)
+        with views, data:
+            mask = pyro.sample("mask", OrderedMask(probs=self.length_probs))
+            logits = self.proxies(mask * embedding) * linear(mask, self.log_scale).exp().unsqueeze(-1)
+            observed = None if y is None else y.expand(views.size, -1)
+            return pyro.sample("label", dist.Categorical(logits=logits), obs=observed)
+
+    def _plates(self, x: Tensor, y: Tensor | None = None) -> tuple[pyro.plate, pyro.plate]:
+        return pyro.plate("views", len(self.length_probs), dim=-2), pyro.plate("data", len(x), dim=-1)
+
+    def make_guide(self) -> AutoNested:
+        """Return a guide that learns the law of each view's lengths, the same for all images."""
+        model = poutine.block(self, hide=["label"])  # so that the guide does without labels
+        return AutoNested(model, shared_plates=["data"], create_plates=self._plates)
+
+    def length_law(self, guide: AutoNested) -> OrderedMask:
+        """Return the law of lengths that a guide has learned, the mean over views, with `keep_probs`, `mean_length`."""
+        return OrderedMask(probs=guide.laws["mask"].probs.mean((0, 1)))
+
+    def embed(self, x: Tensor, length: int | None = None) -> Tensor:
+        """Return the first numbers of the embeddings of images, each row of norm one, shape (N, length).
+
+        Args:
+            x: Images, shape (N, *image_shape).
+            length: How many numbers, 1..K; None is all.
+
+        Raises:
+            ValueError: If images or length are invalid.
+        """
+        self.check_images(x)
+        length = self._length(self.num_dims if length is None else length)
+        return normalize(self.head(self.body(x))[:, :length], dim=-1)
+
+    @torch.no_grad()
+    def truncate(self, length: int) -> nn.Sequential:
+        """Return a plain torch net, with weights of its own, from images to the first numbers, not normalised.
+
+        Args:
+            length: How many numbers, 1..K.
+
+        Raises:
+            ValueError: If the length is not in 1..K.
+        """
+        head = nn.Linear(self.head.in_features, self._length(length)).to(self.head.weight)
+        for part, whole in zip(head.parameters(), self.head.parameters(), strict=True):
+            part.copy_(whole[:length])
+        return nn.Sequential(deepcopy(self.body), head)
+
+    def _length(self, length: int) -> int:
+        if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length <= self.num_dims:
+            raise ValueError(f"argument `length` must be an integer from 1 to {self.num_dims}; got {length!r}")
+        return length
