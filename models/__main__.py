@@ -16,6 +16,11 @@ MODELS = {
     "OrderedWAE": "the same with a maximum mean discrepancy in place of the KL",
     "OrderedVQVAE": "the same with quantised codes, tokens or their dimensions in order",
     "LinearGaussianVAE": "probabilistic principal components in their order",
+    "OrderedRegression": "order of a regression: exact, NUTS, enumerated, straight-through (models/order_selection.py)",
+    "GaussianMixture": "mixture whose number of components is learned (models/mixture.py)",
+    "Autoregression": "autoregression whose order is learned (models/autoregression.py)",
+    "FactorModel": "Bayesian principal components whose rank is learned (models/factor_model.py)",
+    "MatryoshkaEmbedding": "embedding of images that can be cut anywhere (models/matryoshka.py)",
     "nets": f"ordinary nets that `nest` makes Bayesian and cuttable (models/nets): {', '.join(NETS)}",
 }
 
@@ -29,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command is None:
         for name, description in MODELS.items():
-            print(f"{name:18}{description}")
+            print(f"{name:20}{description}")
         parser.print_usage()
         return 0
     try:

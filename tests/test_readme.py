@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import masks, nested_nets_report, nested_speed
+from benchmarks import masks, matryoshka, nested_nets_report, nested_speed
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -31,6 +31,12 @@ def test_demo_tables():
 def test_benchmark_tables(benchmark, name):
     for paragraph in benchmark.markdown(result(name)).split("\n\n"):
         assert paragraph in README
+
+
+def test_tables_of_embeddings():
+    page = (ROOT / "docs" / "other_models.md").read_text()
+    for paragraph in matryoshka.markdown(result("matryoshka.json")).strip().split("\n\n"):
+        assert paragraph in page
 
 
 def test_images_exist():
