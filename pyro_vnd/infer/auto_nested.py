@@ -32,6 +32,10 @@ class AutoNested(AutoGuideList):
     all its rows, each of which still draws a mask of its own: cheap for data plates, and the way to learn how long
     prefixes should be over a population.
 
+    A site that the model marks for enumeration, by `infer={"enumerate": "parallel"}` or
+    `AutoNested(config_enumerate(model))`, gets an exact `OrderedMask` with the same mark, of which `TraceEnum_ELBO`
+    takes the expectation over all K lengths, without noise or bias, at the price of K evaluations of the likelihood.
+
     Args:
         model: A Pyro model.
         noise: Noise of the straight-through masks, for all sites or by site name.
@@ -124,7 +128,7 @@ class AutoNested(AutoGuideList):
 
 
 class _AutoMask(AutoGuide):
-    """Straight-through mask with learned logits for the one mask site of a model."""
+    """Straight-through or enumerated mask with learned logits for the one mask site of a model."""
 
     def __init__(
         self, model: Callable[..., Any], noise: Noise, temperature: float, shared_plates: tuple[str, ...]
@@ -140,6 +144,7 @@ class _AutoMask(AutoGuide):
         prior: Any = find_mask(site["fn"])
         event_dim = site["fn"].event_dim
         self._frames, self._extra_dims = site["cond_indep_stack"], event_dim - 1
+        self._infer = {key: site["infer"][key] for key in ("enumerate", "expand") if key in site["infer"]}
         logits = prior.logits.detach()
         for frame in self._frames:
             dim = frame.dim - event_dim
@@ -167,8 +172,13 @@ class _AutoMask(AutoGuide):
         with ExitStack() as stack:
             for frame in self._frames:
                 stack.enter_context(plates[frame.name])
-            fn: Any = OrderedMaskStraightThrough(self.temperature, logits=self._logits(), noise=self.noise)
-            return {self.site_name: pyro.sample(self.site_name, fn.to_event(self._extra_dims))}
+            fn: Any = (
+                OrderedMask(logits=self._logits())
+                if self._infer.get("enumerate")
+                else OrderedMaskStraightThrough(self.temperature, logits=self._logits(), noise=self.noise)
+            )
+            mask = pyro.sample(self.site_name, fn.to_event(self._extra_dims), infer=dict(self._infer))
+        return {self.site_name: mask}
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the mask of the median length."""

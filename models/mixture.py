@@ -1,0 +1,108 @@
+"""A mixture of Gaussians whose number of components is learned."""
+
+import math
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide import AutoNormal, init_to_value
+from torch import Tensor
+
+from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.infer import AutoNested
+
+__all__ = ["GaussianMixture", "farthest_points"]
+
+
+class GaussianMixture:
+    r"""Mixture of at most K Gaussians, of which the first L count.
+
+    $$L \sim \mathrm{Uniform}\{1..K\}, \quad w \sim \mathrm{Dirichlet}(\alpha), \quad \mu_k \sim N(0, s^2 I), \quad
+      \log \sigma_k \sim N(\log s_0, 0.3^2 I), \quad
+      x_n \sim \sum_{k \le L} \frac{w_k}{\sum_{j \le L} w_j} N(\mu_k, \mathrm{diag}\, \sigma_k^2).$$
+
+    The component of a point is summed out. A dropped component has weight zero, so no gradient of the log-density
+    tells what it would be worth, and the slope of a linear weight says too much of a far one. The mask is marked for
+    enumeration instead: fit with `TraceEnum_ELBO(max_plate_nesting=1)`, which compares whole mixtures.
+
+    A mixture has many local optima. Hold the lengths near their prior at first, by `length_weight`, so that every
+    prefix learns to be a good mixture; start at scattered points, as `make_guide` does; forget the large gradients of
+    that phase, by a lower second moment of Adam; and of several starts keep the one with the best ELBO.
+
+    Args:
+        num_components: K.
+        spread: s, the distance of the components from the origin: centre the data.
+        scale: $s_0$, the size of a component. It tells one wide component from two narrow ones.
+        concentration: alpha. Larger ones want components of equal weight.
+
+    Raises:
+        ValueError: If an argument is not positive.
+
+    Example:
+        >>> from pyro.infer import TraceEnum_ELBO
+        >>> from pyro_vnd.infer import fit
+        >>> x = torch.tensor([-2.0, 2.0]).repeat(50).unsqueeze(-1) + 0.5 * torch.randn(100, 1)
+        >>> model = GaussianMixture(4, scale=0.5)
+        >>> guide = model.make_guide(x)
+        >>> result = fit(model, guide, x, num_epochs=2, elbo=TraceEnum_ELBO(max_plate_nesting=1), progress=False)
+        >>> guide.laws["mask"].probs.shape
+        torch.Size([4])
+    """
+
+    def __init__(
+        self, num_components: int = 8, *, spread: float = 5.0, scale: float = 1.0, concentration: float = 1.0
+    ) -> None:
+        for name, value in (("spread", spread), ("scale", scale), ("concentration", concentration)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"GaussianMixture: argument `{name}` must be finite and > 0; got {value}")
+        self.prior = OrderedMask.uniform(num_components)
+        self.spread, self.scale, self.concentration = spread, scale, concentration
+
+    def __call__(self, x: Tensor) -> None:
+        """Run the model on points, shape (N, D)."""
+        _check_points("GaussianMixture", x)
+        k = self.prior.num_units
+        shape = (k, x.shape[1])
+        mask = pyro.sample("mask", OrderedMask.uniform(k, dtype=x.dtype), infer={"enumerate": "parallel"})
+        weights = pyro.sample("weights", dist.Dirichlet(x.new_full((k,), self.concentration)))
+        means = pyro.sample("means", dist.Normal(x.new_zeros(shape), self.spread).to_event(2))
+        log_scale = x.new_full(shape, math.log(self.scale))
+        scales = pyro.sample("scales", dist.LogNormal(log_scale, 0.3).to_event(2))
+        # The floor is for a weight that underflows: log 0 would have a NaN gradient. `where` has none.
+        log_weights = torch.where(mask > 0, weights.clamp_min(torch.finfo(x.dtype).tiny).log(), -torch.inf)
+        components = dist.Normal(means, scales).to_event(1).expand(log_weights.shape)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(logits=log_weights), components), obs=x)
+
+    def make_guide(self, x: Tensor, start: int = 0) -> AutoNested:
+        """Return a guide whose component means start at scattered points of the data, the first at row `start`."""
+        k = self.prior.num_units
+        means = farthest_points(x, k, start)
+        values = {"means": means, "scales": torch.full_like(means, self.scale), "weights": x.new_full((k,), 1 / k)}
+        base = partial(AutoNormal, init_loc_fn=init_to_value(values=values))
+        return AutoNested(self, base=base)
+
+
+def farthest_points(x: Tensor, count: int, start: int = 0) -> Tensor:
+    """Return rows of points, shape (N, D): row `start`, then each time the one farthest from those before it.
+
+    Raises:
+        ValueError: If `x` is not finite of that shape, `count` not positive or `start` no row.
+    """
+    _check_points("farthest_points", x)
+    if count < 1 or not 0 <= start < len(x):
+        raise ValueError(
+            f"farthest_points: arguments `count` and `start` must be >= 1 and from 0 to {len(x) - 1}; "
+            f"got {count} and {start}"
+        )
+    rows = [start]
+    for _ in range(count - 1):
+        rows.append(int(torch.cdist(x, x[rows]).amin(-1).argmax()))
+    return x[rows]
+
+
+def _check_points(name: str, x: Tensor) -> None:
+    if x.dim() != 2 or not len(x) or not torch.isfinite(x).all():
+        what = "" if torch.isfinite(x).all() else " with NaN or inf"
+        raise ValueError(f"{name}: argument `x` must be finite points of shape (N, D); got {tuple(x.shape)}{what}")
