@@ -23,7 +23,8 @@ class FactorModel:
 
     A dropped component enters as $z^2$, which has no slope at zero: a straight-through gradient would not tell what it
     is worth. The mask is marked for enumeration instead: fit with `TraceEnum_ELBO(max_plate_nesting=1)`. Hold the
-    lengths near their prior at first, by `length_weight`, so that the components come in order of importance.
+    lengths near their prior at first, by a `length_weight` of the number of rows or more, so that the components come
+    in order of importance and none is given up before it was learned.
 
     Args:
         max_rank: K.

@@ -22,13 +22,13 @@ class GaussianMixture:
       \log \sigma_k \sim N(\log s_0, 0.3^2 I), \quad
       x_n \sim \sum_{k \le L} \frac{w_k}{\sum_{j \le L} w_j} N(\mu_k, \mathrm{diag}\, \sigma_k^2).$$
 
-    The component of a point is summed out. A dropped component has weight zero, so no gradient of the log-density
-    tells what it would be worth, and the slope of a linear weight says too much of a far one. The mask is marked for
-    enumeration instead: fit with `TraceEnum_ELBO(max_plate_nesting=1)`, which compares whole mixtures.
+    A dropped component has weight zero, so that no gradient of the log-density tells what it would be worth, and the
+    slope of a linear weight says too much of a far one. The mask is marked for enumeration instead: fit with
+    `TraceEnum_ELBO(max_plate_nesting=1)`, which compares whole mixtures.
 
     A mixture has many local optima. Hold the lengths near their prior at first, by `length_weight`, so that every
-    prefix learns to be a good mixture; start at scattered points, as `make_guide` does; forget the large gradients of
-    that phase, by a lower second moment of Adam; and of several starts keep the one with the best ELBO.
+    prefix learns to be a good mixture; start at scattered points, as `make_guide` does, not anywhere; let Adam forget
+    the large gradients of that phase; and of several starts keep the one with the best ELBO.
 
     Args:
         num_components: K.
@@ -42,8 +42,7 @@ class GaussianMixture:
     Example:
         >>> from pyro.infer import TraceEnum_ELBO
         >>> from pyro_vnd.infer import fit
-        >>> x = torch.tensor([-2.0, 2.0]).repeat(50).unsqueeze(-1) + 0.5 * torch.randn(100, 1)
-        >>> model = GaussianMixture(4, scale=0.5)
+        >>> model, x = GaussianMixture(4), torch.randn(100, 2)
         >>> guide = model.make_guide(x)
         >>> result = fit(model, guide, x, num_epochs=2, elbo=TraceEnum_ELBO(max_plate_nesting=1), progress=False)
         >>> guide.laws["mask"].probs.shape
@@ -61,7 +60,7 @@ class GaussianMixture:
 
     def __call__(self, x: Tensor) -> None:
         """Run the model on points, shape (N, D)."""
-        _check_points("GaussianMixture", x)
+        _check_points(x)
         k = self.prior.num_units
         shape = (k, x.shape[1])
         mask = pyro.sample("mask", OrderedMask.uniform(k, dtype=x.dtype), infer={"enumerate": "parallel"})
@@ -85,24 +84,17 @@ class GaussianMixture:
 
 
 def farthest_points(x: Tensor, count: int, start: int = 0) -> Tensor:
-    """Return rows of points, shape (N, D): row `start`, then each time the one farthest from those before it.
-
-    Raises:
-        ValueError: If `x` is not finite of that shape, `count` not positive or `start` no row.
-    """
-    _check_points("farthest_points", x)
-    if count < 1 or not 0 <= start < len(x):
-        raise ValueError(
-            f"farthest_points: arguments `count` and `start` must be >= 1 and from 0 to {len(x) - 1}; "
-            f"got {count} and {start}"
-        )
+    """Return rows of points, shape (N, D): row `start`, then each time the one farthest from those before it."""
+    _check_points(x)
+    if not 0 <= start < len(x):
+        raise ValueError(f"argument `start` must be from 0 to {len(x) - 1}, a row of `x`; got {start}")
     rows = [start]
     for _ in range(count - 1):
         rows.append(int(torch.cdist(x, x[rows]).amin(-1).argmax()))
     return x[rows]
 
 
-def _check_points(name: str, x: Tensor) -> None:
+def _check_points(x: Tensor) -> None:
     if x.dim() != 2 or not len(x) or not torch.isfinite(x).all():
         what = "" if torch.isfinite(x).all() else " with NaN or inf"
-        raise ValueError(f"{name}: argument `x` must be finite points of shape (N, D); got {tuple(x.shape)}{what}")
+        raise ValueError(f"argument `x` must be finite points of shape (N, D); got {tuple(x.shape)}{what}")

@@ -32,9 +32,9 @@ class AutoNested(AutoGuideList):
     all its rows, each of which still draws a mask of its own: cheap for data plates, and the way to learn how long
     prefixes should be over a population.
 
-    A site that the model marks for enumeration, by `infer={"enumerate": "parallel"}` or
-    `AutoNested(config_enumerate(model))`, gets an exact `OrderedMask` with the same mark, of which `TraceEnum_ELBO`
-    takes the expectation over all K lengths, without noise or bias, at the price of K evaluations of the likelihood.
+    A mask that the model marks for enumeration, by `infer={"enumerate": "parallel"}` or by
+    `AutoNested(config_enumerate(model))`, gets an exact `OrderedMask` with the same mark: `TraceEnum_ELBO` then takes
+    the expectation over all K lengths, without noise or bias, for K evaluations of what depends on the mask.
 
     Args:
         model: A Pyro model.
@@ -144,7 +144,7 @@ class _AutoMask(AutoGuide):
         prior: Any = find_mask(site["fn"])
         event_dim = site["fn"].event_dim
         self._frames, self._extra_dims = site["cond_indep_stack"], event_dim - 1
-        self._infer = {key: site["infer"][key] for key in ("enumerate", "expand") if key in site["infer"]}
+        self._enumerate = site["infer"].get("enumerate")
         logits = prior.logits.detach()
         for frame in self._frames:
             dim = frame.dim - event_dim
@@ -174,10 +174,10 @@ class _AutoMask(AutoGuide):
                 stack.enter_context(plates[frame.name])
             fn: Any = (
                 OrderedMask(logits=self._logits())
-                if self._infer.get("enumerate")
+                if self._enumerate
                 else OrderedMaskStraightThrough(self.temperature, logits=self._logits(), noise=self.noise)
             )
-            mask = pyro.sample(self.site_name, fn.to_event(self._extra_dims), infer=dict(self._infer))
+            mask = pyro.sample(self.site_name, fn.to_event(self._extra_dims), infer={"enumerate": self._enumerate})
         return {self.site_name: mask}
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

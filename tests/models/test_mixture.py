@@ -67,7 +67,7 @@ def test_finds_the_planted_components(planted: int):
 @pytest.mark.filterwarnings("ignore:the law of lengths at site 'mask' has collapsed")
 @pytest.mark.parametrize(("planted", "single", "best"), [(3, 19, 7), (5, 15, 7)])
 def test_how_often(planted: int, single: int, best: int):
-    """Eight data sets, three starts each. Of the fits 21 of 24 find the three, 17 of 24 the five; of the best ones all."""
+    """Eight data sets, three starts each: 21 of 24 fits find three components, 17 five, and all of the best ones."""
     fits = [[train(points(planted, seed), start) for start in range(3)] for seed in range(8)]
     counts = [[found(guide)[0] for guide, _ in starts] for starts in fits]
     kept = [found(max(starts, key=lambda fitted: fitted[1])[0])[0] for starts in fits]
@@ -125,7 +125,10 @@ def test_farthest_points_are_one_of_each_cluster():
         (lambda: GaussianMixture(3, concentration=torch.nan), "`concentration`"),
         (lambda: GaussianMixture(3)(torch.zeros(4)), r"`x` must be finite points of shape \(N, D\); got \(4,\)"),
         (lambda: GaussianMixture(3)(torch.full((4, 2), torch.nan)), r"got \(4, 2\) with NaN or inf"),
-        (lambda: GaussianMixture(3).make_guide(torch.zeros(4, 2), start=4), "from 0 to 3; got 3 and 4"),
+        (
+            lambda: GaussianMixture(3).make_guide(torch.zeros(4, 2), start=4),
+            "`start` must be from 0 to 3, a row of `x`; got 4",
+        ),
     ],
 )
 def test_bad_input(call, message: str):
