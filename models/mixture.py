@@ -34,7 +34,7 @@ class GaussianMixture:
         num_components: K.
         spread: s, the distance of the components from the origin: centre the data.
         scale: $s_0$, the size of a component. It tells one wide component from two narrow ones.
-        concentration: alpha. Larger ones want components of equal weight.
+        concentration: α. Larger ones want components of equal weight.
 
     Raises:
         ValueError: If an argument is not positive.
@@ -61,26 +61,24 @@ class GaussianMixture:
     def __call__(self, x: Tensor) -> None:
         """Run the model on points, shape (N, D)."""
         _check_points(x)
-        k = self.prior.num_units
-        shape = (k, x.shape[1])
-        mask = pyro.sample("mask", OrderedMask.uniform(k, dtype=x.dtype), infer={"enumerate": "parallel"})
+        k, shape = self.prior.num_units, (self.prior.num_units, x.shape[1])
+        prior = OrderedMask.uniform(k, dtype=x.dtype, device=x.device)
+        mask = pyro.sample("mask", prior, infer={"enumerate": "parallel"})
         weights = pyro.sample("weights", dist.Dirichlet(x.new_full((k,), self.concentration)))
         means = pyro.sample("means", dist.Normal(x.new_zeros(shape), self.spread).to_event(2))
-        log_scale = x.new_full(shape, math.log(self.scale))
-        scales = pyro.sample("scales", dist.LogNormal(log_scale, 0.3).to_event(2))
-        # The floor is for a weight that underflows: log 0 would have a NaN gradient. `where` has none.
+        scales = pyro.sample("scales", dist.LogNormal(x.new_full(shape, math.log(self.scale)), 0.3).to_event(2))
+        # The floor is for weights that underflow: the gradient of log 0 is NaN even where it is not chosen.
         log_weights = torch.where(mask > 0, weights.clamp_min(torch.finfo(x.dtype).tiny).log(), -torch.inf)
         components = dist.Normal(means, scales).to_event(1).expand(log_weights.shape)
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(logits=log_weights), components), obs=x)
 
     def make_guide(self, x: Tensor, start: int = 0) -> AutoNested:
-        """Return a guide whose component means start at scattered points of the data, the first at row `start`."""
+        """Return a guide whose means start at scattered points of the data, shape (N, D), the first at row `start`."""
         k = self.prior.num_units
         means = farthest_points(x, k, start)
         values = {"means": means, "scales": torch.full_like(means, self.scale), "weights": x.new_full((k,), 1 / k)}
-        base = partial(AutoNormal, init_loc_fn=init_to_value(values=values))
-        return AutoNested(self, base=base)
+        return AutoNested(self, base=partial(AutoNormal, init_loc_fn=init_to_value(values=values)))
 
 
 def farthest_points(x: Tensor, count: int, start: int = 0) -> Tensor:

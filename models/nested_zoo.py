@@ -284,7 +284,7 @@ def _numbers(result: xr.Dataset) -> dict[str, Any]:
 
 def _write_figures(folder: Path, net: NestedNet, result: FitResult, scores: xr.Dataset) -> None:
     figures: dict[str, Figure] = {
-        "widths": plot_widths(scores)[0].figure,
+        "metrics": plot_widths(scores)[0].figure,
         "reliability": plot_reliability(scores)[0].figure,
         "laws": plot_laws(net.laws, figsize=(7, 4)).figure,
         "elbo": plot_elbo(result, figsize=(6, 2.8)).figure,

@@ -44,7 +44,11 @@ def total_variation(p: Tensor, q: Tensor) -> float:
 @pytest.mark.filterwarnings("ignore:the law of lengths at site 'mask' has collapsed")  # it is what is inferred
 @pytest.mark.parametrize("order", SERIES)
 def test_known_noise(order: int):
-    """The law is near the exact one, too: .01 to .06 where that is sharp, as here, and up to .29 where it is not."""
+    """The order is right, and the law near the exact one.
+
+    Over eight seeds of both series the mode is that of the exact law each time, which once is not the planted order;
+    the total variation is .02 to .06 where the exact law has .9 on one order, as here, and up to .45 where it is spread.
+    """
     model = Autoregression(K, noise=1.0)
     exact = {other: exact_law(model, series(coefficients, seed=0)) for other, coefficients in SERIES.items()}
     guide = learned(model, series(SERIES[order], seed=0))
