@@ -163,14 +163,12 @@ for t in range(300):
 autoregression = Autoregression(10, noise=1.0)
 guide = AutoNested(autoregression)
 _ = fit(autoregression, guide, series, num_epochs=num_steps, lr=0.05, progress=False)
-closed = OrderedRegression(OrderedMask.uniform(10), 1.0, weight_scale=0.5).order_posterior(
-    lags(series, 10), series[10:]
-)
+closed = OrderedRegression(autoregression.prior, 1.0, weight_scale=0.5).order_posterior(lags(series, 10), series[10:])
 columns = {"AutoNested": guide.laws["mask"].probs.detach(), "closed form": closed.probs}
 pd.DataFrame(columns, index=range(1, 11)).rename_axis("order").T.round(3)
 
 # %% [markdown]
-# The order is right, and its law too sharp: mean field again.
+# The order is right; where the exact law is spread, that of mean field is too sharp.
 #
 # ## One mask a group
 #

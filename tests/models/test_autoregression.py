@@ -47,7 +47,7 @@ def test_known_noise(order: int):
     """The order is right, and the law near the exact one.
 
     Over eight seeds of both series the mode is that of the exact law each time, which once is not the planted order;
-    the total variation is .02 to .06 where the exact law has .9 on one order, as here, and up to .45 where it is spread.
+    the total variation is .02 to .06 where the exact law has .9 on one order, as here, and up to .45 where it has less.
     """
     model = Autoregression(K, noise=1.0)
     exact = {other: exact_law(model, series(coefficients, seed=0)) for other, coefficients in SERIES.items()}
