@@ -5,9 +5,11 @@ import numpy as np
 import pyro
 import pytest
 import torch
+import xarray as xr
 from matplotlib.patches import Rectangle, StepPatch
 
 from pyro_vnd.diagnostics import plot_keep_probs, plot_length_posterior, to_arviz
+from pyro_vnd.diagnostics._arviz import dataset
 from pyro_vnd.distributions import OrderedMask
 
 K = 6
@@ -84,3 +86,16 @@ def test_length_posterior_of_one_fit_and_unknown_sites():
     assert not ax.lines  # one fit: no crosses
     with pytest.raises(ValueError, match=r"`var_names` must be mask sites, \['mask'\]; got \['w'\]"):
         plot_length_posterior(data, ["mask", "w"])
+
+
+def test_data_of_both_lines_of_arviz_give_the_same_figures():
+    (model,) = masks(OrderedMask.geometric(0.7, K))
+    data = to_arviz(model, model, num_samples=50)
+    groups = {name: dataset(data, name) for name in ("posterior", "prior", "sample_stats")}
+    tree = xr.DataTree.from_dict(groups)  # what ArviZ 1.x has; 0.x has classes of its own
+    for plot in (plot_keep_probs, plot_length_posterior):
+        first, second = plot(data, ["mask"]), plot(tree, ["mask"])
+        for one, other in zip(first.lines, second.lines, strict=True):
+            np.testing.assert_array_equal(one.get_ydata(), other.get_ydata())
+        assert len(first.patches) == len(second.patches)
+        assert len(first.patches) + len(first.lines) > 0
