@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from benchmarks.ordered_latents import PrincipalComponents
 from benchmarks.parts import kept_rows, read_arguments
 from benchmarks.record import header, markdown_table, rounded, write_json
 from benchmarks.rows import Rows
@@ -164,9 +165,9 @@ def retrieval_accuracy(index: Split, queries: Split, top_k: int = 10, chunk_size
 
 def principal_components(index: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
     """Return coordinates along the principal components of the index, the largest variance first."""
-    mean = index.mean(0)
-    components = torch.linalg.eigh((index - mean).T.double().cov()).eigenvectors.flip(-1).to(index)
-    return (index - mean) @ components, (queries - mean) @ components
+    num_dims = index.shape[1]
+    components = PrincipalComponents(index, num_dims)
+    return components.embed(index, num_dims), components.embed(queries, num_dims)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import xarray as xr
 
@@ -155,11 +154,7 @@ def _classifier(data: Dataset, settings: Settings, seed: int, report: Report, fo
         "Learned keep probabilities of the hidden units of each layer, and their prior. Bands: 90 % of posterior draws "
         f"of the share of {settings.num_rows} images that keep a unit.",
     )
-    report.figure(
-        plot_elbo(result, figsize=(6, 2.8)).figure,
-        "elbo_classifier",
-        "ELBO and its parts during training, in nats per image.",
-    )
+    _elbo_figure(report, result, "elbo_classifier")
     report.text("Posterior summary (ArviZ); the draws are in posterior.nc.")
     report.pre(str(table))
     return {"widths": rows, **_fit_numbers(result, guide)}
@@ -205,10 +200,10 @@ def _vae(data: Dataset, settings: Settings, seed: int, report: Report, folder: P
         "code, cut to a length.",
     )
     report.table(header, cells)
-    shown = _one_a_class(data)
-    pictures = {k: _pictures(model.reconstruct(images[shown], k), data) for k in lengths}
+    shown = images[_one_a_class(data)]
+    pictures = {k: model.reconstruct(shown, k).reshape(-1, *data.image_shape) for k in lengths}
     report.figure(
-        plot_prefixes(_pictures(images[shown], data), pictures).figure,
+        plot_prefixes(shown.reshape(-1, *data.image_shape), pictures).figure,
         "prefixes",
         "Test images, one a class, and what codes of growing length keep of them.",
     )
@@ -221,9 +216,7 @@ def _vae(data: Dataset, settings: Settings, seed: int, report: Report, folder: P
         "Keep probabilities of the latents under the learned law q(L | x), averaged over test images: how many are "
         f"worth their cost. Band: 90 % of posterior draws of the share of {settings.num_rows} images.",
     )
-    report.figure(
-        plot_elbo(result, figsize=(6, 2.8)).figure, "elbo_vae", "ELBO and its parts during training, in nats per image."
-    )
+    _elbo_figure(report, result, "elbo_vae")
     return {"mse": {str(k): error for k, error in errors.items()}, **_fit_numbers(result, None)}
 
 
@@ -250,8 +243,3 @@ def _fit_numbers(result: FitResult, guide: AutoNested | None) -> dict[str, Any]:
 def _one_a_class(data: Dataset) -> list[int]:
     labels = data.test.labels
     return [int((labels == label).nonzero()[0]) for label in range(len(data.class_names))]
-
-
-def _pictures(images: torch.Tensor, data: Dataset) -> np.ndarray:
-    # As matplotlib has them: gray ones without channels, coloured ones with channels last.
-    return images.reshape(-1, *data.image_shape).movedim(1, -1).squeeze(-1).numpy()

@@ -71,8 +71,8 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Smooth importance weights by a Pareto tail; return their logarithms, normalised, and k-hat.
 
     Where there is no tail to fit, weights are left as they are: k-hat is NaN for less than `MIN_DRAWS` of them, -inf
-    where the largest ones are equal, as weights are bounded then, and inf where a few of them leave nothing for others
-    or one is not a number.
+    where several are the largest, as weights are bounded then, and inf where a few of them leave nothing for others or
+    one is not a number.
 
     Args:
         log_weights: Shape (..., num_draws).

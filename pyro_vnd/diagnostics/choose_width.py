@@ -66,7 +66,7 @@ def loo_widths(
     if num_samples < _arviz.MIN_DRAWS:
         raise ValueError(f"loo_widths: `num_samples` must be at least {_arviz.MIN_DRAWS}; got {num_samples}")
     device = next(net.parameters()).device
-    example = first_input(data).to(device)
+    example = first_input("loo_widths: `data`", data).to(device)
     scores: dict[float, Any] = {}
     with module_mode([net], training=False):
         for width in tqdm(widths, desc="widths", disable=not progress):

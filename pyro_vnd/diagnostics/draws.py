@@ -11,9 +11,10 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_vnd.distributions import NestedNormal
 from pyro_vnd.distributions.wrapped import find_mask, innermost
 
-__all__ = ["Draws"]
+__all__ = ["Draws", "dim_names", "keep_rows", "kept_length"]
 
 Kind = Literal["latent", "observed", "deterministic"]
 
@@ -116,10 +117,7 @@ class Draws:
         if guide_trace is not None:
             replayed = poutine.replay(replayed, trace=guide_trace)
         trace: Any = poutine.trace(replayed).get_trace(*args)
-        for source in (trace, guide_trace):
-            for name, site in source.nodes.items() if source is not None else ():
-                if site["type"] == "sample" and site_is_subsample(site) and name not in self._rows:
-                    self._rows.add_node(name, **site)
+        keep_rows(self._rows, trace, guide_trace)
         return trace
 
     def _add_site(self, group: str, name: str, site: Any) -> None:
@@ -130,7 +128,7 @@ class Draws:
             return
         names = self._dim_names(name, site, value, event_dim, unit=f"{name}_unit")
         self.add(group, name, value, names)
-        self.add(group, f"{name}_length", _kept_length(value), names[:-1])
+        self.add(group, f"{name}_length", kept_length(value), names[:-1])
         self.coords[names[-1]] = np.arange(1, value.shape[-1] + 1)
 
     def _add_observed(self, name: str, site: Any) -> None:
@@ -149,12 +147,7 @@ class Draws:
         self, name: str, site: Any, value: Tensor, event_dim: int, *, skip: int = 0, unit: str | None = None
     ) -> list[str]:
         """Name the dimensions of a value: plates by name, the last ones as the caller does, but for `skip` of those."""
-        names = [f"{name}_dim_{i}" for i in range(value.dim())]
-        for frame in site["cond_indep_stack"]:
-            # A deterministic site may have its rows among the dimensions of an event, and a value may be broadcast.
-            index = value.dim() - event_dim + frame.dim if frame.vectorized else -1
-            if index >= 0 and value.shape[index] == frame.size:
-                names[index] = frame.name
+        names = dim_names(name, site, value, event_dim)
         if unit is not None:
             names[-1] = unit
         return self.rename(name, names, skip)
@@ -202,7 +195,25 @@ def _free_sites(model_trace: Any, guide_trace: Any) -> set[str]:
     return set(free)
 
 
-def _kept_length(value: Tensor) -> Tensor:
-    """Return the position of the last non-zero entry; the first unit is always kept."""
-    positions = torch.arange(1, value.shape[-1] + 1, device=value.device)
-    return torch.where(value != 0, positions, 1).amax(-1)
+def keep_rows(rows: poutine.Trace, *traces: Any) -> None:
+    """Add to a trace the rows that plates have drawn, but for those it knows, so that later runs can replay them."""
+    for trace in traces:
+        for name, site in trace.nodes.items() if trace is not None else ():
+            if site["type"] == "sample" and site_is_subsample(site) and name not in rows:
+                rows.add_node(name, **site)
+
+
+def dim_names(name: str, site: Any, value: Tensor, event_dim: int) -> list[str]:
+    """Name the dimensions of a value by the plates of its site, others by number."""
+    names = [f"{name}_dim_{i}" for i in range(value.dim())]
+    for frame in site["cond_indep_stack"]:
+        # A deterministic site may have its rows among the dimensions of an event, and a value may be broadcast.
+        index = value.dim() - event_dim + frame.dim if frame.vectorized else -1
+        if index >= 0 and value.shape[index] == frame.size:
+            names[index] = frame.name
+    return names
+
+
+def kept_length(value: Tensor) -> Tensor:
+    """Return the length of a mask, or of the value of a `NestedNormal`."""
+    return NestedNormal.mask_of(value).sum(-1).long()

@@ -69,7 +69,7 @@ def evaluate_widths(
     if num_samples < 1:
         raise ValueError(f"evaluate_widths: `num_samples` must be at least 1; got {num_samples}")
     device = next(net.parameters()).device
-    example = first_input(loader).to(device)
+    example = first_input("evaluate_widths: `loader`", loader).to(device)
     results = []
     with module_mode([net], training=False):
         for width in tqdm(widths, desc="widths", disable=not progress):
@@ -156,12 +156,12 @@ def check_widths(name: str, net: NestedNet, widths: Sequence[float] | Sequence[i
             pass
 
 
-def first_input(data: Rows) -> Tensor:
+def first_input(argument: str, data: Rows) -> Tensor:
     """Return the first row of the inputs; a loader that shuffles leaves the caller's random state as it was."""
     with torch.random.fork_rng():
         for batch in batches(data, 1):
             return batch[0][:1]
-    raise ValueError("data of a net must have rows; got none")
+    raise ValueError(f"{argument} has no rows")
 
 
 def narrow_draws(net: NestedNet, width: float, example: Tensor, num_samples: int, seed: int) -> list[nn.Module]:

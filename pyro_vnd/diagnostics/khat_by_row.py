@@ -12,6 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
 from pyro_vnd.diagnostics._arviz import psis
+from pyro_vnd.diagnostics.draws import keep_rows
 from pyro_vnd.diagnostics.khat import KHAT_LABELS
 from pyro_vnd.distributions.wrapped import innermost
 from pyro_vnd.infer import module_local_params
@@ -90,9 +91,7 @@ def khat_by_row(
             model_trace = poutine.trace(replayed).get_trace(*args)
             if not log_ratios:
                 _check_rows(model_trace, guide_trace, plate)
-                for name, site in {**model_trace.nodes, **guide_trace.nodes}.items():
-                    if site["type"] == "sample" and site_is_subsample(site):
-                        rows.add_node(name, **site)
+                keep_rows(rows, model_trace, guide_trace)
             log_ratios.append(_row_scores(model_trace, plate) - _row_scores(guide_trace, plate))
     return xr.DataArray(psis(torch.stack(log_ratios, -1).cpu().numpy())[1], dims=plate, name="khat", attrs=KHAT_LABELS)
 

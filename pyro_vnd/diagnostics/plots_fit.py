@@ -9,6 +9,7 @@ import torch
 import xarray as xr
 from matplotlib.axes import Axes
 
+from pyro_vnd.diagnostics.sbc import default_num_bins
 from pyro_vnd.infer import FitResult, Plateau
 
 __all__ = ["plot_elbo", "plot_ranks"]
@@ -110,13 +111,13 @@ def plot_ranks(
     if not 0 < prob < 1:
         raise ValueError(f"plot_ranks: argument `prob` must be in (0, 1); got {prob}")
     num_ranks, num_simulations = ranks.attrs["num_posterior"] + 1, ranks.sizes["simulation"]
-    num_bins = num_ranks if kind == "ecdf" else min(num_ranks, max(num_simulations // 10, 2))
+    num_bins = num_ranks if kind == "ecdf" else default_num_bins(ranks)
     ends = (np.flatnonzero(np.diff(np.arange(num_ranks) * num_bins // num_ranks, append=num_bins)) + 1) / num_ranks
     shares = np.diff(ends, prepend=0)
     ax = ax or plt.subplots(figsize=figsize, layout="constrained")[1]
     if kind == "ecdf":
-        low, high = _simultaneous_band(ends[:-1], num_simulations, prob)
-        x, center = ends[:-1], ends[:-1]
+        x = ends[:-1]
+        low, high = _simultaneous_band(x, num_simulations, prob)
         ax.fill_between(
             x, low / num_simulations - x, high / num_simulations - x, color="0.85", label=f"{prob:.0%} band"
         )
@@ -131,7 +132,7 @@ def plot_ranks(
             counts = np.bincount(bins, minlength=num_bins)
             style: dict[str, Any] = {"color": f"C{number}", "label": None if column else name, "linewidth": 1}
             if kind == "ecdf":
-                ax.step(x, counts.cumsum()[:-1] / num_simulations - center, where="post", **style)
+                ax.step(x, counts.cumsum()[:-1] / num_simulations - x, where="post", **style)
             else:
                 ax.stairs(counts, np.append(0, ends), **style)
     ylabel = "distribution function - uniform" if kind == "ecdf" else "simulations"

@@ -25,8 +25,8 @@ class _Decodes(PrefixModel, Protocol):
 
 
 def plot_prefixes(
-    images: ArrayLike,
-    reconstructions: Mapping[int, ArrayLike],
+    images: ArrayLike | Tensor,
+    reconstructions: Mapping[int, ArrayLike | Tensor],
     *,
     ax: Axes | None = None,
     figsize: Any = None,
@@ -48,14 +48,15 @@ def plot_prefixes(
     Raises:
         ValueError: If reconstructions have another shape than the images, or these cannot be shown.
     """
+    shape = tuple(np.shape(images))
+    for length, row in reconstructions.items():
+        if (got := tuple(np.shape(row))) != shape:
+            raise ValueError(
+                f"plot_prefixes: `reconstructions` must have the shape of `images`, {shape}; got {got} for length "
+                f"{length}"
+            )
     lengths = sorted(reconstructions)
-    rows = [np.asarray(images), *(np.asarray(reconstructions[length]) for length in lengths)]
-    wrong = [length for length, row in zip(lengths, rows[1:], strict=True) if row.shape != rows[0].shape]
-    if wrong:
-        raise ValueError(
-            f"plot_prefixes: `reconstructions` must have the shape of `images`, {rows[0].shape}; got "
-            f"{rows[1 + lengths.index(wrong[0])].shape} for length {wrong[0]}"
-        )
+    rows = [images, *(reconstructions[length] for length in lengths)]
     pictures = np.concatenate([_pictures("plot_prefixes: `images`", row) for row in rows])
     ax = _mosaic(pictures, len(rows), ["data", *map(str, lengths)], ax, figsize, cmap)
     ax.set_ylabel("code length")
@@ -164,9 +165,9 @@ def plot_samples(
     return ax
 
 
-def _pictures(what: str, images: Tensor | np.ndarray) -> np.ndarray:
+def _pictures(what: str, images: ArrayLike | Tensor) -> np.ndarray:
     """Return images as (N, H, W) or (N, H, W, 3), square if they were flattened."""
-    pixels = images.detach().cpu().double().numpy() if isinstance(images, Tensor) else images
+    pixels = images.detach().cpu().double().numpy() if isinstance(images, Tensor) else np.asarray(images)
     if pixels.ndim == 2 and math.isqrt(pixels.shape[1]) ** 2 == pixels.shape[1]:
         side = math.isqrt(pixels.shape[1])
         return pixels.reshape(-1, side, side)

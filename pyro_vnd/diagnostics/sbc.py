@@ -11,6 +11,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_vnd.diagnostics.draws import dim_names, kept_length
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.wrapped import find_mask
 from pyro_vnd.infer import module_local_params
@@ -154,7 +155,7 @@ def rank_uniformity(ranks: xr.Dataset, num_bins: int | None = None) -> xr.Datase
         ValueError: If `num_bins` is not from 2 to L + 1.
     """
     num_ranks, num_simulations = ranks.attrs["num_posterior"] + 1, ranks.sizes["simulation"]
-    num_bins = min(num_ranks, max(num_simulations // 10, 2)) if num_bins is None else num_bins
+    num_bins = default_num_bins(ranks) if num_bins is None else num_bins
     if not 2 <= num_bins <= num_ranks:
         raise ValueError(f"rank_uniformity: argument `num_bins` must be from 2 to {num_ranks}; got {num_bins}")
     expected = np.bincount(np.arange(num_ranks) * num_bins // num_ranks) * num_simulations / num_ranks
@@ -167,6 +168,11 @@ def rank_uniformity(ranks: xr.Dataset, num_bins: int | None = None) -> xr.Datase
         return p
 
     return xr.apply_ufunc(p_values, ranks * num_bins // num_ranks, input_core_dims=[["simulation"]])
+
+
+def default_num_bins(ranks: xr.Dataset) -> int:
+    """Return the bins of a histogram of ranks that hold ten simulations each on average: from 2 to L + 1."""
+    return min(ranks.attrs["num_posterior"] + 1, max(ranks.sizes["simulation"] // 10, 2))
 
 
 def _draw(guide: Any, args: Any, data: dict[str, Tensor], num_draws: int, names: list[str]) -> dict[str, Tensor]:
@@ -186,18 +192,10 @@ def _draw(guide: Any, args: Any, data: dict[str, Tensor], num_draws: int, names:
 
 def _quantities(name: str, site: Any) -> dict[str, tuple[list[str], Callable[[Tensor], Tensor]]]:
     """Return what is ranked of a site: dimensions, and a function of its value."""
-    dims = [f"{name}_dim_{i}" for i in range(site["value"].dim())]
-    for frame in site["cond_indep_stack"]:
-        if frame.vectorized:
-            dims[len(dims) - site["fn"].event_dim + frame.dim] = frame.name
+    dims = dim_names(name, site, site["value"], site["fn"].event_dim)
     mask = find_mask(site["fn"])
     whole = {} if isinstance(mask, OrderedMask) else {name: (dims, lambda value: value)}
-    return whole if mask is None else {**whole, f"{name}_length": (dims[:-1], _length)}
-
-
-def _length(value: Tensor) -> Tensor:
-    """Return the position of the last entry that is not zero; the first unit is always kept."""
-    return ((value != 0) * torch.arange(1, value.shape[-1] + 1, device=value.device)).amax(-1).clamp_min(1)
+    return whole if mask is None else {**whole, f"{name}_length": (dims[:-1], kept_length)}
 
 
 def _ranks(truth: Tensor, draws: Tensor) -> Tensor:

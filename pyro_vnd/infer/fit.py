@@ -189,7 +189,7 @@ def fit(
             result = state.load() if resume else result
         done, before = len(result.elbo), result.seconds
         schedules.set(max(result.num_steps - 1, 0), scale, with_temperature)  # a finished fit, too, has its last one
-        settled = -(-schedules.settled * num_epochs // num_steps)  # in epochs, rounded up
+        settled = 0 if stop is None else -(-schedules.settled * num_epochs // num_steps)  # in epochs, rounded up
         result.converged = _holds(stop, result.elbo[settled:])
         rest = range(num_epochs if result.converged else done, num_epochs)
         epochs = tqdm(rest, desc="fit", unit="epoch", initial=done, total=num_epochs, disable=not progress)
@@ -219,11 +219,7 @@ def _holds(stop: StoppingRule | None, elbo: list[float]) -> bool:
 
 
 class _Schedules:
-    """The weights of KLs, the temperature of masks and where they come from, at every step.
-
-    Attributes:
-        settled: The first step from which all of them stay what they are.
-    """
+    """The weights of KLs, the temperature of masks and where they come from, at every step."""
 
     def __init__(
         self,
@@ -241,10 +237,14 @@ class _Schedules:
         self.temperature = None
         if temperature is not None:
             self.temperature = schedule_values("temperature", temperature, num_steps, positive=True)
+
+    @property
+    def settled(self) -> int:
+        """The first step from which all of them stay what they are."""
         scheduled = [self.kl_weight, self.local_kl_weight, self.length_weight, self.temperature or [0.0]]
         changes = [i for values in scheduled for i in range(1, len(values)) if values[i] != values[i - 1]]
-        annealed = 0 if cuts is None else math.ceil(cuts.schedule.anneal * (num_steps - 1))
-        self.settled = max(annealed, *changes, 0)
+        annealed = 0 if self.cuts is None else math.ceil(self.cuts.schedule.anneal * (self.num_steps - 1))
+        return max(annealed, *changes, 0)
 
     def set(self, step: int, scale: ScaleToDataset, masks: list[Any]) -> None:
         """Set what holds in a step."""

@@ -1,7 +1,9 @@
-"""A nested net trained for a moment on real digits."""
+"""What tests of diagnostics share: a nested net and an autoencoder of real digits, and closed figures."""
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
+from linear_vae import linear_vae
 from torch import nn
 
 from models.datasets import load
@@ -24,3 +26,15 @@ def trained(digits):
         options = {"num_epochs": 20, "batch_size": 256, "lr": 0.03, "kl_weight": 0.05, "progress": False}
         fit(NestedClassifier(net), net.posterior, digits.train, **options)
     return net
+
+
+@pytest.fixture(scope="session")
+def linear_model(digits):
+    """An autoencoder whose code is the first four principal components, in order."""
+    return linear_vae(digits.test.images.double(), 4).model
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    plt.close("all")

@@ -15,12 +15,6 @@ from pyro_vnd.distributions import OrderedMask
 K = 6
 
 
-@pytest.fixture(autouse=True)
-def _close_figures():
-    yield
-    plt.close("all")
-
-
 def test_keep_probs_line_and_band():
     law = OrderedMask.geometric(0.7, K)
 

@@ -11,12 +11,6 @@ from pyro_vnd.infer import FitResult, Plateau
 N, L = 200, 39
 
 
-@pytest.fixture(autouse=True)
-def _close_figures():
-    yield
-    plt.close("all")
-
-
 def result(num_epochs, converged=False, kl=0.5):
     elbo = [-2.0 - 1 / epoch for epoch in range(1, num_epochs + 1)]
     return FitResult(elbo=elbo, log_likelihood=[e + kl for e in elbo], kl=[kl] * num_epochs, converged=converged)

@@ -1,25 +1,12 @@
 """Pictures show the images of their model."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from linear_vae import linear_vae
 
 from pyro_vnd.diagnostics import plot_prefixes, plot_samples, plot_traversals
 
 K = 4
-
-
-@pytest.fixture(autouse=True)
-def _close_figures():
-    yield
-    plt.close("all")
-
-
-@pytest.fixture(scope="module")
-def model(digits):
-    return linear_vae(digits.test.images.double(), K).model
 
 
 def tile(ax, row, column, side=8):
@@ -50,46 +37,46 @@ def test_prefixes_are_checked():
         plot_prefixes(torch.rand(3, 24), {})
 
 
-def test_traversals_change_one_latent_a_row(model, digits):
+def test_traversals_change_one_latent_a_row(linear_model, digits):
     x = digits.test.images[0].double()
-    ax = plot_traversals(model, x, [3, 1], span=2, num_steps=5)
+    ax = plot_traversals(linear_model, x, [3, 1], span=2, num_steps=5)
     with torch.no_grad():
-        code = model.embed(x[None])[0]
+        code = linear_model.embed(x[None])[0]
         for row, unit in enumerate((3, 1)):
             for column, value in enumerate((-2, -1, 0, 1, 2)):
                 changed = code.clone()
                 changed[unit - 1] = value
-                np.testing.assert_allclose(tile(ax, row, column), model.decode(changed).reshape(8, 8))
+                np.testing.assert_allclose(tile(ax, row, column), linear_model.decode(changed).reshape(8, 8))
     assert [text.get_text() for text in ax.get_yticklabels()] == ["3", "1"]
     assert [text.get_text() for text in ax.get_xticklabels()] == ["-2.0", "-1.0", "0.0", "1.0", "2.0"]
-    assert len(plot_traversals(model, x).get_yticks()) == K
+    assert len(plot_traversals(linear_model, x).get_yticks()) == K
 
 
-def test_traversals_are_checked(model, digits):
+def test_traversals_are_checked(linear_model, digits):
     x = digits.test.images[0].double()
     with pytest.raises(ValueError, match=r"`units` must be integers from 1 to 4; got \[5\]"):
-        plot_traversals(model, x, [5])
+        plot_traversals(linear_model, x, [5])
     with pytest.raises(ValueError, match="got 0 and 9"):
-        plot_traversals(model, x, span=0)
+        plot_traversals(linear_model, x, span=0)
     pairs = Images(8, 8)
     pairs.embed = lambda x, length: torch.zeros(len(x), 4)
     with pytest.raises(ValueError, match=r"codes of shape \(1, 2\), one number a latent; got \(1, 4\)"):
         plot_traversals(pairs, x)
 
 
-def test_samples_of_a_column_share_their_latents(model):
+def test_samples_of_a_column_share_their_latents(linear_model):
     torch.manual_seed(5)
-    ax = plot_samples(model, [1, 4, None], 6, seed=3)
+    ax = plot_samples(linear_model, [1, 4, None], 6, seed=3)
     after = torch.rand(2)
     torch.manual_seed(5)
     torch.testing.assert_close(torch.rand(2), after)
     for row, length in enumerate((1, 4, None)):
         torch.manual_seed(3)
-        expected = model.sample(6, length).reshape(6, 8, 8)
+        expected = linear_model.sample(6, length).reshape(6, 8, 8)
         np.testing.assert_allclose(tile(ax, row, 5), expected[5])
     # The first component is orthogonal to the others: its share of both is the same.
-    component = model.decoder.entry.weight[:, 0].detach().numpy()
-    mean = model.decoder.entry.bias.detach().numpy()
+    component = linear_model.decoder.entry.weight[:, 0].detach().numpy()
+    mean = linear_model.decoder.entry.bias.detach().numpy()
     shares = [(tile(ax, row, 2).ravel() - mean) @ component for row in (0, 1)]
     assert shares[0] == pytest.approx(shares[1])
     assert abs(shares[0]) > 0.01
@@ -123,8 +110,8 @@ def test_images_that_cannot_be_shown(shape):
         plot_samples(Images(*shape), [1])
 
 
-def test_samples_are_checked(model):
+def test_samples_are_checked(linear_model):
     with pytest.raises(ValueError, match=r"got \[\] and 10"):
-        plot_samples(model, [])
+        plot_samples(linear_model, [])
     with pytest.raises(ValueError, match=r"got \[1\] and 0"):
-        plot_samples(model, [1], 0)
+        plot_samples(linear_model, [1], 0)

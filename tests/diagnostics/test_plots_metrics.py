@@ -9,12 +9,6 @@ import xarray as xr
 from pyro_vnd.diagnostics import evaluate_learned, evaluate_widths, plot_laws, plot_ood, plot_reliability, plot_widths
 
 
-@pytest.fixture(autouse=True)
-def _close_figures():
-    yield
-    plt.close("all")
-
-
 @pytest.fixture(scope="module")
 def seeds(trained, digits):
     """One net, two seeds of its draws."""

@@ -4,30 +4,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import xarray as xr
-from linear_vae import linear_vae
 
 from pyro_vnd.diagnostics import evaluate_prefixes, plot_class_lengths, plot_rate_distortion
 
 K = 4
 
 
-@pytest.fixture(autouse=True)
-def _close_figures():
-    yield
-    plt.close("all")
-
-
 @pytest.fixture(scope="module")
-def model(digits):
-    return linear_vae(digits.test.images.double(), K).model
-
-
-@pytest.fixture(scope="module")
-def seeds(model, digits):
+def seeds(linear_model, digits):
     """One model, two seeds of its draws; the lengths are not in order."""
     data = digits.test.images.double(), digits.test.labels
     options = {"num_samples": 1, "num_importance": 0, "progress": False}
-    return xr.concat([evaluate_prefixes(model, data, [4, 1, 2], seed=seed, **options) for seed in (0, 1)], "seed")
+    return xr.concat(
+        [evaluate_prefixes(linear_model, data, [4, 1, 2], seed=seed, **options) for seed in (0, 1)], "seed"
+    )
 
 
 def test_rate_distortion_has_a_labelled_point_a_length(seeds):
