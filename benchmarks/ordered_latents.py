@@ -119,7 +119,7 @@ def build(model: str, method: str, image_size: int, recipe: Recipe) -> OrderedAu
         return LinearGaussianVAE(shape, num_latents, **lengths | ({"posterior_lengths": "global"} if ours else {}))
     lengths |= {
         "bodies": mlp_bodies(shape, hidden=(512, 256)),
-        "tail": "gates" if ours else "zeros",
+        "tail": "completion" if ours else "zeros",
         "pixels": GaussianPixels(num_latents, noise="by_length" if ours else "shared"),
     }
     if model.startswith("vqvae"):

@@ -57,7 +57,7 @@ def steps_by_hand(x: Tensor) -> Callable[[int], object]:
             optimizer.zero_grad()
             loc, raw_scale = vae.encoder.heads(vae.encoder.body(batch)).chunk(2, -1)
             q = Normal(loc, torch.nn.functional.softplus(raw_scale) + 1e-4, validate_args=False)
-            pixels = vae.pixels.law(vae.decoder(q.rsample(), whole), whole)
+            pixels = vae.pixel_law(q.rsample(), whole)
             prior = Normal(torch.zeros_like(loc), 1.0, validate_args=False)
             (kl_divergence(q, prior).sum() - pixels.log_prob(batch).sum()).backward()
             optimizer.step()

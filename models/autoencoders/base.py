@@ -34,7 +34,8 @@ class OrderedAutoencoder(PyroModule):
         pixels: Law of the pixels; `GaussianPixels(num_latents)` by default.
         prior_lengths: Law of the lengths a priori; uniform by default.
         posterior_lengths: "prior", "global" or "amortised", see `CodeEncoder`.
-        tail: What the decoder has in place of dropped latents: "zeros", "filler", "mask" or "gates", see `CodeDecoder`.
+        tail: What the decoder has in place of dropped latents: "zeros", "filler", "mask" or "completion", see
+            `CodeDecoder`.
 
     Raises:
         ValueError: If an argument is invalid.
@@ -84,8 +85,7 @@ class OrderedAutoencoder(PyroModule):
 
     def pixel_law(self, code: Tensor, mask: Tensor) -> dist.TorchDistribution:
         """Return the law of images given their codes, shape (..., K), and masks: batch shape (...)."""
-        law = self.pixels.law(self.decoder(code, mask), mask)
-        return dist.Independent(law, len(self.image_shape), validate_args=False)
+        return self.pixels.law(self.decoder(code, mask), mask, len(self.image_shape))
 
     def encode(self, x: Tensor, length: int | Tensor | None = None) -> NestedNormal:
         """Return the law of the codes of images.
@@ -176,8 +176,7 @@ class OrderedAutoencoder(PyroModule):
             ValueError: If the length is not in 1..K.
         """
         code, mask = self._draw(num_samples, length)
-        outputs = self.decoder(code, mask)
-        return self.pixels.law(outputs, mask).sample() if noise else self.pixels.mean(outputs)
+        return self.pixel_law(code, mask).sample() if noise else self.pixels.mean(self.decoder(code, mask))
 
     def _draw(self, num_samples: int, length: int | None) -> tuple[Tensor, Tensor]:
         """Draw codes and their masks from the prior."""

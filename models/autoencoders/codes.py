@@ -5,12 +5,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from models.autoencoders.completion import Completion
 from pyro_vnd.distributions import NestedNormal, OrderedMask
 
 __all__ = ["CodeDecoder", "CodeEncoder", "LengthEncoder", "Posterior", "Tail", "check_lengths", "full_width"]
 
 Posterior = Literal["prior", "global", "amortised"]
-Tail = Literal["zeros", "filler", "mask", "gates"]
+Tail = Literal["zeros", "filler", "mask", "completion"]
 
 
 def full_width(num_latents: int) -> OrderedMask:
@@ -114,8 +115,7 @@ class CodeDecoder(nn.Module):
     - "filler", a learned number for each;
     - "mask", a shift, $W z + b + U (1 - m)$: zero is a likely value of a latent that is kept, and by the shift the
       decoder knows the one from the other;
-    - "gates", a gain and a shift, $(W z + b) \odot (1 + G (1 - m)) + U (1 - m)$: what the decoder makes of a latent may
-      depend on the length, at little cost.
+    - "completion", a prediction of each from the latents that are kept, see `Completion`.
 
     Args:
         body: What follows the linear map.
@@ -132,36 +132,34 @@ class CodeDecoder(nn.Module):
         self.body, self.tail = body, tail
         if tail == "filler":
             self.filler = nn.Parameter(torch.zeros(num_latents))
-        if tail in ("mask", "gates"):
+        elif tail == "mask":
             self.shift = nn.Parameter(torch.zeros(num_inputs, num_latents))
-        if tail == "gates":
-            self.gain = nn.Parameter(torch.zeros(num_inputs, num_latents))
+        elif tail == "completion":
+            self.completion = Completion(num_latents)
 
     def forward(self, code: Tensor, mask: Tensor) -> Tensor:
         """Return the outputs of codes, shape (..., K), and their masks: shape (..., *image_shape)."""
         if self.tail == "filler":
             code = code + (1 - mask) * self.filler
+        elif self.tail == "completion":
+            code = self.completion(code, mask)
         inputs = self.entry(code)
-        if self.tail in ("mask", "gates"):
-            dropped = 1 - mask
-            shifted = inputs + nn.functional.linear(dropped, self.shift)
-            gates = self.tail == "gates"
-            inputs = torch.addcmul(shifted, inputs, nn.functional.linear(dropped, self.gain)) if gates else shifted
+        if self.tail == "mask":
+            inputs = inputs + nn.functional.linear(1 - mask, self.shift)
         outputs = self.body(inputs.reshape(-1, inputs.shape[-1]))
         return outputs.reshape(*code.shape[:-1], *outputs.shape[1:])
 
     @torch.no_grad()
     def truncate(self, length: int) -> nn.Sequential:
-        """Return a plain net from the first latents to the outputs: the tail becomes part of the linear map."""
+        """Return a plain net from the first latents to the outputs: a filler or shift is part of the linear map."""
+        if self.tail == "completion" and length < self.entry.in_features:
+            return nn.Sequential(self.completion.truncate(length), self.entry, self.body)
         entry = nn.Linear(length, self.entry.out_features).to(self.entry.weight)
         weight, bias = self.entry.weight, self.entry.bias
         dropped = (torch.arange(weight.shape[1], device=weight.device) >= length).to(weight)
         if self.tail == "filler":
             bias = bias + weight @ (dropped * self.filler)
-        if self.tail == "gates":
-            gain = 1 + self.gain @ dropped
-            weight, bias = gain.unsqueeze(-1) * weight, gain * bias
-        if self.tail in ("mask", "gates"):
+        elif self.tail == "mask":
             bias = bias + self.shift @ dropped
         entry.weight.copy_(weight[:, :length])
         entry.bias.copy_(bias)

@@ -38,7 +38,7 @@ class LinearGaussianVAE(OrderedVAE):
         posterior_lengths: "prior", "global" or "amortised", see `CodeEncoder`.
         noise: "shared", or "by_length" for a sigma for each length.
         scale: Where sigma starts.
-        **kwargs: As in `OrderedVAE`, without `bodies` and `pixels`; `tail` without "gates".
+        **kwargs: As in `OrderedVAE`, without `bodies` and `pixels`; `tail` without "completion".
 
     Raises:
         ValueError: If an argument is invalid.
@@ -63,10 +63,8 @@ class LinearGaussianVAE(OrderedVAE):
         scale: float = 0.3,
         **kwargs: Any,
     ) -> None:
-        if kwargs.get("tail") == "gates":
-            raise ValueError(
-                "LinearGaussianVAE: argument `tail` must not be 'gates': components would depend on the length"
-            )
+        if kwargs.get("tail") == "completion":
+            raise ValueError("LinearGaussianVAE: argument `tail` must not be 'completion', which is not linear")
         bodies = linear_bodies(image_shape)
         prior = OrderedMask.uniform(num_latents) if prior_lengths is None else prior_lengths
         super().__init__(

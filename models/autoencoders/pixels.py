@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
+from models.autoencoders.isotropic_normal import IsotropicNormal
+
 __all__ = ["BernoulliPixels", "ContinuousBernoulliPixels", "GaussianPixels", "Pixels"]
 
 
@@ -19,15 +21,16 @@ class Pixels(nn.Module):
 
     bounded: ClassVar[bool]
 
-    def law(self, outputs: Tensor, mask: Tensor) -> dist.TorchDistribution:
-        """Return the law of each pixel.
+    def law(self, outputs: Tensor, mask: Tensor, event_dim: int) -> dist.TorchDistribution:
+        """Return the law of images.
 
         Args:
             outputs: Of the decoder, shape (..., *image_shape).
             mask: Of the code, shape (..., K).
+            event_dim: Dimensions of an image.
 
         Returns:
-            A law with the shape of the outputs as batch shape.
+            A law with batch shape (...) and event shape image_shape.
         """
         raise NotImplementedError
 
@@ -78,15 +81,14 @@ class GaussianPixels(Pixels):
         self.log_scale = nn.Parameter(torch.full((num_latents if noise == "by_length" else 1,), scale).log())
         self.squash = mean == "sigmoid"
 
-    def law(self, outputs: Tensor, mask: Tensor) -> dist.Normal:
-        """Return the Normal law of each pixel."""
-        log_scale = self.log_scale
-        if len(log_scale) > 1:
+    def law(self, outputs: Tensor, mask: Tensor, event_dim: int) -> IsotropicNormal:
+        """Return the Normal law of images."""
+        if len(self.log_scale) == 1:
+            log_scale = self.log_scale[0]
+        else:
             # c_k = z_k - z_{k+1} is one at k = L: linear in the mask, whose gradient so sees the noise.
-            one_hot = mask - nn.functional.pad(mask[..., 1:], (0, 1))
-            log_scale = one_hot @ log_scale
-            log_scale = log_scale.reshape(*log_scale.shape, *[1] * (outputs.dim() - log_scale.dim()))
-        return dist.Normal(self.mean(outputs), log_scale.exp(), validate_args=False)
+            log_scale = (mask - nn.functional.pad(mask[..., 1:], (0, 1))) @ self.log_scale
+        return IsotropicNormal(self.mean(outputs), log_scale.exp(), event_dim)
 
     def mean(self, outputs: Tensor) -> Tensor:
         """Return the mean of each pixel."""
@@ -105,9 +107,9 @@ class BernoulliPixels(Pixels):
 
     bounded = True
 
-    def law(self, outputs: Tensor, mask: Tensor) -> dist.Bernoulli:
-        """Return the Bernoulli law of each pixel."""
-        return dist.Bernoulli(logits=outputs, validate_args=False)
+    def law(self, outputs: Tensor, mask: Tensor, event_dim: int) -> dist.TorchDistribution:
+        """Return the Bernoulli law of images."""
+        return dist.Independent(dist.Bernoulli(logits=outputs, validate_args=False), event_dim, validate_args=False)
 
     def mean(self, outputs: Tensor) -> Tensor:
         """Return the probability of each pixel."""
@@ -129,9 +131,11 @@ class ContinuousBernoulliPixels(Pixels):
 
     bounded = True
 
-    def law(self, outputs: Tensor, mask: Tensor) -> dist.ContinuousBernoulli:
-        """Return the continuous Bernoulli law of each pixel."""
-        return dist.ContinuousBernoulli(logits=outputs, validate_args=False)
+    def law(self, outputs: Tensor, mask: Tensor, event_dim: int) -> dist.TorchDistribution:
+        """Return the continuous Bernoulli law of images."""
+        return dist.Independent(
+            dist.ContinuousBernoulli(logits=outputs, validate_args=False), event_dim, validate_args=False
+        )
 
     def mean(self, outputs: Tensor) -> Tensor:
         """Return the mean of each pixel, which is not the Bernoulli's."""

@@ -149,10 +149,10 @@ class OrderedVAE(OrderedAutoencoder):
         return estimate if unit == "nats" else -estimate / (math.log(2) * math.prod(self.image_shape))
 
     def _log_prob(self, x: Tensor, code: Tensor) -> Tensor:
-        """Return log p(x | z), shape code.shape[:-1]; unlike torch's `Independent` it knows of no images at all."""
-        mask = NestedNormal.mask_of(code)
-        by_pixel = self.pixels.law(self.decoder(code, mask), mask).log_prob(x)
-        return by_pixel.sum(tuple(range(-len(self.image_shape), 0)))
+        """Return log p(x | z), shape code.shape[:-1]; torch's `Independent` does not know of no images at all."""
+        if not code.numel():
+            return code.new_zeros(code.shape[:-1])
+        return self.pixel_law(code, NestedNormal.mask_of(code)).log_prob(x)
 
 
 class EnumeratingGuide(EncoderGuide):

@@ -53,7 +53,8 @@ class OrderedVQVAE(OrderedAutoencoder):
         bodies: Encoder and decoder without what touches the code; `mlp_bodies(image_shape)` by default.
         prior_lengths: Law of the lengths a priori, over K = T or D units; uniform by default.
         posterior_lengths: "prior", "global" or "amortised", see `LengthEncoder`.
-        tail: What the decoder has in place of what is dropped: "zeros", "filler", "mask" or "gates", see `CodeDecoder`.
+        tail: What the decoder has in place of what is dropped: "zeros", "filler", "mask" or "completion", see
+            `CodeDecoder`.
         **kwargs: As in `OrderedAutoencoder`.
 
     Raises:

@@ -37,7 +37,7 @@ PIXELS = {
     "bernoulli": BernoulliPixels,
     "continuous": ContinuousBernoulliPixels,
 }
-TAILS = ("zeros", "filler", "mask", "gates")
+TAILS = ("zeros", "filler", "mask", "completion")
 
 
 def make_vae(bodies: Bodies | None = None, pixels: Pixels | None = None, **kwargs: Any) -> OrderedVAE:
@@ -109,7 +109,7 @@ def test_a_prefix_ignores_the_tail_of_the_code(tail: str, x: Tensor):
     assert not torch.allclose(vae.reconstruct(x, 3), long)
 
 
-@pytest.mark.parametrize("tail", ["filler", "mask", "gates"])
+@pytest.mark.parametrize("tail", ["filler", "mask", "completion"])
 def test_the_tail_vanishes_at_full_width_only(tail: str, x: Tensor):
     vae, plain = make_vae(tail=tail), make_vae()
     plain.load_state_dict({name: value for name, value in vae.state_dict().items() if name in plain.state_dict()})
@@ -127,7 +127,7 @@ def test_noise_by_length_is_the_shared_one_at_full_width(x: Tensor):
     torch.testing.assert_close(*scores)
     mask = (torch.arange(K) < 3).double().expand(N, K)
     law = by_length.pixel_law(mask * code, mask)
-    torch.testing.assert_close(law.base_dist.scale.log().expand(x.shape), torch.full(x.shape, -0.3))
+    torch.testing.assert_close(law.stddev.log(), torch.full(x.shape, -0.3))
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -288,6 +288,6 @@ def test_training_orders_the_code_of_digits():
 
 @pytest.mark.parametrize("bodies", BODIES)
 def test_no_images_are_images_too(bodies: str):
-    vae, none = make_vae(BODIES[bodies](), tail="gates"), torch.rand(0, *SHAPE)
+    vae, none = make_vae(BODIES[bodies](), tail="completion"), torch.rand(0, *SHAPE)
     assert vae.reconstruct(none, 2).shape == vae.sample(0).shape == (0, *SHAPE)
     assert vae.elbo(none).elbo.shape == vae.log_likelihood(none, 3).shape == (0,)

@@ -205,7 +205,7 @@ def test_a_prefix_ignores_the_tail(ordered, x):
 
 
 @both
-@pytest.mark.parametrize("tail", ["zeros", "filler", "mask", "gates"])
+@pytest.mark.parametrize("tail", ["zeros", "filler", "mask", "completion"])
 def test_truncated_nets_make_the_same_tokens_and_images(ordered, tail, x):
     model = small(ordered, tail=tail)
     with torch.no_grad():
