@@ -6,8 +6,7 @@ from torch.fx import symbolic_trace
 
 __all__ = ["Completion"]
 
-HIDDEN_PER_LATENT = 3
-GAIN = 4.0  # of the inputs, so that images may vary quickly with the few that a short code has
+GAIN = 4.0  # of inputs and outputs: images may vary quickly with the few numbers of a short code, and it learns fast
 
 
 class Completion(nn.Module):
@@ -18,7 +17,7 @@ class Completion(nn.Module):
 
     Args:
         num_latents: K.
-        hidden: Units of each of its two hidden layers; by default three for each latent.
+        hidden: Units of each of its two hidden layers.
 
     Example:
         >>> complete = Completion(num_latents=4)
@@ -27,9 +26,8 @@ class Completion(nn.Module):
         tensor([ 0.3000, -1.2000], grad_fn=<SliceBackward0>)
     """
 
-    def __init__(self, num_latents: int, hidden: int | None = None) -> None:
+    def __init__(self, num_latents: int, hidden: int = 96) -> None:
         super().__init__()
-        hidden = HIDDEN_PER_LATENT * num_latents if hidden is None else hidden
         self.net = nn.Sequential(
             nn.Linear(2 * num_latents, hidden),
             nn.SiLU(),
@@ -43,7 +41,7 @@ class Completion(nn.Module):
     def forward(self, code: Tensor, mask: Tensor) -> Tensor:
         """Return completed codes, given codes, shape (..., K), and their masks."""
         dropped = (1 - mask).expand_as(code)
-        return torch.addcmul(code, dropped, self.net(GAIN * torch.cat([code, dropped], -1)))
+        return torch.addcmul(code, dropped, self.net(GAIN * torch.cat([code, dropped], -1)), value=GAIN)
 
     def truncate(self, length: int) -> nn.Module:
         """Return a plain net from the first latents to all of them."""
@@ -54,8 +52,8 @@ class Completion(nn.Module):
         narrow_last = nn.Linear(last.in_features, num_latents - length).to(last.weight)
         narrow_first.weight.copy_(GAIN * first.weight[:, :length])
         narrow_first.bias.copy_(first.bias + GAIN * first.weight[:, num_latents:] @ dropped)
-        narrow_last.weight.copy_(last.weight[length:])
-        narrow_last.bias.copy_(last.bias[length:])
+        narrow_last.weight.copy_(GAIN * last.weight[length:])
+        narrow_last.bias.copy_(GAIN * last.bias[length:])
         return symbolic_trace(_Append(nn.Sequential(narrow_first, *middle, narrow_last)))
 
 
