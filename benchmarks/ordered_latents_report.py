@@ -24,6 +24,7 @@ LABELS = {
 }
 NAMES = {
     "vae": "VAE",
+    "vae_our_decoder": "VAE, all with our decoder",
     "beta_vae": "beta-VAE",
     "wae": "WAE",
     "vqvae_tokens": "VQ-VAE, tokens",
@@ -83,7 +84,7 @@ def targets_table(rows: Rows) -> str:
 
 def figure(rows: Rows) -> Figure:
     """Plot the metrics against the length of the code, a row of panels for each model with several methods."""
-    models = [name for name in MODELS if name in rows.fitted and ("fixed_uniform" in _methods(rows, name))]
+    models = [name for name in MODELS if {"plain", "fixed_uniform"} <= _methods(rows, name)]
     drawn, axes = plt.subplots(
         len(models), len(PANELS), figsize=(3.3 * len(PANELS), 2.5 * len(models)), layout="constrained", squeeze=False
     )

@@ -171,7 +171,7 @@ def _vae(data: Dataset, settings: Settings, seed: int, report: Report, folder: P
             num_latents,
             bodies=mlp_bodies((num_pixels,), hidden=(128, 128)),
             pixels=GaussianPixels(num_latents, noise="by_length"),
-            tail="gates",
+            tail="completion",
         )
     guide = model.make_guide()
     result = fit(

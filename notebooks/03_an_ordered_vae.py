@@ -46,10 +46,10 @@ plt.rcParams["figure.constrained_layout.use"] = True
 #
 # $$L \sim p, \qquad z_i \sim N(0, 1) \text{ for } i \le L, \text{ else } 0, \qquad x \sim N(f(z, L), \sigma_L^2).$$
 #
-# One Pyro site, a `NestedNormal`, carries the length and the latents. A decoder cannot tell a dropped latent from one
-# that happens to be at zero, so gates tell it the length (`tail="gates"`); and short codes explain an image less well,
-# so each length has a noise of its own (`noise="by_length"`). Beside it an ordinary VAE: the same nets, all latents
-# always.
+# One Pyro site, a `NestedNormal`, carries the length and the latents. What is dropped from a code can partly be told
+# from what is kept, so a small net completes codes before the decoder sees them (`tail="completion"`); and short codes
+# explain an image less well, so each length has a noise of its own (`noise="by_length"`). Beside it an ordinary VAE:
+# the same nets, all latents always.
 
 # %%
 data = load(name)
@@ -62,7 +62,7 @@ def bodies() -> Bodies:
     return mlp_bodies(shape, hidden=(256, 128))
 
 
-ordered = OrderedVAE(shape, K, bodies=bodies(), pixels=GaussianPixels(K, noise="by_length"), tail="gates")
+ordered = OrderedVAE(shape, K, bodies=bodies(), pixels=GaussianPixels(K, noise="by_length"), tail="completion")
 ordinary = OrderedVAE(shape, K, bodies=bodies(), prior_lengths=full_width(K), posterior_lengths="prior")
 
 # %% [markdown]

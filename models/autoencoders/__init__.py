@@ -2,6 +2,8 @@
 
 from models.autoencoders.base import EncoderGuide, OrderedAutoencoder
 from models.autoencoders.codes import full_width
+from models.autoencoders.completion import Completion
+from models.autoencoders.isotropic_normal import IsotropicNormal
 from models.autoencoders.linear import LinearGaussianVAE
 from models.autoencoders.mmd import AggregateMMD, InverseMultiquadratic
 from models.autoencoders.nets import Bodies, conv_bodies, linear_bodies, mlp_bodies
@@ -14,11 +16,13 @@ __all__ = [
     "AggregateMMD",
     "BernoulliPixels",
     "Bodies",
+    "Completion",
     "ContinuousBernoulliPixels",
     "ElboTerms",
     "EncoderGuide",
     "GaussianPixels",
     "InverseMultiquadratic",
+    "IsotropicNormal",
     "LinearGaussianVAE",
     "OrderedAutoencoder",
     "OrderedVAE",
