@@ -98,7 +98,7 @@ for method, vae in vaes.items():
 # ## What is a prefix worth?
 #
 # Test images, one a class, and what the mean code of each length keeps of them. One number tells tops from shoes, and
-# dark from light; with two, trousers are trousers; the straps of a sandal take all sixteen.
+# dark from light; with two, trousers are trousers and a sandal is one; letters on a jumper are beyond all sixteen.
 
 # %%
 test = data.test
@@ -107,9 +107,9 @@ plot_prefixes(shown[:, 0], {k: ordered.reconstruct(shown, k)[:, 0] for k in leng
 plt.show()
 
 # %% [markdown]
-# The yardstick is principal components, which come in order, too. The ordered VAE is better at every length, by a tenth
-# with one number and a third with four. Prefixes of the ordinary VAE are worth little, as its numbers come in no order;
-# but with all of them it is better than the ordered one. That is the price, if nothing is ever cut.
+# The yardstick is principal components, which come in order, too. The ordered VAE is better at every length, by a fifth
+# with one number and more than a third with four. Prefixes of the ordinary VAE are worth little, as its numbers come in
+# no order; but with all of them it is better than the ordered one. That is the price, if nothing is ever cut.
 
 # %%
 centre = images.flatten(1).mean(0)
@@ -135,8 +135,8 @@ plt.show()
 # %% [markdown]
 # ## Which images need long codes?
 #
-# `evaluate_prefixes` scores a model at each length, and has the learned law averaged over the images of a class. Twelve
-# numbers are worth their cost for nearly every image; then trousers stop first, and ankle boots last.
+# `evaluate_prefixes` scores a model at each length, and has the learned law averaged over the images of a class. Eight
+# numbers are worth their cost for every image; then trousers stop first, and coats last.
 
 # %%
 scores = {
@@ -186,8 +186,8 @@ plt.show()
 # %% [markdown]
 # ## What does each number say?
 #
-# One image, and one number of its code after the other moved from -2.5 to 2.5. The first one turns a shirt into a shoe;
-# the last ones hardly show.
+# One image, and one number of its code after the other moved from -2.5 to 2.5. The first one makes a shirt light or
+# dark; the last ones hardly show.
 
 # %%
 plot_traversals(ordered, shown[0], [1, 2, 3, 4, 8, 12, 16])
