@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import masks, matryoshka, nested_nets_report, nested_speed
+from benchmarks import masks, matryoshka, nested_nets_report, nested_speed, ordered_latents_report, ordered_speed
+from benchmarks.rows import Rows
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,11 +27,22 @@ def test_demo_tables():
 
 @pytest.mark.parametrize(
     ("benchmark", "name"),
-    [(masks, "masks.json"), (nested_nets_report, "nested_nets.json"), (nested_speed, "nested_speed.json")],
+    [
+        (masks, "masks.json"),
+        (nested_nets_report, "nested_nets.json"),
+        (nested_speed, "nested_speed.json"),
+        (ordered_latents_report, "ordered_latents.json"),
+        (ordered_speed, "ordered_speed.json"),
+    ],
 )
 def test_benchmark_tables(benchmark, name):
     for paragraph in benchmark.markdown(result(name)).split("\n\n"):
         assert paragraph in README
+
+
+def test_targets_of_ordered_latents():
+    rows = Rows(result("ordered_latents.json"), "model", "prefix", ordered_latents_report.LABELS)
+    assert ordered_latents_report.targets_table(rows) in README
 
 
 def test_tables_of_embeddings():

@@ -62,8 +62,10 @@ class LengthEncoder(nn.Module):
         heads = self.heads(self.body(x))
         if self.posterior == "prior":
             return heads, {"probs": self.length_probs}
-        lengths = self.length_logits if self.posterior == "global" else heads[..., self.num_values :]
-        return heads[..., : self.num_values], {"logits": lengths}
+        if self.posterior == "global":
+            return heads, {"logits": self.length_logits}
+        values, lengths = heads.split([self.num_values, self.num_latents], -1)
+        return values, {"logits": lengths}
 
     def truncate(self, num_values: int) -> nn.Sequential:
         """Return a plain net from images to the first numbers."""
@@ -102,8 +104,8 @@ class CodeEncoder(LengthEncoder):
     def forward(self, x: Tensor) -> NestedNormal:
         """Return the law of the codes of images, batch shape (N,)."""
         values, lengths = self.values_and_lengths(x)
-        raw_scale = values[..., self.num_latents :] if self.raw_scale is None else self.raw_scale
-        return NestedNormal(values[..., : self.num_latents], nn.functional.softplus(raw_scale) + 1e-4, **lengths)
+        loc, raw_scale = values.chunk(2, -1) if self.raw_scale is None else (values, self.raw_scale)
+        return NestedNormal(loc, nn.functional.softplus(raw_scale) + 1e-4, **lengths)
 
 
 class CodeDecoder(nn.Module):

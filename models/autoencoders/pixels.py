@@ -86,8 +86,8 @@ class GaussianPixels(Pixels):
         if len(self.log_scale) == 1:
             log_scale = self.log_scale[0]
         else:
-            # c_k = z_k - z_{k+1} is one at k = L: linear in the mask, whose gradient so sees the noise.
-            log_scale = (mask - nn.functional.pad(mask[..., 1:], (0, 1))) @ self.log_scale
+            # log s_L = sum_i z_i (log s_i - log s_{i-1}): linear in the mask, whose gradient so sees the noise.
+            log_scale = mask @ self.log_scale.diff(prepend=self.log_scale.new_zeros(1))
         return IsotropicNormal(self.mean(outputs), log_scale.exp(), event_dim)
 
     def mean(self, outputs: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ class NestedNormal(TorchDistribution):
             tensor([1., 1., 0.])
         """
         cut = self.expand(self.batch_shape)
-        cut.lengths = self.lengths._with_probs(cut_probs(self, length))
+        cut.lengths = self.lengths._cut(cut_probs(self, length), length)
         return cut
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:

@@ -56,6 +56,8 @@ class OrderedMask(LengthLaw):
     support = binary_ordered_mask
     has_enumerate_support = True
     _derived: ClassVar[tuple[str, ...]] = (*LengthLaw._derived, "variance")
+    _uncut: Self | None = None  # of a law that was cut, what it was before, and the lengths that it was cut to
+    _cut_to: int | Tensor | None = None
 
     def __init__(
         self, *, probs: Tensor | None = None, logits: Tensor | None = None, validate_args: bool | None = None
@@ -88,14 +90,15 @@ class OrderedMask(LengthLaw):
             >>> OrderedMask.uniform(3).cut(2).keep_probs
             tensor([1., 1., 0.])
         """
-        return self._with_probs(cut_probs(self, length))
+        return self._cut(cut_probs(self, length), length)
 
-    def _with_probs(self, probs: Tensor) -> Self:
-        """Return the same law with other probabilities, which are normalised: not to be checked and divided again."""
+    def _cut(self, probs: Tensor, length: int | Tensor) -> Self:
+        """Return the law cut to lengths, given its probabilities then: not to be checked and divided again."""
         new = self.expand(self.batch_shape)
         new._param, new._param_name = probs, "probs"
         new.__dict__.pop("_log_probs", None)
         new.__dict__["_probs"] = probs
+        new._uncut, new._cut_to = self, length
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -150,7 +153,7 @@ class OrderedMask(LengthLaw):
         return self._full((units <= self._log_probs.argmax(-1, keepdim=True)).to(self._param.dtype))
 
 
-def expectation(probs: Tensor, values: Tensor) -> Tensor:
-    """Average `values` under `probs`, where lengths of probability zero count nothing even if infinite."""
-    possible = probs > 0
+def expectation(probs: Tensor, values: Tensor, among: Tensor | None = None) -> Tensor:
+    """Average `values` under `probs`; lengths of probability zero, or not `among` those asked for, count nothing."""
+    possible = probs > 0 if among is None else (probs > 0) & among
     return torch.where(possible, probs * torch.where(possible, values, 0), 0).sum(-1)

@@ -106,13 +106,15 @@ class _CutCodes(Messenger):
     def __init__(self, rows: Tensor, codes: Container[str]) -> None:
         super().__init__()
         self.rows, self.codes = rows, codes
+        self.lengths: dict[int, Tensor] = {}  # by number of units: the same tensor for model and guide
 
     def _pyro_sample(self, msg: Any) -> None:
         law = msg["fn"]
         if msg["name"] in self.codes and isinstance(law, NestedNormal | OrderedMask):
-            rows = self.rows.to(law.length_probs.device)
-            lengths = torch.where(rows > 0, (rows * law.num_units + 0.5).floor().clamp_min(1), 0)  # as `Width` rounds
-            msg["fn"] = law.cut(lengths.long())
+            if law.num_units not in self.lengths:
+                lengths = torch.where(self.rows > 0, (self.rows * law.num_units + 0.5).floor().clamp_min(1), 0)
+                self.lengths[law.num_units] = lengths.long().to(law.length_probs.device)  # rounded as by `Width`
+            msg["fn"] = law.cut(self.lengths[law.num_units])
             msg["infer"]["uncut"] = law  # for the record
 
 

@@ -62,6 +62,22 @@ def test_divergence_of_two_laws_cut_alike_is_that_of_the_rest(make):
     assert kl_divergence(q.cut(1), p.cut(2)).isinf().all()
 
 
+@each
+@pytest.mark.parametrize("given", ["logits", "probs"])
+def test_cut_by_the_same_tensor_the_divergence_is_what_it_is_by_a_copy(make, given):
+    """Value and gradient, also where the prior has no mass on a length that is not drawn."""
+    weights, fixed = torch.rand(3, K) + 0.1, torch.tensor([0.0, 0.2, 0.3, 0.5])
+    for prior, lengths in ((fixed + 0.1, torch.tensor([1, 4, 0])), (fixed, torch.tensor([1, 4, 2]))):
+        found = []
+        for other in (lengths, lengths.clone()):
+            leaf = weights.clone().requires_grad_()
+            kl = kl_divergence(make(**{given: leaf}).cut(lengths), make(probs=prior).expand((3,)).cut(other))
+            kl.sum().backward()
+            found.append((kl, leaf.grad))
+        torch.testing.assert_close(*found)
+        assert torch.isfinite(found[0][1]).all()
+
+
 def test_temperature_and_noise_stay():
     for law in (LAWS["straight-through"](logits=torch.zeros(K)), LAWS["normal"](logits=torch.zeros(K)).lengths):
         assert (law.cut(2).temperature, law.cut(2).noise) == (0.7, "gumbel")
