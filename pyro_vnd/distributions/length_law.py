@@ -324,7 +324,8 @@ def cut_probs(law: Any, length: int | Tensor) -> Tensor:
     Raises:
         ValueError: If a length is no integer from 0 to K.
     """
-    lengths = torch.as_tensor(length, device=law.length_probs.device)
+    random = law.length_probs
+    lengths = torch.as_tensor(length, device=random.device)
     whole = not lengths.is_floating_point() and lengths.dtype != torch.bool
     if not whole or (law._validate_args and not ((lengths >= 0) & (lengths <= law.num_units)).all()):
         raise ValueError(
@@ -333,7 +334,7 @@ def cut_probs(law: Any, length: int | Tensor) -> Tensor:
         )
     lengths = lengths.unsqueeze(-1)
     units = torch.arange(1, law.num_units + 1, device=lengths.device)
-    probs = torch.where(lengths > 0, (units == lengths).to(law.length_probs), law.length_probs)
+    probs = torch.where(lengths > 0, (units == lengths).to(random.dtype), random)
     if probs.shape[:-1] != law.batch_shape:
         raise ValueError(
             f"{type(law).__name__}.cut: argument `length` of shape {tuple(lengths.shape[:-1])} cannot be expanded to "
