@@ -148,7 +148,7 @@ plt.show()
 # %% [markdown]
 # Is that right? With 16 lengths the best law can be had by enumeration: $q^*(L \mid x) \propto p(L) \, e^{b_L(x) / 3}$,
 # where $b_L(x)$ is the ELBO at length L and 3 is the weight. By class the learned law is in line with the best one,
-# with somewhat longer codes; image by image it is rough. Where the lengths themselves are the result, enumerate.
+# with longer codes; image by image it is rough. Where the lengths themselves are the result, enumerate.
 
 # %%
 with torch.no_grad():
