@@ -16,7 +16,7 @@ def _kl_ordered_mask(q: OrderedMask, p: OrderedMask) -> Tensor:
     if isinstance(q._cut_to, Tensor) and q._cut_to is p._cut_to:  # as in a fit: nothing where both have the same length
         assert q._uncut is not None
         assert p._uncut is not None
-        random = (q._cut_to == 0).unsqueeze(-1)
+        random = (q._cut_to == 0).unsqueeze(-1).to(q._probs.device)
         q, p = q._uncut, p._uncut
     # -inf - -inf only arises where q_k = 0, which counts nothing.
     log_ratio = q._log_probs - p._log_probs
