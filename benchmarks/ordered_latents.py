@@ -53,6 +53,8 @@ PARTS = Path("results") / "ordered_latents"
 PREFIXES = (1, 2, 4, 8, 16, 32)
 MODELS = ("vae", "vae_our_decoder", "beta_vae", "wae", "vqvae_tokens", "vqvae_dims", "linear")
 METHODS = ("plain", "fixed_geometric", "fixed_uniform", "vnd", "pca")
+FIXED = ("fixed_geometric", "fixed_uniform")
+ONLY = {"beta_vae": ("plain",), "vae_our_decoder": FIXED}  # models that not all methods have
 
 
 @dataclass(frozen=True)
@@ -259,9 +261,7 @@ def run(
             for method in methods:
                 if method == "pca" and (model != "linear" or seed != seeds[0]):  # it has no seed
                     continue
-                if model == "beta_vae" and method != "plain":  # a baseline only
-                    continue
-                if model == "vae_our_decoder" and not method.startswith("fixed"):  # the others are those of the VAE
+                if method not in ONLY.get(model, METHODS):
                     continue
                 used = {field: value for field, value in asdict(recipe).items() if uses(model, method, field)}
                 make = None if join else partial(rows, model, method, seed, data, part, features, recipe)

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from benchmarks.ordered_latents import MODELS, PREFIXES, RESULTS
+from benchmarks.ordered_latents import FIXED, MODELS, PREFIXES, RESULTS
 from benchmarks.record import markdown_table
 from benchmarks.rows import Rows
 
@@ -24,7 +24,7 @@ LABELS = {
 }
 NAMES = {
     "vae": "VAE",
-    "vae_our_decoder": "VAE, all with our decoder",
+    "vae_our_decoder": "VAE, our decoder",
     "beta_vae": "beta-VAE",
     "wae": "WAE",
     "vqvae_tokens": "VQ-VAE, tokens",
@@ -38,7 +38,6 @@ PANELS = {
     "fid_samples": ("FID of samples", 1.0, 0),
     "probe_accuracy": ("linear probe", 1.0, 3),
 }
-FIXED = ("fixed_geometric", "fixed_uniform")
 
 
 def targets(rows: Rows) -> list[dict[str, Any]]:

@@ -43,6 +43,7 @@ class Completion(nn.Module):
         dropped = (1 - mask).expand_as(code)
         return torch.addcmul(code, dropped, self.net(GAIN * torch.cat([code, dropped], -1)), value=GAIN)
 
+    @torch.no_grad()
     def truncate(self, length: int) -> nn.Module:
         """Return a plain net from the first latents to all of them."""
         first, *middle, last = self.net
