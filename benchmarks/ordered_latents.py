@@ -6,10 +6,10 @@ weights of the objective, and they differ in the lengths of the codes:
 - plain: all latents always;
 - fixed_geometric, fixed_uniform: nested dropout, lengths drawn from a fixed law;
 - vnd: ours, a law that is learned for each image, and codes cut by a `MaskSchedule`; a decoder that completes cut
-  codes, and has a noise for each length;
+  codes, and has a noise for each length; in the VAE a prior in which each latent depends on those before it;
 - pca: principal components, of the linear model only.
 
-Of the models, vae_our_decoder is there for the fixed laws alone: the VAE with the decoder and the noises that ours has.
+Of the models, vae_our_parts is there for the others: the VAE with the decoder, the noises and the prior that ours has.
 
 Recipes are compared on the validation part, as in
 
@@ -38,6 +38,7 @@ from models.autoencoders import (
     OrderedVAE,
     OrderedVQVAE,
     OrderedWAE,
+    PriorLatents,
     full_width,
     mlp_bodies,
 )
@@ -51,10 +52,10 @@ from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit, linear
 RESULTS = Path(__file__).parent / "results" / "ordered_latents.json"
 PARTS = Path("results") / "ordered_latents"
 PREFIXES = (1, 2, 4, 8, 16, 32)
-MODELS = ("vae", "vae_our_decoder", "beta_vae", "wae", "vqvae_tokens", "vqvae_dims", "linear")
+MODELS = ("vae", "vae_our_parts", "beta_vae", "wae", "vqvae_tokens", "vqvae_dims", "linear")
 METHODS = ("plain", "fixed_geometric", "fixed_uniform", "vnd", "pca")
 FIXED = ("fixed_geometric", "fixed_uniform")
-ONLY = {"beta_vae": ("plain",), "vae_our_decoder": FIXED}  # models that not all methods have
+ONLY = {"beta_vae": ("plain",), "vae_our_parts": ("plain", *FIXED)}  # models that not all methods have
 
 
 @dataclass(frozen=True)
@@ -121,17 +122,20 @@ def build(model: str, method: str, image_size: int, recipe: Recipe) -> OrderedAu
     lengths: dict[str, Any] = {"prior_lengths": laws[method], "posterior_lengths": "amortised" if ours else "prior"}
     if model == "linear":
         return LinearGaussianVAE(shape, num_latents, **lengths | ({"posterior_lengths": "global"} if ours else {}))
-    our_decoder = ours or model == "vae_our_decoder"
+    our_parts = ours or model == "vae_our_parts"
     lengths |= {
         "bodies": mlp_bodies(shape, hidden=(512, 256)),
-        "tail": "completion" if our_decoder else "zeros",
-        "pixels": GaussianPixels(num_latents, noise="by_length" if our_decoder else "shared"),
+        "tail": "completion" if our_parts else "zeros",
+        "pixels": GaussianPixels(num_latents, noise="by_length" if our_parts else "shared"),
     }
     if model.startswith("vqvae"):
         ordered = model.removeprefix("vqvae_")
         num_tokens, dim = (num_latents, recipe.token_dim) if ordered == "tokens" else (recipe.num_tokens, num_latents)
         return OrderedVQVAE(shape, num_tokens, dim, recipe.codebook_size, ordered=ordered, **lengths)
-    return (OrderedWAE if model == "wae" else OrderedVAE)(shape, num_latents, **lengths)
+    if model == "wae":
+        return OrderedWAE(shape, num_latents, **lengths)
+    prior: PriorLatents = "autoregressive" if our_parts else "independent"
+    return OrderedVAE(shape, num_latents, prior_latents=prior, **lengths)
 
 
 def fit_arguments(model: str, method: str, recipe: Recipe) -> dict[str, Any]:

@@ -24,7 +24,7 @@ LABELS = {
 }
 NAMES = {
     "vae": "VAE",
-    "vae_our_decoder": "VAE, our decoder",
+    "vae_our_parts": "VAE, our decoder and prior",
     "beta_vae": "beta-VAE",
     "wae": "WAE",
     "vqvae_tokens": "VQ-VAE, tokens",

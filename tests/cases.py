@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough, RelaxedOrderedMask
+from pyro_vnd.distributions import (
+    NestedAutoregressive,
+    NestedNormal,
+    OrderedMask,
+    OrderedMaskStraightThrough,
+    RelaxedOrderedMask,
+)
 
 Draw = Callable[..., Tensor]
 
@@ -22,6 +28,12 @@ def real(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
 
 def positive(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return (torch.rand(shape) + 0.3).to(dtype or torch.get_default_dtype())
+
+
+def half_of_the_last(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Condition each coordinate on the one before it: x_i ~ N(x_{i-1} / 2, 1/2 + 1/4 tanh(x_{i-1})^2)."""
+    last = torch.nn.functional.pad(x[..., :-1], (1, 0))
+    return last / 2, 0.5 + last.tanh() ** 2 / 4
 
 
 @dataclass(frozen=True)
@@ -132,6 +144,27 @@ CASES = [
         hard=False,
         enumerable=False,
         learned=("loc", "scale", "probs"),
+    ),
+    Case(
+        "nested-autoregressive-logits",
+        NestedAutoregressive,
+        {"logits": real},
+        {"temperature": positive},
+        options={"conditioner": half_of_the_last},
+        hard=False,
+        enumerable=False,
+        exact=False,
+        learned=("logits", "temperature"),
+    ),
+    Case(
+        "nested-autoregressive-probs",
+        NestedAutoregressive,
+        {"probs": positive},
+        options={"conditioner": half_of_the_last, "noise": "gumbel"},
+        hard=False,
+        enumerable=False,
+        exact=False,
+        learned=("probs",),
     ),
 ]
 

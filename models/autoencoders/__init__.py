@@ -8,7 +8,7 @@ from models.autoencoders.linear import LinearGaussianVAE
 from models.autoencoders.mmd import AggregateMMD, InverseMultiquadratic
 from models.autoencoders.nets import Bodies, conv_bodies, linear_bodies, mlp_bodies
 from models.autoencoders.pixels import BernoulliPixels, ContinuousBernoulliPixels, GaussianPixels, Pixels
-from models.autoencoders.vae import ElboTerms, OrderedVAE
+from models.autoencoders.vae import ElboTerms, OrderedVAE, PriorLatents
 from models.autoencoders.vqvae import OrderedVQVAE
 from models.autoencoders.wae import OrderedWAE
 
@@ -29,6 +29,7 @@ __all__ = [
     "OrderedVQVAE",
     "OrderedWAE",
     "Pixels",
+    "PriorLatents",
     "conv_bodies",
     "full_width",
     "linear_bodies",

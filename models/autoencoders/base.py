@@ -13,7 +13,7 @@ from models.autoencoders.codes import CodeDecoder, CodeEncoder, Posterior, Tail,
 from models.autoencoders.images import ImageCheck
 from models.autoencoders.nets import Bodies, mlp_bodies
 from models.autoencoders.pixels import GaussianPixels, Pixels
-from pyro_vnd.distributions import NestedNormal, OrderedMask
+from pyro_vnd.distributions import NestedLaw, NestedNormal, OrderedMask
 
 __all__ = ["EncoderGuide", "OrderedAutoencoder"]
 
@@ -74,14 +74,18 @@ class OrderedAutoencoder(PyroModule):
         """Return the amortised guide, a module of its own that shares this model's encoder."""
         return EncoderGuide(self)
 
-    def prior(self, length: int | Tensor | None = None) -> NestedNormal:
+    def prior(self, length: int | Tensor | None = None) -> NestedLaw:
         """Return the prior of a code, cut to a length if one is given, or of a batch of codes to a length each."""
-        zeros = self.prior_probs.new_zeros(self.num_latents)
-        prior = NestedNormal(zeros, zeros + 1, probs=self.prior_probs)
+        prior = self._prior()
         if length is None:
             return prior
         lengths = self._length(length)
         return prior.expand(lengths.shape).cut(lengths)
+
+    def _prior(self) -> NestedLaw:
+        """Return the prior of a code whose length is random."""
+        zeros = self.prior_probs.new_zeros(self.num_latents)
+        return NestedNormal(zeros, zeros + 1, probs=self.prior_probs)
 
     def pixel_law(self, code: Tensor, mask: Tensor) -> dist.TorchDistribution:
         """Return the law of images given their codes, shape (..., K), and masks: batch shape (...)."""

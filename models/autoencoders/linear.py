@@ -38,7 +38,8 @@ class LinearGaussianVAE(OrderedVAE):
         posterior_lengths: "prior", "global" or "amortised", see `CodeEncoder`.
         noise: "shared", or "by_length" for a sigma for each length.
         scale: Where sigma starts.
-        **kwargs: As in `OrderedVAE`, without `bodies` and `pixels`; `tail` without "completion".
+        **kwargs: As in `OrderedVAE`, without `bodies` and `pixels`; `tail` without "completion", `prior_latents`
+            without "autoregressive".
 
     Raises:
         ValueError: If an argument is invalid.
@@ -65,6 +66,8 @@ class LinearGaussianVAE(OrderedVAE):
     ) -> None:
         if kwargs.get("tail") == "completion":
             raise ValueError("LinearGaussianVAE: argument `tail` must not be 'completion', which is not linear")
+        if kwargs.get("prior_latents", "independent") != "independent":
+            raise ValueError("LinearGaussianVAE: argument `prior_latents` must be 'independent', or it is not Gaussian")
         bodies = linear_bodies(image_shape)
         prior = OrderedMask.uniform(num_latents) if prior_lengths is None else prior_lengths
         super().__init__(

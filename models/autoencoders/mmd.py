@@ -12,7 +12,7 @@ from pyro.infer import Trace_MMD
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vnd.distributions import NestedNormal, OrderedMask
+from pyro_vnd.distributions import NestedLaw, OrderedMask
 from pyro_vnd.infer import module_local_params
 
 __all__ = ["AggregateMMD", "InverseMultiquadratic", "squared_mmd"]
@@ -186,7 +186,7 @@ class AggregateMMD(Trace_MMD):
         if isinstance(q, OrderedMask):
             return scale * self.length_weight * kl_divergence(q, p).sum()
         penalty: Any = 0.0
-        if isinstance(q, NestedNormal):
+        if isinstance(q, NestedLaw):
             penalty = scale * self.length_weight * kl_divergence(q.lengths, p.lengths).sum()
         dims = [frames[0].dim - q.event_dim]
         if self.vectorize_particles and self.num_particles > 1:

@@ -1,7 +1,7 @@
 """A variational autoencoder whose code can be cut at any length."""
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import pyro
 import pyro.distributions as dist
@@ -10,9 +10,12 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from models.autoencoders.base import EncoderGuide, OrderedAutoencoder
-from pyro_vnd.distributions import NestedNormal, OrderedMask
+from pyro_vnd.distributions import NestedAutoregressive, NestedLaw, NestedNormal, OrderedMask
+from pyro_vnd.nn import Conditioner
 
-__all__ = ["ElboTerms", "EnumeratingGuide", "OrderedVAE"]
+__all__ = ["ElboTerms", "EnumeratingGuide", "OrderedVAE", "PriorLatents"]
+
+PriorLatents = Literal["independent", "autoregressive"]
 
 
 class ElboTerms(NamedTuple):
@@ -20,7 +23,8 @@ class ElboTerms(NamedTuple):
 
     Attributes:
         log_likelihood: E_q log p(x | z), estimated.
-        kl_latents: Divergence of the kept latents from their prior, exact.
+        kl_latents: Divergence of the kept latents from their prior, exact; from a prior that is autoregressive it is
+            that of each latent given the draws of those before it.
         kl_lengths: Divergence of the law of the lengths from its prior, exact.
     """
 
@@ -44,12 +48,24 @@ class OrderedVAE(OrderedAutoencoder):
     `TraceMeanField_ELBO` the divergences are exact. `RenyiELBO` under `pyro.infer.SVI` trains importance-weighted. For
     a beta-VAE give `fit` a `local_kl_weight`; for prefixes that are all useful, `masks=MaskSchedule(...)`.
 
+    The latents may have a prior that is learned with the rest, in which each depends on those before it:
+
+    $$z_i \mid z_{<i} \sim N(\mu_i(z_{<i}), \sigma_i(z_{<i})).$$
+
+    A decoder that is good for short codes makes later latents repeat part of what earlier ones say; independent ones
+    drawn from N(0, 1) then hardly ever look like the code of an image. Of latents that have an order such a prior is
+    the natural one: that of a code that is cut is the same, cut.
+
     Args:
         image_shape: As in `OrderedAutoencoder`.
         num_latents: K.
+        prior_latents: "independent", N(0, 1) each, or "autoregressive".
         enumerate_lengths: Whether mask and latents are two sites, "mask" and "code", so that `TraceEnum_ELBO` sums over
             the K lengths instead of drawing one; decodes K codes an image.
         **kwargs: As in `OrderedAutoencoder`.
+
+    Raises:
+        ValueError: If an argument is invalid.
 
     Example:
         >>> from pyro_vnd.infer import MaskSchedule, fit
@@ -61,20 +77,36 @@ class OrderedVAE(OrderedAutoencoder):
     """
 
     def __init__(
-        self, image_shape: tuple[int, ...], num_latents: int = 16, *, enumerate_lengths: bool = False, **kwargs: Any
+        self,
+        image_shape: tuple[int, ...],
+        num_latents: int = 16,
+        *,
+        prior_latents: PriorLatents = "independent",
+        enumerate_lengths: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(image_shape, num_latents, **kwargs)
+        if prior_latents not in get_args(PriorLatents):
+            raise ValueError(f"argument `prior_latents` must be one of {get_args(PriorLatents)}; got {prior_latents!r}")
+        if enumerate_lengths and prior_latents != "independent":
+            raise ValueError("argument `enumerate_lengths` needs prior_latents='independent'")
+        self.conditioner = Conditioner(num_latents) if prior_latents == "autoregressive" else None
         self.enumerate_lengths = enumerate_lengths
+
+    def _prior(self) -> NestedLaw:
+        """Return the prior of a code whose length is random."""
+        conditioner = self.conditioner  # once: Pyro announces its parameters whenever it is looked up
+        return super()._prior() if conditioner is None else NestedAutoregressive(conditioner, probs=self.prior_probs)
 
     def forward(self, x: Tensor) -> Any:
         """Run the model on images, shape (N, *image_shape)."""
         if not self.enumerate_lengths:
             return super().forward(x)
         self.check_images(x)
-        prior = self.prior()
+        zeros = self.prior_probs.new_zeros(self.num_latents)
         with pyro.plate("data", len(x)):
             mask = pyro.sample("mask", OrderedMask(probs=self.prior_probs))
-            code = pyro.sample("code", dist.Normal(prior.loc, prior.scale).to_event(1))
+            code = pyro.sample("code", dist.Normal(zeros, 1.0).to_event(1))
             return pyro.sample("pixels", self.pixel_law(mask * code, mask), obs=x)
 
     def make_guide(self) -> EncoderGuide:
@@ -102,7 +134,8 @@ class OrderedVAE(OrderedAutoencoder):
         code = q.rsample((num_samples,))
         likelihood = self._log_prob(x, code).mean(0)
         lengths = kl_divergence(q.lengths, p.lengths)
-        return ElboTerms(likelihood, kl_divergence(q, p) - lengths, lengths)
+        kl = kl_divergence(q, p.given(code)).expand(code.shape[:-1]).mean(0)
+        return ElboTerms(likelihood, kl - lengths, lengths)
 
     @torch.no_grad()
     def log_likelihood(

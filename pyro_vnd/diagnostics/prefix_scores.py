@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vnd.diagnostics.generative import feature_distances, image_features, nearest_distances
-from pyro_vnd.distributions import NestedNormal, OrderedMask
+from pyro_vnd.distributions import NestedLaw, OrderedMask
 
 __all__ = ["NEAREST_ROWS", "LengthPosterior", "PrefixModel", "PrefixScores", "probe_accuracy"]
 
@@ -118,7 +118,7 @@ class PrefixScores:
         if not hasattr(self.model, "encode"):
             return None
         laws = [self.model.encode(rows) for rows in self.x.split(self.batch_size)]
-        lengths = [law.lengths if isinstance(law, NestedNormal) else law for law in laws]
+        lengths = [law.lengths if isinstance(law, NestedLaw) else law for law in laws]
         if not all(isinstance(law, OrderedMask) for law in lengths):
             return None
         return LengthPosterior(

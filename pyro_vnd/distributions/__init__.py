@@ -5,6 +5,8 @@ from pyro_vnd.distributions.constraints import binary_ordered_mask, nested_vecto
 from pyro_vnd.distributions.gated import Gated
 from pyro_vnd.distributions.log_scale_normal import LogScaleNormal
 from pyro_vnd.distributions.log_uniform import LogUniform
+from pyro_vnd.distributions.nested_autoregressive import NestedAutoregressive
+from pyro_vnd.distributions.nested_law import NestedLaw
 from pyro_vnd.distributions.nested_normal import NestedNormal
 from pyro_vnd.distributions.ordered_mask import OrderedMask
 from pyro_vnd.distributions.relaxed import RelaxedOrderedMask
@@ -15,6 +17,8 @@ __all__ = [
     "Gated",
     "LogScaleNormal",
     "LogUniform",
+    "NestedAutoregressive",
+    "NestedLaw",
     "NestedNormal",
     "OrderedMask",
     "OrderedMaskStraightThrough",

@@ -1,6 +1,6 @@
 """A diagonal Normal whose coordinates past a random length are zero."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -8,16 +8,15 @@ from torch import Tensor
 from torch.distributions import Normal, constraints
 from torch.types import _size
 
-from pyro_vnd.distributions.constraints import nested_vector
 from pyro_vnd.distributions.fresh import recall, remember
-from pyro_vnd.distributions.length_law import check_expandable, cut_probs
+from pyro_vnd.distributions.length_law import check_expandable
+from pyro_vnd.distributions.nested_law import NestedLaw
 from pyro_vnd.distributions.straight_through import OrderedMaskStraightThrough
-from pyro_vnd.distributions.tail_sum import tail_sum
 
-__all__ = ["NestedNormal"]
+__all__ = ["NestedNormal", "in_range"]
 
 
-class NestedNormal(TorchDistribution):
+class NestedNormal(NestedLaw):
     r"""Diagonal Normal over K ordered coordinates, cut to zero past a random length.
 
     $$L \sim p, \qquad n_i \sim N(\mu_i, \sigma_i), \qquad x_i = n_i \, 1[i \le L],$$
@@ -66,8 +65,6 @@ class NestedNormal(TorchDistribution):
         "logits": constraints.real_vector,
         "probs": constraints.independent(constraints.nonnegative, 1),
     }
-    support = nested_vector
-    has_rsample = True
 
     def __init__(
         self,
@@ -90,12 +87,22 @@ class NestedNormal(TorchDistribution):
                     f"NestedNormal: argument `{name}` must be a tensor that broadcasts to (..., {lengths.num_units}), "
                     f"as many coordinates as lengths; got {got}"
                 )
-            if lengths._validate_args and not _in_range(name, value):
+            if lengths._validate_args and not in_range(name, value):
                 raise ValueError(
                     f"NestedNormal: argument `{name}` of shape {tuple(value.shape)} must be finite"
                     f"{' and > 0' if name == 'scale' else ''}; got values from {value.min().item():.4g} to "
                     f"{value.max().item():.4g}"
                 )
+        self._fill(loc, scale, lengths)
+
+    @classmethod
+    def _of(cls, loc: Tensor, scale: Tensor, lengths: OrderedMaskStraightThrough) -> Self:
+        """Return the law with a law of lengths that is at hand, cut perhaps; means and deviations are not checked."""
+        new = cls.__new__(cls)
+        new._fill(loc, scale, lengths)
+        return new
+
+    def _fill(self, loc: Tensor, scale: Tensor, lengths: OrderedMaskStraightThrough) -> None:
         try:
             shape = torch.broadcast_shapes(loc.shape, scale.shape, lengths.batch_shape + lengths.event_shape)
         except RuntimeError:
@@ -103,9 +110,9 @@ class NestedNormal(TorchDistribution):
                 f"NestedNormal: arguments `loc` {tuple(loc.shape)}, `scale` {tuple(scale.shape)} and lengths "
                 f"{tuple(lengths.batch_shape + lengths.event_shape)} do not broadcast"
             ) from None
-        super().__init__(shape[:-1], shape[-1:], validate_args=False)
+        TorchDistribution.__init__(self, shape[:-1], shape[-1:], validate_args=False)
         self._validate_args = lengths._validate_args
-        self.lengths = lengths.expand(shape[:-1])
+        self.lengths = lengths if lengths.batch_shape == shape[:-1] else lengths.expand(shape[:-1])
         # As given, not expanded: a leaf that can be copied.
         self._loc, self._scale = loc, scale
 
@@ -125,26 +132,6 @@ class NestedNormal(TorchDistribution):
         return Normal(self.loc, self.scale, validate_args=False)
 
     @property
-    def keep_probs(self) -> Tensor:
-        """Probability that each coordinate is kept, shape batch_shape + (K,)."""
-        return self.lengths.keep_probs
-
-    @property
-    def length_probs(self) -> Tensor:
-        """Probabilities of the lengths 1..K, shape batch_shape + (K,)."""
-        return self.lengths.probs
-
-    @property
-    def mean_length(self) -> Tensor:
-        """Expected kept length in coordinates, shape batch_shape."""
-        return self.lengths.mean_length
-
-    @property
-    def num_units(self) -> int:
-        """Number of ordered coordinates, K."""
-        return self.lengths.num_units
-
-    @property
     def mean(self) -> Tensor:
         """Mean of the cut vector, S_i mu_i."""
         return self.keep_probs * self.loc
@@ -158,49 +145,16 @@ class NestedNormal(TorchDistribution):
         """Return H(L) + sum_i S_i H(N_i) in nats, shape batch_shape."""
         return self.lengths.entropy() + (self.keep_probs * self.normal.entropy()).sum(-1)
 
-    @staticmethod
-    def mask_of(value: Tensor) -> Tensor:
-        r"""Return the mask of a value, $z_i = 1[i \le L]$ with L its last coordinate that is not zero, or one.
-
-        For a decoder that sees how many coordinates it has. The mask of a fresh sample has its straight-through
-        gradient, so that the lengths learn from what is made of it.
+    def given(self, value: Tensor) -> Self:
+        """Return this law: its coordinates know nothing of each other.
 
         Args:
-            value: Samples, shape (..., K).
+            value: Not used.
 
         Returns:
-            Zeros and ones, the shape of `value`.
-
-        Example:
-            >>> NestedNormal.mask_of(torch.tensor([0.5, 0.0, -1.0, 0.0]))
-            tensor([1., 1., 1., 0.])
+            The law.
         """
-        making = recall(value)
-        if making is not None:
-            return making[0]
-        mask = (tail_sum(value != 0) > 0).to(value.dtype)
-        return torch.cat([torch.ones_like(mask[..., :1]), mask[..., 1:]], -1)
-
-    def cut(self, length: int | Tensor) -> "NestedNormal":
-        """Return the same law with the length given.
-
-        Args:
-            length: L, from 1 to K, or 0 to leave it random; integers that broadcast to the batch shape.
-
-        Returns:
-            A law of the same shape whose lengths have all their mass on one where it is given.
-
-        Raises:
-            ValueError: If a length is no integer from 0 to K.
-
-        Example:
-            >>> law = NestedNormal(torch.zeros(3), torch.ones(3), torch.zeros(3))
-            >>> law.cut(2).keep_probs
-            tensor([1., 1., 0.])
-        """
-        cut = self.expand(self.batch_shape)
-        cut.lengths = self.lengths._cut(cut_probs(self, length), length)
-        return cut
+        return self
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Draw vectors with zeros past a random length, shape sample_shape + batch_shape + (K,)."""
@@ -218,14 +172,6 @@ class NestedNormal(TorchDistribution):
         # A dropped coordinate counts nothing; a straight-through mask still passes its gradient.
         return self.lengths.log_prob(mask) + (mask * self.normal.log_prob(dense)).sum(-1)
 
-    def _validate_sample(self, value: Tensor) -> None:
-        if not isinstance(value, Tensor) or value.shape[-1:] != self.event_shape or not torch.isfinite(value).all():
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"NestedNormal: argument `value` must be a tensor of finite numbers of shape (..., {self.num_units}); "
-                f"got {got}"
-            )
-
     def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
         """Return the same law with a larger batch shape."""
         new = self._get_checked_instance(type(self), _instance)
@@ -236,18 +182,8 @@ class NestedNormal(TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
-    @classmethod
-    def infer_shapes(cls, **arg_shapes: Any) -> tuple[torch.Size, torch.Size]:
-        """Infer batch and event shape from the shapes of the arguments."""
-        temperature = arg_shapes.pop("temperature", ())
-        shape = torch.broadcast_shapes(*arg_shapes.values())
-        return torch.broadcast_shapes(shape[:-1], temperature), shape[-1:]
 
-    def __repr__(self) -> str:
-        return f"NestedNormal({tuple(self.batch_shape + self.event_shape)})"
-
-
-def _in_range(name: str, value: Tensor) -> bool:
+def in_range(name: str, value: Tensor) -> bool:
     """Say whether means or deviations are finite and deviations positive; NaN is neither above nor below a bound."""
     if not value.numel():
         return True

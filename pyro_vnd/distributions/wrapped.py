@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pyro_vnd.distributions.nested_normal import NestedNormal
+from pyro_vnd.distributions.nested_law import NestedLaw
 from pyro_vnd.distributions.ordered_mask import OrderedMask
 
 __all__ = ["find_mask", "innermost"]
@@ -15,7 +15,7 @@ def innermost(fn: Any) -> Any:
     return fn
 
 
-def find_mask(fn: Any) -> OrderedMask | NestedNormal | None:
+def find_mask(fn: Any) -> OrderedMask | NestedLaw | None:
     """Return the law of a mask below `to_event`, `mask` and `expand`, or None if `fn` is about something else."""
     law = innermost(fn)
-    return law if isinstance(law, OrderedMask | NestedNormal) else None
+    return law if isinstance(law, OrderedMask | NestedLaw) else None

@@ -8,7 +8,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_vnd.distributions import NestedNormal, OrderedMask
+from pyro_vnd.distributions import NestedLaw, OrderedMask
 from pyro_vnd.infer.auto_nested import _AutoMask
 from pyro_vnd.infer.monitor import ElboMonitor
 from pyro_vnd.infer.schedules import MaskSchedule
@@ -110,7 +110,7 @@ class _CutCodes(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         law = msg["fn"]
-        if msg["name"] in self.codes and isinstance(law, NestedNormal | OrderedMask):
+        if msg["name"] in self.codes and isinstance(law, NestedLaw | OrderedMask):
             if law.num_units not in self.lengths:
                 lengths = torch.where(self.rows > 0, (self.rows * law.num_units + 0.5).floor().clamp_min(1), 0)
                 self.lengths[law.num_units] = lengths.long().to(law.length_probs.device)  # rounded as by `Width`

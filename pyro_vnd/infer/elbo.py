@@ -16,7 +16,8 @@ from pyro.util import check_if_enumerated, check_model_guide_match, check_site_s
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vnd.distributions import NestedNormal
+from pyro_vnd.distributions import NestedLaw, NestedNormal
+from pyro_vnd.distributions.fresh import recall
 from pyro_vnd.distributions.kl import kl_parts
 from pyro_vnd.distributions.wrapped import innermost
 
@@ -159,7 +160,7 @@ def _keep_exact_kl(model_trace: Any, guide_trace: Any) -> None:
         if isinstance(innermost(site["fn"]), Delta):
             continue
         try:
-            terms = _kl_terms(site["fn"], model_site["fn"])
+            terms = _kl_terms(site["fn"], model_site["fn"], site["value"])
         except NotImplementedError:
             continue
         batch_shape = site["fn"].batch_shape
@@ -173,7 +174,12 @@ def _keep_exact_kl(model_trace: Any, guide_trace: Any) -> None:
             site["kl"][weight] = scale_and_mask(kl, site["scale"], site["mask"]).sum()
 
 
-def _kl_terms(q: Any, p: Any) -> dict[str, Any]:
-    if isinstance(q, NestedNormal) and isinstance(p, NestedNormal):
+def _kl_terms(q: Any, p: Any, value: Any) -> dict[str, Any]:
+    if isinstance(q, NestedLaw) and isinstance(p, NestedLaw):
+        if not (isinstance(q, NestedNormal) and isinstance(p, NestedNormal)):
+            if recall(value) is None:  # what was dropped is not known
+                raise NotImplementedError
+            # By the chain rule: each coordinate's divergence given the draws of those before it.
+            q, p = q.given(value), p.given(value)
         return dict(zip(("length_weight", "kl_weight"), kl_parts(q, p), strict=True))
     return {"kl_weight": kl_divergence(q, p)}

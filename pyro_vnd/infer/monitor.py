@@ -8,7 +8,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vnd.distributions import NestedNormal, OrderedMask
+from pyro_vnd.distributions import NestedLaw, OrderedMask
 from pyro_vnd.distributions.wrapped import find_mask
 
 __all__ = ["ElboMonitor", "ScaleToDataset"]
@@ -112,7 +112,7 @@ class ElboMonitor(Messenger):
     def __init__(self, score: bool = True) -> None:
         super().__init__()
         self.score = score
-        self.laws: dict[str, OrderedMask | NestedNormal] = {}
+        self.laws: dict[str, OrderedMask | NestedLaw] = {}
         self.plates: dict[str, set[str]] = {}
         self._reset()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pyro_vnd.distributions import NestedNormal, OrderedMask
+from pyro_vnd.distributions import NestedLaw, OrderedMask
 
 __all__ = ["FitResult", "LengthCollapseWarning", "LengthSummary"]
 
@@ -36,9 +36,9 @@ class LengthSummary:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, law: OrderedMask | NestedNormal) -> "LengthSummary":
+    def of(cls, law: OrderedMask | NestedLaw) -> "LengthSummary":
         """Summarise a law, taking the mean over its batch."""
-        lengths = law.lengths if isinstance(law, NestedNormal) else law
+        lengths = law.lengths if isinstance(law, NestedLaw) else law
         return cls(
             mean=lengths.mean_length.mean().item(),
             stddev=lengths.stddev_length.mean().item(),
@@ -95,7 +95,7 @@ class FitResult:
             lines.append(f"log-likelihood of the validation data {self.validation_log_likelihood[-1]:.4g}")
         return "\n".join(lines + [f"{name}: {summary}" for name, summary in self.lengths.items()])
 
-    def add_epoch(self, parts: Sequence[float], laws: Mapping[str, OrderedMask | NestedNormal]) -> None:
+    def add_epoch(self, parts: Sequence[float], laws: Mapping[str, OrderedMask | NestedLaw]) -> None:
         """Record an epoch.
 
         Args:

@@ -3,6 +3,7 @@
 from pyro_vnd.nn.axis import Axis, Run
 from pyro_vnd.nn.channels import ChannelGroups, channel_groups
 from pyro_vnd.nn.classifier import NestedClassifier
+from pyro_vnd.nn.conditioner import Conditioner
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.narrow import narrow, recalibrate_batchnorm
 from pyro_vnd.nn.nest import nest
@@ -13,6 +14,7 @@ from pyro_vnd.nn.width import Width
 __all__ = [
     "Axis",
     "ChannelGroups",
+    "Conditioner",
     "NestedClassifier",
     "NestedLayer",
     "NestedNet",
