@@ -110,7 +110,12 @@ def test_tables_targets_and_figure(result, monkeypatch):
     assert row["met"] == (row["value"] <= 1.02)
     lost = 1 - rows.mean("vae", "vnd", 4, "elbo") / rows.mean("vae", "plain", 4, "elbo")
     assert found["ELBO, share that is lost to the plain VAE's", 4]["value"] == pytest.approx(lost)
-    assert targets_table(rows).count("\n") == 7
+    distance = rows.mean("vae", "vnd", "law", "fid_samples_prior") / rows.mean(
+        "vae_our_parts", "plain", "law", "fid_samples_prior"
+    )
+    row = found["FID of samples with lengths from the prior / plain VAE's with our parts", 4]
+    assert row["value"] == pytest.approx(distance)
+    assert targets_table(rows).count("\n") == 12
     drawn = figure(rows)
     assert [ax.get_title() for ax in drawn.axes][:2] == ["VAE: MSE x 1000", "VAE: ELBO, nats"]
     plt.close(drawn)
