@@ -34,6 +34,8 @@ class NestedELBO(TraceMeanField_ELBO):
     under `LocalReparameterization` the value of a weight is no draw, so that it must not be scored. Latents without a
     registered KL are estimated by the scores of their draws. So are points (`Delta`), whose log-density Pyro leaves
     out: with an `AutoNormal` and a positive latent, `TraceMeanField_ELBO` lacks the Jacobian, and this one has it.
+    Where the prior is a `NestedAutoregressive` the KL is that of each coordinate given the draws of those before it, by
+    the chain rule an unbiased estimate with less variance than a score.
     Latents must be reparameterised, and none may depend in the model on one that comes after it in the guide.
 
     A weight $w_i$ other than one is read from the site: `infer={"kl_weight": w}`; that of the lengths of a
