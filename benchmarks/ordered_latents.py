@@ -109,8 +109,10 @@ class Recipe:
 RECIPE = Recipe()
 
 
-def build(model: str, method: str, image_size: int, recipe: Recipe) -> OrderedAutoencoder:
-    """Return an untrained model."""
+def build(
+    model: str, method: str, image_size: int, recipe: Recipe, prior_latents: PriorLatents | None = None
+) -> OrderedAutoencoder:
+    """Return an untrained model, a VAE with the method's own prior of the latents if none is given."""
     shape, num_latents = (1, image_size, image_size), recipe.num_latents
     ours = method == "vnd"
     laws = {
@@ -134,8 +136,9 @@ def build(model: str, method: str, image_size: int, recipe: Recipe) -> OrderedAu
         return OrderedVQVAE(shape, num_tokens, dim, recipe.codebook_size, ordered=ordered, **lengths)
     if model == "wae":
         return OrderedWAE(shape, num_latents, **lengths)
-    prior: PriorLatents = "autoregressive" if our_parts else "independent"
-    return OrderedVAE(shape, num_latents, prior_latents=prior, **lengths)
+    if prior_latents is None:
+        prior_latents = "autoregressive" if our_parts else "independent"
+    return OrderedVAE(shape, num_latents, prior_latents=prior_latents, **lengths)
 
 
 def fit_arguments(model: str, method: str, recipe: Recipe) -> dict[str, Any]:

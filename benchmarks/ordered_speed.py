@@ -19,9 +19,8 @@ from torch.distributions import Normal, kl_divergence
 from benchmarks.ordered_latents import RECIPE, build, fit_arguments
 from benchmarks.record import header, markdown_table, rounded, write_json
 from benchmarks.timing import interleaved_medians, peak_bytes
-from models.autoencoders import OrderedVAE
+from models.autoencoders import PriorLatents
 from pyro_vnd.infer import fit
-from pyro_vnd.nn import Conditioner
 
 RESULTS = Path(__file__).parent / "results" / "ordered_speed.json"
 STEPS = 20  # of one call of `fit`, which also sets things up
@@ -34,6 +33,10 @@ LABELS = {
     "vnd": "ours",
     "vnd_simple_prior": "ours, N(0, 1) prior",
 }
+OTHER_PRIORS: dict[str, tuple[str, PriorLatents]] = {
+    "plain_learned_prior": ("plain", "autoregressive"),
+    "vnd_simple_prior": ("vnd", "independent"),
+}
 TARGETS = {
     "time of ours / plain": ("seconds", "plain", 1.15),
     "time of ours / plain, our prior": ("seconds", "plain_learned_prior", 1.15),
@@ -41,22 +44,11 @@ TARGETS = {
 }
 
 
-def vae_of(name: str, image_size: int) -> OrderedVAE:
-    """Return a VAE of the benchmark of ordered latents, its prior of the kind that the name says."""
-    method, _, prior = name.partition("_") if name.endswith("_prior") else (name, "", "")
-    vae = build("vae", method, image_size, RECIPE)
-    assert isinstance(vae, OrderedVAE)
-    if prior == "learned_prior":
-        vae.conditioner = Conditioner(vae.num_latents)
-    elif prior == "simple_prior":
-        vae.conditioner = None
-    return vae
-
-
 def steps_of(name: str, x: Tensor) -> Callable[[int], object]:
     """Return a function that takes a number of steps of a VAE."""
-    vae = vae_of(name, x.shape[-1])
-    arguments = fit_arguments("vae", name.partition("_")[0], RECIPE) | {"num_epochs": 1, "lr_schedule": None}
+    method, prior = OTHER_PRIORS.get(name, (name, None))
+    vae = build("vae", method, x.shape[-1], RECIPE, prior)
+    arguments = fit_arguments("vae", method, RECIPE) | {"num_epochs": 1, "lr_schedule": None}
     guide = vae.make_guide()
 
     def take(num_steps: int) -> None:

@@ -115,6 +115,11 @@ def relaxed_masks(probs: Tensor, temperature: float, count: int, seed: int) -> n
     return np.stack([one_hot[:, i:].sum(-1) for i in range(len(probs))], -1)
 
 
+def z_scores(draws: Tensor, expected: Tensor) -> Tensor:
+    """Compare the mean over the first dimension with what is expected, in standard errors."""
+    return (draws.mean(0) - expected) / draws.std(0) * math.sqrt(len(draws))
+
+
 def law_pvalue(masks: Tensor, probs: Tensor) -> float:
     """p-value of Pearson's chi-square test that the lengths of hard masks follow `probs`.
 

@@ -4,13 +4,11 @@ from collections.abc import Callable
 from typing import ClassVar, Literal, Self
 
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from torch.types import _size
 
 from pyro_vnd.distributions.fresh import recall, remember
-from pyro_vnd.distributions.length_law import check_expandable
 from pyro_vnd.distributions.nested_law import NestedLaw
 from pyro_vnd.distributions.nested_normal import NestedNormal, in_range
 from pyro_vnd.distributions.straight_through import OrderedMaskStraightThrough
@@ -161,10 +159,6 @@ class NestedAutoregressive(NestedLaw):
 
     def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
         """Return the same law with a larger batch shape."""
-        new = self._get_checked_instance(type(self), _instance)
-        batch_shape = torch.Size(batch_shape)
-        check_expandable(self, batch_shape)
-        new.conditioner, new.lengths = self.conditioner, self.lengths.expand(batch_shape)
-        TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
+        new = super().expand(batch_shape, _instance)
+        new.conditioner = self.conditioner
         return new

@@ -5,10 +5,11 @@ from typing import Any, Self
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
+from torch.types import _size
 
 from pyro_vnd.distributions.constraints import nested_vector
 from pyro_vnd.distributions.fresh import recall
-from pyro_vnd.distributions.length_law import cut_probs
+from pyro_vnd.distributions.length_law import check_expandable, cut_probs
 from pyro_vnd.distributions.straight_through import OrderedMaskStraightThrough
 from pyro_vnd.distributions.tail_sum import tail_sum
 
@@ -102,6 +103,16 @@ class NestedLaw(TorchDistribution):
             A `NestedNormal`, whose coordinates are independent.
         """
         raise NotImplementedError
+
+    def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
+        """Return the same law with a larger batch shape."""
+        new = self._get_checked_instance(type(self), _instance)
+        batch_shape = torch.Size(batch_shape)
+        check_expandable(self, batch_shape)
+        new.lengths = self.lengths.expand(batch_shape)
+        TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
 
     def _validate_sample(self, value: Tensor) -> None:
         if not isinstance(value, Tensor) or value.shape[-1:] != self.event_shape or not torch.isfinite(value).all():

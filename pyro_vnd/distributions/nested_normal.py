@@ -9,7 +9,6 @@ from torch.distributions import Normal, constraints
 from torch.types import _size
 
 from pyro_vnd.distributions.fresh import recall, remember
-from pyro_vnd.distributions.length_law import check_expandable
 from pyro_vnd.distributions.nested_law import NestedLaw
 from pyro_vnd.distributions.straight_through import OrderedMaskStraightThrough
 
@@ -174,12 +173,8 @@ class NestedNormal(NestedLaw):
 
     def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
         """Return the same law with a larger batch shape."""
-        new = self._get_checked_instance(type(self), _instance)
-        batch_shape = torch.Size(batch_shape)
-        check_expandable(self, batch_shape)
-        new.lengths, new._loc, new._scale = self.lengths.expand(batch_shape), self._loc, self._scale
-        TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
+        new = super().expand(batch_shape, _instance)
+        new._loc, new._scale = self._loc, self._scale
         return new
 
 

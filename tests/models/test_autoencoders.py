@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pyro.infer import TraceMeanField_ELBO
+from shaken import shaken
 from torch import Tensor, nn
 
 from models.autoencoders import (
@@ -44,10 +45,7 @@ def make_vae(bodies: Bodies | None = None, pixels: Pixels | None = None, **kwarg
     """A small one, all of whose parameters have moved from where they start."""
     torch.manual_seed(0)
     vae = OrderedVAE(SHAPE, K, bodies=BODIES["mlp"]() if bodies is None else bodies, pixels=pixels, **kwargs)
-    with torch.no_grad():
-        for parameter in vae.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return vae
+    return shaken(vae, 0.1)
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from oracles import z_scores
 from pyro.infer import SVI, Predictive, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
+from shaken import shaken
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -23,19 +25,12 @@ def make_vae(**kwargs) -> OrderedVAE:
     torch.manual_seed(0)
     options = {"prior_latents": "autoregressive", "tail": "completion"} | kwargs
     vae = OrderedVAE(SHAPE, K, bodies=mlp_bodies(SHAPE, hidden=(12, 10)), **options)
-    with torch.no_grad():
-        for parameter in vae.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return vae
+    return shaken(vae, 0.1)
 
 
 @pytest.fixture
 def x() -> Tensor:
     return torch.rand(N, *SHAPE)
-
-
-def z_scores(draws: Tensor, expected: Tensor) -> Tensor:
-    return (draws.mean(0) - expected) / (draws.std(0) / len(draws) ** 0.5)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from shaken import shaken
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
@@ -99,10 +100,8 @@ def small_vae(**kwargs: Any) -> tuple[LinearGaussianVAE, Tensor]:
     """One of three latents and five pixels that fits nothing, with a guide wide enough for its weights, and images."""
     torch.manual_seed(0)
     prior = OrderedMask(probs=torch.tensor([0.2, 0.5, 0.3]))
-    vae = LinearGaussianVAE((1, 5, 1), 3, prior_lengths=prior, scale=0.8, **kwargs)
+    vae = shaken(LinearGaussianVAE((1, 5, 1), 3, prior_lengths=prior, scale=0.8, **kwargs), 0.2)
     with torch.no_grad():
-        for parameter in vae.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
         vae.encoder.heads.weight *= 0.5
         vae.encoder.raw_scale += 0.7
     return vae, torch.randn(4, 1, 5, 1)

@@ -1,6 +1,5 @@
 """The bound of an ordered VAE and its gradient, against sums over the lengths and against an ordinary VAE."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +8,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from numpy.polynomial.hermite_e import hermegauss
+from oracles import z_scores
 from pyro.infer import ELBO, SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
+from shaken import shaken
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
@@ -33,20 +34,12 @@ def make_vae(seed: int = 0, **kwargs: Any) -> OrderedVAE:
         "prior_lengths": OrderedMask(probs=PRIOR),
     } | kwargs
     vae = OrderedVAE((D,), K, **kwargs)
-    with torch.no_grad():
-        for parameter in vae.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
-    return vae
+    return shaken(vae, 0.3)
 
 
 @pytest.fixture
 def x() -> Tensor:
     return torch.rand(N, D, generator=torch.Generator().manual_seed(1))
-
-
-def z_scores(draws: Tensor, expected: Tensor) -> Tensor:
-    """Of the mean over the first dimension."""
-    return (draws.mean(0) - expected) / draws.std(0) * math.sqrt(len(draws))
 
 
 def enumerated_elbo(vae: OrderedVAE, x: Tensor, prior: Tensor = PRIOR) -> Tensor:
