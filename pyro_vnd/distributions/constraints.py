@@ -4,7 +4,13 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-__all__ = ["binary_ordered_mask", "nested_vector", "ordered_mask"]
+__all__ = ["binary_ordered_mask", "extremes", "nested_vector", "ordered_mask"]
+
+
+def extremes(x: Tensor) -> tuple[float, float]:
+    """Return the smallest and the largest entry, both NaN if there is one: one pass, and one look at the device."""
+    low, high = torch.stack(x.detach().aminmax()).tolist()
+    return low, high
 
 
 class _OrderedMask(constraints.Constraint):

@@ -12,15 +12,12 @@ from pyro_vnd.distributions.ordered_mask import OrderedMask, expectation
 def _kl_ordered_mask(q: OrderedMask, p: OrderedMask) -> Tensor:
     """Return sum_k q_k (log q_k - log p_k): straight-through masks are ordered masks too."""
     _check_units(q, p)
-    random = None
-    if isinstance(q._cut_to, Tensor) and q._cut_to is p._cut_to:  # as in a fit: nothing where both have the same length
-        assert q._uncut is not None
-        assert p._uncut is not None
-        random = (q._cut_to == 0).unsqueeze(-1).to(q._probs.device)
-        q, p = q._uncut, p._uncut
+    if q._cut is not None and q._cut.is_that_of(p._cut):  # nothing where both have the same length
+        kl = kl_divergence(q._random, p._random).unsqueeze(-1)
+        return q._cut.put(kl, kl.new_zeros(*q.batch_shape, 1)).squeeze(-1)
     # -inf - -inf only arises where q_k = 0, which counts nothing.
     log_ratio = q._log_probs - p._log_probs
-    kl = expectation(q._probs, log_ratio, random)
+    kl = expectation(q._probs, log_ratio)
     return kl.expand(torch.broadcast_shapes(q.batch_shape, p.batch_shape))
 
 

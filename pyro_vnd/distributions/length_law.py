@@ -1,5 +1,6 @@
 """The law of the kept length: parameters, normalisation and keep probabilities shared by every mask."""
 
+import math
 from typing import Any, ClassVar, Self
 
 import torch
@@ -10,9 +11,10 @@ from torch.distributions.utils import lazy_property
 from torch.nn.functional import logsigmoid, pad
 from torch.types import _size
 
+from pyro_vnd.distributions.constraints import extremes
 from pyro_vnd.distributions.tail_sum import tail_sum
 
-__all__ = ["LengthLaw", "check_expandable", "cut_probs"]
+__all__ = ["LengthLaw", "check_expandable"]
 
 _HALF_PRECISION = (torch.bfloat16, torch.float16)  # too coarse for sums of thousands of probabilities
 
@@ -77,17 +79,20 @@ class LengthLaw(TorchDistribution):
         return param
 
     def _check_values(self, param: Tensor) -> None:
+        if not param.numel():
+            return
+        low, high = extremes(param)
         expected = None
-        if not torch.isfinite(param).all():
+        if not (low > -math.inf and high < math.inf):
             expected = "finite values" + (" (use `probs` for lengths of probability zero)" if self._is_logits else "")
-        elif not self._is_logits and (param < 0).any():
+        elif not self._is_logits and low < 0:
             expected = "values >= 0"
-        elif not self._is_logits and (param.sum(-1) <= 0).any():
+        elif not self._is_logits and not (param > 0).any(-1).all():
             expected = "at least one positive value along the last dimension"
         if expected is not None:
             raise ValueError(
                 f"{type(self).__name__}: argument `{self._param_name}` of shape {tuple(param.shape)} must have "
-                f"{expected}; got values from {param.min().item():.4g} to {param.max().item():.4g}"
+                f"{expected}; got values from {low:.4g} to {high:.4g}"
             )
 
     @property
@@ -151,7 +156,7 @@ class LengthLaw(TorchDistribution):
     @property
     def num_units(self) -> int:
         """Number of ordered units, K."""
-        return self._param.shape[-1]
+        return self.event_shape[-1]
 
     def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
         """Return the same law with a larger batch shape; parameters are shared, not copied."""
@@ -309,38 +314,6 @@ def check_expandable(distribution: TorchDistribution, batch_shape: torch.Size) -
             f"{type(distribution).__name__}: batch shape {tuple(distribution.batch_shape)} cannot be expanded to "
             f"{tuple(batch_shape)}"
         )
-
-
-def cut_probs(law: Any, length: int | Tensor) -> Tensor:
-    """Return the probabilities of the lengths of a law, on a single length where it is given.
-
-    Args:
-        law: A law of masks or of what they cut, with `num_units` and `length_probs`.
-        length: L, from 1 to K, or 0 to leave it random; integers that broadcast to the batch shape.
-
-    Returns:
-        Probabilities, shape broadcast(length.shape, batch_shape) + (K,).
-
-    Raises:
-        ValueError: If a length is no integer from 0 to K.
-    """
-    random = law.length_probs
-    lengths = torch.as_tensor(length, device=random.device)
-    whole = not lengths.is_floating_point() and lengths.dtype != torch.bool
-    if not whole or (law._validate_args and not ((lengths >= 0) & (lengths <= law.num_units)).all()):
-        raise ValueError(
-            f"{type(law).__name__}.cut: argument `length` must be integers from 1 to {law.num_units}, or 0 for a "
-            f"random length; got {lengths.tolist()}"
-        )
-    lengths = lengths.unsqueeze(-1)
-    units = torch.arange(1, law.num_units + 1, device=lengths.device)
-    probs = torch.where(lengths > 0, (units == lengths).to(random.dtype), random)
-    if probs.shape[:-1] != law.batch_shape:
-        raise ValueError(
-            f"{type(law).__name__}.cut: argument `length` of shape {tuple(lengths.shape[:-1])} cannot be expanded to "
-            f"the batch shape {tuple(law.batch_shape)}"
-        )
-    return probs
 
 
 def _positive_int(cls: type, num_units: int) -> int:

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.types import _size
 
 from pyro_vnd.distributions.constraints import nested_vector
+from pyro_vnd.distributions.cut import Cut
 from pyro_vnd.distributions.fresh import recall
-from pyro_vnd.distributions.length_law import check_expandable, cut_probs
+from pyro_vnd.distributions.length_law import check_expandable
 from pyro_vnd.distributions.straight_through import OrderedMaskStraightThrough
 from pyro_vnd.distributions.tail_sum import tail_sum
 
@@ -89,9 +90,13 @@ class NestedLaw(TorchDistribution):
             >>> law.cut(2).keep_probs
             tensor([1., 1., 0.])
         """
-        cut = self.expand(self.batch_shape)
-        cut.lengths = self.lengths._cut(cut_probs(self, length), length)
-        return cut
+        return self._cut_by(Cut.checked(length, self.lengths, type(self).__name__))
+
+    def _cut_by(self, cut: Cut) -> Self:
+        """Return the law cut to lengths that are known to be right."""
+        new = self.expand(self.batch_shape)
+        new.lengths = self.lengths._cut_by(cut)
+        return new
 
     def given(self, value: Tensor) -> Any:
         """Return the law that each coordinate has given those before it in `value`.

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributions import Normal, constraints
 from torch.types import _size
 
+from pyro_vnd.distributions.constraints import extremes
 from pyro_vnd.distributions.fresh import recall, remember
 from pyro_vnd.distributions.nested_law import NestedLaw
 from pyro_vnd.distributions.straight_through import OrderedMaskStraightThrough
@@ -182,5 +183,5 @@ def in_range(name: str, value: Tensor) -> bool:
     """Say whether means or deviations are finite and deviations positive; NaN is neither above nor below a bound."""
     if not value.numel():
         return True
-    low, high = value.detach().aminmax()
-    return bool((low > (0 if name == "scale" else -torch.inf)) & (high < torch.inf))
+    low, high = extremes(value)
+    return low > (0 if name == "scale" else -torch.inf) and high < torch.inf

@@ -9,7 +9,8 @@ from torch.nn.functional import pad
 from torch.types import _size
 
 from pyro_vnd.distributions.constraints import binary_ordered_mask
-from pyro_vnd.distributions.length_law import LengthLaw, cut_probs
+from pyro_vnd.distributions.cut import Cut
+from pyro_vnd.distributions.length_law import LengthLaw
 from pyro_vnd.distributions.logistic_mask import hard_mask
 from pyro_vnd.distributions.tail_sum import tail_difference, tail_sum
 
@@ -55,9 +56,9 @@ class OrderedMask(LengthLaw):
 
     support = binary_ordered_mask
     has_enumerate_support = True
-    _derived: ClassVar[tuple[str, ...]] = (*LengthLaw._derived, "variance")
-    _uncut: Self | None = None  # of a law that was cut, what it was before, and the lengths that it was cut to
-    _cut_to: int | Tensor | None = None
+    _derived: ClassVar[tuple[str, ...]] = (*LengthLaw._derived, "variance", "_random")
+    _uncut: Self | None = None  # of a law that was cut, what it was before, and where it was cut
+    _cut: Cut | None = None
 
     def __init__(
         self, *, probs: Tensor | None = None, logits: Tensor | None = None, validate_args: bool | None = None
@@ -90,16 +91,54 @@ class OrderedMask(LengthLaw):
             >>> OrderedMask.uniform(3).cut(2).keep_probs
             tensor([1., 1., 0.])
         """
-        return self._cut(cut_probs(self, length), length)
+        return self._cut_by(Cut.checked(length, self, type(self).__name__))
 
-    def _cut(self, probs: Tensor, length: int | Tensor) -> Self:
-        """Return the law cut to lengths, given its probabilities then: not to be checked and divided again."""
-        new = self.expand(self.batch_shape)
-        new._param, new._param_name = probs, "probs"
-        new.__dict__.pop("_log_probs", None)
-        new.__dict__["_probs"] = probs
-        new._uncut, new._cut_to = self, length
+    def _cut_by(self, cut: Cut) -> Self:
+        """Return the law cut to lengths that are known to be right."""
+        new = self._copy()
+        new._param_name, new._uncut, new._cut = "probs", self, cut
         return new
+
+    def _copy(self) -> Self:
+        """Return a copy without its parameters and what is derived from them."""
+        new = self.expand(self.batch_shape)
+        for name in ("_param", "_probs", "_log_probs"):
+            new.__dict__.pop(name, None)
+        return new
+
+    def _at(self, rows: Tensor) -> Self:
+        """Return the laws in some places of the flattened batch, shape (R,): of batch shape (R,)."""
+        new = self._copy()
+        new._param, new._batch_shape = self._param, rows.shape
+        if self._param.dim() > 1:
+            new._param = self._full(self._param).reshape(-1, self.num_units).index_select(0, rows)
+        return new
+
+    @lazy_property
+    def _random(self) -> Self:
+        """Of a law that was cut, those of its batch whose length is random still, batch shape (R,)."""
+        assert self._uncut is not None
+        assert self._cut is not None
+        return self._uncut._at(self._cut.rows)
+
+    # A law that is not cut has its parameters in place of the first of these, and no use for the others.
+
+    @lazy_property
+    def _param(self) -> Tensor:  # type: ignore[override]
+        return self._probs
+
+    @lazy_property
+    def _probs(self) -> Tensor:  # type: ignore[override]
+        if self._cut is None:
+            return super()._probs
+        return self._cut.put(self._random.probs, tail_difference(self._cut.masks))
+
+    @lazy_property
+    def keep_probs(self) -> Tensor:  # type: ignore[override]
+        """Probability that each unit is kept, S_i = P(L >= i), shape batch_shape + (K,)."""
+        if self._cut is None:
+            return super().keep_probs
+        return self._cut.put(self._random.keep_probs, self._cut.masks)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-probability of masks, shape broadcast(value.shape[:-1], batch_shape).
@@ -153,7 +192,7 @@ class OrderedMask(LengthLaw):
         return self._full((units <= self._log_probs.argmax(-1, keepdim=True)).to(self._param.dtype))
 
 
-def expectation(probs: Tensor, values: Tensor, among: Tensor | None = None) -> Tensor:
-    """Average `values` under `probs`; lengths of probability zero, or not `among` those asked for, count nothing."""
-    possible = probs > 0 if among is None else (probs > 0) & among
+def expectation(probs: Tensor, values: Tensor) -> Tensor:
+    """Average `values` under `probs`; lengths of probability zero count nothing."""
+    possible = probs > 0
     return torch.where(possible, probs * torch.where(possible, values, 0), 0).sum(-1)

@@ -82,8 +82,16 @@ class OrderedMaskStraightThrough(OrderedMask):
         new.noise, new.temperature = self.noise, self.temperature
         return new
 
+    def _at(self, rows: Tensor) -> Self:
+        new = super()._at(rows)
+        if isinstance(self.temperature, Tensor) and self.temperature.dim():
+            new.temperature = self.temperature.expand(self.batch_shape).reshape(-1).index_select(0, rows)
+        return new
+
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Draw masks of zeros and ones with a straight-through gradient, shape sample_shape + batch_shape + (K,)."""
+        if self._cut is not None:
+            return self._cut.put(self._random.rsample(sample_shape), self._cut.masks)
         temperature = self.temperature.unsqueeze(-1) if isinstance(self.temperature, Tensor) else self.temperature
         if self.noise == "logistic":
             param = self._param if self._is_logits else self._probs

@@ -9,6 +9,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_vnd.distributions import NestedLaw, OrderedMask
+from pyro_vnd.distributions.cut import Cut
 from pyro_vnd.infer.auto_nested import _AutoMask
 from pyro_vnd.infer.monitor import ElboMonitor
 from pyro_vnd.infer.schedules import MaskSchedule
@@ -106,15 +107,17 @@ class _CutCodes(Messenger):
     def __init__(self, rows: Tensor, codes: Container[str]) -> None:
         super().__init__()
         self.rows, self.codes = rows, codes
-        self.lengths: dict[int, Tensor] = {}  # by number of units: the same tensor for model and guide
+        self.cuts: dict[tuple[int, torch.Size], Cut] = {}  # the same for model and guide
 
     def _pyro_sample(self, msg: Any) -> None:
         law = msg["fn"]
         if msg["name"] in self.codes and isinstance(law, NestedLaw | OrderedMask):
-            if law.num_units not in self.lengths:
-                lengths = torch.where(self.rows > 0, (self.rows * law.num_units + 0.5).floor().clamp_min(1), 0)
-                self.lengths[law.num_units] = lengths.long().to(law.length_probs.device)  # rounded as by `Width`
-            msg["fn"] = law.cut(self.lengths[law.num_units])
+            key = law.num_units, law.batch_shape
+            if key not in self.cuts:
+                lengths = (self.rows * law.num_units + 0.5).long()  # rounded as by `Width`, which keeps at least one
+                lengths = torch.maximum(lengths, self.rows > 0)
+                self.cuts[key] = Cut(lengths, law.lengths if isinstance(law, NestedLaw) else law)
+            msg["fn"] = law._cut_by(self.cuts[key])
             msg["infer"]["uncut"] = law  # for the record
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -187,19 +188,16 @@ class MaskSchedule:
         Returns:
             Fractions of the blocks to keep, on the CPU, shape (num_particles,) + shape; 0 stands for a mask from q.
         """
-        law = self._law(num_blocks)
-        shares = [self.learned, *(self.budget * p for p in law.probs.tolist())]
-        shares[-1] += self.full
-        if t < self.anneal:
-            shares = [share * t / self.anneal for share in shares]
-            shares[-1] += 1 - t / self.anneal
-        bounds = torch.tensor([*accumulate(shares)][:-1], dtype=torch.float64)
+        bounds = _bounds(self, num_blocks)
+        if t < self.anneal:  # the shares of all but the last, the full width, are smaller
+            bounds = bounds * (t / self.anneal)
+        num_rows = math.prod(shape)
+        places = torch.randperm(num_rows, dtype=torch.float64).add_(torch.rand(())).div_(num_rows).reshape(shape)
         particles = torch.arange(self.num_particles).reshape(-1, *[1] * len(shape))
-        offsets = (torch.randperm(math.prod(shape)).reshape(shape) + torch.rand(())) / math.prod(shape)
-        places = (particles + offsets) / self.num_particles
+        places = (particles + places) / self.num_particles
         # Right of the bounds, so that what has no probability is never drawn; rounding may leave the last one below 1.
-        index = torch.bucketize(places.double(), bounds, right=True)
-        return index.float() / law.num_units
+        index = torch.bucketize(places, bounds, right=True)
+        return index.float() / len(bounds)
 
     def _law(self, num_blocks: int) -> OrderedMask:
         if isinstance(self.law, OrderedMask):
@@ -207,6 +205,14 @@ class MaskSchedule:
         if self.law == "uniform":
             return OrderedMask.uniform(num_blocks)
         return OrderedMask(probs=1 / torch.arange(1.0, num_blocks + 1))
+
+
+@lru_cache(maxsize=16)
+def _bounds(schedule: MaskSchedule, num_blocks: int) -> Tensor:
+    """Return the share of masks from q, and those with 1, 2, ... K - 1 blocks added to it one after the other."""
+    law = schedule._law(num_blocks)
+    shares = accumulate([schedule.learned, *(schedule.budget * p for p in law.probs.tolist())])
+    return torch.tensor([*shares][:-1], dtype=torch.float64)
 
 
 def schedule_values(name: str, schedule: Schedule, num_steps: int, *, positive: bool = False) -> list[float]:
