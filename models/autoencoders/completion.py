@@ -40,8 +40,8 @@ class Completion(nn.Module):
 
     def forward(self, code: Tensor, mask: Tensor) -> Tensor:
         """Return completed codes, given codes, shape (..., K), and their masks."""
-        dropped = (1 - mask).expand_as(code)
-        return torch.addcmul(code, dropped, self.net(GAIN * torch.cat([code, dropped], -1)), value=GAIN)
+        dropped = torch.sub(GAIN, mask, alpha=GAIN).expand_as(code)
+        return torch.addcmul(code, dropped, self.net(torch.cat([GAIN * code, dropped], -1)))
 
     @torch.no_grad()
     def truncate(self, length: int) -> nn.Module:

@@ -79,6 +79,9 @@ class GaussianPixels(Pixels):
         if not 0 < scale < torch.inf:
             raise ValueError(f"GaussianPixels: argument `scale` must be finite and > 0; got {scale}")
         self.log_scale = nn.Parameter(torch.full((num_latents if noise == "by_length" else 1,), scale).log())
+        # log s_L = sum_i z_i (log s_i - log s_{i-1}): linear in the mask, whose gradient so sees the noise.
+        steps = torch.eye(len(self.log_scale)).diff(dim=0, prepend=torch.zeros(1, len(self.log_scale)))
+        self.register_buffer("steps", steps, persistent=False)
         self.squash = mean == "sigmoid"
 
     def law(self, outputs: Tensor, mask: Tensor, event_dim: int) -> IsotropicNormal:
@@ -86,8 +89,7 @@ class GaussianPixels(Pixels):
         if len(self.log_scale) == 1:
             log_scale = self.log_scale[0]
         else:
-            # log s_L = sum_i z_i (log s_i - log s_{i-1}): linear in the mask, whose gradient so sees the noise.
-            log_scale = mask @ self.log_scale.diff(prepend=self.log_scale.new_zeros(1))
+            log_scale = mask @ (self.steps @ self.log_scale)
         return IsotropicNormal(self.mean(outputs), log_scale.exp(), event_dim)
 
     def mean(self, outputs: Tensor) -> Tensor:

@@ -63,6 +63,13 @@ class Cut:
                 f"{tuple(law.batch_shape)}"
             ) from None
 
+    def take(self, x: Tensor) -> Tensor:
+        """Return what belongs to the laws that are random, shape (..., R, n), of shape (...) + batch_shape + (n,)."""
+        if x.dim() == 2 and self.lengths.dim() == 1:
+            return x.index_select(0, self.rows)
+        leading = x.shape[: x.dim() - self.lengths.dim() - 1]
+        return x.reshape((*leading, -1, x.shape[-1])).index_select(len(leading), self.rows)
+
     def put(self, random: Tensor, given: Tensor) -> Tensor:
         """Put what belongs to the laws that are random among what belongs to the others.
 
@@ -73,6 +80,8 @@ class Cut:
         Returns:
             Shape (...) + batch_shape + (n,).
         """
+        if random.dim() == given.dim() == 2:
+            return given.index_copy(0, self.rows, random)
         leading, flat = random.shape[:-2], given.reshape(-1, given.shape[-1])
         put = flat.expand(leading + flat.shape).index_copy(len(leading), self.rows, random)
         return put.reshape(leading + given.shape)

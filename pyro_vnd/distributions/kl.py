@@ -1,11 +1,12 @@
 """Exact Kullback-Leibler divergences, found by `torch.distributions.kl_divergence` and `TraceMeanField_ELBO`."""
 
-import torch
 from torch import Tensor
 from torch.distributions import kl_divergence, register_kl
 
 from pyro_vnd.distributions.nested_normal import NestedNormal
+from pyro_vnd.distributions.normal_kl import normal_kl
 from pyro_vnd.distributions.ordered_mask import OrderedMask, expectation
+from pyro_vnd.distributions.shapes import broadcast_shapes
 
 
 @register_kl(OrderedMask, OrderedMask)
@@ -18,7 +19,7 @@ def _kl_ordered_mask(q: OrderedMask, p: OrderedMask) -> Tensor:
     # -inf - -inf only arises where q_k = 0, which counts nothing.
     log_ratio = q._log_probs - p._log_probs
     kl = expectation(q._probs, log_ratio)
-    return kl.expand(torch.broadcast_shapes(q.batch_shape, p.batch_shape))
+    return kl.expand(broadcast_shapes(q.batch_shape, p.batch_shape))
 
 
 @register_kl(NestedNormal, NestedNormal)
@@ -31,7 +32,7 @@ def _kl_nested_normal(q: NestedNormal, p: NestedNormal) -> Tensor:
 def kl_parts(q: NestedNormal, p: NestedNormal) -> tuple[Tensor, Tensor]:
     """Return the two terms of the divergence, that of the lengths and that of the kept coordinates."""
     _check_units(q, p)
-    return kl_divergence(q.lengths, p.lengths), (q.keep_probs * kl_divergence(q.normal, p.normal)).sum(-1)
+    return kl_divergence(q.lengths, p.lengths), (q.keep_probs * normal_kl(q.normal, p.normal)).sum(-1)
 
 
 def _check_units(q: OrderedMask | NestedNormal, p: OrderedMask | NestedNormal) -> None:

@@ -12,9 +12,10 @@ from torch.nn.functional import logsigmoid, pad
 from torch.types import _size
 
 from pyro_vnd.distributions.constraints import extremes
+from pyro_vnd.distributions.shapes import broadcast_shapes, check_expandable
 from pyro_vnd.distributions.tail_sum import tail_sum
 
-__all__ = ["LengthLaw", "check_expandable"]
+__all__ = ["LengthLaw"]
 
 _HALF_PRECISION = (torch.bfloat16, torch.float16)  # too coarse for sums of thousands of probabilities
 
@@ -114,6 +115,8 @@ class LengthLaw(TorchDistribution):
     def _log_probs(self) -> Tensor:
         if self._is_logits:
             return self._param.log_softmax(-1)
+        if not self._probs.requires_grad:
+            return self._probs.log()
         # log 0 = -inf, and its gradient is zero rather than 0 * inf.
         positive = self._probs > 0
         return torch.where(positive, torch.where(positive, self._probs, 1).log(), -torch.inf)
@@ -186,7 +189,7 @@ class LengthLaw(TorchDistribution):
                 f"got {tuple(value.shape)}"
             )
         try:
-            torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+            broadcast_shapes(value.shape[:-1], self.batch_shape)
         except RuntimeError:
             raise ValueError(
                 f"{name}: argument `value` of shape {tuple(value.shape)} does not broadcast with batch shape "
@@ -299,21 +302,6 @@ class LengthLaw(TorchDistribution):
             tensor([1.0000, 0.7500, 0.5000, 0.2500])
         """
         return cls(logits=torch.zeros(_positive_int(cls, num_units), dtype=dtype, device=device), **kwargs)
-
-
-def check_expandable(distribution: TorchDistribution, batch_shape: torch.Size) -> None:
-    """Raise a ValueError if the batch shape of a distribution does not broadcast to another one."""
-    if distribution.batch_shape == batch_shape:  # most often; broadcast_shapes is slow
-        return
-    try:
-        fits = torch.broadcast_shapes(distribution.batch_shape, batch_shape) == batch_shape
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"{type(distribution).__name__}: batch shape {tuple(distribution.batch_shape)} cannot be expanded to "
-            f"{tuple(batch_shape)}"
-        )
 
 
 def _positive_int(cls: type, num_units: int) -> int:

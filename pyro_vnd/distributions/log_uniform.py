@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Normal, constraints, register_kl
 from torch.types import _size
 
-from pyro_vnd.distributions.length_law import check_expandable
+from pyro_vnd.distributions.shapes import check_expandable
 
 __all__ = ["LogUniform"]
 

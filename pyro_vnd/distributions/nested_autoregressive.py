@@ -11,6 +11,7 @@ from torch.types import _size
 from pyro_vnd.distributions.fresh import recall, remember
 from pyro_vnd.distributions.nested_law import NestedLaw
 from pyro_vnd.distributions.nested_normal import NestedNormal, in_range
+from pyro_vnd.distributions.shapes import broadcast_shapes
 from pyro_vnd.distributions.straight_through import OrderedMaskStraightThrough
 
 __all__ = ["NestedAutoregressive"]
@@ -102,7 +103,7 @@ class NestedAutoregressive(NestedLaw):
             ValueError: If the values or what the conditioner returns have another shape.
         """
         try:
-            shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape) + value.shape[-1:]
+            shape = broadcast_shapes(value.shape[:-1], self.batch_shape) + value.shape[-1:]
         except RuntimeError:
             shape = None
         if shape is None or shape[-1:] != self.event_shape:

@@ -1,5 +1,6 @@
 """What laws of vectors that end at a random length have in common."""
 
+from copy import copy
 from typing import Any, Self
 
 import torch
@@ -10,7 +11,7 @@ from torch.types import _size
 from pyro_vnd.distributions.constraints import nested_vector
 from pyro_vnd.distributions.cut import Cut
 from pyro_vnd.distributions.fresh import recall
-from pyro_vnd.distributions.length_law import check_expandable
+from pyro_vnd.distributions.shapes import check_expandable
 from pyro_vnd.distributions.straight_through import OrderedMaskStraightThrough
 from pyro_vnd.distributions.tail_sum import tail_sum
 
@@ -94,7 +95,7 @@ class NestedLaw(TorchDistribution):
 
     def _cut_by(self, cut: Cut) -> Self:
         """Return the law cut to lengths that are known to be right."""
-        new = self.expand(self.batch_shape)
+        new = copy(self)
         new.lengths = self.lengths._cut_by(cut)
         return new
 

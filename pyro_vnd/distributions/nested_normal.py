@@ -11,6 +11,7 @@ from torch.types import _size
 from pyro_vnd.distributions.constraints import extremes
 from pyro_vnd.distributions.fresh import recall, remember
 from pyro_vnd.distributions.nested_law import NestedLaw
+from pyro_vnd.distributions.shapes import broadcast_shapes
 from pyro_vnd.distributions.straight_through import OrderedMaskStraightThrough
 
 __all__ = ["NestedNormal", "in_range"]
@@ -104,7 +105,7 @@ class NestedNormal(NestedLaw):
 
     def _fill(self, loc: Tensor, scale: Tensor, lengths: OrderedMaskStraightThrough) -> None:
         try:
-            shape = torch.broadcast_shapes(loc.shape, scale.shape, lengths.batch_shape + lengths.event_shape)
+            shape = broadcast_shapes(loc.shape, scale.shape, lengths.batch_shape + lengths.event_shape)
         except RuntimeError:
             raise ValueError(
                 f"NestedNormal: arguments `loc` {tuple(loc.shape)}, `scale` {tuple(scale.shape)} and lengths "

@@ -1,5 +1,6 @@
 """The exact, discrete ordered mask."""
 
+from copy import copy
 from typing import ClassVar, Self
 
 import torch
@@ -12,6 +13,7 @@ from pyro_vnd.distributions.constraints import binary_ordered_mask
 from pyro_vnd.distributions.cut import Cut
 from pyro_vnd.distributions.length_law import LengthLaw
 from pyro_vnd.distributions.logistic_mask import hard_mask
+from pyro_vnd.distributions.shapes import broadcast_shapes
 from pyro_vnd.distributions.tail_sum import tail_difference, tail_sum
 
 __all__ = ["OrderedMask", "expectation"]
@@ -68,7 +70,12 @@ class OrderedMask(LengthLaw):
     def _uniform(self, sample_shape: _size) -> Tensor:
         """Draw one uniform number a mask, with a last dimension of one."""
         shape = (*self._extended_shape(sample_shape)[:-1], 1)
-        return torch.rand(shape, dtype=self._param.dtype, device=self._param.device)
+        return torch.rand(shape, dtype=self._like.dtype, device=self._like.device)
+
+    @property
+    def _like(self) -> Tensor:
+        """A tensor with the dtype and device of masks, that is at hand."""
+        return self._param if self._cut is None else self._cut.masks
 
     def sample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Draw masks of zeros and ones, shape sample_shape + batch_shape + (K,)."""
@@ -95,20 +102,15 @@ class OrderedMask(LengthLaw):
 
     def _cut_by(self, cut: Cut) -> Self:
         """Return the law cut to lengths that are known to be right."""
-        new = self._copy()
+        new = copy(self)
+        new.__dict__.pop("_param", None)
         new._param_name, new._uncut, new._cut = "probs", self, cut
-        return new
-
-    def _copy(self) -> Self:
-        """Return a copy without its parameters and what is derived from them."""
-        new = self.expand(self.batch_shape)
-        for name in ("_param", "_probs", "_log_probs"):
-            new.__dict__.pop(name, None)
         return new
 
     def _at(self, rows: Tensor) -> Self:
         """Return the laws in some places of the flattened batch, shape (R,): of batch shape (R,)."""
-        new = self._copy()
+        new = copy(self)
+        new._uncut = new._cut = None
         new._param, new._batch_shape = self._param, rows.shape
         if self._param.dim() > 1:
             new._param = self._full(self._param).reshape(-1, self.num_units).index_select(0, rows)
@@ -156,7 +158,7 @@ class OrderedMask(LengthLaw):
             impossible = log_probs == -torch.inf
             result = (one_hot * log_probs.masked_fill(impossible, 0)).sum(-1)
             result = result.masked_fill((one_hot.detach() * impossible).sum(-1) > 0, -torch.inf)
-        return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
+        return result.expand(broadcast_shapes(result.shape, self.batch_shape))
 
     def entropy(self) -> Tensor:
         """Return the entropy of the kept length in nats, shape batch_shape."""
@@ -194,5 +196,4 @@ class OrderedMask(LengthLaw):
 
 def expectation(probs: Tensor, values: Tensor) -> Tensor:
     """Average `values` under `probs`; lengths of probability zero count nothing."""
-    possible = probs > 0
-    return torch.where(possible, probs * torch.where(possible, values, 0), 0).sum(-1)
+    return (probs * torch.where(probs > 0, values, 0)).sum(-1)

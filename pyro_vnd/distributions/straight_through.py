@@ -90,15 +90,24 @@ class OrderedMaskStraightThrough(OrderedMask):
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Draw masks of zeros and ones with a straight-through gradient, shape sample_shape + batch_shape + (K,)."""
-        if self._cut is not None:
-            return self._cut.put(self._random.rsample(sample_shape), self._cut.masks)
+        if self.noise == "logistic":
+            noise = self._uniform(sample_shape)
+        else:
+            noise = gumbel_like(self._like, self._extended_shape(sample_shape))
+        # Drawn for all, so that random numbers are the same whatever is cut.
+        if self._cut is None:
+            return self._masks(noise)
+        return self._cut.put(self._random._masks(self._cut.take(noise)), self._cut.masks)
+
+    def _masks(self, noise: Tensor) -> Tensor:
+        """Return the masks that noise makes, of one number a mask or one a unit."""
         temperature = self.temperature.unsqueeze(-1) if isinstance(self.temperature, Tensor) else self.temperature
         if self.noise == "logistic":
             param = self._param if self._is_logits else self._probs
-            return logistic_mask(param, self._uniform(sample_shape), temperature, self._is_logits)
+            return logistic_mask(param, noise, temperature, self._is_logits)
         # Neither argmax nor softmax sees whether logits are normalised. Infinite ones would have NaN gradients.
         log_weights = self._param if self._is_logits else self._log_probs.clamp_min(-1e30)
-        scores = log_weights + gumbel_like(self._param, self._extended_shape(sample_shape))
+        scores = log_weights + noise
         soft = tail_sum((scores / temperature).softmax(-1))
         units = torch.arange(self.num_units, device=scores.device)
         hard = (units <= scores.argmax(-1, keepdim=True)).to(scores.dtype)

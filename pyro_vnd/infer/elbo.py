@@ -1,6 +1,8 @@
 """The ELBO with exact KL divergences, and its parts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -77,10 +79,13 @@ class NestedELBO(TraceMeanField_ELBO):
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return the negative ELBO with its gradient; unlike Pyro's, it never waits for the device to look at it."""
-        loss: Any = 0.0
-        for traces in self._get_traces(model, guide, args, kwargs):
-            loss = loss + self._differentiable_loss_particle(*traces)[1] / self.num_particles
-        return loss
+        traces = self._get_traces(model, guide, args, kwargs)
+        loss = _sum(self._differentiable_loss_particle(*pair)[1] for pair in traces)
+        return self._mean(loss)
+
+    def _mean(self, total: Tensor) -> Tensor:
+        """Return the mean of what was summed over the particles."""
+        return total if self.num_particles == 1 else total / self.num_particles
 
     def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[Any]:
         self.log_likelihood, self.kl, self.kl_lengths = 0.0, {}, {}
@@ -119,19 +124,23 @@ class NestedELBO(TraceMeanField_ELBO):
                 check_site_shape(site, self.max_plate_nesting)
 
     def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> tuple[Tensor, Tensor]:
-        elbo: Any = 0.0
+        likelihoods, divergences = [], []
         for name, site in model_trace.nodes.items():
             if site["type"] == "sample":
                 if site["is_observed"]:
-                    elbo = elbo + site["log_prob_sum"]
-                    self.log_likelihood += site["log_prob_sum"].detach() / self.num_particles
+                    likelihoods.append(site["log_prob_sum"])
                 else:
-                    elbo = elbo - self._weighted_kl(name, guide_trace.nodes[name], site)
+                    divergences.append(self._weighted_kl(name, guide_trace.nodes[name], site))
         for name, site in guide_trace.nodes.items():
             if site["type"] == "sample" and name not in model_trace.nodes:
                 assert site["infer"].get("is_auxiliary"), f"site {name!r} of the guide is not in the model"
-                elbo = elbo - self._weighted_kl(name, site)
-        return -elbo.detach(), -elbo
+                divergences.append(self._weighted_kl(name, site))
+        if likelihoods:
+            likelihood = _sum(likelihoods)
+            self.log_likelihood = self.log_likelihood + self._mean(likelihood.detach())
+            divergences.append(-likelihood)
+        loss = _sum(divergences)
+        return loss.detach(), loss
 
     def _weighted_kl(self, name: str, guide_site: Any, model_site: Any = None) -> Tensor:
         if "kl" in guide_site:
@@ -143,10 +152,16 @@ class NestedELBO(TraceMeanField_ELBO):
             parts = {"kl_weight": kl if model_site is None else kl - model_site["log_prob_sum"]}
         for record, keys in ((self.kl, parts), (self.kl_lengths, {"length_weight"} & parts.keys())):
             for key in keys:
-                record[name] = record.get(name, 0.0) + parts[key].detach() / self.num_particles
+                part = self._mean(parts[key].detach())
+                record[name] = record[name] + part if name in record else part
         infer = guide_site["infer"]
         weights = [infer.get(key, infer.get("kl_weight", 1.0)) for key in parts]
-        return sum(part if weight == 1 else weight * part for weight, part in zip(weights, parts.values(), strict=True))
+        return _sum(part if weight == 1 else weight * part for weight, part in zip(weights, parts.values(), strict=True))
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    """Do what `sum` does, which adds the first of them to zero."""
+    return reduce(add, terms)
 
 
 def _keep_exact_kl(model_trace: Any, guide_trace: Any) -> None:

@@ -100,7 +100,8 @@ class Step:
                     raise NonFiniteLossError(
                         f"fit: evaluating the ELBO failed after site {self.monitor.last_site!r}: {error}"
                     ) from error
-                (loss / len(particles)).backward()  # here, so that memory holds the graph of one at a time
+                # Here, so that memory holds the graph of one at a time.
+                (loss if len(particles) == 1 else loss / len(particles)).backward()
                 parts.append(self._parts(loss.detach()))
         norm = self._clip()
         mean = torch.stack(parts).mean(0)

@@ -45,17 +45,30 @@ class Conditioner(nn.Module):
         units = torch.arange(1, num_units + 1)
         # A hidden unit of degree d sees the inputs 1..d, and outputs d+1..K see it: degrees go from 1 to K - 1.
         degrees = [units] + [torch.arange(size) % max(num_units - 1, 1) + 1 for size in hidden]
+        dtype = torch.get_default_dtype()
         layers: list[nn.Module] = []
         for before, after in pairwise(degrees):
-            sees = (after.unsqueeze(-1) >= before).to(torch.get_default_dtype())
-            layers += [MaskedLinear(len(before), len(after), sees), nn.Tanh()]
-        sees = (units.repeat(2).unsqueeze(-1) > degrees[-1]).to(torch.get_default_dtype())
-        last = MaskedLinear(len(degrees[-1]), 2 * num_units, sees)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+            layers += [MaskedLinear(len(before), len(after), (after.unsqueeze(-1) >= before).to(dtype)), nn.Tanh()]
+        last = _Outputs(len(degrees[-1]), 2 * num_units, (units.repeat(2).unsqueeze(-1) > degrees[-1]).to(dtype))
         self.net = nn.Sequential(*layers, last)
+        self.net[0].mask *= GAIN  # of the weights: there are fewer of them than inputs in a batch
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return means and deviations, each the shape of `x`, (..., K)."""
-        loc, raw_scale = self.net(GAIN * x).chunk(2, -1)
-        return GAIN * loc, (MAX_LOG_SCALE * torch.tanh(raw_scale / MAX_LOG_SCALE)).exp()
+        loc, raw_scale = self.net(x).chunk(2, -1)
+        return loc, (MAX_LOG_SCALE * raw_scale.tanh()).exp()
+
+
+class _Outputs(MaskedLinear):
+    """The last layer, zero at first, whose means are multiplied by a gain, and whose scales come to be in (-1, 1)."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, mask: Tensor) -> None:
+        super().__init__(num_inputs, num_outputs, mask)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+        gains = torch.tensor([GAIN, 1 / MAX_LOG_SCALE]).repeat_interleave(num_outputs // 2)
+        self.register_buffer("gains", gains)
+        self.mask *= gains.unsqueeze(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.mask, self.bias * self.gains)
