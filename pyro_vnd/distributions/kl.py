@@ -32,7 +32,7 @@ def _kl_nested_normal(q: NestedNormal, p: NestedNormal) -> Tensor:
 def kl_parts(q: NestedNormal, p: NestedNormal) -> tuple[Tensor, Tensor]:
     """Return the two terms of the divergence, that of the lengths and that of the kept coordinates."""
     _check_units(q, p)
-    return kl_divergence(q.lengths, p.lengths), (q.keep_probs * normal_kl(q.normal, p.normal)).sum(-1)
+    return kl_divergence(q.lengths, p.lengths), (q.keep_probs * normal_kl(q.loc, q.scale, p.loc, p.scale)).sum(-1)
 
 
 def _check_units(q: OrderedMask | NestedNormal, p: OrderedMask | NestedNormal) -> None:

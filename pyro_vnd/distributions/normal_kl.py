@@ -11,8 +11,8 @@ __all__ = ["normal_kl"]
 _Four = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def normal_kl(q: Normal, p: Normal) -> Tensor:
-    r"""Return the divergence of Normals, entry by entry.
+def normal_kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tensor:
+    r"""Return the divergence of Normals q from Normals p, entry by entry.
 
     $$\mathrm{KL} = \tfrac12 (r^2 + t^2 - 1) - \log r, \qquad
       r = \sigma_q / \sigma_p, \quad t = (\mu_q - \mu_p) / \sigma_p.$$
@@ -20,18 +20,24 @@ def normal_kl(q: Normal, p: Normal) -> Tensor:
     What `kl_divergence` says, too, whose graph of a dozen nodes is most of what it costs for the codes of a batch.
 
     Args:
-        q: The one that is averaged over.
-        p: The other, of the same batch shape.
+        q_loc: Means of q.
+        q_scale: Standard deviations of q.
+        p_loc: Means of p.
+        p_scale: Standard deviations of p; all four have one shape.
 
     Returns:
-        Nats, of the batch shape.
+        Nats, of that shape.
     """
     try:
-        return cast(Tensor, _NormalKL.apply(q.loc, q.scale, p.loc, p.scale))
+        return cast(Tensor, _NormalKL.apply(q_loc, q_scale, p_loc, p_scale))
     except RuntimeError as error:
         if "functorch" not in str(error):  # what torch says of such functions under vmap, grad and their like
             raise
-        return kl_divergence(q, p)
+        return _plain_kl(q_loc, q_scale, p_loc, p_scale)
+
+
+def _plain_kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tensor:
+    return kl_divergence(Normal(q_loc, q_scale, validate_args=False), Normal(p_loc, p_scale, validate_args=False))
 
 
 class _NormalKL(torch.autograd.Function):
@@ -60,8 +66,6 @@ def _square(ratio: Tensor, distance: Tensor) -> Tensor:
 
 
 def _differentiable(inputs: list[Tensor], needed: tuple[bool, ...], grad: Tensor) -> _Four:
-    q_loc, q_scale, p_loc, p_scale = inputs
-    kl = kl_divergence(Normal(q_loc, q_scale, validate_args=False), Normal(p_loc, p_scale, validate_args=False))
     wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(kl, wanted, grad, create_graph=True))
+    found = iter(torch.autograd.grad(_plain_kl(*inputs), wanted, grad, create_graph=True))
     return cast(_Four, tuple(next(found) if need else None for need in needed))

@@ -196,4 +196,4 @@ class OrderedMask(LengthLaw):
 
 def expectation(probs: Tensor, values: Tensor) -> Tensor:
     """Average `values` under `probs`; lengths of probability zero count nothing."""
-    return (probs * torch.where(probs > 0, values, 0)).sum(-1)
+    return (probs * values.masked_fill(probs == 0, 0)).sum(-1)

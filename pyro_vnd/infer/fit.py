@@ -15,7 +15,7 @@ from pyro_vnd.infer.checkpoint import Checkpoint
 from pyro_vnd.infer.convergence import StoppingRule
 from pyro_vnd.infer.cuts import MaskCuts, find_masks, nested_laws
 from pyro_vnd.infer.elbo import NestedELBO
-from pyro_vnd.infer.local_params import module_local_params
+from pyro_vnd.infer.local_params import module_local_params, quiet_nets
 from pyro_vnd.infer.local_reparam import LocalReparameterization
 from pyro_vnd.infer.minibatches import check_data, cuda_devices, minibatches, random_numbers
 from pyro_vnd.infer.monitor import ScaleToDataset
@@ -195,10 +195,11 @@ def fit(
         epochs = tqdm(rest, desc="fit", unit="epoch", initial=done, total=num_epochs, disable=not progress)
         for _ in epochs:
             parts = []
-            for batch in minibatches(tensors, batch_size):
-                schedules.set(result.num_steps, scale, with_temperature)
-                parts.append(step(batch))
-                result.num_steps += 1
+            with quiet_nets(model, guide):
+                for batch in minibatches(tensors, batch_size):
+                    schedules.set(result.num_steps, scale, with_temperature)
+                    parts.append(step(batch))
+                    result.num_steps += 1
             means = torch.stack(parts).cpu().double().mean(0) / num_data
             result.add_epoch(means.tolist(), step.monitor.laws | nested_laws([model, guide]))
             if held_back is not None:
