@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
+from pyro_vnd.distributions import OrderedMaskStraightThrough
+
 __all__ = ["Completion"]
 
 GAIN = 4.0  # of inputs and outputs: images may vary quickly with the few numbers of a short code, and it learns fast
@@ -40,8 +42,13 @@ class Completion(nn.Module):
 
     def forward(self, code: Tensor, mask: Tensor) -> Tensor:
         """Return completed codes, given codes, shape (..., K), and their masks."""
-        dropped = torch.sub(GAIN, mask, alpha=GAIN).expand_as(code)
-        return torch.addcmul(code, dropped, self.net(torch.cat([GAIN * code, dropped], -1)))
+        dropped = (1 - mask).expand_as(code)
+        inputs = GAIN * torch.cat([code, dropped], -1)
+        rows = OrderedMaskStraightThrough.partial_rows(mask) if mask.shape == code.shape else None
+        if rows is None:
+            return torch.addcmul(code, inputs[..., code.shape[-1] :], self.net(inputs))
+        inputs = inputs.index_select(0, rows)  # whole codes have nothing to add
+        return code.index_add(0, rows, inputs[:, code.shape[-1] :] * self.net(inputs))
 
     @torch.no_grad()
     def truncate(self, length: int) -> nn.Module:

@@ -86,10 +86,7 @@ class GaussianPixels(Pixels):
 
     def law(self, outputs: Tensor, mask: Tensor, event_dim: int) -> IsotropicNormal:
         """Return the Normal law of images."""
-        if len(self.log_scale) == 1:
-            log_scale = self.log_scale[0]
-        else:
-            log_scale = mask @ (self.steps @ self.log_scale)
+        log_scale = self.log_scale[0] if len(self.log_scale) == 1 else mask @ (self.steps @ self.log_scale)
         return IsotropicNormal(self.mean(outputs), log_scale.exp(), event_dim)
 
     def mean(self, outputs: Tensor) -> Tensor:

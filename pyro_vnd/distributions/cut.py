@@ -63,6 +63,12 @@ class Cut:
                 f"{tuple(law.batch_shape)}"
             ) from None
 
+    @property
+    def partial(self) -> Tensor:
+        """Where in the flattened batch a unit may be dropped: the length is random, or given and less than K."""
+        lengths = self.length.expand(self.lengths.shape).reshape(-1)
+        return (lengths != self.masks.shape[-1]).nonzero().squeeze(-1).to(self.masks.device)
+
     def take(self, x: Tensor) -> Tensor:
         """Return what belongs to the laws that are random, shape (..., R, n), of shape (...) + batch_shape + (n,)."""
         if x.dim() == 2 and self.lengths.dim() == 1:

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal, constraints, kl_divergence, register_kl
 from torch.types import _size
 
-from pyro_vnd.distributions.shapes import check_expandable
 from pyro_vnd.distributions.log_scale_normal import LogScaleNormal
+from pyro_vnd.distributions.shapes import check_expandable
 
 __all__ = ["Gated"]
 

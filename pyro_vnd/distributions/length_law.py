@@ -115,11 +115,9 @@ class LengthLaw(TorchDistribution):
     def _log_probs(self) -> Tensor:
         if self._is_logits:
             return self._param.log_softmax(-1)
-        if not self._probs.requires_grad:
-            return self._probs.log()
         # log 0 = -inf, and its gradient is zero rather than 0 * inf.
-        positive = self._probs > 0
-        return torch.where(positive, torch.where(positive, self._probs, 1).log(), -torch.inf)
+        impossible = self._probs == 0
+        return self._probs.masked_fill(impossible, 1).log().masked_fill(impossible, -torch.inf)
 
     def _full(self, x: Tensor) -> Tensor:
         return x.expand(self.batch_shape + x.shape[-1:])

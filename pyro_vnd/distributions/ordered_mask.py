@@ -126,17 +126,17 @@ class OrderedMask(LengthLaw):
     # A law that is not cut has its parameters in place of the first of these, and no use for the others.
 
     @lazy_property
-    def _param(self) -> Tensor:  # type: ignore[override]
+    def _param(self) -> Tensor:
         return self._probs
 
     @lazy_property
-    def _probs(self) -> Tensor:  # type: ignore[override]
+    def _probs(self) -> Tensor:
         if self._cut is None:
             return super()._probs
         return self._cut.put(self._random.probs, tail_difference(self._cut.masks))
 
     @lazy_property
-    def keep_probs(self) -> Tensor:  # type: ignore[override]
+    def keep_probs(self) -> Tensor:
         """Probability that each unit is kept, S_i = P(L >= i), shape batch_shape + (K,)."""
         if self._cut is None:
             return super().keep_probs

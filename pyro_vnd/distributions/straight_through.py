@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.types import _size
 
+from pyro_vnd.distributions.cut import Cut
+from pyro_vnd.distributions.fresh import recall, remember
 from pyro_vnd.distributions.logistic_mask import logistic_mask
 from pyro_vnd.distributions.ordered_mask import OrderedMask
 from pyro_vnd.distributions.tail_sum import tail_sum
@@ -97,7 +99,8 @@ class OrderedMaskStraightThrough(OrderedMask):
         # Drawn for all, so that random numbers are the same whatever is cut.
         if self._cut is None:
             return self._masks(noise)
-        return self._cut.put(self._random._masks(self._cut.take(noise)), self._cut.masks)
+        masks = self._cut.put(self._random._masks(self._cut.take(noise)), self._cut.masks)
+        return masks if sample_shape else remember(masks, self._cut)
 
     def _masks(self, noise: Tensor) -> Tensor:
         """Return the masks that noise makes, of one number a mask or one a unit."""
@@ -112,6 +115,26 @@ class OrderedMaskStraightThrough(OrderedMask):
         units = torch.arange(self.num_units, device=scores.device)
         hard = (units <= scores.argmax(-1, keepdim=True)).to(scores.dtype)
         return hard + (soft - soft.detach())  # in this order: the hard values stay exact
+
+    @staticmethod
+    def partial_rows(mask: Tensor) -> Tensor | None:
+        """Return which masks of a fresh batch may lack a unit, so that work on dropped ones can leave out the others.
+
+        The others are those whose length is given as K, by `cut`: they are whole, and have no gradient.
+
+        Args:
+            mask: A sample, shape (N, K).
+
+        Returns:
+            Numbers of rows, shape (R,), or None if it is no fresh sample of a batch that was cut.
+
+        Example:
+            >>> law = OrderedMaskStraightThrough(0.2, logits=torch.zeros(4, 3)).cut(torch.tensor([3, 1, 0, 3]))
+            >>> law.partial_rows(law.rsample())
+            tensor([1, 2])
+        """
+        cut = recall(mask)
+        return cut.partial if isinstance(cut, Cut) and cut.lengths.dim() == 1 else None
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Refuse: Pyro takes reparameterised sites to be sampled, and would give every enumerated mask weight one."""

@@ -156,7 +156,8 @@ class NestedELBO(TraceMeanField_ELBO):
                 record[name] = record[name] + part if name in record else part
         infer = guide_site["infer"]
         weights = [infer.get(key, infer.get("kl_weight", 1.0)) for key in parts]
-        return _sum(part if weight == 1 else weight * part for weight, part in zip(weights, parts.values(), strict=True))
+        pairs = zip(weights, parts.values(), strict=True)
+        return _sum(part if weight == 1 else weight * part for weight, part in pairs)
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:

@@ -189,16 +189,16 @@ class MaskSchedule:
         Returns:
             Fractions of the blocks to keep, on the CPU, shape (num_particles,) + shape; 0 stands for a mask from q.
         """
-        bounds = _bounds(self, num_blocks)
+        bounds, fractions = _bounds(self, num_blocks)
         if t < self.anneal:  # the shares of all but the last, the full width, are smaller
             bounds = bounds * (t / self.anneal)
         num_rows = math.prod(shape)
         # numpy, in which so little arithmetic takes less time than a single call of torch
-        places = (torch.randperm(num_rows).numpy() + torch.rand(()).item()) / num_rows
-        places = np.add.outer(np.arange(self.num_particles), places.reshape(shape)) / self.num_particles
+        places = ((torch.randperm(num_rows).numpy() + torch.rand(()).item()) / num_rows).reshape(1, *shape)
+        if self.num_particles > 1:
+            places = np.add.outer(np.arange(self.num_particles), places[0]) / self.num_particles
         # Right of the bounds, so that what has no probability is never drawn; rounding may leave the last one below 1.
-        index = np.searchsorted(bounds, places, side="right")
-        return torch.from_numpy(index.astype(np.float32) / len(bounds))
+        return torch.from_numpy(fractions[np.searchsorted(bounds, places, side="right")])
 
     def _law(self, num_blocks: int) -> OrderedMask:
         if isinstance(self.law, OrderedMask):
@@ -209,11 +209,11 @@ class MaskSchedule:
 
 
 @lru_cache(maxsize=16)
-def _bounds(schedule: MaskSchedule, num_blocks: int) -> np.ndarray:
-    """Return the share of masks from q, and those with 1, 2, ... K - 1 blocks added to it one after the other."""
+def _bounds(schedule: MaskSchedule, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the shares of masks from q and of those with 1 to K - 1 of K blocks end, and the K + 1 fractions."""
     law = schedule._law(num_blocks)
     shares = accumulate([schedule.learned, *(schedule.budget * p for p in law.probs.tolist())])
-    return np.array([*shares][:-1])
+    return np.array([*shares][:-1]), np.arange(law.num_units + 1, dtype=np.float32) / law.num_units
 
 
 def schedule_values(name: str, schedule: Schedule, num_steps: int, *, positive: bool = False) -> list[float]:

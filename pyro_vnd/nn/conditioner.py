@@ -45,13 +45,13 @@ class Conditioner(nn.Module):
         units = torch.arange(1, num_units + 1)
         # A hidden unit of degree d sees the inputs 1..d, and outputs d+1..K see it: degrees go from 1 to K - 1.
         degrees = [units] + [torch.arange(size) % max(num_units - 1, 1) + 1 for size in hidden]
-        dtype = torch.get_default_dtype()
+        masks = [after.unsqueeze(-1) >= before for before, after in pairwise(degrees)]
+        masks = [mask.to(torch.get_default_dtype()) for mask in (*masks, units.repeat(2).unsqueeze(-1) > degrees[-1])]
+        masks[0] *= GAIN  # on the weights, of which there are fewer than inputs in a batch
         layers: list[nn.Module] = []
-        for before, after in pairwise(degrees):
-            layers += [MaskedLinear(len(before), len(after), (after.unsqueeze(-1) >= before).to(dtype)), nn.Tanh()]
-        last = _Outputs(len(degrees[-1]), 2 * num_units, (units.repeat(2).unsqueeze(-1) > degrees[-1]).to(dtype))
-        self.net = nn.Sequential(*layers, last)
-        self.net[0].mask *= GAIN  # of the weights: there are fewer of them than inputs in a batch
+        for mask in masks[:-1]:
+            layers += [MaskedLinear(mask.shape[1], mask.shape[0], mask), nn.Tanh()]
+        self.net = nn.Sequential(*layers, _Outputs(masks[-1]))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return means and deviations, each the shape of `x`, (..., K)."""
@@ -60,15 +60,17 @@ class Conditioner(nn.Module):
 
 
 class _Outputs(MaskedLinear):
-    """The last layer, zero at first, whose means are multiplied by a gain, and whose scales come to be in (-1, 1)."""
+    """Means times their gain, and log-scales over their largest value, which `tanh` is to bound; all zero at first."""
 
-    def __init__(self, num_inputs: int, num_outputs: int, mask: Tensor) -> None:
-        super().__init__(num_inputs, num_outputs, mask)
+    gains: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        num_outputs, num_inputs = mask.shape
+        gains = torch.tensor([GAIN, 1 / MAX_LOG_SCALE]).to(mask).repeat_interleave(num_outputs // 2)
+        super().__init__(num_inputs, num_outputs, mask * gains.unsqueeze(-1))
+        self.register_buffer("gains", gains)
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
-        gains = torch.tensor([GAIN, 1 / MAX_LOG_SCALE]).repeat_interleave(num_outputs // 2)
-        self.register_buffer("gains", gains)
-        self.mask *= gains.unsqueeze(-1)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight * self.mask, self.bias * self.gains)

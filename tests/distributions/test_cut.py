@@ -1,6 +1,8 @@
 """Laws whose length is given: their lengths, what else they keep, and bad lengths."""
 
+import pickle
 import re
+from copy import deepcopy
 
 import pyro.distributions as dist
 import pytest
@@ -101,3 +103,52 @@ def test_bad_lengths(make, length):
 def test_lengths_that_do_not_fit_the_batch():
     with pytest.raises(ValueError, match="cannot be expanded"):
         OrderedMask.uniform(K).cut(torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("noise", ["logistic", "gumbel"])
+@pytest.mark.parametrize("temperature", [0.5, torch.tensor([[0.3], [0.9]])], ids=["one temperature", "several"])
+@pytest.mark.parametrize("sample_shape", [(), (7,)])
+def test_random_masks_of_a_batch_are_those_of_the_law_before(noise, temperature, sample_shape):
+    """With the same random numbers: values and gradients, and none of either where the length is given."""
+    lengths, weights = torch.tensor([0, 3, 0]), torch.randn(*sample_shape, 2, 3, K)
+    found = []
+    for cut in (False, True):
+        logits = torch.linspace(-1, 1, 2 * 3 * K).reshape(2, 3, K).requires_grad_()
+        law = OrderedMaskStraightThrough(temperature, logits=logits, noise=noise)
+        law = law.cut(lengths) if cut else law
+        torch.manual_seed(0)
+        mask = law.rsample(sample_shape)
+        (mask * weights).sum().backward()
+        found.append((mask, law.keep_probs, logits.grad))
+    for before, after in zip(*found, strict=True):
+        torch.testing.assert_close(after[..., [0, 2], :], before[..., [0, 2], :])
+    mask, keep_probs, gradient = found[1]
+    assert (mask[..., 1, :] == torch.tensor([1.0, 1, 1, 0])).all()
+    assert (keep_probs[:, 1] == torch.tensor([1.0, 1, 1, 0])).all()
+    assert (gradient[:, 1] == 0).all()
+    assert (gradient[:, [0, 2]] != 0).any(-1).all()
+
+
+@each
+def test_a_law_can_be_cut_copied_and_cut_again(make):
+    law = make(logits=torch.zeros(3, K)).cut(torch.tensor([0, 0, 2]))
+    for copy in (deepcopy(law), pickle.loads(pickle.dumps(law)), law.expand((2, 3))):
+        torch.testing.assert_close(copy.keep_probs, law.keep_probs.expand((*copy.batch_shape, K)))
+    again = law.cut(torch.tensor([0, 4, 0]))
+    torch.testing.assert_close(again.length_probs[[0, 2]], law.length_probs[[0, 2]])
+    torch.testing.assert_close(again.mean_length, torch.tensor([2.5, 4, 2]))
+    for none in (
+        make(logits=torch.zeros(0, K)).cut(torch.zeros(0, dtype=torch.long)),
+        law.cut(torch.tensor([1, 2, 3])),
+    ):
+        assert none.rsample((5,)).shape == (5, *none.batch_shape, K) if none.has_rsample else True
+        assert kl_divergence(none, none).tolist() == [0.0] * len(none.keep_probs)
+
+
+def test_rows_that_may_lack_a_unit():
+    law = OrderedMaskStraightThrough(0.2, logits=torch.full((5, K), 9.0) * torch.arange(K))
+    mask = law.cut(torch.tensor([4, 0, 3, 4, 0])).rsample()
+    assert mask[1].sum() == K  # whole by chance: its gradient counts
+    assert OrderedMaskStraightThrough.partial_rows(mask).tolist() == [1, 2, 4]
+    for other in (law.rsample(), mask.clone(), law.cut(4).rsample((2,)), torch.ones(5, K)):
+        assert OrderedMaskStraightThrough.partial_rows(other) is None

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from models.autoencoders import GaussianPixels, OrderedVAE, mlp_bodies
 from models.autoencoders.completion import Completion
 from models.datasets import load
+from pyro_vnd.distributions import NestedNormal, OrderedMaskStraightThrough
 from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit, linear
 
 K = 4
@@ -36,6 +37,28 @@ def test_it_starts_at_zeros_and_never_touches_what_is_kept():
     assert ((whole != 0) | (code != 0)).all()
     for row in range(4):  # a row of a batch has what it has alone
         torch.testing.assert_close(complete(code[0, row], mask[row]), whole[0, row])
+
+
+@pytest.mark.parametrize("lengths", [[4, 0, 2, 4, 0], [4, 4, 4, 4, 4], [1, 2, 3, 0, 0]])
+def test_whole_codes_are_passed_by_without_a_trace(lengths: list[int]):
+    """What a law that was cut draws is completed row by row where it lacks something: value and gradients are equal."""
+    complete, found = moved(), []
+    for fresh in (True, False):
+        logits = (3.0 * torch.arange(K)).expand(5, K).clone().requires_grad_()
+        loc = torch.linspace(-1, 1, 5 * K).reshape(5, K).requires_grad_()
+        law = NestedNormal(loc, torch.ones(K), logits).cut(torch.tensor(lengths))
+        torch.manual_seed(1)
+        code = law.rsample()
+        mask = law.mask_of(code)
+        # Whole by chance where it is random, its gradient tells what a shorter one would have.
+        assert mask[1].sum() == (lengths[1] or K)
+        whole = complete(code, mask if fresh else mask.clone())
+        complete.zero_grad()
+        (whole * torch.arange(5 * K).reshape(5, K)).sum().backward()
+        found.append([whole, loc.grad, logits.grad, *(weight.grad.clone() for weight in complete.parameters())])
+    assert len(OrderedMaskStraightThrough.partial_rows(mask)) == sum(length < K for length in lengths)
+    for with_rows, without in zip(*found, strict=True):
+        torch.testing.assert_close(with_rows, without)
 
 
 def test_predictions_know_the_length():
