@@ -135,7 +135,7 @@ class MaskSchedule:
         budget: Share of masks at a budget.
         full: Share of masks at full width. The three are >= 0 and sum to one.
         law: "uniform" over the numbers of blocks 1..K; "log-uniform", $P(k) \propto 1/k$, which favours narrow nets;
-            or an `OrderedMask` over any number of units, whose length k of K stands for the fraction k / K.
+            or an `OrderedMask` over any number of units, read once, whose length k of K stands for the fraction k / K.
         num_particles: Evaluations of the ELBO in a step; one step takes as many times longer.
         anneal: Share of the fit in which the share of masks at full width falls on a line from one to `full`, so that
             the whole model is there before it is cut; in [0, 1].
