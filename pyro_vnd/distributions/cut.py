@@ -71,8 +71,6 @@ class Cut:
 
     def take(self, x: Tensor) -> Tensor:
         """Return what belongs to the laws that are random, shape (..., R, n), of shape (...) + batch_shape + (n,)."""
-        if x.dim() == 2 and self.lengths.dim() == 1:
-            return x.index_select(0, self.rows)
         leading = x.shape[: x.dim() - self.lengths.dim() - 1]
         return x.reshape((*leading, -1, x.shape[-1])).index_select(len(leading), self.rows)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyro_vnd.distributions.eager import apply_eagerly
 from pyro_vnd.distributions.tail_sum import tail_sum
 
 __all__ = ["LogisticMask", "hard_mask", "logistic_mask"]
@@ -106,12 +107,11 @@ class _EagerLogisticMask(torch.autograd.Function):
 
 def logistic_mask(param: Tensor, uniform: Tensor, temperature: Tensor | float, is_logits: bool) -> Tensor:
     """Draw hard masks with the gradient of soft ones; arguments are those of `LogisticMask.forward`."""
-    try:
-        return cast(Tensor, _EagerLogisticMask.apply(param, uniform, temperature, is_logits))
-    except RuntimeError as error:
-        if "functorch" not in str(error):  # what torch says of such functions under vmap, grad and their like
-            raise
-        return cast(Tensor, LogisticMask.apply(param, uniform, temperature, is_logits)[0])
+    return apply_eagerly(_EagerLogisticMask, _transformable_mask, param, uniform, temperature, is_logits)
+
+
+def _transformable_mask(*inputs: Tensor | float) -> Tensor:
+    return cast(Tensor, LogisticMask.apply(*inputs)[0])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from pyro_vnd.distributions.eager import apply_eagerly
+
 __all__ = ["normal_kl"]
 
 _Four = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -28,12 +30,7 @@ def normal_kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) ->
     Returns:
         Nats, of that shape.
     """
-    try:
-        return cast(Tensor, _NormalKL.apply(q_loc, q_scale, p_loc, p_scale))
-    except RuntimeError as error:
-        if "functorch" not in str(error):  # what torch says of such functions under vmap, grad and their like
-            raise
-        return _plain_kl(q_loc, q_scale, p_loc, p_scale)
+    return apply_eagerly(_NormalKL, _plain_kl, q_loc, q_scale, p_loc, p_scale)
 
 
 def _plain_kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tensor:

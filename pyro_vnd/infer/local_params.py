@@ -1,6 +1,6 @@
 """Parameters that belong to their modules rather than to Pyro's global store."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,11 +37,10 @@ def module_local_params(*modules: Any) -> Iterator[None]:
         >>> len(pyro.get_param_store())
         0
     """
-    for module in modules:
-        for part in module.modules() if isinstance(module, torch.nn.Module) else ():
-            # Pyro makes this store of a module when the module is made, but only if the setting is on by then.
-            if isinstance(part, PyroModule) and not hasattr(part._pyro_context, "param_state"):
-                part._pyro_context.param_state = {"params": {}, "constraints": {}}
+    for part in _pyro_modules(modules):
+        # Pyro makes this store of a module when the module is made, but only if the setting is on by then.
+        if not hasattr(part._pyro_context, "param_state"):
+            part._pyro_context.param_state = {"params": {}, "constraints": {}}
     with pyro.settings.context(module_local_params=True):
         yield
 
@@ -60,12 +59,10 @@ def quiet_nets(*modules: Any) -> Iterator[None]:
         Nothing.
     """
     known = []
-    for module in modules:
-        for part in module.modules() if isinstance(module, torch.nn.Module) else ():
-            if isinstance(part, PyroModule):
-                nets = {name: net for name, net in part._modules.items() if not isinstance(net, PyroModule)}
-                part.__dict__.update(nets)  # where Python looks first
-                known.append((part, nets))
+    for part in _pyro_modules(modules):
+        nets = {name: net for name, net in part._modules.items() if not isinstance(net, PyroModule)}
+        part.__dict__.update(nets)  # where Python looks first
+        known.append((part, nets))
     try:
         yield
     finally:
@@ -73,3 +70,10 @@ def quiet_nets(*modules: Any) -> Iterator[None]:
             for name, net in nets.items():
                 if part.__dict__.get(name) is net:
                     del part.__dict__[name]
+
+
+def _pyro_modules(modules: Iterable[Any]) -> Iterator[PyroModule]:
+    """Go through the PyroModules among all parts of modules."""
+    for module in modules:
+        if isinstance(module, torch.nn.Module):
+            yield from (part for part in module.modules() if isinstance(part, PyroModule))

@@ -7,6 +7,7 @@ from copy import deepcopy
 import pyro.distributions as dist
 import pytest
 import torch
+from oracles import law_pvalue
 from torch.distributions import kl_divergence
 
 from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough
@@ -137,12 +138,22 @@ def test_a_law_can_be_cut_copied_and_cut_again(make):
     again = law.cut(torch.tensor([0, 4, 0]))
     torch.testing.assert_close(again.length_probs[[0, 2]], law.length_probs[[0, 2]])
     torch.testing.assert_close(again.mean_length, torch.tensor([2.5, 4, 2]))
-    for none in (
-        make(logits=torch.zeros(0, K)).cut(torch.zeros(0, dtype=torch.long)),
-        law.cut(torch.tensor([1, 2, 3])),
-    ):
-        assert none.rsample((5,)).shape == (5, *none.batch_shape, K) if none.has_rsample else True
-        assert kl_divergence(none, none).tolist() == [0.0] * len(none.keep_probs)
+    empty = make(logits=torch.zeros(0, K)).cut(torch.zeros(0, dtype=torch.long))
+    for none_random in (empty, law.cut(torch.tensor([1, 2, 3]))):
+        assert none_random.sample((5,)).shape == (5, *none_random.batch_shape, K)
+        assert kl_divergence(none_random, none_random).tolist() == [0.0] * len(none_random.keep_probs)
+
+
+@pytest.mark.parametrize("noise", ["logistic", "gumbel"])
+def test_lengths_that_are_random_have_the_law_of_their_row(noise):
+    """By chi-square with 20,000 masks each; the power test takes one row for another."""
+    probs = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25], [0.3, 0.4, 0.2, 0.1]])
+    law = OrderedMaskStraightThrough(0.5, probs=probs, noise=noise).cut(torch.tensor([0, 2, 0]))
+    torch.manual_seed(0)
+    masks = torch.cat([law.rsample((10_000,)), torch.stack([law.rsample() for _ in range(10_000)])])
+    for row, other in ((0, 2), (2, 0)):
+        assert law_pvalue(masks[:, row], probs[row]) > 1e-3
+        assert law_pvalue(masks[:, row], probs[other]) < 1e-9
 
 
 def test_rows_that_may_lack_a_unit():
