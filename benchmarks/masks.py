@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.gradient import OBJECTIVES, gradient_quality, make_problem
-from benchmarks.methods import LABELS, LOG_PROB_REFERENCE, REFERENCE, gumbel_softmax, memory_rows, timing_rows
+from benchmarks.mask_methods import LABELS, LOG_PROB_REFERENCE, REFERENCE, gumbel_softmax, memory_rows, timing_rows
 from benchmarks.record import header, markdown_table, rounded, write_json
 from pyro_vnd.distributions import OrderedMaskStraightThrough
 

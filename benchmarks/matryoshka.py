@@ -30,9 +30,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks.ordered_latents import PrincipalComponents
-from benchmarks.parts import kept_rows, read_arguments
+from benchmarks.recipes import kept_rows, read_arguments
 from benchmarks.record import header, markdown_table, rounded, write_json
-from benchmarks.rows import Rows
+from benchmarks.tables import Rows
 from benchmarks.timing import interleaved_medians
 from models.datasets import Dataset, Split, load
 from models.matryoshka import MatryoshkaEmbedding, octaves
@@ -97,7 +97,7 @@ def train(method: str, seed: int, data: Dataset, recipe: Recipe) -> tuple[Matryo
     torch.manual_seed(seed)
     lengths = views(method, recipe.num_dims)
     net = MatryoshkaEmbedding(data.image_shape, len(data.class_names), recipe.num_dims, lengths=lengths)
-    guide = net.make_guide()
+    guide = net.guide
     if not method.startswith("vnd"):
         with module_local_params(net, guide):
             guide(data.train.images[:1])  # makes the laws, which are left at what they are
@@ -113,7 +113,7 @@ def train(method: str, seed: int, data: Dataset, recipe: Recipe) -> tuple[Matryo
         lr_schedule=cosine_to_zero(),
         optimizer=partial(torch.optim.Adam, fused=True),
         length_weight=recipe.length_weight,
-        masks=MaskSchedule(law="log-uniform") if method == "vnd_schedule" else None,
+        schedule=MaskSchedule(law="log-uniform") if method == "vnd_schedule" else None,
         seed=seed,
         progress=sys.stderr.isatty(),
     )
@@ -175,7 +175,7 @@ def rows(method: str, seed: int, data: Dataset, part: Part, recipe: Recipe) -> I
     """Fit a method and score it: one row a prefix and metric, for plain its principal components', too."""
     with torch.enable_grad():
         net, law, seconds = train(method, seed, data, recipe)
-    whole, queries = net.truncate(recipe.num_dims), data.test if part == "test" else data.validation
+    whole, queries = net.narrow(recipe.num_dims), data.test if part == "test" else data.validation
     found = torch.cat([whole(images) for images in data.train.images.split(5000)])
     embeddings = {method: (found, whole(queries.images))}
     if method == "plain":

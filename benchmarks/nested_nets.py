@@ -31,7 +31,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from benchmarks.parts import kept_rows, read_arguments
+from benchmarks.recipes import kept_rows, read_arguments
 from benchmarks.record import header, rounded, write_json
 from models.datasets import load
 from models.nets import mlp
@@ -59,7 +59,7 @@ class Recipe:
         epochs: Passes over the training part.
         batch_size: Rows of a batch.
         lr: Largest learning rate of Adam, which rises for a twentieth of the steps and falls to zero on a cosine.
-        num_groups: Blocks of a channel group.
+        num_blocks: Blocks of a channel group.
         law_lr: Factor on the learning rate of the laws of lengths.
         kl_weight: Weight of the KL of the weights.
         length_weight: Weight of the KL of the lengths.
@@ -81,7 +81,7 @@ class Recipe:
     epochs: int = 20
     batch_size: int = 256
     lr: float = 3e-3
-    num_groups: int = 16
+    num_blocks: int = 16
     law_lr: float = 10.0
     kl_weight: float = 0.0125
     length_weight: float = 0.0125
@@ -237,31 +237,29 @@ def train(method: str, arch: str, seed: int, data: Data, recipe: Recipe, width: 
         return plain, fit(Classifier(plain), NoLatents(), data.train, **arguments)
     example = data.train[0][:1]
     if method.startswith("fixed"):
-        net = nest(plain, example, num_groups=recipe.num_groups, prior=None)
-        law = "uniform" if method == "fixed_uniform" else OrderedMask.geometric(recipe.keep, recipe.num_groups)
-        arguments["masks"] = MaskSchedule(learned=0, budget=1, full=0, law=law)
+        net = nest(plain, example, num_blocks=recipe.num_blocks, prior=None)
+        law = "uniform" if method == "fixed_uniform" else OrderedMask.geometric(recipe.keep, recipe.num_blocks)
+        arguments["schedule"] = MaskSchedule(learned=0, budget=1, full=0, law=law)
     else:
         priors = prior(recipe)
         first = next(name for name, module in plain.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
         net = nest(
             plain,
             example,
-            num_groups=recipe.num_groups,
+            num_blocks=recipe.num_blocks,
             prior={first: priors["first"], "": priors[""]},
             init_scale=recipe.init_scale,
         )
-        budgets = torch.arange(1.0, recipe.num_groups + 1) ** -recipe.budget_power
-        schedule = MaskSchedule(
-            recipe.learned, recipe.budget, recipe.full, OrderedMask(probs=budgets), recipe.num_particles
-        )
+        budgets = torch.arange(1.0, recipe.num_blocks + 1) ** -recipe.budget_power
+        law, sliced = OrderedMask(probs=budgets), recipe.sliced
+        schedule = MaskSchedule(recipe.learned, recipe.budget, recipe.full, law, recipe.num_particles, sliced=sliced)
         if method == "bayes_full":
-            schedule = MaskSchedule(learned=0, budget=0, full=1)
+            schedule = MaskSchedule(learned=0, budget=0, full=1, sliced=sliced)
         if method == "vnd_probs_as_logits":
             for group in net.widths.values():
                 group.__class__ = ProbsAsLogitsWidth
         arguments |= {
-            "masks": schedule,
-            "sliced": recipe.sliced,
+            "schedule": schedule,
             "local_reparam": recipe.local_reparam,
             "kl_weight": recipe.kl_weight,
             "length_weight": recipe.length_weight,
@@ -275,7 +273,7 @@ def train(method: str, arch: str, seed: int, data: Data, recipe: Recipe, width: 
         ]
         return torch.optim.Adam([group for group in groups if group["params"]], lr=lr, fused=True)
 
-    return net, fit(NestedClassifier(net), net.posterior, data.train, **arguments | {"optimizer": adam})
+    return net, fit(NestedClassifier(net), net.guide, data.train, **arguments | {"optimizer": adam})
 
 
 def rows(method: str, arch: str, seed: int, data: Data, recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -353,7 +351,7 @@ def run(
 def uses(method: str, field: str) -> bool:
     """Say whether a method depends on a field of the recipe."""
     shared = {"epochs", "batch_size", "lr"}
-    fixed = shared | {"num_groups", "keep"}
+    fixed = shared | {"num_blocks", "keep"}
     of_masks = {"law_lr", "length_weight", "learned", "budget", "full", "budget_power", "num_particles", "sliced"}
     if method == "independent":
         return field in shared

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.nested_nets import RESULTS, WIDTHS
 from benchmarks.record import markdown_table
-from benchmarks.rows import Rows as SharedRows
+from benchmarks.tables import Rows as SharedRows
 
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "nested_nets.png"
 LABELS = {

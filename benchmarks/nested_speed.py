@@ -68,8 +68,8 @@ def plain_step(x: Tensor, y: Tensor) -> Step:
 
 def nested_step(x: Tensor, y: Tensor, *, local: bool, sliced: bool = False) -> Step:
     """Make a step of the nested net, or, if sliced, a cycle of steps of different widths."""
-    net = nest(plain_net(), x[:1], num_groups=BLOCKS, masks="batch" if sliced else "example")
-    model, guide = NestedClassifier(net), net.posterior
+    net = nest(plain_net(), x[:1], num_blocks=BLOCKS, mask_per="batch" if sliced else "example")
+    model, guide = NestedClassifier(net), net.guide
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
     widths: tuple[float | None, ...] = CYCLE if sliced else (None,)
 
@@ -169,7 +169,7 @@ def _measure(seconds: float, threads: int) -> dict[str, Any]:
     for name in times:
         if name.startswith("sliced"):
             times[name] /= len(CYCLE)
-    net: NestedNet = nest(plain_net(), x[:1], num_groups=BLOCKS)
+    net: NestedNet = nest(plain_net(), x[:1], num_blocks=BLOCKS)
     passes = {
         "whole": forward_of(narrow(net, 1.0), x),
         "narrowed": forward_of(narrow(net, 0.25), x),

@@ -29,10 +29,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.parts import kept_rows, read_arguments
+from benchmarks.recipes import kept_rows, read_arguments
 from benchmarks.record import header, rounded, write_json
-from models.autoencoders import (
-    GaussianPixels,
+from models.datasets import Dataset, load
+from models.features import train_features
+from models.ood import Part
+from pyro_vnd.autoencoders import (
+    GaussianLikelihood,
     LinearGaussianVAE,
     OrderedAutoencoder,
     OrderedVAE,
@@ -42,9 +45,6 @@ from models.autoencoders import (
     full_width,
     mlp_bodies,
 )
-from models.datasets import Dataset, load
-from models.features import train_features
-from models.ood import Part
 from pyro_vnd.diagnostics import evaluate_prefixes, weights_hash
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit, linear
@@ -128,7 +128,7 @@ def build(
     lengths |= {
         "bodies": mlp_bodies(shape, hidden=(512, 256)),
         "tail": "completion" if our_parts else "zeros",
-        "pixels": GaussianPixels(num_latents, noise="by_length" if our_parts else "shared"),
+        "likelihood": GaussianLikelihood(num_latents, noise="by_length" if our_parts else "shared"),
     }
     if model.startswith("vqvae"):
         ordered = model.removeprefix("vqvae_")
@@ -154,7 +154,7 @@ def fit_arguments(model: str, method: str, recipe: Recipe) -> dict[str, Any]:
     }
     if method == "vnd":
         budgets = (torch.arange(1.0, recipe.num_latents + 1) + recipe.budget_offset) ** -recipe.budget_power
-        arguments["masks"] = MaskSchedule(recipe.learned, recipe.budget, recipe.full, OrderedMask(probs=budgets))
+        arguments["schedule"] = MaskSchedule(recipe.learned, recipe.budget, recipe.full, OrderedMask(probs=budgets))
     return arguments
 
 
@@ -201,7 +201,7 @@ def train(model: str, method: str, seed: int, data: Dataset, recipe: Recipe) -> 
     arguments = fit_arguments(model, method, recipe)
     if isinstance(net, OrderedWAE):
         arguments["elbo"] = net.objective(recipe.mmd_scale, recipe.length_weight)
-    record = fit(net, net.make_guide(), images, **arguments, seed=seed, progress=sys.stderr.isatty())
+    record = fit(net, net.guide, images, **arguments, seed=seed, progress=sys.stderr.isatty())
     return net, record.seconds
 
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from benchmarks.ordered_latents import FIXED, MODELS, PREFIXES, RESULTS
 from benchmarks.record import markdown_table
-from benchmarks.rows import Rows
+from benchmarks.tables import Rows
 
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "ordered_latents.png"
 LABELS = {

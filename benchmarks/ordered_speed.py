@@ -19,7 +19,7 @@ from torch.distributions import Normal, kl_divergence
 from benchmarks.ordered_latents import RECIPE, build, fit_arguments
 from benchmarks.record import header, markdown_table, rounded, write_json
 from benchmarks.timing import interleaved_medians, peak_bytes
-from models.autoencoders import PriorLatents
+from pyro_vnd.autoencoders import PriorLatents
 from pyro_vnd.infer import fit
 
 RESULTS = Path(__file__).parent / "results" / "ordered_speed.json"
@@ -49,7 +49,7 @@ def steps_of(name: str, x: Tensor) -> Callable[[int], object]:
     method, prior = OTHER_PRIORS.get(name, (name, None))
     vae = build("vae", method, x.shape[-1], RECIPE, prior)
     arguments = fit_arguments("vae", method, RECIPE) | {"num_epochs": 1, "lr_schedule": None}
-    guide = vae.make_guide()
+    guide = vae.guide
 
     def take(num_steps: int) -> None:
         fit(vae, guide, x[: num_steps * RECIPE.batch_size], **arguments, progress=False)
@@ -69,7 +69,7 @@ def steps_by_hand(x: Tensor) -> Callable[[int], object]:
             optimizer.zero_grad()
             loc, raw_scale = vae.encoder.heads(vae.encoder.body(batch)).chunk(2, -1)
             q = Normal(loc, torch.nn.functional.softplus(raw_scale) + 1e-4, validate_args=False)
-            pixels = vae.pixel_law(q.rsample(), whole)
+            pixels = vae.likelihood_given(q.rsample(), whole)
             prior = Normal(torch.zeros_like(loc), 1.0, validate_args=False)
             (kl_divergence(q, prior).sum() - pixels.log_prob(batch).sum()).backward()
             optimizer.step()

@@ -11,8 +11,8 @@ from models.nets import NETS
 from pyro_vnd.infer import NonFiniteLossError
 
 MODELS = {
-    "NestedClassifier": "Bayesian classifier that can be cut to any width (models/nested_classifier.py)",
-    "OrderedVAE": "variational autoencoder whose code can be cut at any length (models/autoencoders)",
+    "MaskedPerceptron": "Bayesian classifier that can be cut to any width, written out (models/masked_perceptron.py)",
+    "OrderedVAE": "variational autoencoder whose code can be cut at any length (pyro_vnd/autoencoders)",
     "OrderedWAE": "the same with a maximum mean discrepancy in place of the KL",
     "OrderedVQVAE": "the same with quantised codes, tokens or their dimensions in order",
     "LinearGaussianVAE": "probabilistic principal components in their order",

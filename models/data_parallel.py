@@ -52,7 +52,7 @@ class Guide(PyroModule):
 
     def __init__(self, model: Classifier) -> None:
         super().__init__()
-        self.model, self.posterior = model, model.net.posterior
+        self.model, self.posterior = model, model.net.guide
 
     def forward(self, x: Tensor, y: Tensor) -> None:
         """Draw masks and weights."""
@@ -75,7 +75,7 @@ def train(num_epochs: int, batch_size: int = 128, seed: int = 0) -> tuple[Nested
     num_processes = torch.distributed.get_world_size() if parallel else 1
     data = load("digits", flatten=True).train
     torch.manual_seed(seed)  # the same net in every process
-    net = nest(mlp(64, hidden=(64,)), data.images[:1], num_groups=16, prior=None)  # only masks are random
+    net = nest(mlp(64, hidden=(64,)), data.images[:1], num_blocks=16, prior=None)  # only masks are random
     model = Classifier(net, len(data.labels))
     with module_local_params(model):
         objective: nn.Module = NestedELBO()(model, Guide(model))

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 import xarray as xr
 
-from models.autoencoders import GaussianPixels, OrderedVAE, mlp_bodies
 from models.datasets import Dataset, load
-from models.nested_classifier import NestedClassifier
-from models.report import Report
-from models.results import atomic_folder, print_table, versions
+from models.masked_perceptron import MaskedPerceptron
+from models.report import Report, atomic_folder, print_table, versions
+from pyro_vnd.autoencoders import GaussianLikelihood, OrderedVAE, mlp_bodies
 from pyro_vnd.diagnostics import (
     classification_metrics,
     plot_elbo,
@@ -101,8 +100,8 @@ def run(data_name: str, out: Path, *, seed: int = 0, quick: bool = False) -> dic
 def _classifier(data: Dataset, settings: Settings, seed: int, report: Report, folder: Path) -> dict[str, Any]:
     num_classes = len(data.class_names)
     print(f"Bayesian nested classifier on {data.name}: {len(data.train.labels)} images, hidden units {settings.hidden}")
-    model = NestedClassifier(data.train.images.shape[-1], num_classes, settings.hidden)
-    guide = model.make_guide()
+    model = MaskedPerceptron(data.train.images.shape[-1], num_classes, settings.hidden)
+    guide = model.guide
     result = fit(
         model,
         guide,
@@ -170,10 +169,10 @@ def _vae(data: Dataset, settings: Settings, seed: int, report: Report, folder: P
             (num_pixels,),
             num_latents,
             bodies=mlp_bodies((num_pixels,), hidden=(128, 128)),
-            pixels=GaussianPixels(num_latents, noise="by_length"),
+            likelihood=GaussianLikelihood(num_latents, noise="by_length"),
             tail="completion",
         )
-    guide = model.make_guide()
+    guide = model.guide
     result = fit(
         model,
         guide,
@@ -183,7 +182,7 @@ def _vae(data: Dataset, settings: Settings, seed: int, report: Report, folder: P
         lr=0.002,
         lr_schedule=cosine_to_zero(),
         local_kl_weight=linear(0.0, 1.0, warmup=0.7),
-        masks=MaskSchedule(learned=0.1, budget=0.75, full=0.15, law="log-uniform"),
+        schedule=MaskSchedule(learned=0.1, budget=0.75, full=0.15, law="log-uniform"),
         seed=seed,
     )
     print(result)

@@ -1,6 +1,7 @@
 """Embeddings of images whose every prefix is an embedding: Matryoshka representations with learned lengths."""
 
 from copy import deepcopy
+from functools import cached_property
 from itertools import pairwise
 
 import pyro
@@ -11,9 +12,9 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from models.autoencoders import mlp_bodies
-from models.autoencoders.images import ImageCheck
-from models.nets.checks import check_sizes
+from models.nets.sizes import check_sizes
+from pyro_vnd.autoencoders import mlp_bodies
+from pyro_vnd.autoencoders.likelihoods import ImageCheck
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import AutoNested
 
@@ -64,7 +65,7 @@ class MatryoshkaEmbedding(PyroModule):
 
     Example:
         >>> net, images = MatryoshkaEmbedding((1, 8, 8), num_classes=10, num_dims=16), torch.rand(5, 1, 8, 8)
-        >>> net.embed(images, length=3).shape, net.truncate(3)(images).shape
+        >>> net.embed(images, length=3).shape, net.narrow(3)(images).shape
         (torch.Size([5, 3]), torch.Size([5, 3]))
     """
 
@@ -105,8 +106,9 @@ class MatryoshkaEmbedding(PyroModule):
     def _plates(self, x: Tensor, y: Tensor | None = None) -> tuple[pyro.plate, pyro.plate]:
         return pyro.plate("views", len(self.length_probs), dim=-2), pyro.plate("data", len(x), dim=-1)
 
-    def make_guide(self) -> AutoNested:
-        """Return a guide that learns the law of each view's lengths, the same for all images."""
+    @cached_property
+    def guide(self) -> AutoNested:
+        """A guide that learns the law of each view's lengths, the same for all images."""
         model = poutine.block(self, hide=["label"])  # so that the guide does without labels
         return AutoNested(model, shared_plates=["data"], create_plates=self._plates)
 
@@ -129,7 +131,7 @@ class MatryoshkaEmbedding(PyroModule):
         return normalize(self.head(self.body(x))[:, :length], dim=-1)
 
     @torch.no_grad()
-    def truncate(self, length: int) -> nn.Sequential:
+    def narrow(self, length: int) -> nn.Sequential:
         """Return a plain torch net, with weights of its own, from images to the first numbers, not normalised.
 
         Args:

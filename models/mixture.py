@@ -27,7 +27,7 @@ class GaussianMixture:
     `TraceEnum_ELBO(max_plate_nesting=1)`, which compares whole mixtures.
 
     A mixture has many local optima. Hold the lengths near their prior at first, by `length_weight`, so that every
-    prefix learns to be a good mixture; start at scattered points, as `make_guide` does, not anywhere; let Adam forget
+    prefix learns to be a good mixture; start at scattered points, as `guide_from` does, not anywhere; let Adam forget
     the large gradients of that phase; and of several starts keep the one with the best ELBO.
 
     Args:
@@ -43,7 +43,7 @@ class GaussianMixture:
         >>> from pyro.infer import TraceEnum_ELBO
         >>> from pyro_vnd.infer import fit
         >>> model, x = GaussianMixture(4), torch.randn(100, 2)
-        >>> guide = model.make_guide(x)
+        >>> guide = model.guide_from(x)
         >>> result = fit(model, guide, x, num_epochs=2, elbo=TraceEnum_ELBO(max_plate_nesting=1), progress=False)
         >>> guide.laws["mask"].probs.shape
         torch.Size([4])
@@ -73,7 +73,7 @@ class GaussianMixture:
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(logits=log_weights), components), obs=x)
 
-    def make_guide(self, x: Tensor, start: int = 0) -> AutoNested:
+    def guide_from(self, x: Tensor, start: int = 0) -> AutoNested:
         """Return a guide whose means start at scattered points of the data, shape (N, D), the first at row `start`."""
         k = self.prior.num_units
         means = farthest_points(x, k, start)

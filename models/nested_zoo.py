@@ -18,7 +18,7 @@ from models.datasets import Dataset, load
 from models.nets import build
 from models.nets.build import Size
 from models.ood import ood_sets
-from models.results import atomic_folder, print_table, versions
+from models.report import atomic_folder, print_table, versions
 from pyro_vnd.diagnostics import (
     evaluate,
     evaluate_learned,
@@ -43,7 +43,7 @@ class Recipe:
         epochs: Passes over the training part.
         batch_size: Rows of a batch.
         lr: Largest learning rate; it falls to zero on a cosine.
-        num_groups: Blocks of a group of channels, at most.
+        num_blocks: Blocks of a group of channels, at most.
         kl_weight: Weight of the KL of weights and of lengths; at one, mean-field posteriors of whole nets underfit, and
             the laws of lengths hardly leave their prior.
         num_samples: Draws of the weights in evaluation.
@@ -53,7 +53,7 @@ class Recipe:
     epochs: int
     batch_size: int
     lr: float = 0.005
-    num_groups: int = 16
+    num_blocks: int = 16
     kl_weight: float = 0.05
     num_samples: int = 10
     num_recalibrate: int = 1000
@@ -106,7 +106,7 @@ def run(
     started = time.perf_counter()
     data = load(data_name)
     recipe = RECIPES[data_name] if epochs is None else replace(RECIPES[data_name], epochs=epochs)
-    net = make(net_name, data.image_shape, len(data.class_names), size, recipe.num_groups, seed).to(device)
+    net = make(net_name, data.image_shape, len(data.class_names), size, recipe.num_blocks, seed).to(device)
     data = replace(data, train=data.train._make(rows.to(device) for rows in data.train))
     for width in widths:  # before an hour goes into the fit
         with net.cut(width):
@@ -120,7 +120,7 @@ def run(
         print_table(*_table(scores, learned))
         chosen, narrowed = choose(net, data, sorted(widths), recipe)
         print(f"narrowed to {chosen:g}, which validation cannot tell from the best width: {out / 'state.pt'}")
-        save_state(folder / "state.pt", net, narrowed, chosen, net_name, data, size, recipe.num_groups)
+        save_state(folder / "state.pt", net, narrowed, chosen, net_name, data, size, recipe.num_blocks)
         _write_figures(folder, net, result, scores)
         metrics = {
             "header": {
@@ -164,13 +164,13 @@ class Standardize(nn.Module):
 
 
 def make(
-    net_name: str, image_shape: tuple[int, int, int], num_classes: int, size: Size, num_groups: int, seed: int = 0
+    net_name: str, image_shape: tuple[int, int, int], num_classes: int, size: Size, num_blocks: int, seed: int = 0
 ) -> NestedNet:
     """Build a net behind `Standardize`, and nest both."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         layers = {"pixels": Standardize(image_shape[0]), "net": build(net_name, image_shape, num_classes, size)}
-        return nest(nn.Sequential(OrderedDict(layers)), torch.zeros(2, *image_shape), num_groups=num_groups)
+        return nest(nn.Sequential(OrderedDict(layers)), torch.zeros(2, *image_shape), num_blocks=num_blocks)
 
 
 def train(net: NestedNet, data: Dataset, recipe: Recipe, seed: int = 0) -> FitResult:
@@ -178,7 +178,7 @@ def train(net: NestedNet, data: Dataset, recipe: Recipe, seed: int = 0) -> FitRe
     net.get_submodule("net.pixels").measure(data.train.images)
     return fit(
         NestedClassifier(net),
-        net.posterior,
+        net.guide,
         data.train,
         num_epochs=recipe.epochs,
         batch_size=recipe.batch_size,
@@ -186,7 +186,7 @@ def train(net: NestedNet, data: Dataset, recipe: Recipe, seed: int = 0) -> FitRe
         lr_schedule=cosine_to_zero(),
         kl_weight=recipe.kl_weight,
         length_weight=recipe.kl_weight,
-        masks=MaskSchedule(),
+        schedule=MaskSchedule(),
         local_reparam=True,
         seed=seed,
     )
@@ -226,7 +226,7 @@ def save_state(
     net_name: str,
     data: Dataset,
     size: Size,
-    num_groups: int,
+    num_blocks: int,
 ) -> None:
     """Write the tensors of a nested net and of the net cut to a width, and the arguments of `make` for both."""
     state = {
@@ -235,7 +235,7 @@ def save_state(
             "image_shape": data.image_shape,
             "num_classes": len(data.class_names),
             "size": size,
-            "num_groups": num_groups,
+            "num_blocks": num_blocks,
         },
         "nested": net.state_dict(),
         "width": width,

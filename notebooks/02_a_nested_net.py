@@ -83,18 +83,18 @@ plain = nn.Sequential(
     nn.ReLU(),
     nn.Linear(256, 10),
 )
-net = nest(plain, data.train.images[:1], num_groups=16)
+net = nest(plain, data.train.images[:1], num_blocks=16)
 print(net.widths)
 
 # %% [markdown]
 # ## Training
 #
-# `NestedClassifier(net)` is the Pyro model and `net.posterior` its guide. What matters in the call of `fit`:
+# `NestedClassifier(net)` is the Pyro model and `net.guide` its guide. What matters in the call of `fit`:
 #
-# - `masks=MaskSchedule(...)`: a quarter of the masks come from the learned law, the others from budgets that favour
+# - `schedule=MaskSchedule(...)`: a quarter of the masks come from the learned law, the others from budgets that favour
 #   narrow nets, or are full. Without it the law would settle on the widths that do best at the moment, and the others
 #   would no longer be trained.
-# - `sliced=True, num_particles=2`: a step takes two widths for the whole batch and computes only what they keep.
+#   `sliced=True, num_particles=2`: a step takes two widths for the whole batch and computes only what they keep.
 # - `local_reparam=True`: outputs of layers are drawn in place of weights, which has less noise.
 # - `kl_weight=0.05`: at weight one, mean-field posteriors of nets underfit. The posterior is colder than Bayes'.
 #   `length_weight=0.01`, likewise: widths differ by hundredths of a nat, too little to move a law at weight one.
@@ -118,26 +118,25 @@ def adam(net: NestedNet) -> Callable[..., torch.optim.Optimizer]:
 
 
 geometric = OrderedMask.geometric(0.85, 16)
-point = nest(plain, data.train.images[:1], num_groups=16, prior=None)
-prescribed = nest(plain, data.train.images[:1], num_groups=16)
+point = nest(plain, data.train.images[:1], num_blocks=16, prior=None)
+prescribed = nest(plain, data.train.images[:1], num_blocks=16)
 methods = {
-    "nested dropout": (point, MaskSchedule(0, 1, 0, law=geometric, num_particles=2)),
-    "prescribed law": (prescribed, MaskSchedule(0, 1, 0, law=geometric, num_particles=2)),
-    "learned law": (net, MaskSchedule(learned=0.25, budget=0.65, full=0.1, law="log-uniform", num_particles=2)),
+    "nested dropout": (point, MaskSchedule(0, 1, 0, law=geometric, num_particles=2, sliced=True)),
+    "prescribed law": (prescribed, MaskSchedule(0, 1, 0, law=geometric, num_particles=2, sliced=True)),
+    "learned law": (net, MaskSchedule(0.25, 0.65, 0.1, law="log-uniform", num_particles=2, sliced=True)),
 }
 for method, (nested, masks) in methods.items():
     bayesian = {} if nested is point else {"kl_weight": 0.05, "length_weight": 0.01, "local_reparam": True}
     result = fit(
         NestedClassifier(nested),
-        nested.posterior,
+        nested.guide,
         [part[:10_000] for part in data.train],
         num_epochs=num_epochs,
         batch_size=256,
         lr=0.003,
         lr_schedule=cosine_to_zero(),
         optimizer=adam(nested),
-        masks=masks,
-        sliced=True,
+        schedule=masks,
         progress=False,
         **bayesian,
     )
@@ -213,7 +212,7 @@ for method, score in (*((method, "entropy") for method in methods), ("learned la
 # %%
 images = data.test.images[:500]
 with module_local_params(net), torch.no_grad(), net.cut(1 / 4):
-    draw = net.posterior(images)
+    draw = net.guide(images)
     masked = pyro.poutine.condition(net, draw)(images)
     same = narrow(net, 1 / 4, draw)(images)
 print(f"largest difference of a logit, masked and narrowed: {(masked - same).abs().max().item():.0e}")

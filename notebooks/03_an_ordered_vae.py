@@ -23,8 +23,8 @@ import matplotlib.pyplot as plt
 import torch
 
 sys.path.insert(0, "..")  # `models` lies beside this folder
-from models.autoencoders import Bodies, GaussianPixels, OrderedVAE, full_width, mlp_bodies
 from models.datasets import load
+from pyro_vnd.autoencoders import Bodies, GaussianLikelihood, OrderedVAE, full_width, mlp_bodies
 from pyro_vnd.diagnostics import (
     evaluate_prefixes,
     plot_class_lengths,
@@ -62,7 +62,7 @@ def bodies() -> Bodies:
     return mlp_bodies(shape, hidden=(256, 128))
 
 
-ordered = OrderedVAE(shape, K, bodies=bodies(), pixels=GaussianPixels(K, noise="by_length"), tail="completion")
+ordered = OrderedVAE(shape, K, bodies=bodies(), likelihood=GaussianLikelihood(K, noise="by_length"), tail="completion")
 ordinary = OrderedVAE(shape, K, bodies=bodies(), prior_lengths=full_width(K), posterior_lengths="prior")
 
 # %% [markdown]
@@ -83,7 +83,7 @@ def train(method: str, vae: OrderedVAE, masks: MaskSchedule | None) -> None:
     """Fit a model and say what came out."""
     result = fit(
         vae,
-        vae.make_guide(),
+        vae.guide,
         images,
         num_epochs=num_epochs,
         batch_size=128,
@@ -91,7 +91,7 @@ def train(method: str, vae: OrderedVAE, masks: MaskSchedule | None) -> None:
         lr_schedule=cosine_to_zero(),
         local_kl_weight=linear(0, 1),
         length_weight=3,
-        masks=masks,
+        schedule=masks,
         progress=False,
     )
     print(f"{method}: ELBO {result.elbo[-1]:.0f} nats per image; {result.lengths['code']}")
@@ -202,7 +202,7 @@ learned_prior = OrderedVAE(
     shape,
     K,
     bodies=bodies(),
-    pixels=GaussianPixels(K, noise="by_length"),
+    likelihood=GaussianLikelihood(K, noise="by_length"),
     tail="completion",
     prior_latents="autoregressive",
     posterior_lengths="prior",
@@ -228,10 +228,10 @@ plt.show()
 # %% [markdown]
 # ## A plain encoder and decoder for four numbers
 #
-# `truncate` cuts the nets to a length; what comes out is torch, without Pyro and without this library.
+# `narrow` cuts the nets to a length; what comes out is torch, without Pyro and without this library.
 
 # %%
-encoder, decoder = ordered.truncate(4)
+encoder, decoder = ordered.narrow(4)
 codes = encoder(shown)
 print(f"{tuple(shown.shape)} -> {tuple(codes.shape)} -> {tuple(decoder(codes).shape)}")
 print(f"largest difference {(decoder(codes) - ordered.reconstruct(shown, 4)).abs().max().item():.0e}")

@@ -195,7 +195,7 @@ def as_guide(law: NestedNormal) -> Callable[..., None]:
     """Return a guide that draws from the posterior, dropped weights from their prior."""
 
     def guide(x: torch.Tensor, y: torch.Tensor) -> None:
-        mask = pyro.sample("mask", law.lengths)
+        mask = pyro.sample("mask", law.mask_law)
         pyro.sample("w", dist.Normal(mask * law.loc, torch.where(mask == 1, law.scale, 1.0)).to_event(1))
 
     return guide
@@ -253,11 +253,9 @@ compare(scores).round(2)
 # %%
 digits = load("digits", flatten=True)
 plain = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-net = nest(plain, digits.train.images[:1], num_groups=16)
-options = {"batch_size": 128, "lr": 0.01, "kl_weight": 0.05, "masks": MaskSchedule(), "local_reparam": True}
-record = fit(
-    NestedClassifier(net), net.posterior, digits.train, num_epochs=2 if QUICK else 40, progress=False, **options
-)
+net = nest(plain, digits.train.images[:1], num_blocks=16)
+options = {"batch_size": 128, "lr": 0.01, "kl_weight": 0.05, "schedule": MaskSchedule(), "local_reparam": True}
+record = fit(NestedClassifier(net), net.guide, digits.train, num_epochs=2 if QUICK else 40, progress=False, **options)
 scores = loo_widths(net, digits.train, [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0], 30 if QUICK else 200, progress=False)
 print("smallest width:", smallest_width(scores))
 table = compare(scores).sort_index().rename_axis("width")

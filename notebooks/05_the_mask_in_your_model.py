@@ -133,7 +133,7 @@ options = {"lr": 0.1, "lr_schedule": cosine_to_zero(), "length_weight": linear(3
 options |= {"elbo": TraceEnum_ELBO(max_plate_nesting=1), "optimizer": partial(torch.optim.Adam, betas=(0.9, 0.95))}
 fits = []
 for start in range(1 if QUICK else 3):
-    guide = mixture.make_guide(points, start)
+    guide = mixture.guide_from(points, start)
     result = fit(mixture, guide, points, num_epochs=num_steps // 2, seed=start, **options)
     fits.append((sum(result.elbo[-20:]) / 20, guide))
 best = max(fits, key=lambda found: found[0])[1]

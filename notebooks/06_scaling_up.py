@@ -166,7 +166,7 @@ plain = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(devi
 
 def fresh() -> NestedNet:
     """Nest the net anew."""
-    return nest(plain, train[0][:1], num_groups=16)
+    return nest(plain, train[0][:1], num_blocks=16)
 
 
 class CutOff(NestedClassifier):
@@ -182,15 +182,15 @@ class CutOff(NestedClassifier):
         return super().forward(x, y)
 
 
-arguments = {"num_epochs": 5, "batch_size": 64, "kl_weight": 0.02, "masks": MaskSchedule(), "progress": False}
+arguments = {"num_epochs": 5, "batch_size": 64, "kl_weight": 0.02, "schedule": MaskSchedule(), "progress": False}
 uninterrupted, cut_off, resumed = fresh(), fresh(), fresh()
-fit(NestedClassifier(uninterrupted), uninterrupted.posterior, train, **arguments)
+fit(NestedClassifier(uninterrupted), uninterrupted.guide, train, **arguments)
 arguments["checkpoint"] = Path(folder.name) / "fit.pt"
 try:
-    fit(CutOff(cut_off), cut_off.posterior, train, **arguments)
+    fit(CutOff(cut_off), cut_off.guide, train, **arguments)
 except KeyboardInterrupt:
     print("cut off")
-fit(NestedClassifier(resumed), resumed.posterior, train, resume=True, **arguments)
+fit(NestedClassifier(resumed), resumed.guide, train, resume=True, **arguments)
 pairs = zip(uninterrupted.state_dict().values(), resumed.state_dict().values(), strict=True)
 print(f"the very same: {all(torch.equal(a, b) for a, b in pairs)}")
 
@@ -219,7 +219,7 @@ class HalfPrecision(NestedClassifier):
 del arguments["checkpoint"]
 for model_class in (NestedClassifier, HalfPrecision):
     net = fresh()
-    result = fit(model_class(net), net.posterior, train, **arguments)
+    result = fit(model_class(net), net.guide, train, **arguments)
     print(f"{model_class.__name__:17} log-likelihood {result.log_likelihood[-1]:.3f} nats per image")
 
 # %% [markdown]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.autoencoders import GaussianPixels, OrderedVAE, linear_bodies
+from pyro_vnd.autoencoders import GaussianLikelihood, OrderedVAE, linear_bodies
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def linear_vae(x: Tensor, num_latents: int, noise: float = 0.02) -> LinearVAE:
     kept = eigenvalues[:num_latents]
     weights = vectors[:, :num_latents] * (kept - noise).sqrt()
     model = OrderedVAE(
-        (dim,), num_latents, bodies=linear_bodies((dim,)), pixels=GaussianPixels(num_latents, scale=noise**0.5)
+        (dim,), num_latents, bodies=linear_bodies((dim,)), likelihood=GaussianLikelihood(num_latents, scale=noise**0.5)
     ).to(x)
     with torch.no_grad():
         heads, entry = model.encoder.heads, model.decoder.entry

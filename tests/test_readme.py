@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import masks, matryoshka, nested_nets_report, nested_speed, ordered_latents_report, ordered_speed
-from benchmarks.rows import Rows
+from benchmarks.tables import Rows
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from models.nets.checks import check_sizes
+from models.nets.sizes import check_sizes
 
 
 def lenet(

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from models.nets.checks import check_sizes
 from models.nets.residual import Residual, classifier, conv_norm
+from models.nets.sizes import check_sizes
 
 
 class Stage(NamedTuple):

@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from models.nets.checks import check_sizes
 from models.nets.residual import Residual, classifier, conv_norm, projection
+from models.nets.sizes import check_sizes
 
 
 def resnext29(

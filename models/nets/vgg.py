@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from models.nets.checks import check_sizes
 from models.nets.residual import conv_norm
+from models.nets.sizes import check_sizes
 
 STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))  # channels of the convolutions before each pooling
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from models.nets.checks import check_sizes
+from models.nets.sizes import check_sizes
 
 
 class PatchEmbedding(nn.Module):

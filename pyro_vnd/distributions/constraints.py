@@ -1,16 +1,33 @@
-"""Constraints of masks over ordered units, and of vectors cut after a random length."""
+"""Constraints of masks and nested vectors, the map from one-hot lengths to masks, and checks of arguments."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Distribution, Transform, biject_to, constraints, transform_to
+from torch.distributions.transforms import ComposeTransform, SoftmaxTransform, StickBreakingTransform
 
-__all__ = ["binary_ordered_mask", "extremes", "nested_vector", "ordered_mask"]
+from pyro_vnd.distributions._fast.shapes import broadcast_shapes
+
+__all__ = ["TailSum", "binary_ordered_mask", "check_expandable", "extremes", "nested_vector", "ordered_mask"]
 
 
 def extremes(x: Tensor) -> tuple[float, float]:
     """Return the smallest and the largest entry, both NaN if there is one: one pass, and one look at the device."""
     low, high = torch.stack(x.detach().aminmax()).tolist()
     return low, high
+
+
+def check_expandable(distribution: Distribution, batch_shape: torch.Size) -> None:
+    """Raise a ValueError if the batch shape of a distribution does not broadcast to another one."""
+    try:
+        fits = broadcast_shapes(batch_shape, distribution.batch_shape) == batch_shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{type(distribution).__name__}: batch shape {tuple(distribution.batch_shape)} cannot be expanded to "
+            f"{tuple(batch_shape)}"
+        )
 
 
 class _OrderedMask(constraints.Constraint):
@@ -69,3 +86,64 @@ r"""Vectors of k ones followed by K - k zeros, $1 \le k \le K$: the support of `
 
 nested_vector = _NestedVector()
 """Real vectors whose coordinates past some length are zero: the support of `NestedNormal`; nothing maps to it."""
+
+
+def tail_sum(x: Tensor) -> Tensor:
+    """Sum every tail of the last dimension: y_i = sum_{j >= i} x_j."""
+    return x.flip(-1).cumsum(-1).flip(-1)
+
+
+def tail_difference(y: Tensor) -> Tensor:
+    """Undo `tail_sum`: x_i = y_i - y_{i+1}, with y_{K+1} = 0."""
+    return y - F.pad(y[..., 1:], (0, 1))
+
+
+class TailSum(Transform):
+    r"""Map the simplex to ordered masks by summing tails.
+
+    $$z_i = \sum_{j \ge i} c_j, \qquad c_i = z_i - z_{i+1}, \qquad \log |\det J| = 0.$$
+
+    The Jacobian is a triangular matrix of ones, so volume is preserved. A one-hot vector at position k becomes the
+    mask that keeps the first k units.
+
+    Shapes: (..., K) to (..., K).
+
+    Source: Cui et al., "Variational Nested Dropout", arXiv 2101.11353, section 3.2.
+
+    Example:
+        >>> import torch
+        >>> TailSum()(torch.tensor([0.0, 0.0, 1.0, 0.0]))
+        tensor([1., 1., 1., 0.])
+        >>> TailSum().inv(torch.tensor([1.0, 1.0, 1.0, 0.0]))
+        tensor([0., 0., 1., 0.])
+    """
+
+    domain = constraints.simplex
+    codomain = ordered_mask
+    bijective = True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TailSum)
+
+    def __hash__(self) -> int:
+        return hash(TailSum)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return tail_sum(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return tail_difference(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return zero for each vector of the batch."""
+        return torch.zeros_like(x[..., 0])
+
+
+@biject_to.register(_OrderedMask)
+def _biject_to_ordered_mask(constraint: constraints.Constraint) -> Transform:
+    return ComposeTransform([StickBreakingTransform(), TailSum()])
+
+
+@transform_to.register(_OrderedMask)
+def _transform_to_ordered_mask(constraint: constraints.Constraint) -> Transform:
+    return ComposeTransform([SoftmaxTransform(), TailSum()])

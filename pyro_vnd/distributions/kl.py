@@ -3,10 +3,10 @@
 from torch import Tensor
 from torch.distributions import kl_divergence, register_kl
 
-from pyro_vnd.distributions.nested_normal import NestedNormal
-from pyro_vnd.distributions.normal_kl import normal_kl
-from pyro_vnd.distributions.ordered_mask import OrderedMask, expectation
-from pyro_vnd.distributions.shapes import broadcast_shapes
+from pyro_vnd.distributions._fast.normal_kl import normal_kl
+from pyro_vnd.distributions._fast.shapes import broadcast_shapes
+from pyro_vnd.distributions.masks import OrderedMask, expectation
+from pyro_vnd.distributions.nested import NestedNormal
 
 
 @register_kl(OrderedMask, OrderedMask)
@@ -32,7 +32,7 @@ def _kl_nested_normal(q: NestedNormal, p: NestedNormal) -> Tensor:
 def kl_parts(q: NestedNormal, p: NestedNormal) -> tuple[Tensor, Tensor]:
     """Return the two terms of the divergence, that of the lengths and that of the kept coordinates."""
     _check_units(q, p)
-    return kl_divergence(q.lengths, p.lengths), (q.keep_probs * normal_kl(q.loc, q.scale, p.loc, p.scale)).sum(-1)
+    return kl_divergence(q.mask_law, p.mask_law), (q.keep_probs * normal_kl(q.loc, q.scale, p.loc, p.scale)).sum(-1)
 
 
 def _check_units(q: OrderedMask | NestedNormal, p: OrderedMask | NestedNormal) -> None:

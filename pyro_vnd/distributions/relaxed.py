@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 from torch.types import _size
 
-from pyro_vnd.distributions.constraints import ordered_mask
-from pyro_vnd.distributions.fresh import recall, remember
-from pyro_vnd.distributions.length_law import LengthLaw
-from pyro_vnd.distributions.tail_sum import tail_difference, tail_sum
-from pyro_vnd.distributions.temperature import as_temperature, gumbel_like
+from pyro_vnd._compat import recall, remember
+from pyro_vnd.distributions.constraints import ordered_mask, tail_difference, tail_sum
+from pyro_vnd.distributions.lengths import LengthLaw, as_temperature, gumbel_like
 
 __all__ = ["RelaxedOrderedMask"]
 

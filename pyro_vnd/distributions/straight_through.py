@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 from torch.types import _size
 
-from pyro_vnd.distributions.cut import Cut
-from pyro_vnd.distributions.fresh import recall, remember
-from pyro_vnd.distributions.logistic_mask import logistic_mask
-from pyro_vnd.distributions.ordered_mask import OrderedMask
-from pyro_vnd.distributions.tail_sum import tail_sum
-from pyro_vnd.distributions.temperature import as_temperature, gumbel_like
+from pyro_vnd._compat import recall, remember
+from pyro_vnd.distributions._fast.logistic_mask import logistic_mask
+from pyro_vnd.distributions.constraints import tail_sum
+from pyro_vnd.distributions.lengths import as_temperature, gumbel_like
+from pyro_vnd.distributions.masks import Cut, OrderedMask
 
 __all__ = ["OrderedMaskStraightThrough"]
 

@@ -1,10 +1,9 @@
 """Guides and training."""
 
-from pyro_vnd.infer.auto_nested import AutoNested
-from pyro_vnd.infer.convergence import Plateau
+from pyro_vnd.infer.callbacks import Plateau
 from pyro_vnd.infer.elbo import NestedELBO
 from pyro_vnd.infer.fit import NonFiniteLossError, fit
-from pyro_vnd.infer.local_params import module_local_params
+from pyro_vnd.infer.guides import AutoNested, module_local_params
 from pyro_vnd.infer.local_reparam import LocalReparameterization
 from pyro_vnd.infer.result import FitResult, LengthCollapseWarning, LengthSummary
 from pyro_vnd.infer.schedules import MaskSchedule, cosine, cosine_to_zero, linear

@@ -18,10 +18,10 @@ from pyro.util import check_if_enumerated, check_model_guide_match, check_site_s
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_vnd._compat import recall
 from pyro_vnd.distributions import NestedLaw, NestedNormal
-from pyro_vnd.distributions.fresh import recall
 from pyro_vnd.distributions.kl import kl_parts
-from pyro_vnd.distributions.wrapped import innermost
+from pyro_vnd.distributions.nested import innermost
 
 __all__ = ["NestedELBO"]
 

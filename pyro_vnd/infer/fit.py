@@ -11,19 +11,19 @@ from pyro.infer import ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vnd.infer.checkpoint import Checkpoint
-from pyro_vnd.infer.convergence import StoppingRule
-from pyro_vnd.infer.cuts import MaskCuts, find_masks, nested_laws
+from pyro_vnd._state import cuda_devices, module_mode, random_numbers
+from pyro_vnd.infer._fit.checkpoint import Checkpoint
+from pyro_vnd.infer._fit.data import check_data, minibatches
+from pyro_vnd.infer._fit.handlers import ScaleToDataset
+from pyro_vnd.infer._fit.held_out import mean_log_likelihood
+from pyro_vnd.infer._fit.mask_sources import MaskCuts, find_masks, nested_laws
+from pyro_vnd.infer._fit.optimisation import Handler, NonFiniteLossError, Step
+from pyro_vnd.infer.callbacks import StoppingRule
 from pyro_vnd.infer.elbo import NestedELBO
-from pyro_vnd.infer.local_params import module_local_params, quiet_nets
+from pyro_vnd.infer.guides import module_local_params, quiet_nets
 from pyro_vnd.infer.local_reparam import LocalReparameterization
-from pyro_vnd.infer.minibatches import check_data, cuda_devices, minibatches, random_numbers
-from pyro_vnd.infer.monitor import ScaleToDataset
 from pyro_vnd.infer.result import FitResult
 from pyro_vnd.infer.schedules import LRSchedule, MaskSchedule, Schedule, schedule_values
-from pyro_vnd.infer.step import Handler, NonFiniteLossError, Step
-from pyro_vnd.infer.validation import mean_log_likelihood
-from pyro_vnd.nn.mode import module_mode
 
 __all__ = ["NonFiniteLossError", "fit"]
 
@@ -44,8 +44,7 @@ def fit(
     local_kl_weight: Schedule = 1.0,
     length_weight: Schedule = 1.0,
     temperature: Schedule | None = None,
-    masks: MaskSchedule | None = None,
-    sliced: bool = False,
+    schedule: MaskSchedule | None = None,
     local_reparam: bool | Literal["linear"] = False,
     validation: Tensor | Sequence[Tensor] | None = None,
     stop: StoppingRule | None = None,
@@ -75,7 +74,7 @@ def fit(
 
     Args:
         model: A Pyro model; an `nn.Module` if it has parameters.
-        guide: Its guide, an `nn.Module` such as `AutoNested` or the `posterior` of a nested net.
+        guide: Its guide, an `nn.Module` such as `AutoNested` or the `guide` of a nested net.
         data: A tensor, or several with the same number of rows.
         num_epochs: Passes over the data; with `stop` at most.
         batch_size: Rows of a mini-batch; the rows that do not fill a last one wait for the next epoch's shuffle. By
@@ -95,12 +94,9 @@ def fit(
             lengths of each `NestedNormal`. Above one the laws of lengths are held nearer to their prior.
         temperature: Temperature, or schedule of it, of all straight-through masks of `AutoNested` and nested nets;
             None leaves theirs alone. The last one stays after the fit.
-        masks: Where the masks of nested nets and the lengths of codes (a `NestedNormal` or `OrderedMask` in the plate
-            of the data) come from: part from q, part at a budget, part at full width. The cure against lengths that
-            collapse; see `MaskSchedule`. None draws all of them from q.
-        sliced: Whether, under `masks`, budgets are drawn for the whole batch and only what is kept is computed. For
-            nets with masks="example", too, whose budgets are otherwise drawn for each row; several particles then
-            see to it that a step trains several widths, and a weight costs in proportion to the passes that keep it.
+        schedule: Where the masks of nested nets and the lengths of codes (a `NestedNormal` or `OrderedMask` in the
+            plate of the data) come from: part from q, part at a budget, part at full width. The cure against lengths
+            that collapse; see `MaskSchedule`. None draws all of them from q.
         local_reparam: Whether to draw the outputs of layers rather than weights, `LocalReparameterization`: gradients
             have less noise; "linear" leaves convolutions out. It needs an objective that scores no value, `NestedELBO`.
         validation: Data like `data`, whose log-likelihood at draws of the guide is reported after every epoch. For
@@ -150,8 +146,6 @@ def fit(
         raise ValueError(f"fit: argument `clip_norm` must be finite and > 0, or None; got {clip_norm}")
     if resume and checkpoint is None:
         raise ValueError("fit: argument `resume` needs the `checkpoint` to go on from")
-    if sliced and masks is None:
-        raise ValueError("fit: argument `sliced` is for steps at a given width: give `masks`, too")
     held_back = None if validation is None else check_data(validation, "validation")
     if held_back is not None and [x.shape[1:] for x in held_back] != [x.shape[1:] for x in tensors]:
         shapes = [[tuple(x.shape) for x in some] for some in (tensors, held_back)]
@@ -162,7 +156,7 @@ def fit(
         raise ValueError(f"fit: argument `local_reparam` needs a NestedELBO; {type(elbo).__name__} scores weights")
     num_steps = num_epochs * (num_data // batch_size)
     handlers: list[Handler] = []
-    cuts = None if masks is None else MaskCuts(masks, sliced, (model, guide), plate)
+    cuts = None if schedule is None else MaskCuts(schedule, (model, guide), plate)
     particles = None if cuts is None else cuts.draw
     schedules = _Schedules(num_steps, kl_weight, local_kl_weight, length_weight, temperature, cuts)
     if local_reparam:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributions import Normal
 
-from pyro_vnd.distributions.gated import Gated
+from pyro_vnd.distributions.weights import Gated
 
 __all__ = ["LocalReparameterization"]
 
@@ -41,10 +41,10 @@ class LocalReparameterization(Messenger):
         >>> from torch import nn
         >>> from pyro_vnd.infer import NestedELBO
         >>> from pyro_vnd.nn import NestedClassifier, nest
-        >>> net = nest(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(1, 4), num_groups=4)
+        >>> net = nest(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(1, 4), num_blocks=4)
         >>> data = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
         >>> with LocalReparameterization():
-        ...     loss = NestedELBO().differentiable_loss(NestedClassifier(net), net.posterior, *data)
+        ...     loss = NestedELBO().differentiable_loss(NestedClassifier(net), net.guide, *data)
     """
 
     def __init__(self, layers: Literal["all", "linear"] = "all") -> None:

@@ -38,7 +38,7 @@ class LengthSummary:
     @torch.no_grad()
     def of(cls, law: OrderedMask | NestedLaw) -> "LengthSummary":
         """Summarise a law, taking the mean over its batch."""
-        lengths = law.lengths if isinstance(law, NestedLaw) else law
+        lengths = law.mask_law if isinstance(law, NestedLaw) else law
         return cls(
             mean=lengths.mean_length.mean().item(),
             stddev=lengths.stddev_length.mean().item(),
@@ -131,8 +131,8 @@ class FitResult:
                 warnings.warn(
                     f"the law of lengths at site {name!r} has collapsed ({summary}). If the length itself is what you "
                     "infer, that may be the posterior. If every prefix is to be useful: draw a mask for each row "
-                    '(masks="example" of a nested net, or the site in the plate of the data), train at fixed widths, '
-                    "too (masks=MaskSchedule()), or raise length_weight.",
+                    '(mask_per="example" of a nested net, or the site in the plate of the data), train at fixed '
+                    "widths, too (schedule=MaskSchedule()), or raise length_weight.",
                     LengthCollapseWarning,
                     stacklevel=3,
                 )

@@ -139,6 +139,9 @@ class MaskSchedule:
         num_particles: Evaluations of the ELBO in a step; one step takes as many times longer.
         anneal: Share of the fit in which the share of masks at full width falls on a line from one to `full`, so that
             the whole model is there before it is cut; in [0, 1].
+        sliced: Whether budgets are drawn for the whole batch and only what is kept is computed. For nets with
+            mask_per="example", too, whose budgets are otherwise drawn for each row; several particles then see to it
+            that a step trains several widths, and a weight costs in proportion to the passes that keep it.
 
     Raises:
         ValueError: If the shares, the law, the number of particles or `anneal` are invalid.
@@ -156,6 +159,7 @@ class MaskSchedule:
     law: str | OrderedMask = "uniform"
     num_particles: int = 1
     anneal: float = 0.0
+    sliced: bool = False
 
     def __post_init__(self) -> None:
         shares = (self.learned, self.budget, self.full)

@@ -65,7 +65,7 @@ class NestedLayer(nn.Module):
 
     Example:
         >>> import torch
-        >>> hidden = Width("hidden", 6, num_groups=3)
+        >>> hidden = Width("hidden", 6, num_blocks=3)
         >>> layer = NestedLayer(torch.nn.Linear(4, 6), outputs=hidden)
         >>> layer(torch.zeros(2, 4)).shape
         torch.Size([2, 6])

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pyro_vnd.nn.attention import Attention
+from pyro_vnd._compat import replace_modules
+from pyro_vnd._state import module_mode
 from pyro_vnd.nn.axis import take
 from pyro_vnd.nn.layers import NestedLayer
-from pyro_vnd.nn.mode import module_mode
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.norms import BATCH_NORMS, NestedNorm
-from pyro_vnd.nn.replace import replace_modules
+from pyro_vnd.nn.tracing.attention import Attention
 
 __all__ = ["narrow", "recalibrate_batchnorm"]
 
@@ -35,7 +35,7 @@ def narrow(
         net: The nested net.
         width: A fraction in (0, 1] for all groups, a number of blocks, or a mapping from group to either; groups that
             it leaves out stay whole.
-        draw: A draw of the weights by name of their site, such as `net.posterior(x)` returns; the posterior mean by
+        draw: A draw of the weights by name of their site, such as `net.guide(x)` returns; the posterior mean by
             default.
 
     Returns:
@@ -49,7 +49,7 @@ def narrow(
         >>> from torch import nn
         >>> from pyro_vnd.nn import nest
         >>> plain = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3))
-        >>> narrow(nest(plain, torch.zeros(1, 8), num_groups=16), 0.25)
+        >>> narrow(nest(plain, torch.zeros(1, 8), num_blocks=16), 0.25)
         Sequential(
           (0): Linear(in_features=8, out_features=16, bias=True)
           (1): ReLU()
@@ -59,7 +59,7 @@ def narrow(
     if not isinstance(net, NestedNet):
         raise ValueError(f"narrow: argument `net` must be a NestedNet, as `nest` returns; got {type(net).__name__}")
     widths = net._check_cut(width, sliced=True).widths
-    kept = {name: net.widths[name].num_kept(value) for name, value in widths.items()}
+    kept = {name: net.widths[name].kept_units(value) for name, value in widths.items()}
     narrowed: dict[int, Any] = {}
     for name, module in net.net.named_modules():
         if isinstance(module, NestedLayer):
@@ -137,7 +137,7 @@ def _length(index: slice | Tensor | None, size: int) -> int:
 
 
 @torch.no_grad()
-def recalibrate_batchnorm(net: nn.Module, loader: Iterable[Any]) -> nn.Module:
+def recalibrate_batchnorm(net: nn.Module, data: Iterable[Any]) -> nn.Module:
     """Replace the running statistics of all BatchNorm layers by averages over data, in place.
 
     A nested net's running statistics mix all widths; each narrowed net wants its own. Statistics are reset and become
@@ -146,7 +146,7 @@ def recalibrate_batchnorm(net: nn.Module, loader: Iterable[Any]) -> nn.Module:
 
     Args:
         net: A net with BatchNorm layers, such as `narrow` returns.
-        loader: Batches of inputs, or tuples that begin with them.
+        data: Batches of inputs, or tuples that begin with them.
 
     Returns:
         The same net.
@@ -169,14 +169,14 @@ def recalibrate_batchnorm(net: nn.Module, loader: Iterable[Any]) -> nn.Module:
         return net
     with _calibrating(net, norms):
         seen = False
-        for batch in loader:
+        for batch in data:
             if not seen:
                 for norm in norms:
                     norm.reset_running_stats()
             seen = True
             net(batch[0] if isinstance(batch, tuple | list) else batch)
     if not seen:
-        raise ValueError("recalibrate_batchnorm: argument `loader` has no batches")
+        raise ValueError("recalibrate_batchnorm: argument `data` has no batches")
     return net
 
 

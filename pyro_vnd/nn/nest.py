@@ -9,15 +9,15 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from pyro_vnd._compat import replace_modules
+from pyro_vnd._state import module_mode
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.nn.attention import unpack_attention
 from pyro_vnd.nn.axis import Run
-from pyro_vnd.nn.channels import Layout, channel_groups
 from pyro_vnd.nn.layers import AFFINE, NestedLayer, Prior
-from pyro_vnd.nn.mode import module_mode
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.norms import NestedNorm
-from pyro_vnd.nn.replace import replace_modules
+from pyro_vnd.nn.tracing.attention import unpack_attention
+from pyro_vnd.nn.tracing.groups import Layout, channel_groups
 from pyro_vnd.nn.width import Noise, Width
 
 __all__ = ["nest"]
@@ -29,9 +29,9 @@ def nest(
     net: nn.Module,
     example_input: Tensor | tuple[Tensor, ...],
     *,
-    num_groups: int | Mapping[str, int] | None = None,
+    num_blocks: int | Mapping[str, int] | None = None,
     frozen: int | Mapping[str, int] = 0,
-    masks: Literal["example", "batch"] = "example",
+    mask_per: Literal["example", "batch"] = "example",
     gated: bool | None = None,
     prior: Prior | Mapping[str, Prior] | Literal["normal"] | None = "normal",
     init_scale: float = 0.1,
@@ -53,10 +53,10 @@ def nest(
     Args:
         net: A net that torch.fx can trace: no control flow that depends on data.
         example_input: An input, or a tuple of them, for shapes; one or two examples suffice.
-        num_groups: Number of blocks of a group, at most its number of units; or numbers by group. By default each unit
+        num_blocks: Number of blocks of a group, at most its number of units; or numbers by group. By default each unit
             is a block.
         frozen: Leading blocks that are always kept; or numbers by group.
-        masks: One mask for each "example" or for each "batch"; see `NestedNet`.
+        mask_per: One mask for each "example" or for each "batch"; see `NestedNet`.
         gated: Whether the KL of a weight counts as far as its units are kept; see `NestedNet`.
         prior: Prior of the weights, as in `NestedLayer`, or priors by name of layer with "" for all others; None for
             point estimates: only the masks are random.
@@ -79,7 +79,7 @@ def nest(
         >>> import torch
         >>> from torch import nn
         >>> plain = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
-        >>> net = nest(plain, torch.zeros(1, 8), num_groups=16)
+        >>> net = nest(plain, torch.zeros(1, 8), num_blocks=16)
         >>> net.widths
         {'0': Width(0, 64 units in 16 blocks), '2': Width(2, 32 units in 16 blocks)}
     """
@@ -87,7 +87,7 @@ def nest(
     nested = unpack_attention(copy.deepcopy(net), excluded)
     groups = channel_groups(nested, example_input, exclude=excluded)
     for argument, by_group in (
-        ("num_groups", num_groups),
+        ("num_blocks", num_blocks),
         ("frozen", frozen),
         ("width_prior", width_prior),
         ("width_init", width_init),
@@ -99,7 +99,7 @@ def nest(
             raise ValueError(f"nest: argument `prior` names {unknown}; layers of the net: {layers}")
     widths = []
     for name, units in zip(groups.names, groups.units, strict=True):
-        blocks = _of(num_groups, name, None)
+        blocks = _of(num_blocks, name, None)
         blocks = units if blocks is None else min(blocks, units)
         always = _of(frozen, name, 0)
         entries = blocks - max(always, 1) + 1
@@ -125,7 +125,7 @@ def nest(
             )
         elif any(run.width is not None for run in outputs):
             replacements[layer] = NestedNorm(layer, outputs)
-    result = NestedNet(replace_modules(nested, replacements), masks=masks, gated=gated, prefix=prefix)
+    result = NestedNet(replace_modules(nested, replacements), mask_per=mask_per, gated=gated, prefix=prefix)
     _check_sliced(result, example_input)
     return result
 
@@ -159,7 +159,7 @@ def _runs(layout: Layout, widths: list[Width]) -> tuple[Run, ...]:
 def _check_sliced(net: NestedNet, example_input: Tensor | tuple[Tensor, ...]) -> None:
     """Compare a pass that is cut by masks with one that computes the kept part only."""
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    width = {name: max(each.always_kept, each.num_groups // 2) for name, each in net.widths.items()}
+    width = {name: max(each.always_kept, each.num_blocks // 2) for name, each in net.widths.items()}
     outputs = []
     with module_mode([net], training=False), torch.no_grad():
         for sliced in (False, True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import pyro
@@ -18,7 +19,7 @@ from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.norms import NestedNorm
 from pyro_vnd.nn.width import Width
 
-__all__ = ["NestedNet", "Posterior", "WidthLike"]
+__all__ = ["NestedNet", "NetGuide", "WidthLike"]
 
 WidthLike = float | int | Mapping[str, float | int] | Tensor
 
@@ -36,7 +37,7 @@ class NestedNet(PyroModule):
     r"""A net of `NestedLayer`s as a Pyro program.
 
     Calling it draws a mask for each width and the weights of each layer from their priors, and runs the net; its
-    `posterior` draws the same sites from the learned laws. Put the call into a model, with a likelihood:
+    `guide` draws the same sites from the learned laws. Put the call into a model, with a likelihood:
 
         def model(x, y):
             rows = pyro.plate("data", len(x), dim=-1)
@@ -44,7 +45,7 @@ class NestedNet(PyroModule):
             with rows:
                 pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y)
 
-        guide = net.posterior
+        guide = net.guide
 
     With one mask for each example (the default) the masks are local latents: pass the plate of the data to the call,
     or let it open one named "data" if the model has none. Guides of several nets in one model share a plate likewise.
@@ -55,7 +56,7 @@ class NestedNet(PyroModule):
 
     Args:
         net: A module with `NestedLayer`s; `nest` makes one from an ordinary net.
-        masks: "example" or "batch".
+        mask_per: "example" or "batch".
         gated: Whether the KL of a weight counts with the probability that the units at both its ends are kept. By
             default with one mask a batch, where that is exact: weights that are not in use follow the prior. With one
             mask an example every weight is in use by some of them, and a gate is a choice: it regularises a weight in
@@ -68,7 +69,7 @@ class NestedNet(PyroModule):
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> hidden = Width("hidden", 64, num_groups=16)
+        >>> hidden = Width("hidden", 64, num_blocks=16)
         >>> first = NestedLayer(nn.Linear(8, 64), outputs=hidden)
         >>> last = NestedLayer(nn.Linear(64, 3), inputs=hidden)
         >>> net = NestedNet(nn.Sequential(first, nn.ReLU(), last))
@@ -80,15 +81,15 @@ class NestedNet(PyroModule):
         self,
         net: nn.Module,
         *,
-        masks: Literal["example", "batch"] = "example",
+        mask_per: Literal["example", "batch"] = "example",
         gated: bool | None = None,
         prefix: str = "",
     ) -> None:
         super().__init__()
-        if masks not in ("example", "batch"):
-            raise ValueError(f"NestedNet: argument `masks` must be 'example' or 'batch'; got {masks!r}")
-        self.net, self.masks, self.prefix = net, masks, prefix
-        self.gated = masks == "batch" if gated is None else gated
+        if mask_per not in ("example", "batch"):
+            raise ValueError(f"NestedNet: argument `mask_per` must be 'example' or 'batch'; got {mask_per!r}")
+        self.net, self.mask_per, self.prefix = net, mask_per, prefix
+        self.gated = mask_per == "batch" if gated is None else gated
         found: dict[str, Width] = {}
         for module in net.modules():
             if isinstance(module, NestedLayer | NestedNorm):
@@ -117,10 +118,10 @@ class NestedNet(PyroModule):
         """The learned law of each mask, by name of its site and without gradient."""
         return {f"{self.prefix}{name}.mask": width.law for name, width in self.widths.items()}
 
-    @property
-    def posterior(self) -> Posterior:
+    @cached_property
+    def guide(self) -> NetGuide:
         """The guide: draws masks and weights from the learned laws; its parameters are those of the net."""
-        return Posterior(self)
+        return NetGuide(self)
 
     def forward(self, *inputs: Any, plate: pyro.plate | None = None) -> Any:
         """Draw masks and weights from their priors and run the net.
@@ -155,7 +156,7 @@ class NestedNet(PyroModule):
         self, which: Literal["prior", "posterior"], num_rows: int, plate: pyro.plate | None
     ) -> dict[str, Tensor]:
         cut, values = self._cut, {}
-        by_example = self.masks == "example"
+        by_example = self.mask_per == "example"
         fractions = None if cut is None else cut.fractions
         if fractions is not None and by_example and fractions.shape != (num_rows,):
             raise ValueError(
@@ -172,7 +173,7 @@ class NestedNet(PyroModule):
             site = f"{self.prefix}{name}.mask"
             if name not in drawn:
                 assert cut is not None
-                self._hold_fixed(width, width.num_blocks(cut.widths[name]), cut.sliced)
+                self._hold_fixed(width, width.kept_blocks(cut.widths[name]), cut.sliced)
                 continue
             law = width.prior if which == "prior" else width.posterior
             if cut is not None and cut.sliced and not by_example:
@@ -195,9 +196,9 @@ class NestedNet(PyroModule):
 
     def _hold_fixed(self, width: Width, num_blocks: int, sliced: bool) -> None:
         if sliced:
-            width.hold(num_kept=sum(width.sizes[:num_blocks]))
+            width.hold(kept_units=sum(width.sizes[:num_blocks]))
             return
-        mask = width.prefix(width.logits.new_tensor(num_blocks / width.num_groups))
+        mask = width.prefix(width.logits.new_tensor(num_blocks / width.num_blocks))
         width.hold(mask, keep_probs=mask)  # as if sliced: what is dropped costs nothing
 
     def _draw_weights(self, which: Literal["prior", "posterior"]) -> dict[str, Tensor]:
@@ -233,11 +234,11 @@ class NestedNet(PyroModule):
 
     def _check_cut(self, width: WidthLike, sliced: bool) -> _Cut:
         if isinstance(width, Tensor):
-            expected = (1,) if self.masks == "example" else (0,)
+            expected = (1,) if self.mask_per == "example" else (0,)
             if width.dim() not in expected or not ((width >= 0) & (width <= 1)).all():
                 raise ValueError(
                     f"cut: argument `width` must be a tensor of fractions in [0, 1] with {expected[0]} dimension(s) "
-                    f"for masks={self.masks!r}; got shape {tuple(width.shape)}"
+                    f"for mask_per={self.mask_per!r}; got shape {tuple(width.shape)}"
                 )
             if sliced:
                 raise ValueError("cut: sliced=True needs one width for the whole batch, a number rather than a tensor")
@@ -250,7 +251,7 @@ class NestedNet(PyroModule):
         else:
             widths = dict.fromkeys(self.widths, width)
         for name, value in widths.items():
-            self.widths[name].num_blocks(value)
+            self.widths[name].kept_blocks(value)
         return _Cut(widths, None, sliced)
 
     @torch.no_grad()
@@ -279,7 +280,7 @@ class NestedNet(PyroModule):
         return torch.stack(draws)
 
 
-class Posterior(PyroModule):
+class NetGuide(PyroModule):
     """Guide of a `NestedNet`: independent Normal weights and straight-through masks.
 
     Args:

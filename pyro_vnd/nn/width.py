@@ -28,7 +28,7 @@ class Width(nn.Module):
     Args:
         name: Name of the group; its Pyro site is `name.mask`.
         num_units: Number of units.
-        num_groups: Number of blocks B, at most `num_units`; each unit is a block by default. Sizes differ by one if
+        num_blocks: Number of blocks B, at most `num_units`; each unit is a block by default. Sizes differ by one if
             it does not divide the units.
         frozen: Number of leading blocks that are always kept.
         prior: Law over the entries of the mask; uniform by default.
@@ -40,10 +40,10 @@ class Width(nn.Module):
         ValueError: If the numbers or laws do not fit together.
 
     Example:
-        >>> width = Width("hidden", num_units=10, num_groups=4)
+        >>> width = Width("hidden", num_units=10, num_blocks=4)
         >>> width.sizes
         (3, 3, 2, 2)
-        >>> [width.num_kept(fraction) for fraction in (0.25, 0.5, 1.0)]
+        >>> [width.kept_units(fraction) for fraction in (0.25, 0.5, 1.0)]
         [3, 6, 10]
         >>> width.law.keep_probs
         tensor([1.0000, 0.7500, 0.5000, 0.2500])
@@ -59,7 +59,7 @@ class Width(nn.Module):
         self,
         name: str,
         num_units: int,
-        num_groups: int | None = None,
+        num_blocks: int | None = None,
         *,
         frozen: int = 0,
         prior: OrderedMask | None = None,
@@ -68,34 +68,34 @@ class Width(nn.Module):
         noise: Noise = "logistic",
     ) -> None:
         super().__init__()
-        num_groups = num_units if num_groups is None else num_groups
+        num_blocks = num_units if num_blocks is None else num_blocks
         _check_int(name, "num_units", num_units, 1)
-        _check_int(name, "num_groups", num_groups, 1, num_units)
-        _check_int(name, "frozen", frozen, 0, num_groups)
+        _check_int(name, "num_blocks", num_blocks, 1, num_units)
+        _check_int(name, "frozen", frozen, 0, num_blocks)
         if noise not in get_args(Noise):
             raise ValueError(f"Width {name!r}: argument `noise` must be 'logistic' or 'gumbel'; got {noise!r}")
         if not (0 < temperature < math.inf):
             raise ValueError(f"Width {name!r}: argument `temperature` must be finite and > 0; got {temperature}")
-        self.name, self.num_units, self.num_groups, self.frozen = name, num_units, num_groups, frozen
+        self.name, self.num_units, self.num_blocks, self.frozen = name, num_units, num_blocks, frozen
         self.temperature, self.noise = temperature, noise
-        small, larger = divmod(num_units, num_groups)
-        self.sizes = (small + 1,) * larger + (small,) * (num_groups - larger)
+        small, larger = divmod(num_units, num_blocks)
+        self.sizes = (small + 1,) * larger + (small,) * (num_blocks - larger)
         self.register_buffer("prior_logits", self._logits("prior", prior))
         self.logits = nn.Parameter(self.prior_logits.clone() if init is None else self._logits("init", init))
         # Entry of the mask that each unit obeys.
-        entries = torch.repeat_interleave(torch.arange(num_groups), torch.tensor(self.sizes))
+        entries = torch.repeat_interleave(torch.arange(num_blocks), torch.tensor(self.sizes))
         self.register_buffer("entries", (entries - (self.always_kept - 1)).clamp_min(0), persistent=False)
         self.release()
 
     def _logits(self, argument: str, law: OrderedMask | None) -> Tensor:
-        size = self.num_groups - self.always_kept + 1
+        size = self.num_blocks - self.always_kept + 1
         if law is None:
             return torch.zeros(size)
         if not isinstance(law, OrderedMask) or law.logits.shape != (size,):
             got = tuple(law.logits.shape) if isinstance(law, OrderedMask) else type(law).__name__
             raise ValueError(
                 f"Width {self.name!r}: argument `{argument}` must be an OrderedMask over {size} entries "
-                f"({self.num_groups} blocks, of which the first {self.always_kept} are always kept); got {got}"
+                f"({self.num_blocks} blocks, of which the first {self.always_kept} are always kept); got {got}"
             )
         # The probability of a length that is ruled out underflows to zero, and stays there.
         return law.logits.detach().clone().clamp_min(-1e3)
@@ -112,15 +112,15 @@ class Width(nn.Module):
 
     @property
     def posterior(self) -> OrderedMaskStraightThrough:
-        """Posterior law of the mask, with gradients to its parameters."""
+        """NetGuide law of the mask, with gradients to its parameters."""
         return OrderedMaskStraightThrough(self.temperature, logits=self.logits, noise=self.noise, validate_args=False)
 
     @property
     def law(self) -> OrderedMask:
-        """Posterior law of the mask, without gradient."""
+        """NetGuide law of the mask, without gradient."""
         return OrderedMask(logits=self.logits.detach())
 
-    def num_blocks(self, width: float | int) -> int:
+    def kept_blocks(self, width: float | int) -> int:
         """Return how many blocks a width keeps.
 
         Args:
@@ -133,7 +133,7 @@ class Width(nn.Module):
         Raises:
             ValueError: If the width is no valid one.
         """
-        low, high = self.always_kept, self.num_groups
+        low, high = self.always_kept, self.num_blocks
         if isinstance(width, int) and not isinstance(width, bool):
             if low <= width <= high:
                 return width
@@ -144,14 +144,14 @@ class Width(nn.Module):
             f"of blocks from {low} to {high} (an int)"
         )
 
-    def num_kept(self, width: float | int) -> int:
-        """Return how many units a width keeps; arguments and errors as in `num_blocks`."""
-        return sum(self.sizes[: self.num_blocks(width)])
+    def kept_units(self, width: float | int) -> int:
+        """Return how many units a width keeps; arguments and errors as in `kept_blocks`."""
+        return sum(self.sizes[: self.kept_blocks(width)])
 
     def prefix(self, fractions: Tensor) -> Tensor:
         """Return the masks of given fractions, shape fractions.shape + (K,)."""
-        blocks = (fractions.unsqueeze(-1) * self.num_groups + _HALF).floor().clamp(self.always_kept, self.num_groups)
-        positions = torch.arange(self.always_kept, self.num_groups + 1, device=fractions.device)
+        blocks = (fractions.unsqueeze(-1) * self.num_blocks + _HALF).floor().clamp(self.always_kept, self.num_blocks)
+        positions = torch.arange(self.always_kept, self.num_blocks + 1, device=fractions.device)
         return (positions <= blocks).to(self.logits.dtype)
 
     def spread(self, mask: Tensor) -> Tensor:
@@ -165,11 +165,11 @@ class Width(nn.Module):
 
     # What one forward pass of a net looks like is kept here, for the layers to read.
 
-    def hold(self, mask: Tensor | None = None, keep_probs: Tensor | None = None, num_kept: int | None = None) -> None:
+    def hold(self, mask: Tensor | None = None, keep_probs: Tensor | None = None, kept_units: int | None = None) -> None:
         """Keep the mask of a forward pass, or the number of units that it computes."""
         self.mask = None if mask is None else self.spread(mask)
         self.keep_probs = None if keep_probs is None else self.spread(keep_probs)
-        self.kept = num_kept
+        self.kept = kept_units
 
     def release(self) -> None:
         """Forget the forward pass: all units are kept."""
@@ -178,7 +178,7 @@ class Width(nn.Module):
     def extra_repr(self) -> str:
         """Describe the width in the representation of a net."""
         frozen = f", frozen={self.frozen}" if self.frozen else ""
-        return f"{self.name}, {self.num_units} units in {self.num_groups} blocks{frozen}"
+        return f"{self.name}, {self.num_units} units in {self.num_blocks} blocks{frozen}"
 
 
 def _check_int(name: str, argument: str, value: int, low: int, high: int | None = None) -> None:

@@ -18,7 +18,7 @@ from benchmarks.matryoshka import (
     step_ratios,
     views,
 )
-from benchmarks.rows import Rows
+from benchmarks.tables import Rows
 from models.datasets import Split, load
 
 

@@ -8,7 +8,7 @@ import torch
 from benchmarks import ordered_latents
 from benchmarks.ordered_latents import METHODS, MODELS, RECIPE, PrincipalComponents, build, main, uses
 from benchmarks.ordered_latents_report import LABELS, figure, markdown, targets, targets_table
-from benchmarks.rows import Rows
+from benchmarks.tables import Rows
 
 PREFIXES = [1, 2, 4]
 
@@ -70,7 +70,7 @@ def test_methods_have_one_architecture():
         more = {name for name, shape in sizes["vnd"].items() if sizes["plain"].get(name) != shape}
         lengths = {"encoder.heads.weight", "encoder.heads.bias", "encoder.length_logits"}
         prior = {name for name in more if name.startswith("conditioner.")}
-        decoder = {name for name in more if name.startswith(("decoder.completion.", "pixels.log_scale"))}
+        decoder = {name for name in more if name.startswith(("decoder.completion.", "likelihood.log_scale"))}
         assert more - decoder - prior <= lengths
         assert bool(decoder) == (model not in ("linear", "vae_our_parts"))
         assert bool(prior) == (model in ("vae", "beta_vae"))  # of which the latter is only ever plain

@@ -22,9 +22,9 @@ def trained(digits):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         plain = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
-        net = nest(plain, torch.zeros(1, 64), num_groups=8)
+        net = nest(plain, torch.zeros(1, 64), num_blocks=8)
         options = {"num_epochs": 20, "batch_size": 256, "lr": 0.03, "kl_weight": 0.05, "progress": False}
-        fit(NestedClassifier(net), net.posterior, digits.train, **options)
+        fit(NestedClassifier(net), net.guide, digits.train, **options)
     return net
 
 

@@ -82,7 +82,7 @@ def test_cut_by_the_same_tensor_the_divergence_is_what_it_is_by_a_copy(make, giv
 
 
 def test_temperature_and_noise_stay():
-    for law in (LAWS["straight-through"](logits=torch.zeros(K)), LAWS["normal"](logits=torch.zeros(K)).lengths):
+    for law in (LAWS["straight-through"](logits=torch.zeros(K)), LAWS["normal"](logits=torch.zeros(K)).mask_law):
         assert (law.cut(2).temperature, law.cut(2).noise) == (0.7, "gumbel")
     law = NestedNormal(torch.arange(4.0), torch.ones(K), torch.zeros(K)).cut(3)
     torch.testing.assert_close(law.mean, torch.tensor([0.0, 1, 2, 0]))

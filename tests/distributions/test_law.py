@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough
-from pyro_vnd.distributions.logistic_mask import hard_mask
+from pyro_vnd.distributions._fast.logistic_mask import hard_mask
 
 DRAWS = 100_000
 

@@ -18,7 +18,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.distributions import Normal, kl_divergence
 from torch.func import grad, jacrev, vmap
 
-from pyro_vnd.distributions.log_uniform import LogUniform
+from pyro_vnd.distributions.weights import LogUniform
 
 EULER_GAMMA = 0.57721566490153286
 LIMIT = (EULER_GAMMA + math.log(2)) / 2  # of KL - log m

@@ -6,7 +6,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.func import grad, vmap
 
-from pyro_vnd.distributions.logistic_mask import LogisticMask
+from pyro_vnd.distributions._fast.logistic_mask import LogisticMask
 
 # Shapes of the law, of the uniform numbers and of the temperature; None is a plain number.
 SHAPES = {

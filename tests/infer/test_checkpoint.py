@@ -1,6 +1,7 @@
 """A fit that was interrupted goes on as if it had not been, to the last bit."""
 
 import os
+from functools import cached_property
 
 import pyro
 import pyro.distributions as dist
@@ -39,7 +40,8 @@ class Regression(PyroModule):
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Normal(mean, scale), obs=y)
 
-    def make_guide(self):
+    @cached_property
+    def guide(self):
         return AutoNormal(self)
 
 
@@ -50,9 +52,9 @@ class Nested(NestedClassifier):
 
     def __init__(self, stop_at=None):
         torch.manual_seed(5)
-        hidden = Width("hidden", 8, num_groups=4)
+        hidden = Width("hidden", 8, num_blocks=4)
         first, last = NestedLayer(nn.Linear(3, 8), outputs=hidden), NestedLayer(nn.Linear(8, 2), inputs=hidden)
-        super().__init__(NestedNet(nn.Sequential(first, nn.ReLU(), last), masks=self.masks))
+        super().__init__(NestedNet(nn.Sequential(first, nn.ReLU(), last), mask_per=self.masks))
         self.calls, self.stop_at = 0, stop_at
 
     def forward(self, x, y=None):
@@ -61,8 +63,9 @@ class Nested(NestedClassifier):
             raise Interrupted
         return super().forward(x, (y > 0).long())
 
-    def make_guide(self):
-        return self.net.posterior
+    @cached_property
+    def guide(self):
+        return self.net.guide
 
 
 class NestedBatch(Nested):
@@ -74,9 +77,9 @@ class NestedBatch(Nested):
 ARGUMENTS = {"num_epochs": 6, "batch_size": 10, "lr": 0.05, "progress": False}
 OPTIONS = {
     Regression: {"kl_weight": linear(0.0, 1.0), "optimizer": torch.optim.SGD, "clip_norm": 1.0},
-    Nested: {"masks": MaskSchedule(), "temperature": linear(1.0, 0.2), "lr_schedule": cosine_to_zero(0.2)},
+    Nested: {"schedule": MaskSchedule(), "temperature": linear(1.0, 0.2), "lr_schedule": cosine_to_zero(0.2)},
 }
-OPTIONS[NestedBatch] = {"masks": MaskSchedule(0.2, 0.6, 0.2), "sliced": True, "local_reparam": True}
+OPTIONS[NestedBatch] = {"schedule": MaskSchedule(0.2, 0.6, 0.2, sliced=True), "local_reparam": True}
 
 
 @pytest.fixture
@@ -88,7 +91,7 @@ def data():
 def train(kind, data, stop_at=None, **arguments):
     """Fit anew; return the state of all modules and the result, or None for it if interrupted."""
     model = kind(stop_at)
-    guide = model.make_guide()
+    guide = model.guide
     try:
         result = fit(model, guide, data, **{**ARGUMENTS, **OPTIONS[kind], **arguments})
     except Interrupted:
@@ -124,7 +127,7 @@ def test_the_same_modules_may_go_on(data, tmp_path):
     # Parameters have moved since the last finished epoch, which is where the fit goes on.
     expected, _ = train(Regression, data)
     model = Regression(stop_at=11)
-    guide = model.make_guide()
+    guide = model.guide
     arguments = {**ARGUMENTS, **OPTIONS[Regression], "checkpoint": str(tmp_path / "fit.pt"), "resume": True}
     with pytest.raises(Interrupted):
         fit(model, guide, data, **arguments)

@@ -12,7 +12,7 @@ from scipy import stats
 
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import AutoNested, MaskSchedule, Plateau, fit, linear
-from pyro_vnd.infer.convergence import _student_quantile
+from pyro_vnd.infer.callbacks import _student_quantile
 from pyro_vnd.nn import NestedClassifier, nest
 
 RULE = Plateau(window=50, tolerance=0.01, alpha=0.05)
@@ -191,7 +191,7 @@ def test_masks_and_temperatures_count_too(y):
     lengths.clear()
     net = nest(torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)), torch.zeros(1, 1))
     data, masks = (y[:, None], (y > 5).long()), MaskSchedule(anneal=0.75)
-    fit(NestedClassifier(net), net.posterior, data, num_epochs=21, masks=masks, stop=watch, progress=False)
+    fit(NestedClassifier(net), net.guide, data, num_epochs=21, schedule=masks, stop=watch, progress=False)
     assert max(lengths) == 6
 
 

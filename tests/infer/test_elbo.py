@@ -189,7 +189,7 @@ def test_the_two_terms_of_a_nested_normal_have_weights_of_their_own():
         with pyro.plate("data", N):
             pyro.sample("code", law, infer={"kl_weight": 2.0, "length_weight": 5.0})
 
-    lengths = N * kl_divergence(q.lengths, p.lengths)
+    lengths = N * kl_divergence(q.mask_law, p.mask_law)
     whole = N * kl_divergence(q, p)
     elbo = NestedELBO()
     loss = elbo.differentiable_loss(lambda: site(p), lambda: site(q))

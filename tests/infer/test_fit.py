@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoNormal
 
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import AutoNested, LengthCollapseWarning, NonFiniteLossError, fit, module_local_params
-from pyro_vnd.infer.monitor import ElboMonitor, ScaleToDataset
+from pyro_vnd.infer._fit.handlers import ElboMonitor, ScaleToDataset
 
 N, K = 60, 4
 

@@ -1,6 +1,7 @@
 """What `fit` can be told beside model, guide and data: weights, schedules, where masks come from, validation."""
 
 import math
+from functools import cached_property
 
 import pyro
 import pyro.distributions as dist
@@ -14,8 +15,8 @@ from torch.distributions import kl_divergence
 
 from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough
 from pyro_vnd.infer import AutoNested, LengthCollapseWarning, MaskSchedule, cosine_to_zero, fit, linear
-from pyro_vnd.infer.monitor import ScaleToDataset
-from pyro_vnd.infer.validation import mean_log_likelihood
+from pyro_vnd.infer._fit.handlers import ScaleToDataset
+from pyro_vnd.infer._fit.held_out import mean_log_likelihood
 from pyro_vnd.nn import NestedClassifier, NestedLayer, NestedNet, Width
 
 N, K = 40, 4
@@ -40,12 +41,12 @@ class MaskedMeanGuide(PyroModule):
         pyro.sample("w", dist.Normal(self.loc, 0.3).to_event(1))
 
 
-def make_net(masks="example", seed=0):
+def make_net(mask_per="example", seed=0):
     torch.manual_seed(seed)
-    hidden = Width("hidden", 8, num_groups=4, init=OrderedMask(logits=torch.tensor([1.0, 0.0, -1.0, 0.5])))
+    hidden = Width("hidden", 8, num_blocks=4, init=OrderedMask(logits=torch.tensor([1.0, 0.0, -1.0, 0.5])))
     first = NestedLayer(nn.Linear(3, 8), outputs=hidden)
     last = NestedLayer(nn.Linear(8, 2), inputs=hidden)
-    return NestedNet(nn.Sequential(first, nn.ReLU(), last), masks=masks)
+    return NestedNet(nn.Sequential(first, nn.ReLU(), last), mask_per=mask_per)
 
 
 @pytest.fixture
@@ -215,7 +216,7 @@ def test_temperature_reaches_every_mask_and_stays(y, labelled):
     fit(masked_mean, guide, y, num_epochs=5, temperature=linear(1.0, 0.5), progress=False)
     assert guide[0].temperature == 0.5
     net = make_net()
-    fit(NestedClassifier(net), net.posterior, labelled, num_epochs=5, temperature=0.7, progress=False)
+    fit(NestedClassifier(net), net.guide, labelled, num_epochs=5, temperature=0.7, progress=False)
     assert net.widths["hidden"].temperature == 0.7
 
 
@@ -227,9 +228,9 @@ def test_temperature_reaches_every_mask_and_stays(y, labelled):
 def test_lengths_are_paid_for_where_masks_are_learned_only(masks, num_particles, labelled):
     net = make_net(masks)
     schedule = MaskSchedule(learned=0.25, budget=0.5, full=0.25, num_particles=num_particles)
-    arguments = {"masks": schedule, "optimizer": still, "progress": False}
+    arguments = {"schedule": schedule, "optimizer": still, "progress": False}
     epochs = 20 if masks == "example" else 200
-    result = fit(NestedClassifier(net), net.posterior, labelled, num_epochs=epochs, **arguments)
+    result = fit(NestedClassifier(net), net.guide, labelled, num_epochs=epochs, **arguments)
     width = net.widths["hidden"]
     kl = kl_divergence(width.law, width.prior).item() / (1 if masks == "example" else N)
     shares = torch.tensor(result.kl_lengths) / kl
@@ -247,9 +248,9 @@ def test_every_width_is_trained_and_a_batch_has_one(sliced, labelled):
         seen.append(width.kept if width.mask is None else int(width.mask.sum()))
 
     net.net[-1].register_forward_pre_hook(note)
-    schedule = MaskSchedule(learned=0.0, budget=0.75, full=0.25)
-    arguments = {"masks": schedule, "sliced": sliced, "progress": False}
-    result = fit(NestedClassifier(net), net.posterior, labelled, num_epochs=100, **arguments)
+    schedule = MaskSchedule(learned=0.0, budget=0.75, full=0.25, sliced=sliced)
+    arguments = {"schedule": schedule, "progress": False}
+    result = fit(NestedClassifier(net), net.guide, labelled, num_epochs=100, **arguments)
     seen = seen[1:]  # the first call, before the first step, is free
     assert set(seen) == {2, 4, 6, 8}
     assert 25 <= seen.count(8) <= 65  # 0.25 + 0.75 / 4 of 100
@@ -260,15 +261,16 @@ def test_every_width_is_trained_and_a_batch_has_one(sliced, labelled):
 @pytest.mark.parametrize("masks", ["example", "batch"])
 def test_sliced_particles_estimate_the_elbo_averaged_over_widths(masks, num_particles, labelled):
     net = make_net(masks)
-    model, guide, probs = NestedClassifier(net), net.posterior, torch.tensor([0.4, 0.3, 0.2, 0.1])
-    schedule = MaskSchedule(0.0, 1.0, 0.0, OrderedMask(probs=probs), num_particles)
-    arguments = {"masks": schedule, "sliced": True, "optimizer": still, "local_reparam": True, "progress": False}
+    model, guide, probs = NestedClassifier(net), net.guide, torch.tensor([0.4, 0.3, 0.2, 0.1])
+    schedule = MaskSchedule(0.0, 1.0, 0.0, OrderedMask(probs=probs), num_particles, sliced=True)
+    arguments = {"schedule": schedule, "optimizer": still, "local_reparam": True, "progress": False}
     result = fit(model, guide, labelled, num_epochs=400, **arguments)
     expected = {"elbo": 0.0, "kl_latents": 0.0}
     for width, prob in zip((0.25, 0.5, 0.75, 1.0), probs, strict=True):
         with net.cut(width, sliced=True):
-            only = MaskSchedule(0.0, 1.0, 0.0, OrderedMask(probs=(torch.arange(1, 5) == 4 * width).double()))
-            at_width = fit(model, guide, labelled, num_epochs=100, **arguments | {"masks": only})
+            law = OrderedMask(probs=(torch.arange(1, 5) == 4 * width).double())
+            only = MaskSchedule(0.0, 1.0, 0.0, law, sliced=True)
+            at_width = fit(model, guide, labelled, num_epochs=100, **arguments | {"schedule": only})
         for name in expected:
             expected[name] += prob.item() * sum(getattr(at_width, name)) / 100
     for name, value in expected.items():
@@ -281,9 +283,9 @@ def test_sliced_particles_estimate_the_elbo_averaged_over_widths(masks, num_part
 def test_systematic_particles_have_less_variance(labelled):
     net, variances = make_net(), {}
     for num_particles in (1, 4):
-        schedule = MaskSchedule(0.0, 1.0, 0.0, num_particles=num_particles)
-        arguments = {"masks": schedule, "sliced": True, "optimizer": still, "local_reparam": True, "progress": False}
-        result = fit(NestedClassifier(net), net.posterior, labelled, num_epochs=100, **arguments)
+        schedule = MaskSchedule(0.0, 1.0, 0.0, num_particles=num_particles, sliced=True)
+        arguments = {"schedule": schedule, "optimizer": still, "local_reparam": True, "progress": False}
+        result = fit(NestedClassifier(net), net.guide, labelled, num_epochs=100, **arguments)
         variances[num_particles] = torch.tensor(result.kl_latents).var().item()
     assert variances[4] < 1e-3 * variances[1]  # each step has every width once; independent draws would give a quarter
 
@@ -296,9 +298,9 @@ def test_a_mask_schedule_makes_narrow_widths_useful(labelled):
         with torch.no_grad():
             net.widths["hidden"].logits.copy_(torch.tensor([-6.0, -6.0, -6.0, 0.0]))
         model = NestedClassifier(net)
-        fit(model, net.posterior, labelled, num_epochs=100, lr=0.05, kl_weight=0.1, masks=masks, progress=False)
+        fit(model, net.guide, labelled, num_epochs=100, lr=0.05, kl_weight=0.1, schedule=masks, progress=False)
         with net.cut(0.25):
-            narrow[masks] = mean_log_likelihood(model, net.posterior, list(labelled), N)
+            narrow[masks] = mean_log_likelihood(model, net.guide, list(labelled), N)
     assert narrow[MaskSchedule()] > narrow[None] + 0.1
 
 
@@ -319,7 +321,8 @@ class MaskedRows(PyroModule):
             self.seen.append(mask.detach().sum(-1))
             pyro.sample("y", dist.Normal(mask.sum(-1), 1.0), obs=y.double())
 
-    def make_guide(self):
+    @cached_property
+    def guide(self):
         return RowsGuide(self)
 
 
@@ -331,7 +334,7 @@ class RowsGuide(PyroModule):
     def forward(self, x, y):
         rows = pyro.plate("data", len(x), dim=-1)
         if self.model.net is not None:
-            self.model.net.posterior(x, plate=rows)
+            self.model.net.guide(x, plate=rows)
         with rows:
             pyro.sample("code", self.model.wrap(OrderedMaskStraightThrough(0.2, logits=self.model.logits)))
 
@@ -339,7 +342,7 @@ class RowsGuide(PyroModule):
 def test_masks_of_a_model_in_the_plate_of_the_data_are_cut(labelled):
     model = MaskedRows()
     schedule = MaskSchedule(learned=0.25, budget=0.5, full=0.25)
-    result = fit(model, model.make_guide(), labelled, num_epochs=50, masks=schedule, optimizer=still, progress=False)
+    result = fit(model, model.guide, labelled, num_epochs=50, schedule=schedule, optimizer=still, progress=False)
     law = OrderedMask(logits=model.logits.detach())
     share = sum(result.kl_lengths) / 50 / kl_divergence(law, OrderedMask.uniform(K)).item()
     assert abs(share - 0.25) < 3.5 * (0.25 * 0.75 / (50 * N)) ** 0.5
@@ -356,8 +359,8 @@ def test_masks_of_nets_are_cut_once_beside_those_of_the_model(labelled):
     net = make_net()
     model = MaskedRows(net)
     schedule = MaskSchedule(learned=0.25, budget=0.5, full=0.25)
-    arguments = {"masks": schedule, "optimizer": still, "progress": False}
-    result = fit(model, model.make_guide(), labelled, num_epochs=50, **arguments)
+    arguments = {"schedule": schedule, "optimizer": still, "progress": False}
+    result = fit(model, model.guide, labelled, num_epochs=50, **arguments)
     width = net.widths["hidden"]
     kl = kl_divergence(width.law, width.prior).item()
     kl += kl_divergence(OrderedMask(logits=model.logits.detach()), OrderedMask.uniform(K)).item()
@@ -368,8 +371,8 @@ def test_masks_of_nets_are_cut_once_beside_those_of_the_model(labelled):
 
 def test_masks_that_are_wrapped_are_not_cut(labelled):
     model = MaskedRows(wrap=lambda law: law.mask(torch.tensor(True)))
-    with pytest.raises(ValueError, match="`masks` needs a NestedNet in model or guide"):
-        fit(model, model.make_guide(), labelled, num_epochs=1, masks=MaskSchedule(), progress=False)
+    with pytest.raises(ValueError, match="`schedule` needs a NestedNet in model or guide"):
+        fit(model, model.guide, labelled, num_epochs=1, schedule=MaskSchedule(), progress=False)
 
 
 def test_local_reparam_trains_with_the_same_kl(labelled):
@@ -377,7 +380,7 @@ def test_local_reparam_trains_with_the_same_kl(labelled):
     for local_reparam in (False, True):
         net = make_net()
         arguments = {"local_reparam": local_reparam, "optimizer": still, "progress": False}
-        results.append(fit(NestedClassifier(net), net.posterior, labelled, num_epochs=50, **arguments))
+        results.append(fit(NestedClassifier(net), net.guide, labelled, num_epochs=50, **arguments))
     plain, local = results
     assert local.kl_latents == pytest.approx(plain.kl_latents)
     mean = [torch.tensor(result.log_likelihood) for result in results]
@@ -389,7 +392,7 @@ def test_all_options_together_learn(labelled):
     net = make_net()
     result = fit(
         NestedClassifier(net),
-        net.posterior,
+        net.guide,
         labelled,
         num_epochs=60,
         batch_size=20,
@@ -398,7 +401,7 @@ def test_all_options_together_learn(labelled):
         clip_norm=100.0,
         kl_weight=linear(0.0, 0.1, warmup=0.5),
         temperature=linear(0.5, 0.2),
-        masks=MaskSchedule(),
+        schedule=MaskSchedule(),
         local_reparam=True,
         validation=labelled,
         progress=False,
@@ -488,10 +491,9 @@ def test_progress_shows_validation(y, capsys):
         ({"temperature": 0.0}, "`temperature` must be finite and > 0"),
         ({"clip_norm": 0.0}, "`clip_norm` must be finite and > 0, or None; got 0.0"),
         (
-            {"masks": MaskSchedule()},
-            r"`masks` needs a NestedNet in model or guide, or a NestedNormal or an OrderedMask in the plate .data.",
+            {"schedule": MaskSchedule()},
+            r"`schedule` needs a NestedNet in model or guide, or a NestedNormal or an OrderedMask in the plate .data.",
         ),
-        ({"sliced": True}, "`sliced` is for steps at a given width"),
         ({"temperature": 0.5}, "`temperature` is for masks of AutoNested or a nested net; there are none"),
         ({"local_reparam": True, "elbo": Trace_ELBO()}, "needs a NestedELBO; Trace_ELBO scores weights"),
         ({"validation": torch.ones(3, 2)}, r"must be like `data` of shapes \[\(40,\)\]; got \[\(3, 2\)\]"),

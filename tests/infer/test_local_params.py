@@ -10,7 +10,7 @@ from pyro.nn import PyroModule
 from torch import nn
 
 from pyro_vnd.infer import fit, module_local_params
-from pyro_vnd.infer.local_params import quiet_nets
+from pyro_vnd.infer.guides import quiet_nets
 
 
 class Regression(PyroModule):

@@ -99,7 +99,7 @@ def test_a_sliced_pass_draws_the_kept_outputs(kept):
     zeroed = x.clone()
     zeroed[:, kept[0] :] = 0
     mean, variance = (moment[:, : kept[1]] for moment in moments_by_hand(layer, zeroed))
-    a.hold(num_kept=kept[0]), b.hold(num_kept=kept[1])
+    a.hold(kept_units=kept[0]), b.hold(kept_units=kept[1])
     draws = outputs(layer, x[:, : kept[0]], 1500)
     assert draws.shape == (1500, 4, kept[1])
     assert ((draws.mean(0) - mean) / (variance / 1500).sqrt()).abs().max() < 5
@@ -122,33 +122,33 @@ class CountDraws(torch.overrides.TorchFunctionMode):
 
 def small(**options):
     plain = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 3))
-    net = nest(plain, torch.zeros(1, 5), num_groups=4, **options)
+    net = nest(plain, torch.zeros(1, 5), num_blocks=4, **options)
     return net, NestedClassifier(net), (torch.randn(7, 5), torch.arange(7) % 3)
 
 
 @pytest.mark.parametrize("masks", ["example", "batch"])
 def test_no_noise_of_the_shape_of_weights_is_drawn(masks):
-    net, model, data = small(masks=masks)
+    net, model, data = small(mask_per=masks)
     for local in (True, False):
         with CountDraws() as count:
             if local:
                 with LocalReparameterization():
-                    NestedELBO().differentiable_loss(model, net.posterior, *data)
+                    NestedELBO().differentiable_loss(model, net.guide, *data)
             else:
-                NestedELBO().differentiable_loss(model, net.posterior, *data)
+                NestedELBO().differentiable_loss(model, net.guide, *data)
         assert ((16, 5) in count.sizes) == (not local)
         assert ((7, 16) in count.sizes) == local
 
 
 @pytest.mark.parametrize("masks", ["example", "batch"])
 def test_every_parameter_gets_a_gradient_and_the_elbo_is_the_same(masks):
-    net, model, data = small(masks=masks)
+    net, model, data = small(mask_per=masks)
     losses = {}
     for local in (True, False):
         values = []
         for _ in range(150):
             with LocalReparameterization() if local else nullcontext():
-                values.append(NestedELBO().differentiable_loss(model, net.posterior, *data))
+                values.append(NestedELBO().differentiable_loss(model, net.guide, *data))
         losses[local] = torch.stack(values)
     losses[True].sum().backward()
     assert all((p.grad != 0).any() and torch.isfinite(p.grad).all() for p in net.parameters())
@@ -162,8 +162,8 @@ def test_weights_without_a_closed_form_kl_are_drawn():
     for prior, drawn in drawn_under.items():
         net, model, data = small(prior=prior)
         with LocalReparameterization():
-            trace = poutine.trace(net.posterior).get_trace(*data)
-            assert torch.isfinite(NestedELBO().differentiable_loss(model, net.posterior, *data))
+            trace = poutine.trace(net.guide).get_trace(*data)
+            assert torch.isfinite(NestedELBO().differentiable_loss(model, net.guide, *data))
         for name, layer in net.layers.items():
             mean = torch.equal(trace.nodes[f"{name}.weight"]["value"], layer.plain.weight)
             assert mean != drawn
@@ -230,7 +230,7 @@ def test_the_gradient_has_less_variance_on_digits():
             for _ in range(60):
                 net.zero_grad()
                 with LocalReparameterization() if local else nullcontext():
-                    NestedELBO().differentiable_loss(model, net.posterior, x, y).backward()
+                    NestedELBO().differentiable_loss(model, net.guide, x, y).backward()
                 gradients.append(net.net[0].plain.weight.grad.clone())
             variances[local] = torch.stack(gradients).var(0).sum().item()
     assert variances[True] < 0.5 * variances[False]
@@ -239,7 +239,7 @@ def test_the_gradient_has_less_variance_on_digits():
 def test_fit_on_digits_with_local_noise():
     data = datasets.load("digits", flatten=True)
     x, y = data.train.images.double(), data.train.labels
-    net = nest(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), x[:1], num_groups=8)
-    fit(NestedClassifier(net), net.posterior, (x, y), num_epochs=15, batch_size=128, local_reparam=True, progress=False)
+    net = nest(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), x[:1], num_blocks=8)
+    fit(NestedClassifier(net), net.guide, (x, y), num_epochs=15, batch_size=128, local_reparam=True, progress=False)
     test = data.test.images.double()
     assert (net.predict(test, width=1.0)[0].argmax(-1) == data.test.labels).double().mean() > 0.85

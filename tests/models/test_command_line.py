@@ -73,7 +73,7 @@ def test_demo_posterior_opens_in_arviz(demo):
 def test_without_a_command_the_models_are_listed(capsys):
     assert main([]) == 0
     shown = capsys.readouterr().out
-    assert "NestedClassifier" in shown
+    assert "MaskedPerceptron" in shown
     assert "OrderedVAE" in shown
     assert "mobilenet-v2" in shown
 

@@ -47,7 +47,7 @@ def negative_elbo(net, guide, data):
 def test_point_masses_are_the_sum_of_the_losses_at_a_list_of_sizes(data, sizes):
     net = small(OrderedMask(probs=torch.eye(K)[[size - 1 for size in sizes]]))
     expected = sum(loss_by_hand(net, *data, size) for size in sizes)
-    torch.testing.assert_close(negative_elbo(net, net.make_guide(), data), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(negative_elbo(net, net.guide, data), expected, rtol=1e-12, atol=0)
 
 
 def test_pinned_to_full_width_it_is_a_plain_embedding(data):
@@ -57,14 +57,14 @@ def test_pinned_to_full_width_it_is_a_plain_embedding(data):
         optimizer.zero_grad()
         loss_by_hand(plain, *data, K).backward()
         optimizer.step()
-    fit(ours, ours.make_guide(), data, num_epochs=5, lr=0.01, masks=MaskSchedule(0, 0, 1), progress=False)
+    fit(ours, ours.guide, data, num_epochs=5, lr=0.01, schedule=MaskSchedule(0, 0, 1), progress=False)
     for expected, found in zip(plain.parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_every_parameter_has_a_gradient(data):
     net = small()
-    guide = net.make_guide()
+    guide = net.guide
     negative_elbo(net, guide, data).backward()
     named = [*net.named_parameters(), *guide.named_parameters()]
     assert len(named) == 7
@@ -90,7 +90,7 @@ def test_each_length_is_in_one_octave(num_dims):
 
 def test_views_are_drawn_from_their_octaves(data):
     net = small()
-    guide = net.make_guide()
+    guide = net.guide
     x = torch.zeros(20_000, *SHAPE)
     with module_local_params(net, guide):
         masks = guide(x)["mask"].detach()
@@ -106,7 +106,7 @@ def test_views_are_drawn_from_their_octaves(data):
 
 def test_a_law_on_one_size_stays_there(data):
     net = small(OrderedMask(probs=torch.eye(K)[[1, 3]]))
-    guide = net.make_guide()
+    guide = net.guide
     with pytest.warns(match="collapsed"):
         fit(net, guide, data, num_epochs=20, lr=0.1, progress=False)
     torch.testing.assert_close(guide.laws["mask"].probs[:, 0], torch.eye(K)[[1, 3]], rtol=0, atol=0)
@@ -115,10 +115,10 @@ def test_a_law_on_one_size_stays_there(data):
 # Cuts.
 
 
-def test_a_truncated_net_gives_the_prefix(data):
+def test_a_narrowed_net_gives_the_prefix(data):
     net, (x, _) = small(), data
     for length in range(1, K + 1):
-        cut = net.truncate(length)
+        cut = net.narrow(length)
         assert not any(isinstance(part, pyro.nn.PyroModule) for part in cut.modules())
         torch.testing.assert_close(normalize(cut(x), dim=-1), net.embed(x, length))
         torch.testing.assert_close(cut(x), net.head(net.body(x))[:, :length])
@@ -147,8 +147,8 @@ def fitted(x, y, num_classes, masks):
     net = MatryoshkaEmbedding(
         (16,), num_classes, 16, lengths=OrderedMask.geometric(0.1, 16), body=nn.Identity(), num_features=16
     )
-    guide = net.make_guide()
-    fit(net, guide, [x, y], num_epochs=40, batch_size=128, lr=0.02, length_weight=0.05, masks=masks, progress=False)
+    guide = net.guide
+    fit(net, guide, [x, y], num_epochs=40, batch_size=128, lr=0.02, length_weight=0.05, schedule=masks, progress=False)
     return net, net.length_law(guide)
 
 
@@ -201,7 +201,7 @@ def test_bad_arguments(change, message):
 @pytest.mark.parametrize("length", [0, K + 1, -1, 2.0, True, "3"])
 def test_bad_lengths(data, length):
     net = small()
-    for call in (lambda: net.embed(data[0], length), lambda: net.truncate(length)):
+    for call in (lambda: net.embed(data[0], length), lambda: net.narrow(length)):
         with pytest.raises(ValueError, match=f"argument `length` must be an integer from 1 to {K}; got {length!r}"):
             call()
 
@@ -218,4 +218,4 @@ def test_bad_images(x):
 
 def test_labels_of_another_number(data):
     with pytest.raises(ValueError, match="must be tensors with the same number of rows"):
-        fit(small(), small().make_guide(), [data[0], data[1][1:]], progress=False)
+        fit(small(), small().guide, [data[0], data[1][1:]], progress=False)

@@ -27,7 +27,7 @@ def points(num_components: int, seed: int) -> Tensor:
 def train(x: Tensor, start: int) -> tuple[AutoNested, float]:
     """Return the guide of a fit, and its ELBO."""
     model = GaussianMixture(K)
-    guide = model.make_guide(x, start)
+    guide = model.guide_from(x, start)
     result = fit(
         model,
         guide,
@@ -126,7 +126,7 @@ def test_farthest_points_are_one_of_each_cluster():
         (lambda: GaussianMixture(3)(torch.zeros(4)), r"`x` must be finite points of shape \(N, D\); got \(4,\)"),
         (lambda: GaussianMixture(3)(torch.full((4, 2), torch.nan)), r"got \(4, 2\) with NaN or inf"),
         (
-            lambda: GaussianMixture(3).make_guide(torch.zeros(4, 2), start=4),
+            lambda: GaussianMixture(3).guide_from(torch.zeros(4, 2), start=4),
             "`start` must be from 0 to 3, a row of `x`; got 4",
         ),
     ],

@@ -44,7 +44,7 @@ def forget_deviations(net) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_small_nets_are_nested_trained_and_narrowed(name, digits):
     images, labels = (rows[:96] for rows in digits.train)
-    net = make(name, digits.image_shape, 10, "small", num_groups=4)
+    net = make(name, digits.image_shape, 10, "small", num_blocks=4)
     recipe = Recipe(epochs=12 if name in ("lenet", "vgg11") else 4, batch_size=32, lr=0.02, kl_weight=0.001)
     result = train(net, replace(digits, train=Split(images, labels)), recipe)
     assert result.elbo[-1] > result.elbo[0]
@@ -82,7 +82,7 @@ FULL = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for
 def test_nets_of_the_published_sizes_are_nested_and_narrowed(name):
     shape = (1, 28, 28) if name in ("mlp", "lenet") else (3, 32, 32)
     plain = build(name, shape)
-    net = nest(plain, torch.rand(1, *shape), num_groups=16).eval()
+    net = nest(plain, torch.rand(1, *shape), num_blocks=16).eval()
     image = torch.rand(1, *shape)
     with torch.no_grad():
         whole, half = narrow(net, 1.0), narrow(net, 0.5)
@@ -94,7 +94,7 @@ def test_nets_of_the_published_sizes_are_nested_and_narrowed(name):
 
 
 def test_lenet_learns_real_digits_at_every_width(digits):
-    net = make("lenet", digits.image_shape, 10, "small", num_groups=16)
+    net = make("lenet", digits.image_shape, 10, "small", num_blocks=16)
     train(net, digits, Recipe(epochs=30, batch_size=128, lr=0.02))
     scores = evaluate_widths(net, digits.validation, [0.25, 0.5, 1.0], num_samples=5, progress=False).squeeze("seed")
     assert scores["accuracy"].sel(width=0.25) > 0.9  # chance is .1

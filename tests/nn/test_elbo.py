@@ -23,7 +23,7 @@ def make(masks, gated=None):
     width = Width("hidden", K, prior=OrderedMask.geometric(0.4, K))
     first = NestedLayer(nn.Linear(2, K), outputs=width, prior=None)
     last = NestedLayer(nn.Linear(K, 1), inputs=width, prior=Normal(0.2, 1.5), init_scale=0.3)
-    net = NestedNet(nn.Sequential(first, nn.Tanh(), last), masks=masks, gated=gated)
+    net = NestedNet(nn.Sequential(first, nn.Tanh(), last), mask_per=masks, gated=gated)
     nn.init.normal_(width.logits)
 
     def model(x, y):
@@ -67,7 +67,7 @@ def elbo_by_hand(net, x, y, rows_at=None) -> float:
     total = 0.0
     for n, length in enumerate(rows_at):
         total += (q.probs * table[n]).sum() if length == 0 else table[n, length - 1]
-    if net.masks == "example":
+    if net.mask_per == "example":
         return total - costs.sum() - rows_at.count(0) * kl_of_length
     paid = 0.0
     for length in range(1, K + 1):
@@ -92,7 +92,7 @@ def data():
 @pytest.mark.parametrize("masks", ["example", "batch"])
 def test_elbo_is_the_sum_over_lengths(objective, masks, data):
     net, model = make(masks)
-    losses = [objective().loss(model, net.posterior, *data) for _ in range(200)]
+    losses = [objective().loss(model, net.guide, *data) for _ in range(200)]
     assert_equal_on_average(losses, elbo_by_hand(net, *data))
 
 
@@ -102,7 +102,7 @@ def test_elbo_is_the_sum_over_lengths(objective, masks, data):
 def test_elbo_of_a_cut(objective, masks, sliced, data):
     net, model = make(masks)
     with net.cut(2, sliced=sliced):
-        losses = [objective().loss(model, net.posterior, *data) for _ in range(120)]
+        losses = [objective().loss(model, net.guide, *data) for _ in range(120)]
     expected = elbo_by_hand(net, *data, rows_at=[2] * N)
     if masks == "example":  # weights that are not there cost nothing
         expected += weight_costs(net)[2]
@@ -113,14 +113,14 @@ def test_elbo_of_a_cut(objective, masks, sliced, data):
 def test_only_free_rows_pay_for_their_lengths(objective, data):
     net, model = make("example")
     with net.cut(torch.tensor([0.0, 1 / 3, 0.0, 1.0])):
-        losses = [objective().loss(model, net.posterior, *data) for _ in range(200)]
+        losses = [objective().loss(model, net.guide, *data) for _ in range(200)]
     expected = elbo_by_hand(net, *data, rows_at=[0, 1, 0, 3])
     assert_equal_on_average(losses, expected)
     kl = kl_divergence(net.widths["hidden"].law, net.widths["hidden"].prior).item()
     elbo = NestedELBO()
     for fractions, free in (([0.0, 0.5, 0.0, 1.0], 2), ([0.5] * 4, 0), ([0.0] * 4, 4)):
         with net.cut(torch.tensor(fractions)):
-            elbo.loss(model, net.posterior, *data)
+            elbo.loss(model, net.guide, *data)
         assert elbo.kl["hidden.mask"].item() == pytest.approx(free * kl, abs=1e-12)
 
 
@@ -129,7 +129,7 @@ def test_a_gate_by_example_is_the_share_of_rows_that_keep_a_unit(lengths, data):
     net, model = make("example", gated=True)
     elbo = NestedELBO()
     with net.cut(torch.tensor(lengths) / K):
-        elbo.loss(model, net.posterior, *data)
+        elbo.loss(model, net.guide, *data)
     q = net.widths["hidden"].law.probs
     shares = [
         sum(q[k:].sum() if length == 0 else float(length > k) for length in lengths) / len(lengths) for k in range(K)
@@ -146,20 +146,20 @@ def test_a_gate_by_example_is_the_share_of_rows_that_keep_a_unit(lengths, data):
 def test_one_fraction_for_the_batch(objective, fraction, length, data):
     net, model = make("batch")
     with net.cut(torch.tensor(fraction)):
-        losses = [objective().loss(model, net.posterior, *data) for _ in range(120)]
+        losses = [objective().loss(model, net.guide, *data) for _ in range(120)]
     assert_equal_on_average(losses, elbo_by_hand(net, *data, rows_at=[length] * N))
 
 
 def test_sliced_draws_of_exact_masks_have_the_same_elbo(data):
     net, model = make("batch")
     with net.cut({}, sliced=True):
-        losses = [Trace_ELBO().loss(model, net.posterior, *data) for _ in range(300)]
+        losses = [Trace_ELBO().loss(model, net.guide, *data) for _ in range(300)]
     assert_equal_on_average(losses, elbo_by_hand(net, *data))
 
 
 def test_a_wrong_gate_would_be_noticed(data):
     net, model = make("batch")
-    losses = [TraceMeanField_ELBO().loss(model, net.posterior, *data) for _ in range(200)]
+    losses = [TraceMeanField_ELBO().loss(model, net.guide, *data) for _ in range(200)]
     right = elbo_by_hand(net, *data)
     all_paid = right - (weight_costs(net)[:K] * (1 - net.widths["hidden"].law.keep_probs)).sum()
     with pytest.raises(AssertionError):
@@ -170,7 +170,7 @@ def test_a_wrong_gate_would_be_noticed(data):
 def test_kl_parts_are_exact_in_one_evaluation(masks, data):
     net, model = make(masks)
     elbo, costs, keep = NestedELBO(), weight_costs(net), net.widths["hidden"].law.keep_probs
-    elbo.loss(model, net.posterior, *data)
+    elbo.loss(model, net.guide, *data)
     gate = keep if masks == "batch" else torch.ones(K)
     length = kl_divergence(net.widths["hidden"].law, net.widths["hidden"].prior) * (N if masks == "example" else 1)
     torch.testing.assert_close(elbo.kl["hidden.mask"], length)
@@ -186,7 +186,7 @@ def test_every_parameter_gets_a_gradient(objective, masks, noise):
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 2)
     )
     x, y = torch.randn(20, 1, 6, 6), torch.randn(20, 2)
-    net = nest(plain, x[:2], masks=masks, noise=noise)
+    net = nest(plain, x[:2], mask_per=masks, noise=noise)
 
     def model(x, y):
         rows = pyro.plate("data", len(x), dim=-1)
@@ -195,7 +195,7 @@ def test_every_parameter_gets_a_gradient(objective, masks, noise):
             pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y)
 
     for _ in range(3):  # one draw of a mask may leave units out
-        objective().differentiable_loss(model, net.posterior, x, y).backward()
+        objective().differentiable_loss(model, net.guide, x, y).backward()
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
@@ -206,7 +206,7 @@ def test_priors_without_a_kl_have_an_elbo_too(data):
     net, model = make("example")
     net.net[2] = last = NestedLayer(nn.Linear(K, 1), inputs=net.widths["hidden"], prior=StudentT(3.0))
     for objective in OBJECTIVES:
-        loss = objective().differentiable_loss(model, net.posterior, *data)
+        loss = objective().differentiable_loss(model, net.guide, *data)
         loss.backward()
         assert torch.isfinite(loss)
         assert (last.log_scales["weight"].grad != 0).all()

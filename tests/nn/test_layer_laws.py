@@ -67,7 +67,7 @@ def test_a_prior_with_entries_of_its_own_is_cut_with_the_layer():
     loc = torch.randn(8, 6)
     for law, keys in [(Normal(loc, 1.0), ["loc"]), (StudentT(3.0, loc, 2.0), ["loc", "df"])]:
         layer = NestedLayer(nn.Linear(6, 8, bias=False), inputs=a, outputs=b, prior=law)
-        a.hold(num_kept=2), b.hold(num_kept=4)
+        a.hold(kept_units=2), b.hold(kept_units=4)
         prior = layer.law("weight", "prior")
         assert type(prior.base) is type(law)
         assert prior.event_shape == (4, 2)
@@ -76,7 +76,7 @@ def test_a_prior_with_entries_of_its_own_is_cut_with_the_layer():
         a.release(), b.release()
     layer = NestedLayer(nn.Linear(6, 8, bias=False), inputs=a, outputs=b, prior=scale_mixture(8, 6))
     assert layer.law("weight", "prior").sample().shape == (8, 6)
-    a.hold(num_kept=2)
+    a.hold(kept_units=2)
     with pytest.raises(ValueError, match="with entries of its own cannot be cut"):
         layer.law("weight", "prior")
 

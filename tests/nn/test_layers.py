@@ -48,7 +48,7 @@ def test_nothing_cut_is_torchs_own_layer(build, shape):
     layer = NestedLayer(plain, inputs=hidden[0], outputs=hidden[1])
     assert torch.equal(layer(x), plain(x))
     for width in hidden:
-        width.hold(torch.ones(width.num_groups))
+        width.hold(torch.ones(width.num_blocks))
     torch.testing.assert_close(layer(x), plain(x))
 
 
@@ -65,7 +65,7 @@ def test_slicing_is_masking_the_inputs(build, shape, blocks_in, blocks_out):
     plain, x = build(), torch.randn(shape)
     inputs, outputs = Width("in", 6, 3), Width("out", 8, 4)
     layer = NestedLayer(plain, inputs=inputs, outputs=outputs)
-    kept_in, kept_out = inputs.num_kept(blocks_in), outputs.num_kept(blocks_out)
+    kept_in, kept_out = inputs.kept_units(blocks_in), outputs.kept_units(blocks_out)
     dim = channel_dim(x, plain)
     by_hand = x.clone()
     by_hand.narrow(dim, kept_in, 6 - kept_in).zero_()
@@ -73,8 +73,8 @@ def test_slicing_is_masking_the_inputs(build, shape, blocks_in, blocks_out):
 
     inputs.hold(inputs.prefix(torch.tensor(blocks_in / 3)))
     torch.testing.assert_close(layer(x).narrow(dim, 0, kept_out), expected, rtol=1e-12, atol=1e-12)
-    inputs.hold(num_kept=kept_in)
-    outputs.hold(num_kept=kept_out)
+    inputs.hold(kept_units=kept_in)
+    outputs.hold(kept_units=kept_out)
     torch.testing.assert_close(layer(x.narrow(dim, 0, kept_in)), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -86,7 +86,7 @@ def test_slicing_groups(build, shape, units):
     for kept in range(1, units + 1):
         width.release()
         kept_in, kept_out = kept * plain.in_channels // units, kept * plain.out_channels // units
-        width.hold(num_kept=kept)
+        width.hold(kept_units=kept)
         torch.testing.assert_close(layer(x[:, :kept_in]), plain(x)[:, :kept_out], rtol=1e-12, atol=1e-12)
 
 
@@ -113,7 +113,7 @@ def enumerated_gate(layer, widths) -> torch.Tensor:
     for lengths in itertools.product(*[range(law.num_units) for law in laws]):
         probability = math.prod(law.probs[k].item() for law, k in zip(laws, lengths, strict=True))
         for width, k in zip(widths, lengths, strict=True):
-            width.hold(width.prefix(torch.tensor((k + 1) / width.num_groups)))
+            width.hold(width.prefix(torch.tensor((k + 1) / width.num_blocks)))
         masks = [axis.mask() for axis in (layer.output_axis, layer.input_axis)]
         rows, columns = (
             torch.ones(axis.size) if mask is None else mask
@@ -196,8 +196,8 @@ def test_mean_kl_of_kept_blocks_is_the_gated_kl():
     layer = NestedLayer(nn.Linear(6, 8), inputs=a, outputs=b, prior=prior)
     expected = torch.zeros(2)
     for i, j in itertools.product(range(3), range(4)):
-        a.hold(num_kept=a.num_kept(i + 1))
-        b.hold(num_kept=b.num_kept(j + 1))
+        a.hold(kept_units=a.kept_units(i + 1))
+        b.hold(kept_units=b.kept_units(j + 1))
         kls = [kl_divergence(layer.law(name, "posterior"), layer.law(name, "prior")) for name in ("weight", "bias")]
         expected += a.law.probs[i] * b.law.probs[j] * torch.stack(kls).detach()
     a.release(), b.release()

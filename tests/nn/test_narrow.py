@@ -49,7 +49,7 @@ def assert_plain(net):
 
 def test_families_are_cut_to_plain_nets_with_the_same_outputs(family, mean_pass):
     plain, images = family
-    net = nest(plain, images[:2], num_groups=4).eval()
+    net = nest(plain, images[:2], num_blocks=4).eval()
     sizes = []
     for width in WIDTHS:
         narrowed = narrow(net, width)
@@ -64,7 +64,7 @@ def test_families_are_cut_to_plain_nets_with_the_same_outputs(family, mean_pass)
 
 def test_float32_agrees_to_a_hundred_thousandth(family, mean_pass):
     plain, images = family[0].float(), family[1].float()
-    net = nest(plain, images[:2], num_groups=4).eval()
+    net = nest(plain, images[:2], num_blocks=4).eval()
     for width in WIDTHS:
         torch.testing.assert_close(narrow(net, width)(images), mean_pass(net, images, width), rtol=1e-5, atol=1e-5)
 
@@ -72,18 +72,18 @@ def test_float32_agrees_to_a_hundred_thousandth(family, mean_pass):
 @pytest.mark.parametrize(("build", "shape"), PLAIN.values(), ids=PLAIN)
 def test_layers_of_each_kind(build, shape, mean_pass):
     plain, x = build(), torch.randn(3, *shape)
-    net = nest(plain, x, num_groups=4)
+    net = nest(plain, x, num_blocks=4)
     for width in (*WIDTHS, 3):
         narrowed = narrow(net, width)
         assert_plain(narrowed)
         torch.testing.assert_close(narrowed(x), mean_pass(net, x, width), rtol=1e-10, atol=1e-10)
-    draw = net.posterior(x)
+    draw = net.guide(x)
     assert not torch.allclose(narrow(net, 1.0, draw=draw)(x), plain(x))
 
 
 def test_sizes_are_those_of_the_tensors(family):
     plain, images = family
-    narrowed = narrow(nest(plain, images[:2], num_groups=4), 0.5)
+    narrowed = narrow(nest(plain, images[:2], num_blocks=4), 0.5)
     for module in narrowed.modules():
         if isinstance(module, nn.Linear):
             assert (module.out_features, module.in_features) == module.weight.shape
@@ -97,7 +97,7 @@ def test_sizes_are_those_of_the_tensors(family):
 
 def test_state_dict_goes_into_another_narrow_net_of_the_width(family):
     plain, images = family
-    net = nest(plain, images[:2], num_groups=4).eval()
+    net = nest(plain, images[:2], num_blocks=4).eval()
     first = narrow(net, 0.5)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -110,7 +110,7 @@ def test_state_dict_goes_into_another_narrow_net_of_the_width(family):
 
 def test_a_narrowed_net_is_on_its_own(family):
     plain, images = family
-    net = nest(plain, images[:2], num_groups=4).eval()
+    net = nest(plain, images[:2], num_blocks=4).eval()
     narrowed = narrow(net, 1.0)
     theirs = {p.untyped_storage().data_ptr() for p in (*net.parameters(), *net.buffers())}
     assert not theirs & {p.untyped_storage().data_ptr() for p in (*narrowed.parameters(), *narrowed.buffers())}
@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"`draw` has no value for site '0\.weight'"):
         narrow(net, 0.5, draw={})
     with net.cut(0.5, sliced=True):
-        draw = net.posterior(x)
+        draw = net.guide(x)
     with pytest.raises(ValueError, match=r"shape \(4, 3\) at site '0.weight'; expected \(8, 3\)"):
         narrow(net, 0.5, draw=draw)
 
@@ -199,7 +199,7 @@ print("loaded")
 
 def test_export_computes_the_same(family):
     plain, images = family
-    narrowed = narrow(nest(plain, images[:2], num_groups=4).eval(), 0.5)
+    narrowed = narrow(nest(plain, images[:2], num_blocks=4).eval(), 0.5)
     exported = torch.export.export(narrowed, (images,))
     torch.testing.assert_close(exported.module()(images), narrowed(images))
 
@@ -207,7 +207,7 @@ def test_export_computes_the_same(family):
 @pytest.mark.slow
 def test_loads_where_the_library_is_not(family, tmp_path):
     plain, images = family
-    narrowed = narrow(nest(plain, images[:2], num_groups=4).eval(), 0.5)
+    narrowed = narrow(nest(plain, images[:2], num_blocks=4).eval(), 0.5)
     paths = [tmp_path / name for name in ("net.pt2", "data.pt", "state.pt", "whole.pt")]
     torch.export.save(torch.export.export(narrowed, (images,)), paths[0])
     torch.save((images, narrowed(images).detach()), paths[1])
@@ -227,7 +227,7 @@ def test_onnx_computes_the_same(family, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     torch.set_default_dtype(torch.float32)
     plain, images = family[0].float(), family[1].float()
-    narrowed = narrow(nest(plain, images[:2], num_groups=4).eval(), 0.5)
+    narrowed = narrow(nest(plain, images[:2], num_blocks=4).eval(), 0.5)
     path = tmp_path / "net.onnx"
     torch.onnx.export(narrowed, (images,), path, dynamo=True, verbose=False)
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -32,7 +32,7 @@ class Residual(nn.Module):
 
 def test_families_run_whole_and_cut(family, mean_pass):
     plain, images = family
-    net = nest(plain, images[:2], num_groups=4)
+    net = nest(plain, images[:2], num_blocks=4)
     torch.testing.assert_close(mean_pass(net, images, 1.0), plain(images), rtol=1e-9, atol=1e-9)
     assert net(images).shape == net.predict(images, width=0.25)[0].shape == (6, 10)
     for width in (0.25, 0.5):
@@ -43,7 +43,7 @@ def test_families_run_whole_and_cut(family, mean_pass):
 
 def test_families_as_masks_by_example_are_a_loop(family, mean_pass):
     plain, images = family
-    net = nest(plain, images[:2], num_groups=4)
+    net = nest(plain, images[:2], num_blocks=4)
     fractions = torch.tensor([0.25, 0.5, 0.75, 1.0, 0.5, 0.25])
     rows = mean_pass(net, images, fractions)
     for n in (0, 1, 2, 3):
@@ -55,7 +55,7 @@ def test_the_net_given_is_left_alone(family):
     plain, images = family
     plain.train()
     state, kinds = copy.deepcopy(plain.state_dict()), [type(module) for module in plain.modules()]
-    net = nest(plain, images[:2], num_groups=4)
+    net = nest(plain, images[:2], num_blocks=4)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(1.0)
@@ -77,9 +77,9 @@ def test_statistics_and_modes_are_those_of_the_net_given():
 
 
 def test_layers_that_are_added_share_a_width():
-    net = nest(Residual(), torch.zeros(1, 1, 4, 4), num_groups={"stem": 4})
+    net = nest(Residual(), torch.zeros(1, 1, 4, 4), num_blocks={"stem": 4})
     assert {name: width.num_units for name, width in net.widths.items()} == {"stem": 8, "inner": 4}
-    assert {name: width.num_groups for name, width in net.widths.items()} == {"stem": 4, "inner": 4}
+    assert {name: width.num_blocks for name, width in net.widths.items()} == {"stem": 4, "inner": 4}
     layers = net.layers
     assert layers["stem"].output_axis.widths == layers["outer"].output_axis.widths == [net.widths["stem"]]
     assert isinstance(net.net.norm, NestedNorm)
@@ -100,18 +100,18 @@ def test_weights_given_are_the_starting_means():
 def test_blocks_frozen_and_laws_by_group():
     law = OrderedMask(probs=torch.tensor([0.5, 0.25, 0.25]))
     net = nest(
-        mlp(), X, num_groups={"0": 4}, frozen={"0": 2}, width_prior={"0": law, "2": 0.3}, width_init=0.5, noise="gumbel"
+        mlp(), X, num_blocks={"0": 4}, frozen={"0": 2}, width_prior={"0": law, "2": 0.3}, width_init=0.5, noise="gumbel"
     )
     first, second = net.widths.values()
-    assert (first.num_groups, first.frozen, second.num_groups, second.frozen) == (4, 2, 6, 0)
+    assert (first.num_blocks, first.frozen, second.num_blocks, second.frozen) == (4, 2, 6, 0)
     torch.testing.assert_close(first.prior.probs, law.probs)
     torch.testing.assert_close(second.prior.probs, OrderedMask.geometric(0.3, 6).probs)
     torch.testing.assert_close(first.law.probs, OrderedMask.geometric(0.5, 3).probs)
     assert first.noise == second.noise == "gumbel"
-    assert (net.posterior(X)["0.mask"][..., 0] == 1).all()
+    assert (net.guide(X)["0.mask"][..., 0] == 1).all()
     with pytest.raises(ValueError, match="blocks from 2 to 4"):
-        first.num_blocks(1)
-    assert nest(mlp(), X, num_groups=7).widths["2"].num_groups == 6
+        first.kept_blocks(1)
+    assert nest(mlp(), X, num_blocks=7).widths["2"].num_blocks == 6
 
 
 def test_priors_by_layer():
@@ -121,7 +121,7 @@ def test_priors_by_layer():
     assert (first.prior_of("weight"), first.prior_of("bias")) == (own["weight"], own["bias"])
     assert middle.prior_of("weight").scale == 3.0
     assert last.prior is None
-    assert "4.weight" not in net.posterior(X)
+    assert "4.weight" not in net.guide(X)
     default = nest(mlp(), X, prior={"0": Laplace(0.0, 1.0)}).layers["2"]
     assert default.prior_of("weight").scale.item() == pytest.approx((2 / 8) ** 0.5)
     both = nest(mlp(), X, prior=own)
@@ -133,8 +133,8 @@ def test_excluded_parts_stay_as_they_are():
     net = nest(plain, X, exclude=["0.2"])
     assert type(net.net[0][2]) is nn.Linear
     assert list(net.widths) == ["0.4", "1"]  # what goes in and out of it stays whole
-    assert "0.2.weight" not in net.posterior(X)
-    assert "0.0.weight" in net.posterior(X)
+    assert "0.2.weight" not in net.guide(X)
+    assert "0.0.weight" in net.guide(X)
 
 
 def test_a_net_without_hidden_channels_is_an_error():
@@ -146,13 +146,13 @@ def test_a_net_without_hidden_channels_is_an_error():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_groups": {"1": 4}}, r"`num_groups` names \['1'\]; groups of the net: \['0', '2'\]"),
+        ({"num_blocks": {"1": 4}}, r"`num_blocks` names \['1'\]; groups of the net: \['0', '2'\]"),
         ({"frozen": {"4": 1}}, r"`frozen` names \['4'\]"),
         ({"width_prior": {"x": 0.5}}, r"`width_prior` names \['x'\]"),
         ({"width_init": {"x": 0.5}}, r"`width_init` names \['x'\]"),
         ({"prior": {"1": Normal(0.0, 1.0)}}, r"`prior` names \['1'\]; layers of the net: \['0', '2', '4'\]"),
         ({"prior": "laplace"}, "`prior` must be 'normal', a law or None"),
-        ({"num_groups": 0}, "`num_groups` must be an integer from 1 to 8; got 0"),
+        ({"num_blocks": 0}, "`num_blocks` must be an integer from 1 to 8; got 0"),
         ({"frozen": 9}, "`frozen` must be an integer from 0 to 8; got 9"),
         ({"width_prior": OrderedMask.uniform(3)}, "`prior` must be an OrderedMask over 8 entries"),
         ({"exclude": ["zero"]}, "`exclude`: the net has no module 'zero'"),
@@ -202,7 +202,7 @@ class Twice(nn.Module):
 
 
 def test_a_layer_under_two_names_is_nested_and_narrowed_under_both():
-    net = nest(Twice(), torch.zeros(1, 4), num_groups=4)
+    net = nest(Twice(), torch.zeros(1, 4), num_blocks=4)
     assert net.net.again is net.net.middle
     assert list(net.layers) == ["first", "last", "middle"]
     narrowed = narrow(net, 0.5)

@@ -19,9 +19,9 @@ X = torch.linspace(-1, 1, 15, dtype=torch.float64).reshape(5, 3)
 Y = torch.tensor([0, 1, 0, 1, 1])
 
 
-def make(masks="example", **options) -> NestedNet:
+def make(mask_per="example", **options) -> NestedNet:
     plain = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
-    return nest(plain, torch.zeros(1, 3), num_groups={"0": 4}, masks=masks, **options)
+    return nest(plain, torch.zeros(1, 3), num_blocks={"0": 4}, mask_per=mask_per, **options)
 
 
 def sites(program, *args) -> dict[str, tuple[int, ...]]:
@@ -40,7 +40,7 @@ def test_sites_and_shapes_are_those_of_the_guide_in_the_same_order(masks):
     net = make(masks)
     rows = (5,) if masks == "example" else ()
     expected = {"0.mask": (*rows, 4), "2.mask": (*rows, 6)} | WEIGHTS
-    assert list(sites(net.posterior, X, Y).items()) == list(expected.items())
+    assert list(sites(net.guide, X, Y).items()) == list(expected.items())
     assert list(sites(net, X).items()) == list(expected.items())
     assert list(sites(NestedClassifier(net), X, Y).items()) == [*expected.items(), ("label", (5,))]
 
@@ -53,7 +53,7 @@ def test_a_prefix_is_put_before_all_names():
 
 def test_point_estimates_have_mask_sites_only():
     net = make(prior=None)
-    assert list(sites(net, X)) == list(sites(net.posterior, X)) == ["0.mask", "2.mask"]
+    assert list(sites(net, X)) == list(sites(net.guide, X)) == ["0.mask", "2.mask"]
     assert not any("scale" in name for name, _ in net.named_parameters())
 
 
@@ -77,11 +77,13 @@ def test_a_cut_fixes_masks_in_model_and_guide(masks, width):
     for sliced in (False, True):
         with net.cut(width, sliced=sliced) as inside:
             assert inside is net
-            guide_trace = poutine.trace(net.posterior).get_trace(X)
-            guide = sites(poutine.replay(net.posterior, trace=guide_trace), X)
+            guide_trace = poutine.trace(net.guide).get_trace(X)
+            guide = sites(poutine.replay(net.guide, trace=guide_trace), X)
             assert guide == sites(poutine.replay(net, trace=guide_trace), X)
             assert [name for name in guide if name.endswith("mask")] == free
-        kept = [net.widths[name].num_kept(widths.get(name, 1.0)) if sliced else whole for name, whole in SIZES.items()]
+        kept = [
+            net.widths[name].kept_units(widths.get(name, 1.0)) if sliced else whole for name, whole in SIZES.items()
+        ]
         if not (free and sliced and masks == "batch"):  # there, random masks are sliced too
             assert guide["2.weight"] == (kept[1], kept[0])
             assert guide["4.weight"] == (2, kept[1])
@@ -91,7 +93,7 @@ def test_a_cut_fixes_masks_in_model_and_guide(masks, width):
 @pytest.mark.parametrize("width", [0.25, 2, {"0": 0.5}, {"0": 3, "2": 0.5}])
 def test_dense_and_sliced_and_narrow_agree_for_a_draw(masks, width, mean_pass):
     net = make(masks)
-    draw = net.posterior(X)
+    draw = net.guide(X)
     weights = {name: value for name, value in draw.items() if not name.endswith("mask")}
     with torch.no_grad(), net.cut(width):
         dense = poutine.condition(net, data=weights)(X) if isinstance(width, float | int) else None
@@ -127,7 +129,7 @@ def test_a_cut_of_one_group_with_the_others_random_is_the_same_sliced():
             return self.last(torch.cat([self.left(x), self.right(x)], -1))
 
     for masks, shape in (("example", (5, 4)), ("batch", (4,))):
-        net, outputs = NestedNet(Two(), masks=masks), []
+        net, outputs = NestedNet(Two(), mask_per=masks), []
         for value in OrderedMask.uniform(4).sample((5, *shape[:-1])):
             for sliced in (False, True):
                 with net.cut({"a": 2}, sliced=sliced):
@@ -146,7 +148,7 @@ def test_a_cut_of_one_group_with_the_others_random_is_the_same_sliced():
         ({"2": 7}, "width 7 is invalid for group '2': .* from 1 to 6"),
         (torch.tensor([0.5, 1.5]), r"tensor of fractions in \[0, 1\]"),
         (torch.tensor([0.5, float("nan")]), "tensor of fractions"),
-        (torch.tensor(0.5), r"1 dimension\(s\) for masks='example'; got shape \(\)"),
+        (torch.tensor(0.5), r"1 dimension\(s\) for mask_per='example'; got shape \(\)"),
     ],
 )
 def test_a_bad_cut_is_refused_before_anything_changes(width, message):
@@ -162,11 +164,11 @@ def test_other_misuses_are_named():
         net(X)
     with pytest.raises(ValueError, match="sliced=True needs one width"), net.cut(torch.ones(5), sliced=True):
         pass
-    with pytest.raises(ValueError, match=r"0 dimension\(s\) for masks='batch'"), make("batch").cut(torch.ones(5)):
+    with pytest.raises(ValueError, match=r"0 dimension\(s\) for mask_per='batch'"), make("batch").cut(torch.ones(5)):
         pass
     with pytest.raises(ValueError, match="`num_samples` must be at least 1; got 0"):
         net.predict(X, num_samples=0)
-    with pytest.raises(ValueError, match="`masks` must be 'example' or 'batch'; got 'row'"):
+    with pytest.raises(ValueError, match="`mask_per` must be 'example' or 'batch'; got 'row'"):
         make("row")
     with pytest.raises(ValueError, match="no NestedLayer with a width"):
         NestedNet(nn.Linear(2, 2))
@@ -206,7 +208,7 @@ def test_predictions_are_those_of_narrowed_draws_on_average(masks):
     outputs = net.predict(X, width=0.5, num_samples=400)
     assert outputs.shape == (400, 5, 2)
     assert not outputs.requires_grad
-    by_hand = torch.stack([narrow(net, 0.5, draw=net.posterior(X))(X) for _ in range(200)])
+    by_hand = torch.stack([narrow(net, 0.5, draw=net.guide(X))(X) for _ in range(200)])
     error = (outputs.var(0) / 400 + by_hand.var(0) / 200).sqrt()
     assert ((outputs.mean(0) - by_hand.mean(0)).abs() < 5 * error).all()
     with poutine.trace() as trace:
@@ -228,7 +230,7 @@ def test_state_dict_deepcopy_and_pickle(masks, mean_pass):
         with torch.no_grad():
             twin.net[0].plain.weight.zero_()
             next(iter(twin.widths.values())).logits.zero_()
-        assert list(sites(twin.posterior, X)) == list(sites(net, X))
+        assert list(sites(twin.guide, X)) == list(sites(net, X))
     assert not torch.equal(other.laws["0.mask"].logits, net.laws["0.mask"].logits)
 
 
@@ -238,14 +240,14 @@ def test_float_and_double(masks, prior):
     net = make(masks, prior=prior)
     assert net.float()(X.float()).dtype == net.predict(X.float(), width=0.5).dtype == torch.float32
     assert net.double()(X).dtype == net.predict(X, width=0.5).dtype == torch.float64
-    assert all(value.dtype == torch.float64 for value in net.posterior(X).values())
+    assert all(value.dtype == torch.float64 for value in net.guide(X).values())
 
 
 @MASKS
 def test_predictive_of_pyro(masks):
     net = make(masks)
     model = NestedClassifier(net)
-    draws = Predictive(model, guide=net.posterior, num_samples=4)(X)
+    draws = Predictive(model, guide=net.guide, num_samples=4)(X)
     assert draws["label"].shape == (4, 5)
     assert draws["0.mask"].shape[0] == draws["0.weight"].shape[0] == 4
     assert Predictive(model, num_samples=3)(X)["label"].shape == (3, 5)
@@ -253,4 +255,4 @@ def test_predictive_of_pyro(masks):
 
 def test_the_posterior_shares_its_parameters_with_the_net():
     net = make()
-    assert {id(p) for p in net.posterior.parameters()} == {id(p) for p in net.parameters()}
+    assert {id(p) for p in net.guide.parameters()} == {id(p) for p in net.parameters()}

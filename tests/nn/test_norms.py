@@ -73,7 +73,7 @@ def test_cut_norms_are_norms_of_fewer_channels(build, shape, training, blocks):
     masked = nested(x).index_select(dim, torch.tensor(kept))
     after = {name: value.clone() for name, value in norm.state_dict().items()}
     norm.load_state_dict(state)
-    width.hold(num_kept=len(kept))
+    width.hold(kept_units=len(kept))
     expected = small(x_kept)
     torch.testing.assert_close(nested(x_kept), expected, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(masked, expected, rtol=1e-11, atol=1e-11)
@@ -87,7 +87,7 @@ def test_statistics_of_channels_that_are_not_computed_stay(build, shape):
     norm, width = randomised(build).train(), Width("hidden", 8, 4)
     nested, dim = NestedNorm(norm, width), -1 if channels_last(norm) else 1
     before = {name: value.clone() for name, value in norm.state_dict().items()}
-    width.hold(num_kept=6)
+    width.hold(kept_units=6)
     nested(torch.randn(shape).narrow(dim, 0, 6))
     for name, value in norm.state_dict().items():
         if value.dim():
@@ -119,7 +119,7 @@ def test_norms_over_runs_of_several_widths(build):
     nested = NestedNorm(norm, (Run(a, 4), Run(None, 4), Run(b, 3)))
     kept = [0, 1, *range(4, 8), 8]
     small = cut_by_hand(norm, kept)
-    a.hold(num_kept=2), b.hold(num_kept=1)
+    a.hold(kept_units=2), b.hold(kept_units=1)
     torch.testing.assert_close(nested(x[:, kept]), small(x[:, kept]))
     for name, value in small.state_dict().items():
         if value.dim():
@@ -178,7 +178,7 @@ def test_an_empty_loader_and_an_error_leave_the_net_as_it_was():
     net = small_net()
     net(torch.randn(20, 3))
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    with pytest.raises(ValueError, match="`loader` has no batches"):
+    with pytest.raises(ValueError, match="`data` has no batches"):
         recalibrate_batchnorm(net, [])
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     with pytest.raises(RuntimeError):
@@ -197,8 +197,8 @@ def test_recalibration_helps_narrowed_nets_on_digits(digits):
         nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU()
     )
     plain.append(nn.Linear(32, 10))
-    net = nest(plain, digits.train.images[:2], num_groups=8, masks="batch", prior=None)
-    fit(NestedClassifier(net), net.posterior, digits.train, num_epochs=15, batch_size=128, lr=0.01, progress=False)
+    net = nest(plain, digits.train.images[:2], num_blocks=8, mask_per="batch", prior=None)
+    fit(NestedClassifier(net), net.guide, digits.train, num_epochs=15, batch_size=128, lr=0.01, progress=False)
     losses, net = {}, net.eval()
     for width in (0.25, 0.5):
         narrowed = narrow(net, width)

@@ -17,7 +17,7 @@ MASKS = pytest.mark.parametrize("masks", ["example", "batch"])
 
 def make(inputs=64, hidden=32, outputs=10, **options) -> NestedNet:
     plain = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
-    return nest(plain, torch.zeros(1, inputs), num_groups=8, **options)
+    return nest(plain, torch.zeros(1, inputs), num_blocks=8, **options)
 
 
 def regression(net, noise=None):
@@ -42,9 +42,9 @@ def regression(net, noise=None):
 @pytest.mark.parametrize("objective", [Trace_ELBO, TraceMeanField_ELBO])
 def test_svi_with_the_global_store(masks, objective, digits):
     x, y = digits.train.images[:300], digits.train.labels[:300]
-    net = make(masks=masks)
+    net = make(mask_per=masks)
     model, before = NestedClassifier(net), [p.detach().clone() for p in net.parameters()]
-    svi = SVI(model, net.posterior, pyro.optim.Adam({"lr": 0.03}), objective())
+    svi = SVI(model, net.guide, pyro.optim.Adam({"lr": 0.03}), objective())
     losses = [svi.step(x, y) for _ in range(50)]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     assert not any(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
@@ -54,9 +54,9 @@ def test_svi_with_the_global_store(masks, objective, digits):
 @pytest.mark.parametrize("sliced", [False, True])
 def test_svi_with_a_cut(masks, sliced, digits):
     x, y = digits.train.images[:300], digits.train.labels[:300]
-    net = make(masks=masks)
+    net = make(mask_per=masks)
     model, before = NestedClassifier(net), [p.detach().clone() for p in net.parameters()]
-    svi = SVI(model, net.posterior, pyro.optim.Adam({"lr": 0.03}), TraceMeanField_ELBO())
+    svi = SVI(model, net.guide, pyro.optim.Adam({"lr": 0.03}), TraceMeanField_ELBO())
     with net.cut(0.5, sliced=sliced):
         losses = [svi.step(x, y) for _ in range(50)]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
@@ -77,7 +77,7 @@ def test_nets_of_different_prefix_keep_apart_in_the_store():
         with rows:
             pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
 
-    guides = [net.posterior for net in nets]
+    guides = [net.guide for net in nets]
 
     def guide(x, y):
         rows = pyro.plate("data", len(x), dim=-1)
@@ -91,16 +91,16 @@ def test_nets_of_different_prefix_keep_apart_in_the_store():
     for net, start in zip(nets, before, strict=True):
         assert not any(torch.equal(p, b) for p, b in zip(net.parameters(), start, strict=True))
     assert not torch.equal(nets[0].net[0].plain.weight, nets[1].net[0].plain.weight)
-    assert all(value.isfinite().all() for value in nets[0].posterior(x).values())
+    assert all(value.isfinite().all() for value in nets[0].guide(x).values())
 
 
 @MASKS
 def test_further_latents_of_a_model(masks):
     x = torch.randn(200, 3)
     y = x[:, :1] + 0.1 * torch.randn(200, 1)
-    net = make(3, 16, 1, masks=masks)
+    net = make(3, 16, 1, mask_per=masks)
     model = regression(net)
-    posterior, noise = net.posterior, AutoNormal(pyro.poutine.block(model, expose=["noise"]))
+    posterior, noise = net.guide, AutoNormal(pyro.poutine.block(model, expose=["noise"]))
 
     class Guide(PyroModule):
         def __init__(self):
@@ -120,7 +120,7 @@ def test_further_latents_of_a_model(masks):
 @MASKS
 def test_another_guide_has_a_bound_too(masks):
     x, y = torch.randn(40, 3), torch.arange(40) % 2
-    net = make(3, 8, 2, masks=masks)
+    net = make(3, 8, 2, mask_per=masks)
     model = NestedClassifier(net)
     guide = AutoNested(model, shared_plates=["data"] if masks == "example" else ())
     result = fit(model, guide, (x, y), num_epochs=100, lr=0.04, progress=False)
@@ -133,7 +133,7 @@ def test_another_guide_has_a_bound_too(masks):
 
 
 def test_other_guides_do_not_train_the_laws_of_the_net():
-    net = make(3, 8, 2, masks="batch")
+    net = make(3, 8, 2, mask_per="batch")
     model, start = NestedClassifier(net), net.widths["0"].logits.detach().clone()
     guide = AutoNested(model)
     fit(model, guide, (torch.randn(40, 3), torch.arange(40) % 2), num_epochs=10, lr=0.05, progress=False)
@@ -148,9 +148,9 @@ def test_the_law_moves_to_the_lengths_that_are_useful(masks, prior):
     x, mean_length = torch.randn(200, 8), {}
     for rank in (1, 8):
         y = x * (torch.arange(8) < rank) + 0.1 * torch.randn(200, 8)
-        net = nest(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), x[:1], masks=masks, prior=prior, width_prior=0.5)
+        net = nest(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), x[:1], mask_per=masks, prior=prior, width_prior=0.5)
         nn.init.zeros_(net.widths["0"].logits)
-        fit(regression(net, noise=0.3), net.posterior, (x, y), num_epochs=150, lr=0.05, progress=False)
+        fit(regression(net, noise=0.3), net.guide, (x, y), num_epochs=150, lr=0.05, progress=False)
         mean_length[rank] = net.laws["0.mask"].mean_length.item()
     # One mask for all points, without weights to pay for, costs one nat in all for 200 rows: hardly any pull.
     assert mean_length[1] < (5.5 if masks == "batch" and prior is None else 2.5)
@@ -158,15 +158,15 @@ def test_the_law_moves_to_the_lengths_that_are_useful(masks, prior):
 
 
 def test_digits_are_learned_at_every_width(digits):
-    net = make(masks="example")
+    net = make(mask_per="example")
     fit(
         NestedClassifier(net),
-        net.posterior,
+        net.guide,
         digits.train,
         num_epochs=25,
         batch_size=128,
         kl_weight=0.1,  # at 1, underfitting leaves the order of accuracies to chance
-        masks=MaskSchedule(),
+        schedule=MaskSchedule(),
         progress=False,
     )
     x, y = digits.test

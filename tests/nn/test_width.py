@@ -23,23 +23,23 @@ BLOCKS = [
 ]
 
 
-def make(num_units, num_groups, frozen, **options):
-    return Width("hidden", num_units, num_groups, frozen=frozen, **options)
+def make(num_units, num_blocks, frozen, **options):
+    return Width("hidden", num_units, num_blocks, frozen=frozen, **options)
 
 
-def cut_by_hand(num_units, num_groups):
+def cut_by_hand(num_units, num_blocks):
     """Deal the units out to the blocks one by one, and return each block's number of them."""
-    sizes = [0] * num_groups
+    sizes = [0] * num_blocks
     for unit in range(num_units):
-        sizes[unit % num_groups] += 1
+        sizes[unit % num_blocks] += 1
     return tuple(sizes)
 
 
-@pytest.mark.parametrize(("num_units", "num_groups", "frozen"), BLOCKS)
-def test_blocks_are_as_even_as_can_be(num_units, num_groups, frozen):
-    width = make(num_units, num_groups, frozen)
-    assert width.sizes == cut_by_hand(num_units, num_groups)
-    assert width.law.num_units == num_groups - max(frozen, 1) + 1 == width.prior.num_units
+@pytest.mark.parametrize(("num_units", "num_blocks", "frozen"), BLOCKS)
+def test_blocks_are_as_even_as_can_be(num_units, num_blocks, frozen):
+    width = make(num_units, num_blocks, frozen)
+    assert width.sizes == cut_by_hand(num_units, num_blocks)
+    assert width.law.num_units == num_blocks - max(frozen, 1) + 1 == width.prior.num_units
     assert width.always_kept == max(frozen, 1)
 
 
@@ -47,9 +47,9 @@ def test_each_unit_is_a_block_by_default():
     assert Width("hidden", 5).sizes == (1,) * 5
 
 
-@pytest.mark.parametrize(("num_units", "num_groups", "frozen"), BLOCKS)
-def test_a_mask_over_blocks_is_spread_over_their_units(num_units, num_groups, frozen):
-    width = make(num_units, num_groups, frozen)
+@pytest.mark.parametrize(("num_units", "num_blocks", "frozen"), BLOCKS)
+def test_a_mask_over_blocks_is_spread_over_their_units(num_units, num_blocks, frozen):
+    width = make(num_units, num_blocks, frozen)
     values = torch.rand(2, 3, width.law.num_units)
     expected = []
     for block, size in enumerate(width.sizes):
@@ -58,39 +58,39 @@ def test_a_mask_over_blocks_is_spread_over_their_units(num_units, num_groups, fr
     assert torch.equal(width.spread(values), torch.stack(expected, -1))
 
 
-@pytest.mark.parametrize(("num_units", "num_groups", "frozen"), BLOCKS)
-def test_kept_units_of_each_number_of_blocks(num_units, num_groups, frozen):
-    width = make(num_units, num_groups, frozen)
-    for blocks in range(max(frozen, 1), num_groups + 1):
-        kept = sum(cut_by_hand(num_units, num_groups)[:blocks])
-        assert width.num_kept(blocks) == kept
-        assert width.num_kept(blocks / num_groups) == kept
-        assert width.spread(width.prefix(torch.tensor(blocks / num_groups))).tolist() == [1] * kept + [0] * (
+@pytest.mark.parametrize(("num_units", "num_blocks", "frozen"), BLOCKS)
+def test_kept_units_of_each_number_of_blocks(num_units, num_blocks, frozen):
+    width = make(num_units, num_blocks, frozen)
+    for blocks in range(max(frozen, 1), num_blocks + 1):
+        kept = sum(cut_by_hand(num_units, num_blocks)[:blocks])
+        assert width.kept_units(blocks) == kept
+        assert width.kept_units(blocks / num_blocks) == kept
+        assert width.spread(width.prefix(torch.tensor(blocks / num_blocks))).tolist() == [1] * kept + [0] * (
             num_units - kept
         )
-    assert width.num_kept(1e-9) == width.num_kept(max(frozen, 1))
-    assert width.num_kept(1.0) == num_units
+    assert width.kept_units(1e-9) == width.kept_units(max(frozen, 1))
+    assert width.kept_units(1.0) == num_units
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_fractions_in_tensors_mean_what_numbers_mean(dtype):
     hundredths = [i / 100 for i in range(1, 101)]
-    for num_groups in (1, 2, 3, 10, 25, 45, 50, 64, 75, 100, 128):  # 0.58 of 25 is half a block, but not in float32
-        width = make(2 * num_groups, num_groups, min(2, num_groups))
+    for num_blocks in (1, 2, 3, 10, 25, 45, 50, 64, 75, 100, 128):  # 0.58 of 25 is half a block, but not in float32
+        width = make(2 * num_blocks, num_blocks, min(2, num_blocks))
         masks = width.prefix(torch.tensor(hundredths, dtype=dtype))
         kept = width.spread(masks).sum(-1).tolist()
-        assert kept == [width.num_kept(fraction) for fraction in hundredths], num_groups
+        assert kept == [width.kept_units(fraction) for fraction in hundredths], num_blocks
 
 
 def test_half_a_block_is_rounded_up():
     width = Width("hidden", 10)
-    assert [width.num_blocks(f) for f in (0.01, 0.149, 0.15, 0.249, 0.25, 0.949, 0.95)] == [1, 1, 2, 2, 3, 9, 10]
+    assert [width.kept_blocks(f) for f in (0.01, 0.149, 0.15, 0.249, 0.25, 0.949, 0.95)] == [1, 1, 2, 2, 3, 9, 10]
 
 
 @pytest.mark.parametrize("bad", [0, 0.0, 1.5, True, False, "a", -1, -0.5, math.nan, math.inf, 5, 1, None])
 def test_an_invalid_width_is_answered_with_the_valid_ones(bad):
     width = make(8, 4, 2)
-    for method in (width.num_blocks, width.num_kept):
+    for method in (width.kept_blocks, width.kept_units):
         with pytest.raises(ValueError, match=r"group 'hidden': .* fraction in \(0.0, 1.0\] .* blocks from 2 to 4"):
             method(bad)
 
@@ -155,8 +155,8 @@ def test_the_mask_of_a_pass_is_held_and_released():
         ({"num_units": 0}, "`num_units` must be an integer at least 1; got 0"),
         ({"num_units": 4.0}, "`num_units` must be an integer"),
         ({"num_units": True}, "`num_units` must be an integer"),
-        ({"num_groups": 9}, "`num_groups` must be an integer from 1 to 8; got 9"),
-        ({"num_groups": 0}, "`num_groups` must be an integer from 1 to 8; got 0"),
+        ({"num_blocks": 9}, "`num_blocks` must be an integer from 1 to 8; got 9"),
+        ({"num_blocks": 0}, "`num_blocks` must be an integer from 1 to 8; got 0"),
         ({"frozen": 5}, "`frozen` must be an integer from 0 to 4; got 5"),
         ({"frozen": -1}, "`frozen` must be an integer from 0 to 4; got -1"),
         ({"noise": "normal"}, "`noise` must be 'logistic' or 'gumbel'; got 'normal'"),
@@ -169,7 +169,7 @@ def test_the_mask_of_a_pass_is_held_and_released():
 )
 def test_what_does_not_fit_is_named(arguments, message):
     with pytest.raises(ValueError, match=f"Width 'hidden': argument {message}"):
-        Width("hidden", **({"num_units": 8, "num_groups": 4} | arguments))
+        Width("hidden", **({"num_units": 8, "num_blocks": 4} | arguments))
 
 
 # What lies along an axis: runs of several widths.
@@ -194,7 +194,7 @@ def test_masks_of_runs_are_laid_after_each_other(widths):
 def test_a_sliced_run_leaves_the_mask_of_the_others(widths):
     a, b = widths
     axis = Axis(8 + 2 + 3, (Run(a, 8), Run(None, 2), Run(b, 3)))
-    a.hold(num_kept=2)
+    a.hold(kept_units=2)
     b.hold(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1.0, 0.5, 0.2]))
     assert axis.index().tolist() == [0, 1, 2, 3, 8, 9, 10, 11, 12]
     assert axis.mask().tolist() == [1] * 4 + [1, 1] + [1, 1, 0]
@@ -207,11 +207,11 @@ def test_one_run_is_cut_to_a_slice(widths):
     a, _ = widths
     axis = Axis(8, a)
     assert axis.index() is None
-    a.hold(num_kept=2)
+    a.hold(kept_units=2)
     assert axis.index() == slice(0, 4)
     assert axis.is_sliced
     assert axis.mask() is None
-    a.hold(num_kept=4)
+    a.hold(kept_units=4)
     assert axis.index() is None
     assert Axis(8).is_whole
 

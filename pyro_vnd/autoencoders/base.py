@@ -1,0 +1,233 @@
+"""What all autoencoders with an ordered code have in common."""
+
+from copy import deepcopy
+from functools import cached_property
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_vnd.autoencoders.bodies import Bodies, mlp_bodies
+from pyro_vnd.autoencoders.codes import CodeDecoder, CodeEncoder, LengthPosterior, Tail, check_lengths
+from pyro_vnd.autoencoders.likelihoods import GaussianLikelihood, ImageCheck, Likelihood
+from pyro_vnd.distributions import NestedLaw, NestedNormal, OrderedMask
+
+__all__ = ["EncoderGuide", "OrderedAutoencoder"]
+
+
+class OrderedAutoencoder(PyroModule):
+    r"""Autoencoder whose code can be cut at any length.
+
+    $$L \sim p, \qquad z_i \sim N(0, 1) \text{ for } i \le L, \text{ else } 0, \qquad x \sim p(x \mid f(z, L)).$$
+
+    The law of the lengths is an argument. With a `prior_lengths` of one's choice and posterior_lengths="prior" the rate
+    is prescribed, as in nested dropout; with `full_width(K)` the model is an ordinary autoencoder; otherwise q(L | x)
+    is learned.
+
+    Args:
+        image_shape: Shape of an image, (D,) or (C, H, W).
+        num_latents: K, the longest code.
+        bodies: Encoder and decoder without what touches the code; `mlp_bodies(image_shape)` by default.
+        likelihood: Law of an image given what the decoder puts out; `GaussianLikelihood(num_latents)` by default.
+        prior_lengths: Law of the lengths a priori; uniform by default.
+        posterior_lengths: "prior", "global" or "amortised", see `CodeEncoder`.
+        tail: What the decoder has in place of dropped latents: "zeros", "filler", "mask" or "completion", see
+            `CodeDecoder`.
+
+    Raises:
+        ValueError: If an argument is invalid.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, ...],
+        num_latents: int = 16,
+        *,
+        bodies: Bodies | None = None,
+        likelihood: Likelihood | None = None,
+        prior_lengths: OrderedMask | None = None,
+        posterior_lengths: LengthPosterior = "amortised",
+        tail: Tail = "zeros",
+    ) -> None:
+        super().__init__()
+        prior_lengths = OrderedMask.uniform(num_latents) if prior_lengths is None else prior_lengths
+        check_lengths(prior_lengths, num_latents, posterior_lengths)
+        bodies = mlp_bodies(image_shape) if bodies is None else bodies
+        self.image_shape, self.num_latents = tuple(image_shape), num_latents
+        self.encoder = CodeEncoder(bodies.encoder, bodies.num_features, prior_lengths, posterior_lengths)
+        self.decoder = CodeDecoder(bodies.decoder, bodies.num_inputs, num_latents, tail)
+        self.likelihood = GaussianLikelihood(num_latents) if likelihood is None else likelihood
+        self.check_images = ImageCheck.of(image_shape, self.likelihood)
+        self.register_buffer("prior_probs", prior_lengths.probs.detach().clone())
+
+    def forward(self, x: Tensor) -> Any:
+        """Run the model on images, shape (N, *image_shape)."""
+        self.check_images(x)
+        with pyro.plate("data", len(x)):
+            code = pyro.sample("code", self.prior())
+            return pyro.sample("x", self.likelihood_given(code, NestedNormal.mask_of(code)), obs=x)
+
+    @cached_property
+    def guide(self) -> "EncoderGuide":
+        """The amortised guide, a module of its own that shares this model's encoder."""
+        return EncoderGuide(self)
+
+    def prior(self, length: int | Tensor | None = None) -> NestedLaw:
+        """Return the prior of a code, cut to a length if one is given, or of a batch of codes to a length each."""
+        prior = self._prior()
+        if length is None:
+            return prior
+        lengths = self._length(length)
+        return prior.expand(lengths.shape).cut(lengths)
+
+    def _prior(self) -> NestedLaw:
+        """Return the prior of a code whose length is random."""
+        zeros = self.prior_probs.new_zeros(self.num_latents)
+        return NestedNormal(zeros, zeros + 1, probs=self.prior_probs)
+
+    def likelihood_given(self, code: Tensor, mask: Tensor) -> dist.TorchDistribution:
+        """Return the law of images given their codes, shape (..., K), and masks: batch shape (...)."""
+        return self.likelihood.law(self.decoder(code, mask), mask, len(self.image_shape))
+
+    def encode(self, x: Tensor, length: int | Tensor | None = None) -> NestedNormal:
+        """Return the law of the codes of images.
+
+        Args:
+            x: Images, shape (N, *image_shape).
+            length: Code length, 1..K, for all images or one an image; None leaves it random.
+
+        Returns:
+            A law with batch shape (N,).
+
+        Raises:
+            ValueError: If images or lengths are invalid.
+        """
+        self.check_images(x)
+        code = self.encoder(x)
+        if length is None:
+            return code
+        lengths = self._length(length)
+        if lengths.dim() and lengths.shape != (len(x),):
+            raise ValueError(f"argument `length` must be one for each of {len(x)} images; got {tuple(lengths.shape)}")
+        return code.cut(lengths)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return the mean images of codes; a code ends with its last number that is not zero.
+
+        Args:
+            z: Codes, shape (..., K).
+
+        Returns:
+            Images, shape (..., *image_shape).
+
+        Raises:
+            ValueError: If the codes have another length or are not finite.
+        """
+        if z.shape[-1:] != (self.num_latents,) or not torch.isfinite(z).all():
+            raise ValueError(
+                f"argument `z` must be finite codes of shape (..., {self.num_latents}); got {tuple(z.shape)}"
+                f"{'' if torch.isfinite(z).all() else ' with NaN or inf'}"
+            )
+        return self.likelihood.mean(self.decoder(z, NestedNormal.mask_of(z)))
+
+    def embed(self, x: Tensor, length: int | Tensor | None = None) -> Tensor:
+        """Return the mean codes of images, cut to a length.
+
+        Args:
+            x: Images, shape (N, *image_shape).
+            length: Latents to keep, 1..K, for all images or one an image; None keeps all.
+
+        Returns:
+            Codes with zeros past the length, shape (N, K).
+
+        Raises:
+            ValueError: If images or lengths are invalid.
+        """
+        return self.encode(x, self.num_latents if length is None else length).mean
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, length: int | Tensor | None = None) -> Tensor:
+        """Return the mean image for the mean code, cut to a length.
+
+        Args:
+            x: Images, shape (N, *image_shape).
+            length: As in `embed`.
+
+        Returns:
+            Images, shape (N, *image_shape).
+
+        Raises:
+            ValueError: If images or lengths are invalid.
+        """
+        law = self.encode(x, self.num_latents if length is None else length)
+        return self.likelihood.mean(self.decoder(law.mean, law.keep_probs))
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, length: int | None = None, *, noise: bool = False) -> Tensor:
+        """Draw images from the prior.
+
+        Args:
+            num_samples: Number of images, N.
+            length: Code length, 1..K; None draws it from its prior.
+            noise: Whether to draw pixels from their law rather than to return its mean.
+
+        Returns:
+            Images, shape (N, *image_shape).
+
+        Raises:
+            ValueError: If the length is not in 1..K.
+        """
+        code, mask = self._draw(num_samples, length)
+        return self.likelihood_given(code, mask).sample() if noise else self.likelihood.mean(self.decoder(code, mask))
+
+    def _draw(self, num_samples: int, length: int | None) -> tuple[Tensor, Tensor]:
+        """Draw codes and their masks from the prior."""
+        code = self.prior(length).sample((num_samples,))
+        return code, NestedNormal.mask_of(code)
+
+    def narrow(self, length: int) -> tuple[nn.Module, nn.Module]:
+        """Return plain, smaller torch nets for codes of a given length.
+
+        Args:
+            length: Code length, 1..K.
+
+        Returns:
+            An encoder, from images to mean codes of shape (N, length), and a decoder, from these to mean images; they
+            have weights of their own and need neither Pyro nor this library.
+
+        Raises:
+            ValueError: If the length is not in 1..K.
+        """
+        length = int(self._length(length))
+        encoder, decoder = self.encoder.narrow(length), self.decoder.narrow(length)
+        return deepcopy(encoder), nn.Sequential(*deepcopy(decoder), *self.likelihood.mean_layers())
+
+    def _length(self, length: int | Tensor) -> Tensor:
+        lengths = torch.as_tensor(length, device=self.prior_probs.device)
+        if (
+            lengths.dtype not in (torch.int64, torch.int32)
+            or not ((lengths >= 1) & (lengths <= self.num_latents)).all()
+        ):
+            raise ValueError(f"argument `length` must be integers from 1 to {self.num_latents}; got {length}")
+        return lengths
+
+
+class EncoderGuide(PyroModule):
+    """Amortised guide of an autoencoder.
+
+    Args:
+        model: The autoencoder, whose encoder it shares.
+    """
+
+    def __init__(self, model: OrderedAutoencoder) -> None:
+        super().__init__()
+        self.encoder, self.check_images = model.encoder, model.check_images
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Draw codes of images, shape (N, *image_shape)."""
+        self.check_images(x)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("code", self.encoder(x))

@@ -1,0 +1,119 @@
+"""Bodies of encoders and decoders: everything but the linear maps that touch the code."""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import NamedTuple
+
+from torch import nn
+
+__all__ = ["Bodies", "conv_bodies", "linear_bodies", "mlp_bodies"]
+
+
+class Bodies(NamedTuple):
+    """The two halves of an autoencoder without what touches the code.
+
+    Attributes:
+        encoder: Images, shape (N, *image_shape), to features, shape (N, num_features).
+        num_features: Features of an image.
+        decoder: What follows the decoder's first linear map, shape (N, num_inputs), up to shape (N, *image_shape).
+        num_inputs: Outputs of that map.
+    """
+
+    encoder: nn.Module
+    num_features: int
+    decoder: nn.Module
+    num_inputs: int
+
+
+def mlp_bodies(
+    image_shape: Sequence[int], hidden: Sequence[int] = (512, 256), activation: Callable[[], nn.Module] = nn.SiLU
+) -> Bodies:
+    """Multilayer perceptrons, the decoder being the encoder's mirror image.
+
+    Args:
+        image_shape: Shape of an image, (D,) or (C, H, W) say.
+        hidden: Units of the encoder's hidden layers.
+        activation: Makes an activation.
+
+    Returns:
+        The bodies.
+
+    Raises:
+        ValueError: If a size is not positive.
+
+    Example:
+        >>> import torch
+        >>> bodies = mlp_bodies((1, 8, 8), hidden=(32, 16))
+        >>> bodies.encoder(torch.zeros(5, 1, 8, 8)).shape, bodies.decoder(torch.zeros(5, 16)).shape
+        (torch.Size([5, 16]), torch.Size([5, 1, 8, 8]))
+    """
+    check_sizes(image_shape=image_shape, hidden=hidden)
+    down: list[nn.Module] = [nn.Flatten()]
+    up: list[nn.Module] = []
+    for n_in, n_out in zip([prod(image_shape), *hidden[:-1]], hidden, strict=True):
+        down += [nn.Linear(n_in, n_out), activation()]
+        up = [activation(), nn.Linear(n_out, n_in), *up]
+    return Bodies(
+        nn.Sequential(*down), hidden[-1], nn.Sequential(*up, nn.Unflatten(-1, tuple(image_shape))), hidden[-1]
+    )
+
+
+def conv_bodies(image_shape: Sequence[int], channels: Sequence[int] = (32, 64), hidden: int = 256) -> Bodies:
+    """Convolutions that halve the image at each layer, and transposed ones that double it.
+
+    Args:
+        image_shape: Shape (C, H, W) of an image; H and W are multiples of 2 to the number of convolutions.
+        channels: Channels of each convolution.
+        hidden: Units of the dense layer between convolutions and code.
+
+    Returns:
+        The bodies.
+
+    Raises:
+        ValueError: If the shape is no such shape, or a size is not positive.
+
+    Example:
+        >>> import torch
+        >>> bodies = conv_bodies((1, 8, 8), channels=(4, 8), hidden=16)
+        >>> bodies.encoder(torch.zeros(5, 1, 8, 8)).shape, bodies.decoder(torch.zeros(5, 16)).shape
+        (torch.Size([5, 16]), torch.Size([5, 1, 8, 8]))
+    """
+    check_sizes(image_shape=image_shape, channels=channels, hidden=hidden)
+    factor = 2 ** len(channels)
+    if len(image_shape) != 3 or image_shape[1] % factor or image_shape[2] % factor:
+        raise ValueError(
+            f"conv_bodies: argument `image_shape` must be (C, H, W) with H and W multiples of {factor}; "
+            f"got {tuple(image_shape)}"
+        )
+    down: list[nn.Module] = []
+    up: list[nn.Module] = []
+    for n_in, n_out in zip([image_shape[0], *channels[:-1]], channels, strict=True):
+        down += [nn.Conv2d(n_in, n_out, 4, stride=2, padding=1), nn.SiLU()]
+        up = [nn.SiLU(), nn.ConvTranspose2d(n_out, n_in, 4, stride=2, padding=1), *up]
+    inner = (channels[-1], image_shape[1] // factor, image_shape[2] // factor)
+    return Bodies(
+        nn.Sequential(*down, nn.Flatten(), nn.Linear(prod(inner), hidden), nn.SiLU()),
+        hidden,
+        nn.Sequential(nn.SiLU(), nn.Linear(hidden, prod(inner)), nn.Unflatten(-1, inner), *up),
+        hidden,
+    )
+
+
+def linear_bodies(image_shape: Sequence[int]) -> Bodies:
+    """Nothing but a change of shape: with them encoder and decoder are linear.
+
+    Args:
+        image_shape: Shape of an image.
+
+    Returns:
+        The bodies.
+    """
+    check_sizes(image_shape=image_shape)
+    return Bodies(nn.Flatten(), prod(image_shape), nn.Unflatten(-1, tuple(image_shape)), prod(image_shape))
+
+
+def check_sizes(**sizes: float | Sequence[float]) -> None:
+    """Raises a ValueError that names the first argument with a size that is not positive."""
+    for name, size in sizes.items():
+        if any(each <= 0 for each in (size if isinstance(size, Sequence) else (size,))):
+            raise ValueError(f"`{name}` must be positive; got {size}")

@@ -1,0 +1,1 @@
+"""Predictions, codes and samples scored."""

@@ -1,0 +1,333 @@
+"""A nested net scored at many widths, and the narrowest that predicts about as well as the best."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pyro_vnd._state import module_mode
+from pyro_vnd.diagnostics.posterior import _arviz
+from pyro_vnd.diagnostics.metrics.classification import Predict, Rows, batches, evaluate, net_cost
+from pyro_vnd.infer import module_local_params
+from pyro_vnd.nn import NestedNet, narrow, recalibrate_batchnorm
+
+__all__ = [
+    "check_widths",
+    "evaluate_learned",
+    "evaluate_widths",
+    "first_input",
+    "loo_widths",
+    "narrow_draws",
+    "smallest_width",
+]
+
+
+_WITHOUT_WIDTH = ["prevalence", "score_limit"]
+
+
+def evaluate_widths(
+    net: NestedNet,
+    data: Rows,
+    widths: Sequence[float] | Sequence[int],
+    num_samples: int = 20,
+    ood: Mapping[str, Rows] | None = None,
+    *,
+    calibrate: Rows | None = None,
+    recalibrate: Rows | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Score a nested net at each of several widths, with the same draws of the weights for all of them.
+
+    What is scored are the narrowed nets, one for each draw: memory holds S of them at a time.
+
+    Args:
+        net: A trained nested net, whose outputs are logits.
+        data: Test data, as in `evaluate`.
+        widths: What `net.cut` takes for a whole net: fractions in (0, 1], or numbers of blocks.
+        num_samples: Number of draws S of the weights.
+        ood: Test data from outside the domain by name, as in `evaluate`.
+        calibrate: Validation data, as in `evaluate`; each width gets a temperature of its own.
+        recalibrate: Training inputs, for nets with BatchNorm: each draw at each width gets statistics of its own from
+            them, as `recalibrate_batchnorm` does, instead of those of all widths together.
+        seed: Seed of the draws, and the coordinate of the result: give each fit its own.
+        batch_size: Rows of a batch, where data are tensors.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The variables of `evaluate`, with dimensions (seed, width, ...), and `multiply_adds` for one row and
+        `parameters` of the narrowed net (seed, width). Join fits by `xr.concat(datasets, "seed")`.
+
+    Raises:
+        ValueError: If a width is invalid, in the words of `net.cut`, or fractions and numbers of blocks are mixed, if
+            there are no draws, or as in `evaluate`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from pyro_vnd.nn import nest
+        >>> net = nest(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(1, 4), num_blocks=4)
+        >>> data = torch.randn(50, 4), torch.arange(50) % 3
+        >>> result = evaluate_widths(net, data, [0.25, 0.5, 1.0], num_samples=3, progress=False)
+        >>> result["nll"].dims, result["parameters"].values.tolist()
+        (('seed', 'width'), [[19, 35, 67]])
+    """
+    check_widths("evaluate_widths", net, widths)
+    if num_samples < 1:
+        raise ValueError(f"evaluate_widths: `num_samples` must be at least 1; got {num_samples}")
+    device = next(net.parameters()).device
+    example = first_input("evaluate_widths: `data`", data).to(device)
+    results = []
+    with module_mode([net], training=False):
+        for width in tqdm(widths, desc="widths", disable=not progress):
+            nets = narrow_draws(net, width, example, num_samples, seed)
+            if recalibrate is not None:
+                for cut_net in nets:
+                    recalibrate_batchnorm(cut_net, (batch[0].to(device) for batch in batches(recalibrate, batch_size)))
+            result = evaluate(
+                _stacked(nets),
+                data,
+                ood=ood,
+                calibrate=calibrate,
+                seed=seed,
+                batch_size=batch_size,
+                device=device,
+                progress=progress,
+            )
+            cost = net_cost(nets[0], example)
+            results.append(result.assign({name: ("seed", [value], _LABELS[name]) for name, value in cost.items()}))
+    fixed = [name for name in _WITHOUT_WIDTH if name in results[0]]
+    joined = xr.concat([result.drop_vars(fixed) for result in results], "width", data_vars="all")
+    units = "blocks" if isinstance(widths[0], int) else "share of the units"
+    joined = joined.assign(results[0][fixed]).assign_coords(width=("width", list(widths), {"units": units}))
+    return joined.transpose("seed", "width", ...)
+
+
+def evaluate_learned(
+    net: NestedNet,
+    data: Rows,
+    num_samples: int = 20,
+    ood: Mapping[str, Rows] | None = None,
+    *,
+    calibrate: Rows | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Score the predictive of a nested net that averages over the learned law of the widths, too.
+
+    Each draw of the weights comes with draws of the masks from their posterior, one for each row or one for the batch
+    as the net has it.
+
+    Args:
+        net: A trained nested net, whose outputs are logits.
+        data: Test data, as in `evaluate`.
+        num_samples: Number of draws S of weights and masks.
+        ood: Test data from outside the domain by name, as in `evaluate`.
+        calibrate: Validation data, as in `evaluate`.
+        seed: Seed of the draws, and the coordinate of the result.
+        batch_size: Rows of a batch, where data are tensors.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The variables of `evaluate`, with dimensions (seed, ...) and no width.
+
+    Raises:
+        ValueError: As in `evaluate`.
+    """
+    with module_mode([net], training=False):
+        return evaluate(
+            lambda x: net.predict(x, num_samples=num_samples),
+            data,
+            ood=ood,
+            calibrate=calibrate,
+            seed=seed,
+            batch_size=batch_size,
+            device=next(net.parameters()).device,
+            progress=progress,
+        )
+
+
+_LABELS = {
+    "multiply_adds": {"long_name": "multiply-adds", "units": "per row"},
+    "parameters": {"long_name": "parameters of the narrowed net", "units": "1"},
+}
+
+
+def check_widths(name: str, net: NestedNet, widths: Sequence[float] | Sequence[int]) -> None:
+    """Raise a ValueError if the net cannot be cut to each of the widths: before hours go into the others."""
+    if len(widths) == 0 or len({type(width) for width in widths}) > 1:
+        raise ValueError(f"{name}: `widths` must be fractions (floats) or numbers of blocks (ints); got {list(widths)}")
+    for width in widths:
+        with net.cut(width):
+            pass
+
+
+def first_input(argument: str, data: Rows) -> Tensor:
+    """Return the first row of the inputs; a loader that shuffles leaves the caller's random state as it was."""
+    with torch.random.fork_rng():
+        for batch in batches(data, 1):
+            return batch[0][:1]
+    raise ValueError(f"{argument} has no rows")
+
+
+def narrow_draws(net: NestedNet, width: float, example: Tensor, num_samples: int, seed: int) -> list[nn.Module]:
+    """Draw whole weights, the same whatever the width, and cut the net with each draw of them."""
+    nets = []
+    with torch.random.fork_rng(), module_local_params(net), net.cut(1.0):
+        torch.manual_seed(seed)
+        for _ in range(num_samples):
+            nets.append(narrow(net, width, net.guide(example)))
+    return nets
+
+
+def _stacked(nets: Sequence[nn.Module]) -> Predict:
+    return lambda x: torch.stack([net(x) for net in nets])
+
+
+@torch.no_grad()
+def loo_widths(
+    net: NestedNet,
+    data: Rows,
+    widths: Sequence[float] | Sequence[int],
+    num_samples: int = 200,
+    *,
+    seed: int = 0,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> dict[float, Any]:
+    r"""Estimate how well a nested classifier predicts each row from all others, at each of several widths.
+
+    Pareto-smoothed importance sampling, as `loo` without its correction for the guide: the draws of the weights are
+    taken for those of the posterior. The correction would need weights $p(w, y) / q(w)$ of a whole net, whose k-hat
+    is hopeless. A net that was trained with a smaller weight of the KL answers for that objective.
+
+    Args:
+        net: A trained nested net, whose outputs are logits.
+        data: The rows it was trained on, inputs and labels.
+        widths: As in `evaluate_widths`.
+        num_samples: Number of draws S of the weights; memory holds S numbers a row, and S nets of one width.
+        seed: Seed of the draws, which are the same for all widths.
+        batch_size: Rows of a batch, where data are tensors.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        What `loo` returns by width, for `compare` and `smallest_width`.
+
+    Raises:
+        ValueError: If a width is invalid, in the words of `net.cut`, or there are too few draws or no labels.
+
+    Warns:
+        UserWarning: If a k-hat is too large for the estimate to be trusted.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from pyro_vnd.nn import nest
+        >>> net = nest(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(1, 4), num_blocks=4)
+        >>> data = torch.randn(50, 4), torch.arange(50) % 3
+        >>> scores = loo_widths(net, data, [0.25, 1.0], progress=False)
+        >>> list(scores), scores[1.0].elpd_i.sizes["row"]
+        ([0.25, 1.0], 50)
+    """
+    check_widths("loo_widths", net, widths)
+    if num_samples < _arviz.MIN_DRAWS:
+        raise ValueError(f"loo_widths: `num_samples` must be at least {_arviz.MIN_DRAWS}; got {num_samples}")
+    device = next(net.parameters()).device
+    example = first_input("loo_widths: `data`", data).to(device)
+    scores: dict[float, Any] = {}
+    with module_mode([net], training=False):
+        for width in tqdm(widths, desc="widths", disable=not progress):
+            nets = narrow_draws(net, width, example, num_samples, seed)
+            terms = [
+                _log_likelihoods(nets, x.to(device), labels.to(device)).cpu()
+                for x, labels in (_labelled(batch) for batch in batches(data, batch_size))
+            ]
+            values = torch.cat(terms, -1)[None].numpy()
+            found = _arviz.from_groups({"log_likelihood": {"label": (["chain", "draw", "row"], values)}}, {})
+            scores[width] = _arviz.loo(found)
+    return scores
+
+
+def smallest_width(
+    scores: Mapping[float, Any], *, within: float = 1.0, var_name: str | None = None, variational: bool = True
+) -> float:
+    r"""Return the narrowest width that predicts about as well as the best one.
+
+    With $e_{kn}$ the log predictive density of row n at width k and b the best width, it is the least k with
+
+    $$\sum_n (e_{bn} - e_{kn}) \le c \sqrt{N \, \mathrm{Var}_n (e_{bn} - e_{kn})}.$$
+
+    Differences are taken row by row, so that what is hard for all widths does not count as an error.
+
+    Args:
+        scores: By width, or length, or order: what `loo_widths`, `loo` or `to_arviz` returned, or the log predictive
+            densities of held-out rows, shape (N,), in nats: of the same rows in the same order.
+        within: Standard errors c of the difference that a narrower one may be worse by.
+        var_name: As in `loo`, for what `to_arviz` returned.
+        variational: As in `loo`, for what `to_arviz` returned.
+
+    Returns:
+        The key of the width.
+
+    Raises:
+        ValueError: If there are no scores, rows differ, a density is not finite, or `within` is negative.
+
+    Source: the one-standard-error rule of Breiman et al., "Classification and Regression Trees", 1984, with paired
+    differences as in Vehtari et al., "Practical Bayesian model evaluation using leave-one-out cross-validation", 2017.
+
+    Example:
+        >>> import torch
+        >>> hard, spread = torch.randn(1000), torch.linspace(-1, 1, 1000)
+        >>> smallest_width({1: hard - 0.5, 2: hard - 0.1, 4: hard})
+        4
+        >>> smallest_width({1: hard - 0.5, 2: hard + spread, 4: hard})  # here the better, there the worse
+        2
+    """
+    if not scores:
+        raise ValueError("smallest_width: argument `scores` must have at least one width; it is empty")
+    if not within >= 0:
+        raise ValueError(f"smallest_width: argument `within` must be >= 0; got {within}")
+    by_width = {width: _densities(width, found, var_name, variational) for width, found in sorted(scores.items())}
+    sizes = {width: len(densities) for width, densities in by_width.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"smallest_width: argument `scores` must be of the same rows; got numbers of rows {sizes}")
+    best = max(by_width.values(), key=np.sum)
+    for width, densities in by_width.items():
+        loss = best - densities
+        if loss.sum() <= within * (len(loss) ** 0.5) * loss.std(ddof=min(1, len(loss) - 1)):
+            return width
+    raise AssertionError("the best width is within its own error")
+
+
+def _densities(width: float, found: Any, var_name: str | None, variational: bool) -> np.ndarray:
+    if isinstance(found, Tensor):
+        values = found.detach().cpu().double().numpy()
+    elif hasattr(found, "elpd_i"):
+        values = found.elpd_i.to_numpy().ravel()
+    elif hasattr(found, "groups"):  # both of ArviZ's containers have it
+        values = _arviz.loo(found, var_name, variational).elpd_i.to_numpy().ravel()
+    else:
+        values = np.asarray(found, dtype=float)
+    if values.ndim != 1 or not values.size or not np.isfinite(values).all():
+        raise ValueError(
+            f"smallest_width: `scores[{width!r}]` must be finite densities of at least one row, shape (N,); got shape "
+            f"{values.shape}{'' if np.isfinite(values).all() else ' with NaN or inf'}"
+        )
+    return values
+
+
+def _log_likelihoods(nets: Sequence[Any], x: Tensor, labels: Tensor) -> Tensor:
+    """Return the log-probabilities of labels under each net, shape (S, N)."""
+    return torch.stack([net(x).double().log_softmax(-1).gather(-1, labels[:, None])[:, 0] for net in nets])
+
+
+def _labelled(batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    if len(batch) < 2:
+        raise ValueError("loo_widths: argument `data` must have inputs and labels; got inputs only")
+    return batch[0], batch[1]

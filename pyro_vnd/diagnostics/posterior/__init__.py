@@ -1,0 +1,1 @@
+"""Posteriors in ArviZ, and whether they can be trusted."""

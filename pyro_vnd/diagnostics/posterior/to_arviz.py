@@ -1,0 +1,173 @@
+"""Fits as ArviZ data: draws of posterior, prior and predictions, and their scores."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from tqdm.auto import tqdm
+
+from pyro_vnd._state import cuda_devices, module_mode, random_numbers
+from pyro_vnd.diagnostics.posterior._arviz import from_groups, psis
+from pyro_vnd.diagnostics.posterior.draws import Draws
+from pyro_vnd.infer import module_local_params
+
+__all__ = ["to_arviz"]
+
+Program = Callable[..., Any]
+
+
+@torch.no_grad()
+def to_arviz(
+    model: Program | Sequence[Program],
+    guide: Program | Sequence[Program],
+    *args: Any,
+    num_samples: int = 500,
+    num_prior: int | None = None,
+    predictive: bool = True,
+    coords: Mapping[str, Any] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    constant_data: Mapping[str, Any] | None = None,
+    progress: bool = False,
+    seed: int | None = 0,
+) -> Any:
+    r"""Draw from a guide and its model, and score the draws, for ArviZ.
+
+    | group | variables |
+    |---|---|
+    | `posterior` | latent sites, drawn from the guide, and `pyro.deterministic` ones |
+    | `prior` | the same, drawn from the model |
+    | `posterior_predictive` | observed sites, drawn anew given the latents, and latent ones that the guide lacks |
+    | `prior_predictive` | the same, given draws of the prior |
+    | `log_likelihood` | of observed sites by row, in nats, without `scale`; NaN where the model masks it |
+    | `observed_data`, `constant_data` | observed sites; the argument of that name |
+    | `sample_stats` | scores of draws |
+
+    A mask site is there twice, as `name` with dimension `name_unit`, counted from 1, and as its kept length
+    `name_length`; likewise a `NestedNormal` site. Plates name dimensions. A plate that subsamples keeps the rows of
+    the first draw. With several fits each is a chain, so that R-hat tells whether they agree.
+
+    The scores are `log_p`, the log-joint $\log p(y, z)$ with the scales of the model, `log_q`, $\log q(z)$, and
+    `elbo`, their difference, whose mean over draws is the ELBO, all in nats; `weight`, the importance weight
+    $p(y, z) / q(z)$, Pareto-smoothed and normalised to sum to one in each chain; and for each chain `khat`, which says
+    whether guide and weights can be trusted (below 0.7) or not; it takes 25 draws or more. A latent site that the guide
+    lacks is a prediction, such as the labels of rows without labels, and no part of the scores.
+
+    Modules are in evaluation mode.
+
+    Args:
+        model: The model, or one for each guide, where models have parameters.
+        guide: Its trained guide, or several; parameters are their own (`module_local_params`).
+        *args: Arguments of both, the data among them.
+        num_samples: Number of draws of each guide.
+        num_prior: Number of draws of the prior; by default `num_samples`, or none if the prior is improper.
+        predictive: Whether to draw the observed sites.
+        coords: Coordinates, by dimension.
+        dims: Names of the last dimensions of a site, those that no plate names, or of constant data:
+            `{"code": ["latent"]}`.
+        constant_data: Tensors or arrays by name, such as covariates.
+        progress: Whether to show a progress bar.
+        seed: Seed of the draws; None goes on with the caller's random numbers.
+
+    Returns:
+        `arviz.InferenceData` with ArviZ 0.x, `xarray.DataTree` with ArviZ 1.x.
+
+    Raises:
+        ValueError: If an argument is invalid, guide and model do not fit together, or the model has sites that are
+            summed out by enumeration and that the guide does not draw.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro_vnd.distributions import OrderedMask
+        >>> from pyro_vnd.infer import AutoNested
+        >>> def model(y):
+        ...     mask = pyro.sample("mask", OrderedMask.uniform(3))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(mask.sum(-1), 1.0), obs=y)
+        >>> data = to_arviz(model, AutoNested(model), torch.ones(5), num_samples=10)
+        >>> dict(data.posterior.sizes)
+        {'chain': 1, 'draw': 10, 'mask_unit': 3}
+        >>> sorted(data.posterior.data_vars)
+        ['mask', 'mask_length']
+        >>> data.log_likelihood["y"].dims
+        ('chain', 'draw', 'data')
+    """
+    fits = _pair_up(model, guide)
+    if num_samples < 1:
+        raise ValueError(f"to_arviz: argument `num_samples` must be at least 1; got {num_samples}")
+    if num_prior is not None and num_prior < 0:
+        raise ValueError(f"to_arviz: argument `num_prior` must be at least 0; got {num_prior}")
+    draws, size_prior = Draws(dims or {}), num_samples if num_prior is None else num_prior
+    parts = [part for fit in fits for part in fit]
+    with (
+        module_local_params(*parts),
+        module_mode(parts, training=False),
+        random_numbers(seed, cuda_devices([*parts, *args])),
+        tqdm(total=len(fits) * (num_samples + size_prior), desc="draws", disable=not progress) as bar,
+    ):
+        for one_model, one_guide in fits:
+            for _ in range(num_samples):
+                draws.add_posterior(one_model, one_guide, args, predictive)
+                bar.update()
+        try:
+            for one_model, _ in fits:
+                for _ in range(size_prior):
+                    draws.add_prior(one_model, args, predictive)
+                    bar.update()
+        except NotImplementedError as error:
+            if num_prior is not None:
+                raise ValueError(
+                    f"to_arviz: argument `num_prior` must be 0: the prior has no draws ({error})"
+                ) from error
+            draws.values.pop("prior", None)
+            draws.values.pop("prior_predictive", None)
+    for name, value in (constant_data or {}).items():
+        draws.add("constant_data", name, value, draws.rename(name, [f"{name}_dim_{i}" for i in range(np.ndim(value))]))
+    groups = draws.groups(len(fits))
+    log_weights, khat = psis(groups["sample_stats"]["elbo"][1])
+    groups["sample_stats"] |= {"weight": (["chain", "draw"], np.exp(log_weights), {}), "khat": (["chain"], khat, {})}
+    coords = draws.coords | dict(coords or {})
+    _check_dims(groups, coords)
+    attrs = {"inference_library": "pyro", "inference_library_version": pyro.__version__, "creation_library": "pyro_vnd"}
+    return from_groups(groups, coords, attrs)
+
+
+def _pair_up(model: Any, guide: Any) -> list[tuple[Program, Program]]:
+    """Return model and guide of each fit."""
+    guides = list(guide) if isinstance(guide, list | tuple) else [guide]
+    models = list(model) if isinstance(model, list | tuple) else [model] * len(guides)
+    if not guides or len(models) != len(guides):
+        raise ValueError(
+            "to_arviz: arguments `model` and `guide` must be one model and one or more guides, or as many of each; got "
+            f"{len(models)} models and {len(guides)} guides"
+        )
+    for name, programs in (("model", models), ("guide", guides)):
+        for program in programs:
+            if not callable(program):
+                raise ValueError(f"to_arviz: argument `{name}` must be callable; got {type(program).__name__}")
+    return list(zip(models, guides, strict=True))
+
+
+def _check_dims(groups: Mapping[str, Mapping[str, tuple[Any, ...]]], coords: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless a dimension has the same size everywhere and its coordinates fit."""
+    sizes: dict[str, tuple[int, str]] = {}
+    for group, variables in groups.items():
+        for name, (dims, values, *_) in variables.items():
+            if len(set(dims)) < len(dims):
+                raise ValueError(f"to_arviz: argument `dims` must name dimensions of {name!r} apart; got {dims}")
+            for dim, size in zip(dims, values.shape, strict=True):
+                before, where = sizes.setdefault(dim, (size, name))
+                if size != before and not (dim == "draw" and group.startswith("prior")):
+                    raise ValueError(
+                        f"to_arviz: dimension {dim!r} must have one size, so name them apart with `dims`; got {before} "
+                        f"in {where!r} and {size} in {name!r}"
+                    )
+    for dim, values in coords.items():
+        if dim not in sizes:
+            raise ValueError(f"to_arviz: argument `coords` names {dim!r}; dimensions: {sorted(sizes)}")
+        if len(values) != sizes[dim][0]:
+            raise ValueError(
+                f"to_arviz: argument `coords` must have {sizes[dim][0]} values for {dim!r}; got {len(values)}"
+            )

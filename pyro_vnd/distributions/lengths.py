@@ -1,0 +1,344 @@
+"""The law of the kept length: parameters, temperatures, normalisation and keep probabilities shared by every mask."""
+
+import math
+from numbers import Real
+from typing import Any, ClassVar, Self
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+from torch.distributions.utils import lazy_property
+from torch.nn.functional import logsigmoid, pad
+from torch.types import _size
+
+from pyro_vnd.distributions._fast.shapes import broadcast_shapes
+from pyro_vnd.distributions.constraints import check_expandable, extremes, tail_sum
+
+__all__ = ["LengthLaw", "as_temperature", "gumbel_like"]
+
+
+_HALF_PRECISION = (torch.bfloat16, torch.float16)  # too coarse for sums of thousands of probabilities
+
+
+class LengthLaw(TorchDistribution):
+    r"""Base of the distributions over masks that keep a random prefix of K ordered units.
+
+    The length L takes the values 1..K with $P(L = k) = p_k$; unit i is kept with probability
+    $S_i = P(L \ge i) = \sum_{j \ge i} p_j$.
+
+    Args:
+        probs: Non-negative weights of the lengths, shape (..., K); normalised over the last dimension.
+        logits: Unnormalised log-weights of the lengths, shape (..., K).
+        validate_args: Whether values of parameters and samples are checked.
+
+    Raises:
+        ValueError: If not exactly one of `probs` and `logits` is given, or its shape or values are invalid.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
+        "probs": constraints.independent(constraints.nonnegative, 1),
+        "logits": constraints.real_vector,
+    }
+    support: ClassVar[constraints.Constraint]
+    # What is derived from the parameters, on demand and once; never copied or pickled.
+    _derived: ClassVar[tuple[str, ...]] = ("_probs", "_log_probs", "keep_probs", "mean_length")
+
+    _param: Tensor
+
+    def __init__(
+        self,
+        probs: Tensor | None = None,
+        logits: Tensor | None = None,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        if (probs is None) == (logits is None):
+            given = "both" if logits is not None else "none"
+            raise ValueError(f"{type(self).__name__}: give exactly one of `probs` and `logits`; got {given}")
+        self._param_name = "probs" if logits is None else "logits"
+        param = self._check_shape(probs if logits is None else logits)
+        self._param = param.float() if param.dtype in _HALF_PRECISION else param
+        if validate_args is None:
+            validate_args = type(self)._validate_args
+        if validate_args:
+            self._check_values(self._param)
+        shape = self._param.shape
+        super().__init__(shape[:-1], shape[-1:], validate_args=False)
+        self._validate_args = validate_args
+
+    def _check_shape(self, param: Any) -> Tensor:
+        if not isinstance(param, Tensor):
+            raise ValueError(
+                f"{type(self).__name__}: argument `{self._param_name}` must be a tensor of shape (..., num_units); "
+                f"got {type(param).__name__}"
+            )
+        if param.dim() == 0 or param.shape[-1] == 0 or not param.dtype.is_floating_point:
+            raise ValueError(
+                f"{type(self).__name__}: argument `{self._param_name}` must be a floating-point tensor of shape "
+                f"(..., num_units) with num_units >= 1; got shape {tuple(param.shape)}, {param.dtype}"
+            )
+        return param
+
+    def _check_values(self, param: Tensor) -> None:
+        if not param.numel():
+            return
+        low, high = extremes(param)
+        expected = None
+        if not (low > -math.inf and high < math.inf):
+            expected = "finite values" + (" (use `probs` for lengths of probability zero)" if self._is_logits else "")
+        elif not self._is_logits and low < 0:
+            expected = "values >= 0"
+        elif not self._is_logits and not (param > 0).any(-1).all():
+            expected = "at least one positive value along the last dimension"
+        if expected is not None:
+            raise ValueError(
+                f"{type(self).__name__}: argument `{self._param_name}` of shape {tuple(param.shape)} must have "
+                f"{expected}; got values from {low:.4g} to {high:.4g}"
+            )
+
+    @property
+    def _is_logits(self) -> bool:
+        return self._param_name == "logits"
+
+    # Parameters keep their own, possibly smaller shape: a law shared by a plate is normalised and differentiated
+    # once, not once a row. The public properties show them at the full batch shape.
+
+    @lazy_property
+    def _probs(self) -> Tensor:
+        if self._is_logits:
+            return self._param.softmax(-1)
+        # Scaled first, as a sum of large weights may overflow; the result does not depend on the scale.
+        weights = self._param / self._param.detach().amax(-1, keepdim=True)
+        return weights / weights.sum(-1, keepdim=True)
+
+    @lazy_property
+    def _log_probs(self) -> Tensor:
+        if self._is_logits:
+            return self._param.log_softmax(-1)
+        # log 0 = -inf, and its gradient is zero rather than 0 * inf.
+        impossible = self._probs == 0
+        return self._probs.masked_fill(impossible, 1).log().masked_fill(impossible, -torch.inf)
+
+    def _full(self, x: Tensor) -> Tensor:
+        return x.expand(self.batch_shape + x.shape[-1:])
+
+    @property
+    def probs(self) -> Tensor:
+        """Probabilities of the lengths 1..K, shape batch_shape + (K,)."""
+        return self._full(self._probs)
+
+    @property
+    def logits(self) -> Tensor:
+        """Normalised log-probabilities of the lengths 1..K, shape batch_shape + (K,)."""
+        return self._full(self._log_probs)
+
+    @property
+    def length_probs(self) -> Tensor:
+        """Probabilities of the lengths 1..K: another name of `probs`."""
+        return self.probs
+
+    @lazy_property
+    def keep_probs(self) -> Tensor:
+        """Probability that each unit is kept, S_i = P(L >= i), shape batch_shape + (K,)."""
+        return self._full(tail_sum(self._probs).clamp(max=1))  # rounding may leave S_1 a hair above one
+
+    @lazy_property
+    def mean_length(self) -> Tensor:
+        """Expected kept length in units, E L = sum_i S_i, shape batch_shape."""
+        return self.keep_probs.sum(-1)
+
+    @property
+    def stddev_length(self) -> Tensor:
+        """Standard deviation of the kept length in units, shape batch_shape."""
+        lengths = torch.arange(1, self.num_units + 1, dtype=self._param.dtype, device=self._param.device)
+        variance = (self.probs * (lengths - self.mean_length.unsqueeze(-1)) ** 2).sum(-1)
+        return variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()  # the root has no slope at zero
+
+    @property
+    def num_units(self) -> int:
+        """Number of ordered units, K."""
+        return self.event_shape[-1]
+
+    def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
+        """Return the same law with a larger batch shape; parameters are shared, not copied."""
+        batch_shape = torch.Size(batch_shape)
+        check_expandable(self, batch_shape)
+        new = self._get_checked_instance(type(self), _instance)
+        new.__dict__.update({name: self.__dict__[name] for name in ("_probs", "_log_probs") if name in self.__dict__})
+        new._param, new._param_name = self._param, self._param_name
+        TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @classmethod
+    def infer_shapes(cls, **arg_shapes: torch.Size) -> tuple[torch.Size, torch.Size]:
+        """Infer batch and event shape from the shapes of the arguments."""
+        shape = arg_shapes["probs"] if arg_shapes.get("probs") is not None else arg_shapes["logits"]
+        batch_shape = torch.broadcast_shapes(shape[:-1], arg_shapes.get("temperature", ()))
+        return torch.Size(batch_shape), torch.Size(shape[-1:])
+
+    def _validate_sample(self, value: Tensor) -> None:
+        name = type(self).__name__
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: argument `value` must be a tensor; got {type(value).__name__}")
+        if value.shape[-1:] != self.event_shape:
+            raise ValueError(
+                f"{name}: argument `value` must have shape (..., {self.num_units}), one entry a unit; "
+                f"got {tuple(value.shape)}"
+            )
+        try:
+            broadcast_shapes(value.shape[:-1], self.batch_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"{name}: argument `value` of shape {tuple(value.shape)} does not broadcast with batch shape "
+                f"{tuple(self.batch_shape)}"
+            ) from None
+        valid = self.support.check(value)
+        if not valid.all():
+            raise ValueError(
+                f"{name}: argument `value` of shape {tuple(value.shape)} must be masks 1 = z_1 >= ... >= z_K >= 0"
+                f"{' of zeros and ones' if self.support.is_discrete else ''}; "
+                f"got, for example, {value.reshape(-1, self.num_units)[~valid.reshape(-1)][0].tolist()[:8]}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in self._derived}
+
+    def __repr__(self) -> str:
+        shape = tuple(self.batch_shape + self.event_shape)
+        return f"{type(self).__name__}({self._param_name}: {shape})"
+
+    @classmethod
+    def from_chain_logits(cls, chain_logits: Tensor, **kwargs: Any) -> Self:
+        r"""Build the law from the Bernoulli chain $\beta_i = P(z_{i+1} = 1 \mid z_i = 1) = \sigma(a_i)$.
+
+        $$\log p_k = \sum_{j<k} \log\sigma(a_j) + \log\sigma(-a_k), \quad\text{without the last term at } k = K.$$
+
+        Args:
+            chain_logits: The logits a of the chain, shape (..., K - 1).
+            **kwargs: Further arguments of the class, such as `temperature`.
+
+        Returns:
+            The law over K units.
+
+        Source: Cui et al., arXiv 2101.11353, equations 4 and 5.
+
+        Example:
+            >>> import torch
+            >>> from pyro_vnd.distributions import OrderedMask
+            >>> OrderedMask.from_chain_logits(torch.zeros(3)).probs
+            tensor([0.5000, 0.2500, 0.1250, 0.1250])
+        """
+        name = f"{cls.__name__}: argument `chain_logits`"
+        if not isinstance(chain_logits, Tensor):
+            raise ValueError(
+                f"{name} must be a tensor of shape (..., num_units - 1); got {type(chain_logits).__name__}"
+            )
+        if chain_logits.dim() == 0 or not chain_logits.is_floating_point():
+            raise ValueError(
+                f"{name} must be a floating-point tensor of shape (..., num_units - 1); "
+                f"got shape {tuple(chain_logits.shape)}, {chain_logits.dtype}"
+            )
+        if kwargs.get("validate_args", cls._validate_args) and not torch.isfinite(chain_logits).all():
+            raise ValueError(f"{name} of shape {tuple(chain_logits.shape)} must have finite values; got NaN or inf")
+        if chain_logits.dtype in _HALF_PRECISION:
+            chain_logits = chain_logits.float()
+        go_on = pad(logsigmoid(chain_logits).cumsum(-1), (1, 0))
+        stop = pad(logsigmoid(-chain_logits), (0, 1))
+        return cls(logits=go_on + stop, **kwargs)
+
+    @classmethod
+    def geometric(cls, p: float | Tensor, num_units: int, **kwargs: Any) -> Self:
+        r"""Build the truncated geometric law of nested dropout, $p_k \propto p^{k-1} (1 - p)$ with its tail at K.
+
+        Args:
+            p: Probability to keep the next unit given this one, strictly between 0 and 1; a number or a tensor of
+                any batch shape.
+            num_units: Number of units, K >= 1.
+            **kwargs: Further arguments of the class, such as `temperature`.
+
+        Returns:
+            The law over K units, with batch shape that of `p`.
+
+        Source: Rippel, Gelbart and Adams, "Learning Ordered Representations with Nested Dropout", ICML 2014.
+
+        Example:
+            >>> from pyro_vnd.distributions import OrderedMask
+            >>> OrderedMask.geometric(0.5, 3).probs
+            tensor([0.5000, 0.2500, 0.2500])
+        """
+        p = torch.as_tensor(p, dtype=None if isinstance(p, Tensor) else torch.get_default_dtype())
+        if not ((p > 0) & (p < 1)).all():
+            raise ValueError(f"{cls.__name__}: argument `p` must be strictly between 0 and 1; got {p.tolist()}")
+        return cls.from_chain_logits(
+            torch.logit(p).unsqueeze(-1).expand(*p.shape, _positive_int(cls, num_units) - 1), **kwargs
+        )
+
+    @classmethod
+    def uniform(
+        cls,
+        num_units: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Build the law in which the lengths 1..K are equally likely.
+
+        Args:
+            num_units: Number of units, K >= 1.
+            dtype: Floating-point type of the parameters.
+            device: Device of the parameters.
+            **kwargs: Further arguments of the class, such as `temperature`.
+
+        Returns:
+            The law over K units.
+
+        Example:
+            >>> from pyro_vnd.distributions import OrderedMask
+            >>> OrderedMask.uniform(4).keep_probs
+            tensor([1.0000, 0.7500, 0.5000, 0.2500])
+        """
+        return cls(logits=torch.zeros(_positive_int(cls, num_units), dtype=dtype, device=device), **kwargs)
+
+
+def _positive_int(cls: type, num_units: int) -> int:
+    if not isinstance(num_units, int) or num_units < 1:
+        raise ValueError(f"{cls.__name__}: argument `num_units` must be an integer >= 1; got {num_units!r}")
+    return num_units
+
+
+def as_temperature(law: LengthLaw, temperature: float | Tensor) -> tuple[float | Tensor, torch.Size]:
+    """Check a temperature, and broadcast it with the batch shape of a law.
+
+    Returns:
+        The temperature, as a number or as a tensor of the law's dtype and device, and the common batch shape.
+
+    Raises:
+        ValueError: If the temperature is not positive and finite or does not broadcast with the batch shape.
+    """
+    name = f"{type(law).__name__}: argument `temperature`"
+    if not isinstance(temperature, Tensor):
+        if not (isinstance(temperature, Real) and 0 < temperature < math.inf):
+            raise ValueError(f"{name} must be a positive, finite number or tensor; got {temperature!r}")
+        return float(temperature), law.batch_shape
+    value = temperature.to(law._param)
+    if law._validate_args and not ((value > 0) & torch.isfinite(value)).all():
+        raise ValueError(
+            f"{name} of shape {tuple(value.shape)} must be positive and finite; got {value.min().item():.4g}"
+        )
+    try:
+        return value, torch.broadcast_shapes(value.shape, law.batch_shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{name} of shape {tuple(value.shape)} must broadcast with the batch shape {tuple(law.batch_shape)} of "
+            "the parameters"
+        ) from None
+
+
+def gumbel_like(param: Tensor, shape: torch.Size) -> Tensor:
+    """Draw standard Gumbel noise of a shape, with the dtype and device of a parameter."""
+    uniform = torch.rand(shape, dtype=param.dtype, device=param.device)  # works under vmap, unlike exponential_
+    exponential = -torch.log1p(-uniform)
+    return -exponential.clamp_min(torch.finfo(param.dtype).tiny).log()

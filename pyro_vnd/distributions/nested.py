@@ -1,0 +1,473 @@
+"""Normal laws of ordered coordinates that are zero past a random length."""
+
+from collections.abc import Callable
+from copy import copy
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from torch.distributions import Normal, constraints
+from torch.types import _size
+
+from pyro_vnd._compat import recall, remember
+from pyro_vnd.distributions._fast.shapes import broadcast_shapes
+from pyro_vnd.distributions.constraints import check_expandable, extremes, nested_vector, tail_sum
+from pyro_vnd.distributions.masks import Cut, OrderedMask
+from pyro_vnd.distributions.straight_through import OrderedMaskStraightThrough
+
+__all__ = ["NestedAutoregressive", "NestedLaw", "NestedNormal", "find_mask", "in_range", "innermost"]
+
+
+class NestedLaw(TorchDistribution):
+    """Base of the laws of K ordered coordinates that are zero past a random length.
+
+    Attributes:
+        mask_law: Law of the mask.
+    """
+
+    support = nested_vector
+    has_rsample = True
+
+    mask_law: OrderedMaskStraightThrough
+
+    @property
+    def keep_probs(self) -> Tensor:
+        """Probability that each coordinate is kept, shape batch_shape + (K,)."""
+        return self.mask_law.keep_probs
+
+    @property
+    def length_probs(self) -> Tensor:
+        """Probabilities of the lengths 1..K, shape batch_shape + (K,)."""
+        return self.mask_law.probs
+
+    @property
+    def mean_length(self) -> Tensor:
+        """Expected kept length in coordinates, shape batch_shape."""
+        return self.mask_law.mean_length
+
+    @property
+    def num_units(self) -> int:
+        """Number of ordered coordinates, K."""
+        return self.mask_law.num_units
+
+    @staticmethod
+    def mask_of(value: Tensor) -> Tensor:
+        r"""Return the mask of a value, $z_i = 1[i \le L]$ with L its last coordinate that is not zero, or one.
+
+        For a decoder that sees how many coordinates it has. The mask of a fresh sample has its straight-through
+        gradient, so that the lengths learn from what is made of it.
+
+        Args:
+            value: Samples, shape (..., K).
+
+        Returns:
+            Zeros and ones, the shape of `value`.
+
+        Example:
+            >>> NestedLaw.mask_of(torch.tensor([0.5, 0.0, -1.0, 0.0]))
+            tensor([1., 1., 1., 0.])
+        """
+        making = recall(value)
+        if making is not None:
+            return making[0]
+        mask = (tail_sum(value != 0) > 0).to(value.dtype)
+        return torch.cat([torch.ones_like(mask[..., :1]), mask[..., 1:]], -1)
+
+    def cut(self, length: int | Tensor) -> Self:
+        """Return the same law with the length given.
+
+        Args:
+            length: L, from 1 to K, or 0 to leave it random; integers that broadcast to the batch shape.
+
+        Returns:
+            A law of the same shape whose lengths have all their mass on one where it is given.
+
+        Raises:
+            ValueError: If a length is no integer from 0 to K.
+
+        Example:
+            >>> from pyro_vnd.distributions import NestedNormal
+            >>> law = NestedNormal(torch.zeros(3), torch.ones(3), torch.zeros(3))
+            >>> law.cut(2).keep_probs
+            tensor([1., 1., 0.])
+        """
+        return self._cut_by(Cut.checked(length, self.mask_law, type(self).__name__))
+
+    def _cut_by(self, cut: Cut) -> Self:
+        """Return the law cut to lengths that are known to be right."""
+        new = copy(self)
+        new.mask_law = self.mask_law._cut_by(cut)
+        return new
+
+    def given(self, value: Tensor) -> Any:
+        """Return the law that each coordinate has given those before it in `value`.
+
+        Args:
+            value: Samples, shape (..., K).
+
+        Returns:
+            A `NestedNormal`, whose coordinates are independent.
+        """
+        raise NotImplementedError
+
+    def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
+        """Return the same law with a larger batch shape."""
+        new = self._get_checked_instance(type(self), _instance)
+        batch_shape = torch.Size(batch_shape)
+        check_expandable(self, batch_shape)
+        new.mask_law = self.mask_law.expand(batch_shape)
+        TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def _validate_sample(self, value: Tensor) -> None:
+        if not isinstance(value, Tensor) or value.shape[-1:] != self.event_shape or not torch.isfinite(value).all():
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"{type(self).__name__}: argument `value` must be a tensor of finite numbers of shape "
+                f"(..., {self.num_units}); got {got}"
+            )
+
+    @classmethod
+    def infer_shapes(cls, **arg_shapes: Any) -> tuple[torch.Size, torch.Size]:
+        """Infer batch and event shape from the shapes of the arguments."""
+        arg_shapes.pop("conditioner", None)
+        temperature = arg_shapes.pop("temperature", ())
+        shape = torch.broadcast_shapes(*arg_shapes.values())
+        return torch.broadcast_shapes(shape[:-1], temperature), shape[-1:]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({tuple(self.batch_shape + self.event_shape)})"
+
+
+class NestedNormal(NestedLaw):
+    r"""Diagonal Normal over K ordered coordinates, cut to zero past a random length.
+
+    $$L \sim p, \qquad n_i \sim N(\mu_i, \sigma_i), \qquad x_i = n_i \, 1[i \le L],$$
+    $$\log q(x) = \log p_L + \sum_{i \le L} \log N(x_i; \mu_i, \sigma_i),
+      \quad L \text{ the last non-zero coordinate},$$
+    $$\mathrm{KL}(q \| p) = \mathrm{KL}(L_q \| L_p) + \sum_i S_i \, \mathrm{KL}(N_{q,i} \| N_{p,i}).$$
+
+    One sample site carries the mask and the value: the mixture posterior of the paper. The KL is exact and
+    registered, so `TraceMeanField_ELBO` uses it; prefer it to `Trace_ELBO`, whose estimate has more variance.
+
+    - `rsample` returns values with exact zeros; the mask has the straight-through gradient of
+      `OrderedMaskStraightThrough`.
+    - `log_prob` is exact for every value. A fresh sample remembers the mask and the uncut Normal draw, so that
+      Monte Carlo objectives (`Trace_ELBO`, `RenyiELBO`) have the whole gradient with respect to the lengths; a copy
+      (clone, reshape) scores the same, but its gradient misses the dropped coordinates.
+    - The support has no bijection from unconstrained space: the law has atoms at zero, so HMC and autoguides refuse it.
+
+    Shapes: loc, scale and lengths broadcast to (..., K); batch_shape (...); event_shape (K,).
+
+    Args:
+        loc: Means, broadcastable to (..., K).
+        scale: Standard deviations, > 0, broadcastable to (..., K).
+        logits: Unnormalised log-weights of the lengths 1..K, shape (..., K).
+        probs: Weights of the lengths, in place of `logits`.
+        temperature: Temperature of the straight-through mask, > 0.
+        noise: Noise of the straight-through mask, "logistic" or "gumbel".
+        validate_args: Whether values of parameters and samples are checked.
+
+    Raises:
+        ValueError: If a shape or value is invalid.
+
+    Source: Cui et al., arXiv 2101.11353, section 4.1.
+
+    Example:
+        >>> import torch
+        >>> law = NestedNormal(torch.zeros(3), torch.ones(3), torch.tensor([0.0, 0.0, 0.0]))
+        >>> law.keep_probs
+        tensor([1.0000, 0.6667, 0.3333])
+        >>> law.log_prob(torch.tensor([0.5, 0.0, 0.0]))  # log 1/3 + log N(0.5; 0, 1)
+        tensor(-2.1426)
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
+        "loc": constraints.real_vector,
+        "scale": constraints.independent(constraints.positive, 1),
+        "logits": constraints.real_vector,
+        "probs": constraints.independent(constraints.nonnegative, 1),
+    }
+
+    def __init__(
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        logits: Tensor | None = None,
+        *,
+        probs: Tensor | None = None,
+        temperature: float | Tensor = 0.2,
+        noise: Literal["logistic", "gumbel"] = "logistic",
+        validate_args: bool | None = None,
+    ) -> None:
+        lengths = OrderedMaskStraightThrough(
+            temperature, probs=probs, logits=logits, noise=noise, validate_args=validate_args
+        )
+        for name, value in (("loc", loc), ("scale", scale)):
+            if not isinstance(value, Tensor) or (value.dim() and value.shape[-1] not in (1, lengths.num_units)):
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"NestedNormal: argument `{name}` must be a tensor that broadcasts to (..., {lengths.num_units}), "
+                    f"as many coordinates as lengths; got {got}"
+                )
+            if lengths._validate_args and not in_range(name, value):
+                raise ValueError(
+                    f"NestedNormal: argument `{name}` of shape {tuple(value.shape)} must be finite"
+                    f"{' and > 0' if name == 'scale' else ''}; got values from {value.min().item():.4g} to "
+                    f"{value.max().item():.4g}"
+                )
+        self._fill(loc, scale, lengths)
+
+    @classmethod
+    def _of(cls, loc: Tensor, scale: Tensor, lengths: OrderedMaskStraightThrough) -> Self:
+        """Return the law with a law of lengths that is at hand, cut perhaps; means and deviations are not checked."""
+        new = cls.__new__(cls)
+        new._fill(loc, scale, lengths)
+        return new
+
+    def _fill(self, loc: Tensor, scale: Tensor, lengths: OrderedMaskStraightThrough) -> None:
+        try:
+            shape = broadcast_shapes(loc.shape, scale.shape, lengths.batch_shape + lengths.event_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"NestedNormal: arguments `loc` {tuple(loc.shape)}, `scale` {tuple(scale.shape)} and lengths "
+                f"{tuple(lengths.batch_shape + lengths.event_shape)} do not broadcast"
+            ) from None
+        TorchDistribution.__init__(self, shape[:-1], shape[-1:], validate_args=False)
+        self._validate_args = lengths._validate_args
+        self.mask_law = lengths if lengths.batch_shape == shape[:-1] else lengths.expand(shape[:-1])
+        # As given, not expanded: a leaf that can be copied.
+        self._loc, self._scale = loc, scale
+
+    @property
+    def loc(self) -> Tensor:
+        """Means of the uncut coordinates, shape batch_shape + (K,)."""
+        return self._loc.expand(self.batch_shape + self.event_shape)
+
+    @property
+    def scale(self) -> Tensor:
+        """Standard deviations of the uncut coordinates, shape batch_shape + (K,)."""
+        return self._scale.expand(self.batch_shape + self.event_shape)
+
+    @property
+    def normal(self) -> Normal:
+        """The uncut Normal of the coordinates."""
+        return Normal(self.loc, self.scale, validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the cut vector, S_i mu_i."""
+        return self.keep_probs * self.loc
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each coordinate, S_i sigma_i^2 + S_i (1 - S_i) mu_i^2."""
+        return self.keep_probs * self.scale**2 + self.mask_law.variance * self.loc**2
+
+    def entropy(self) -> Tensor:
+        """Return H(L) + sum_i S_i H(N_i) in nats, shape batch_shape."""
+        return self.mask_law.entropy() + (self.keep_probs * self.normal.entropy()).sum(-1)
+
+    def given(self, value: Tensor) -> Self:
+        """Return this law: its coordinates know nothing of each other.
+
+        Args:
+            value: Not used.
+
+        Returns:
+            The law.
+        """
+        return self
+
+    def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
+        """Draw vectors with zeros past a random length, shape sample_shape + batch_shape + (K,)."""
+        mask = self.mask_law.rsample(sample_shape)
+        # torch.randn works under vmap, unlike the noise of torch's Normal.
+        dense = self._loc + self._scale * torch.randn(mask.shape, dtype=self._loc.dtype, device=mask.device)
+        return remember(mask * dense, (mask, dense))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return log p_L + sum_{i <= L} log N(x_i), shape broadcast(value.shape[:-1], batch_shape)."""
+        if self._validate_args:
+            self._validate_sample(value)
+        making = recall(value)
+        mask, dense = (self.mask_of(value), value) if making is None else making
+        # A dropped coordinate counts nothing; a straight-through mask still passes its gradient.
+        return self.mask_law.log_prob(mask) + (mask * self.normal.log_prob(dense)).sum(-1)
+
+    def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
+        """Return the same law with a larger batch shape."""
+        new = super().expand(batch_shape, _instance)
+        new._loc, new._scale = self._loc, self._scale
+        return new
+
+
+def in_range(name: str, value: Tensor) -> bool:
+    """Say whether means or deviations are finite and deviations positive; NaN is neither above nor below a bound."""
+    if not value.numel():
+        return True
+    low, high = extremes(value)
+    return low > (0 if name == "scale" else -torch.inf) and high < torch.inf
+
+
+class NestedAutoregressive(NestedLaw):
+    r"""Normal law over K ordered coordinates, each given those before it, cut to zero past a random length.
+
+    $$L \sim p, \qquad n_i \sim N(\mu_i(n_{<i}), \sigma_i(n_{<i})), \qquad x_i = n_i \, 1[i \le L],$$
+    $$\log p(x) = \log p_L + \sum_{i \le L} \log N(x_i; \mu_i(x_{<i}), \sigma_i(x_{<i})).$$
+
+    What is kept has the same law whatever is dropped after it, which holds for this order of the coordinates and for no
+    other: the law of a code that is cut is the law of whole codes, cut. As a prior of ordered latents it learns what
+    the latents have in common, so that their draws look like codes.
+
+    From a `NestedNormal` q its divergence is
+
+    $$\mathrm{KL}(L_q \| L_p) + \sum_i S_i \, E_{n_{<i} \sim q}
+      \mathrm{KL}(N_{q,i} \| N(\mu_i(n_{<i}), \sigma_i(n_{<i}))),$$
+
+    that of `given` on average over draws, which is how `NestedELBO` takes it. No divergence is registered, so that
+    Pyro's objectives score a draw in both laws.
+
+    Sampling takes K evaluations of the conditioner, scoring takes one.
+
+    Shapes: batch_shape (...), that of the lengths; event_shape (K,).
+
+    Args:
+        conditioner: Maps values, shape (..., K), to $\mu$ and $\sigma > 0$, which broadcast to that shape, entry i
+            depending on the entries before it alone: `pyro_vnd.nn.Conditioner`, say.
+        logits: Unnormalised log-weights of the lengths 1..K, shape (..., K).
+        probs: Weights of the lengths, in place of `logits`.
+        temperature: Temperature of the straight-through mask, > 0.
+        noise: Noise of the straight-through mask, "logistic" or "gumbel".
+        validate_args: Whether values of parameters and samples, and what the conditioner returns, are checked.
+
+    Raises:
+        ValueError: If a shape or value is invalid.
+
+    Source: for the coordinates, Germain et al., arXiv 1502.03509, and Papamakarios et al., arXiv 1705.07057.
+
+    Example:
+        >>> import torch
+        >>> def conditioner(x):  # x_i ~ N(x_{i-1}, 1)
+        ...     return torch.nn.functional.pad(x[..., :-1], (1, 0)), torch.ones_like(x)
+        >>> law = NestedAutoregressive(conditioner, torch.tensor([0.0, 0.0, 0.0]))
+        >>> law.given(torch.tensor([0.5, 2.0, 0.0])).loc
+        tensor([0.0000, 0.5000, 2.0000])
+        >>> law.log_prob(torch.tensor([0.5, 2.0, 0.0]))  # log 1/3 + log N(0.5; 0, 1) + log N(2; 0.5, 1)
+        tensor(-4.1865)
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
+        "logits": constraints.real_vector,
+        "probs": constraints.independent(constraints.nonnegative, 1),
+    }
+
+    def __init__(
+        self,
+        conditioner: Callable[[Tensor], tuple[Tensor, Tensor]],
+        logits: Tensor | None = None,
+        *,
+        probs: Tensor | None = None,
+        temperature: float | Tensor = 0.2,
+        noise: Literal["logistic", "gumbel"] = "logistic",
+        validate_args: bool | None = None,
+    ) -> None:
+        if not callable(conditioner):
+            raise ValueError(
+                f"NestedAutoregressive: argument `conditioner` must be callable; got {type(conditioner).__name__}"
+            )
+        self.conditioner = conditioner
+        self.mask_law = OrderedMaskStraightThrough(
+            temperature, probs=probs, logits=logits, noise=noise, validate_args=validate_args
+        )
+        super().__init__(self.mask_law.batch_shape, self.mask_law.event_shape, validate_args=False)
+        self._validate_args = self.mask_law._validate_args
+
+    def given(self, value: Tensor) -> NestedNormal:
+        """Return the law that each coordinate has given those before it in `value`.
+
+        Args:
+            value: Samples, shape (..., K). Of a fresh sample what was dropped is known, and counts.
+
+        Returns:
+            A law with independent coordinates; its batch shape is broadcast(value.shape[:-1], batch_shape).
+
+        Raises:
+            ValueError: If the values or what the conditioner returns have another shape.
+        """
+        try:
+            shape = broadcast_shapes(value.shape[:-1], self.batch_shape) + value.shape[-1:]
+        except RuntimeError:
+            shape = None
+        if shape is None or shape[-1:] != self.event_shape:
+            raise ValueError(
+                f"NestedAutoregressive: argument `value` must be samples of shape (..., {self.num_units}) that "
+                f"broadcast with the batch shape {tuple(self.batch_shape)}; got {tuple(value.shape)}"
+            )
+        making = recall(value)
+        loc, scale = self._condition(value if making is None else making[1], shape)
+        return NestedNormal._of(loc, scale, self.mask_law)
+
+    def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
+        """Draw vectors with zeros past a random length, shape sample_shape + batch_shape + (K,)."""
+        mask = self.mask_law.rsample(sample_shape)
+        noise = torch.randn(mask.shape, dtype=mask.dtype, device=mask.device)
+        drawn: list[Tensor] = []
+        for i in range(self.num_units):
+            rest = torch.zeros_like(noise[..., i:])
+            loc, scale = self._condition(torch.cat([*drawn, rest], -1), mask.shape)
+            self._check(loc, scale)
+            drawn.append(torch.addcmul(loc[..., i : i + 1], scale[..., i : i + 1], noise[..., i : i + 1]))
+        dense = torch.cat(drawn, -1)
+        return remember(mask * dense, (mask, dense))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return log p_L + sum_{i <= L} log N(x_i), shape broadcast(value.shape[:-1], batch_shape)."""
+        if self._validate_args:
+            self._validate_sample(value)
+        law = self.given(value)
+        self._check(law.loc, law.scale)
+        return law.log_prob(value)
+
+    def _condition(self, value: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Return means and deviations of a shape, given values that broadcast to it."""
+        found = self.conditioner(value)
+        parts = found if isinstance(found, tuple) else (found,)
+        try:
+            loc, scale = (part.expand(shape) for part in parts)
+        except (ValueError, AttributeError, RuntimeError):
+            got = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+            raise ValueError(
+                "NestedAutoregressive: argument `conditioner` must return means and deviations that broadcast to "
+                f"{tuple(shape)}; got {got}"
+            ) from None
+        return loc, scale
+
+    def _check(self, loc: Tensor, scale: Tensor) -> None:
+        if self._validate_args and not (in_range("loc", loc) and in_range("scale", scale)):
+            raise ValueError(
+                "NestedAutoregressive: argument `conditioner` must return finite means and finite deviations > 0; got "
+                f"{loc.min().item():.4g} to {loc.max().item():.4g} and {scale.min().item():.4g} to "
+                f"{scale.max().item():.4g}"
+            )
+
+    def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
+        """Return the same law with a larger batch shape."""
+        new = super().expand(batch_shape, _instance)
+        new.conditioner = self.conditioner
+        return new
+
+
+def innermost(fn: Any) -> Any:
+    """Return the law below `to_event`, `mask` and `expand`."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+def find_mask(fn: Any) -> OrderedMask | NestedLaw | None:
+    """Return the law of a mask below `to_event`, `mask` and `expand`, or None if `fn` is about something else."""
+    law = innermost(fn)
+    return law if isinstance(law, OrderedMask | NestedLaw) else None

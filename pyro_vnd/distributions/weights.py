@@ -1,0 +1,461 @@
+"""Laws of arrays of weights between units that may be dropped."""
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from torch.distributions import Distribution, Normal, constraints, kl_divergence, register_kl
+from torch.distributions.utils import broadcast_all
+from torch.types import _size
+
+from pyro_vnd.distributions.constraints import check_expandable
+
+__all__ = ["Gated", "LogScaleNormal", "LogUniform"]
+
+
+class LogScaleNormal(dist.Normal):
+    r"""Normal law $N(\mu, e^{2\rho})$ with the parameter that weights of nets have.
+
+    It is Pyro's `Normal`, and what holds for that holds here. But σ, σ² and the sums in a divergence are each computed
+    once, on demand, from ρ: for nets of millions of weights a training step consists of such arrays, and Σ ρ is exact
+    where the logarithm of a rounded σ is not.
+
+    Shapes: loc and log_scale broadcast to batch_shape; a scalar event.
+
+    Args:
+        loc: Mean μ.
+        log_scale: ρ, the logarithm of the standard deviation.
+        validate_args: Whether arguments and samples are checked.
+
+    Raises:
+        ValueError: If the shapes do not broadcast, or arguments are checked and are no real numbers.
+
+    Example:
+        >>> q = LogScaleNormal(torch.tensor([1.0, 2.0]), torch.tensor([0.0, -80.0]))
+        >>> q.scale, q.variance, q.variance_and_sums[2]
+        (tensor([1.0000e+00, 1.8049e-35]), tensor([1., 0.]), tensor(-80.))
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {  # type: ignore[misc]
+        "loc": constraints.real,
+        "log_scale": constraints.real,
+    }
+
+    def __init__(self, loc: Tensor, log_scale: Tensor, *, validate_args: bool | None = None) -> None:
+        try:
+            self.loc, self.log_scale = broadcast_all(loc, log_scale)
+        except RuntimeError:
+            raise ValueError(
+                "LogScaleNormal: arguments `loc` and `log_scale` must broadcast; got shapes "
+                f"{tuple(loc.shape)} and {tuple(log_scale.shape)}"
+            ) from None
+        Distribution.__init__(self, self.loc.shape, validate_args=validate_args)
+
+    @cached_property
+    def scale(self) -> Tensor:  # type: ignore[override]
+        """Standard deviation σ, shape batch_shape."""
+        return self.log_scale.exp()
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance σ², shape batch_shape."""
+        return self.variance_and_sums[0]
+
+    @cached_property
+    def variance_and_sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """σ², shape batch_shape, and the sums Σ σ² and Σ ρ, with a gradient in one array for all three."""
+        return _VarianceAndSums.apply(self.log_scale)
+
+    def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
+        """Return the same law with a larger batch shape; parameters are shared, not copied."""
+        new = self._get_checked_instance(type(self), _instance)
+        batch_shape = torch.Size(batch_shape)
+        new.loc, new.log_scale = self.loc.expand(batch_shape), self.log_scale.expand(batch_shape)
+        Distribution.__init__(new, batch_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+
+class _VarianceAndSums(torch.autograd.Function):
+    r"""$v_e = e^{2\rho_e}$, $\sum v$ and $\sum \rho$: $d\rho_e = 2 v_e (dv_e + d\sum v) + d\sum\rho$."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        variance = (2 * log_scale).exp_()
+        return variance, variance.sum(), log_scale.sum()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[0])
+
+    @staticmethod
+    def backward(ctx: Any, each: Tensor | None, variances: Tensor | None, logs: Tensor | None) -> Tensor | None:
+        (variance,) = ctx.saved_tensors
+        grad = None
+        # In place on arrays made here only; those that come in may belong to others.
+        if each is not None and variances is not None:
+            grad = (each + variances).mul_(variance).mul_(2)
+        elif each is not None or variances is not None:
+            grad = (variance * (variances if each is None else each)).mul_(2)
+        if logs is None:
+            return grad
+        return logs.expand(variance.shape) if grad is None else grad.add_(logs)
+
+
+_EULER_GAMMA = 0.57721566490153286
+_CONSTANT = 0.5 * (1 + _EULER_GAMMA + math.log(4 * math.pi))
+
+
+class LogUniform(TorchDistribution):
+    r"""Improper prior $p(w) \propto 1 / |w|$ on the real line: uniform over the sign and the logarithm of w.
+
+    $$\log p(w) = -\log |w| - c, \qquad c = \tfrac12 (1 + \gamma + \log 4 \pi),$$
+    $$\mathrm{KL}(N(\mu, \sigma^2) \,\|\, p) = E_q[\log q(w) - \log p(w)]
+      = E \log |m + \epsilon| - E \log |\epsilon|, \qquad m = \mu / \sigma, \quad \epsilon \sim N(0, 1),$$
+    $$\partial \mathrm{KL} / \partial m = \sqrt 2 \, D(m / \sqrt 2), \quad D \text{ the Dawson function}.$$
+
+    The KL is exact and registered, so `TraceMeanField_ELBO` uses it. It only depends on $\alpha = \sigma^2 / \mu^2$: it
+    is 0 at m = 0, $m^2 / 2$ near it, grows with |m|, and tends to $\log |m| + (\gamma + \log 2) / 2$. Its relative
+    error is 1e-11 in float64, that of its gradient 2e-10.
+
+    An improper prior has no normalising constant, so c is a convention: here the one for which the smallest KL is
+    zero. Weights that are always in the model do not notice. Where a width is *learned*, each unit pays for its
+    weights, any other c would shift that price by the same amount for each weight, and the learned width would be as
+    arbitrary as c: use a proper prior there. Nor is there a posterior to come close to in general: 1 / |w| has infinite
+    mass around zero, and a likelihood that is positive at w = 0 leaves it there.
+
+    - Sampling raises, as there is no law to sample from. Give guides a starting point of their own, such as
+      `init_to_value` for an autoguide.
+    - `log_prob` is infinite at w = 0; there, the value at the smallest normal float is returned, with gradient zero.
+
+    Shapes: batch_shape as given, event_shape ().
+
+    Args:
+        batch_shape: Batch shape; further dimensions come from `expand` or a plate.
+        validate_args: Whether values are checked.
+
+    Raises:
+        ValueError: If `batch_shape` is not a sequence of sizes >= 0.
+        NotImplementedError: If a sample is drawn.
+
+    Source: Kingma et al., "Variational dropout and the local reparameterization trick", arXiv 1506.02557; Molchanov
+    et al., "Variational dropout sparsifies deep neural networks", arXiv 1701.05369, whose sigmoid approximates this KL
+    to .009 nats; Hron et al., "Variational Bayesian dropout: pitfalls and fixes", arXiv 1807.01969, on improperness.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Normal, kl_divergence
+        >>> prior = LogUniform().expand([3])
+        >>> kl_divergence(Normal(torch.tensor([0.0, 0.1, 100.0]), 0.1), prior)
+        tensor([0.0000, 0.4267, 7.5429])
+        >>> prior.log_prob(torch.tensor([0.1, 1.0, -1.0]))
+        tensor([ 0.2485, -2.0541, -2.0541])
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.real
+
+    def __init__(self, batch_shape: Sequence[int] = (), *, validate_args: bool | None = None) -> None:
+        try:
+            shape = torch.Size(batch_shape)
+        except TypeError:
+            shape = None
+        if shape is None or any(size < 0 for size in shape):
+            raise ValueError(
+                f"LogUniform: argument `batch_shape` must be a sequence of sizes >= 0; got {batch_shape!r}"
+            )
+        super().__init__(shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
+        """Return the same prior with a larger batch shape."""
+        batch_shape = torch.Size(batch_shape)
+        check_expandable(self, batch_shape)
+        new = self._get_checked_instance(LogUniform, _instance)
+        TorchDistribution.__init__(new, batch_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
+        """Raise: an improper prior has no samples. So does `sample`, which comes here too."""
+        raise NotImplementedError(
+            "LogUniform: an improper prior cannot be sampled. Score values of a guide with it, start autoguides with "
+            "`init_loc_fn=init_to_value(values=...)`, and use a proper prior for prior predictive draws"
+        )
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return -log |w| - c, finite at zero, shape broadcast(value.shape, batch_shape)."""
+        if self._validate_args:
+            self._validate_sample(value)
+        log_prob = -value.abs().clamp_min(torch.finfo(value.dtype).tiny).log() - _CONSTANT
+        return log_prob.expand(torch.broadcast_shapes(value.shape, self.batch_shape))
+
+    def __repr__(self) -> str:
+        return f"LogUniform({tuple(self.batch_shape)})"
+
+
+@register_kl(Normal, LogUniform)
+def _kl_normal_log_uniform(q: Normal, p: LogUniform) -> Tensor:
+    """Return E log|m + eps| - E log|eps|, m = loc / scale; half precision is computed in float32."""
+    dtype = torch.promote_types(q.loc.dtype, torch.float32)
+    kl = _NormalDivergence.apply(q.loc.to(dtype), q.scale.to(dtype))
+    return kl.expand(torch.broadcast_shapes(q.batch_shape, p.batch_shape))
+
+
+# With s = m^2 / (m^2 + 16), which runs from 0 to 1, and x = 2 s - 1,
+#     KL = log(1 + m^2 / 16) / 2 + s U(x)   and   m dKL/dm = s W(x),   W = 1 + (1 - x) d/dx[(1 + x) U(x)],
+# where U and W are smooth in x from end to end, so that one polynomial each will do; the 16 makes them so smooth that
+# powers of x are a stable basis in float32. W was interpolated at Chebyshev points, in many digits, from
+# m dKL/dm = sqrt(2) m D(m / sqrt(2)); integrated, it gave U, from which W follows: the gradient is that of the value.
+_SCALE = 16.0
+_VALUE = (
+    *(3.279402964237089, -2.116232597642542, 1.392454852168973, -0.756084616424445, 0.1828341064779239),
+    *(0.1691781437500247, -0.1518746838151122, -0.06082886398559376, 0.09291471827431683, 0.05448968273146713),
+    *(-0.04741704647732874, -0.06110535516386197, -0.001293424510457088, 0.0497923598115908, 0.04947265084844847),
+    *(-0.01088796970484972, -0.07814569552351155, -0.03827014673472926, 0.07439858279785767, 0.06533824605732791),
+    *(-0.0476030487561289, -0.05638593613469858, 0.02008182856168426, 0.02931226965694275, -0.005069335053895643),
+    *(-0.008727328011855535, 0.0005814227071179214, 0.00115000370863192),
+)
+
+
+def _slope_polynomial(value: Sequence[float]) -> tuple[float, ...]:
+    """Return the coefficients of W from those of U."""
+    product = [a + b for a, b in zip((*value, 0.0), (0.0, *value), strict=True)]
+    derivative = [i * a for i, a in enumerate(product)][1:]
+    slope = [a - b for a, b in zip((*derivative, 0.0), (0.0, *derivative), strict=True)]
+    return (1 + slope[0], *slope[1:])
+
+
+_SLOPE = _slope_polynomial(_VALUE)
+
+# Beyond this ratio of loc and scale the KL is the logarithm of the ratio plus a constant, to the last digit; smaller
+# scales are set to this bound, so that no square overflows, and pay the rest as a logarithm.
+_LARGEST_RATIO = 1e9
+
+
+class _NormalDivergence(torch.autograd.Function):
+    """KL of Normals from a `LogUniform`, elementwise; `loc` and `scale` have one shape."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(loc: Tensor, scale: Tensor) -> Tensor:
+        bounded, ratio = _bounded_ratio(loc, scale)
+        square = ratio.mul_(ratio)
+        share = (square + _SCALE).reciprocal_().mul_(square)
+        kl = _polynomial(_VALUE, share).mul_(share)
+        kl.add_(square.div_(_SCALE).log1p_(), alpha=0.5)
+        return kl.add_(bounded.div_(scale).log_())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        loc, scale = ctx.saved_tensors
+        bounded, ratio = _bounded_ratio(loc, scale)
+        weight = ratio / (ratio * ratio + _SCALE)
+        slope = grad * weight * _polynomial(_SLOPE, ratio * weight)  # along m
+        return slope / bounded, -slope * ratio / scale
+
+
+def _bounded_ratio(loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    bounded = torch.maximum(scale, loc.abs().div_(_LARGEST_RATIO))
+    return bounded, loc / bounded
+
+
+def _polynomial(coefficients: Sequence[float], share: Tensor) -> Tensor:
+    """Return a polynomial in 2 share - 1; in place, as memory takes the time, unless it is to be differentiated."""
+    x = 2 * share - 1
+    value = torch.full_like(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        value = value * x + coefficient if torch.is_grad_enabled() else value.mul_(x).add_(coefficient)
+    return value
+
+
+class Gated(TorchDistribution):
+    r"""Independent variables in an array, such as the weights of a layer, each counted in proportion to a gate.
+
+    $$\log q(w) = \sum_e g_e \log q_e(w_e) + (1 - g_e) \log r_e(w_e), \qquad
+    \mathrm{KL}(q \| r) = \sum_e g_e \mathrm{KL}(q_e \| r_e).$$
+
+    A weight between two units that a mask may drop follows the prior r where either is dropped, in guide and model
+    alike, so that it only costs when both are kept: g is the probability of that, and the KL above that of weights
+    given the mask, averaged over the mask. Such a guide serves a model with the prior alone, `Gated(r, event_shape)`.
+    As with Pyro's `mask`, a gated density is no normalised one, and sampling ignores the gate.
+
+    Shapes: base (...), broadcastable to event_shape; batch_shape (); the whole array is one event.
+
+    Args:
+        base: The law of the entries, with a univariate event.
+        event_shape: Shape of the array; that of `base` by default.
+        gate: Weights in [0, 1] that broadcast to `event_shape`; None counts every entry in full.
+        rest: The law r of what the gate leaves out, as for `base`; by default that counts nothing.
+        validate_args: Whether shapes and samples are checked.
+
+    Raises:
+        ValueError: If a law is not univariate, or it or the gate does not broadcast to the event.
+
+    Source: Cui et al., arXiv 2101.11353, section 4.2 (the KL of weights given the mask).
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Normal, kl_divergence
+        >>> prior = Normal(0.0, 1.0)
+        >>> q = Gated(Normal(torch.ones(2, 3), 1.0), gate=torch.tensor([1.0, 0.5, 0.0]), rest=prior)
+        >>> p = Gated(prior, torch.Size([2, 3]))
+        >>> kl_divergence(q, p)  # 1/2 for each entry, of which three count
+        tensor(1.5000)
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+
+    def __init__(
+        self,
+        base: Distribution,
+        event_shape: _size | None = None,
+        gate: Tensor | None = None,
+        rest: Distribution | None = None,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        shape = base.batch_shape if event_shape is None else torch.Size(event_shape)
+        shapes = {"base": base.batch_shape, "gate": () if gate is None else gate.shape}
+        for name, law in (("base", base), ("rest", rest)):
+            if law is not None and law.event_shape:
+                raise ValueError(f"Gated: argument `{name}` must be univariate; its event is {tuple(law.event_shape)}")
+        shapes["rest"] = () if rest is None else rest.batch_shape
+        for name, given in shapes.items():
+            try:
+                fits = torch.broadcast_shapes(given, shape) == shape
+            except RuntimeError:
+                fits = False
+            if not fits:
+                raise ValueError(
+                    f"Gated: argument `{name}` of shape {tuple(given)} does not broadcast to the event {tuple(shape)}"
+                )
+        # The base keeps its own, possibly smaller shape: the KL to a prior with one scale is then mostly sums.
+        self.base, self.gate, self.rest = base, gate, rest
+        super().__init__(torch.Size(), shape, validate_args=validate_args)
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether samples carry gradients: as in the base."""
+        return self.base.has_rsample
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The support of the base, for the whole array."""
+        return constraints.independent(self.base.support, len(self.event_shape))
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the base, shape batch_shape + event_shape."""
+        return self.base.mean.expand(self.batch_shape + self.event_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of the base, shape batch_shape + event_shape."""
+        return self.base.variance.expand(self.batch_shape + self.event_shape)
+
+    def _whole(self) -> Distribution:
+        return self.base.expand(self.batch_shape + self.event_shape)
+
+    def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
+        """Draw arrays with gradients, shape sample_shape + batch_shape + event_shape."""
+        return self._whole().rsample(sample_shape)
+
+    def sample(self, sample_shape: _size = torch.Size()) -> Tensor:
+        """Draw arrays, shape sample_shape + batch_shape + event_shape."""
+        return self._whole().sample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the gated sum of log-probabilities, shape value.shape without the event dimensions."""
+        if self._validate_args:
+            self._validate_sample(value)
+        shape = torch.broadcast_shapes(value.shape, self._extended_shape())
+        log_prob = self._sum(self.base.log_prob(value).expand(shape), self.gate)
+        if self.gate is None or self.rest is None:
+            return log_prob
+        return log_prob + self._sum(self.rest.log_prob(value).expand(shape), 1 - self.gate)
+
+    def _sum(self, terms: Tensor, gate: Tensor | None) -> Tensor:
+        terms = terms if gate is None else terms * gate
+        return terms.sum(list(range(-len(self.event_shape), 0))) if self.event_shape else terms
+
+    def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
+        """Return the same law with a larger batch shape; parameters are shared, not copied."""
+        batch_shape = torch.Size(batch_shape)
+        check_expandable(self, batch_shape)
+        new = self._get_checked_instance(type(self), _instance)
+        new.base, new.gate, new.rest = self.base, self.gate, self.rest
+        TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @classmethod
+    def infer_shapes(cls, **arg_shapes: Any) -> tuple[torch.Size, torch.Size]:
+        """Refuse: the shape of the array belongs to the base, which is no tensor."""
+        raise NotImplementedError("Gated has a distribution as argument, whose shapes cannot be inferred")
+
+    def __repr__(self) -> str:
+        return f"Gated({type(self.base).__name__}, {tuple(self.batch_shape + self.event_shape)})"
+
+
+@register_kl(Gated, Gated)
+def _kl_gated(q: Gated, p: Gated) -> Tensor:
+    """Return sum_e g_e KL(q_e || p_e), with the gate of q; not implemented where that of the bases is not."""
+    if q.event_shape != p.event_shape:
+        raise ValueError(f"KL of arrays of different shapes: {tuple(q.event_shape)} and {tuple(p.event_shape)}")
+    batch_shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+    if isinstance(q.base, Normal) and isinstance(p.base, Normal):
+        kl = _sum_of_normals(q, p.base)
+    else:
+        terms = kl_divergence(q.base, p.base)
+        kl = q._sum(terms.expand(torch.broadcast_shapes(terms.shape, q.event_shape)), q.gate)
+    return kl.expand(batch_shape)
+
+
+def _sum_of_normals(q: Gated, p: Normal) -> Tensor:
+    r"""Sum KL = (σ² + (μ - m)²) / 2s² - log σ + log s - 1/2 over an array."""
+    normal: Any = q.base
+    if q.gate is None and p.loc.numel() == 1 and p.scale.numel() == 1 and normal.batch_shape == q.event_shape:
+        # Each term summed by itself: fewer passes over the weights, of which a step of a large net consists.
+        if isinstance(normal, LogScaleNormal):
+            _, variances, logs = normal.variance_and_sums
+        else:
+            variances, logs = normal.variance.sum(), normal.scale.log().sum()
+        squares = variances + _SquaredDistance.apply(normal.loc, p.loc)
+        return (squares * (0.5 / p.scale.square()) - logs + q.event_shape.numel() * (p.scale.log() - 0.5)).reshape(())
+    logs = normal.log_scale if isinstance(normal, LogScaleNormal) else normal.scale.log()
+    terms = (normal.variance + (normal.loc - p.loc).square()) * (0.5 / p.scale.square())
+    terms = terms - logs + (p.scale.log() - 0.5)
+    return q._sum(terms.expand(torch.broadcast_shapes(terms.shape, q.event_shape)), q.gate)
+
+
+class _SquaredDistance(torch.autograd.Function):
+    """Σ (x - m)² for a single m, with one array in the backward pass where torch's operations take three."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, m: Tensor) -> Tensor:
+        return (x - m).pow_(2).sum()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, m = ctx.saved_tensors
+        grad_x = (x - m).mul_(2 * grad)
+        return grad_x, -grad_x.sum().reshape(m.shape) if ctx.needs_input_grad[1] else None

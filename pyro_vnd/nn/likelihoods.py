@@ -1,0 +1,36 @@
+"""Nested nets with a likelihood."""
+
+import pyro
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from pyro_vnd.nn.net import NestedNet
+
+__all__ = ["NestedClassifier"]
+
+
+class NestedClassifier(PyroModule):
+    r"""A nested net as the model of labels, $y_n \sim \mathrm{Categorical}(\mathrm{logits} = f(x_n))$.
+
+    Args:
+        net: The nested net; its outputs are logits, shape (N, C).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from pyro_vnd.nn import NestedClassifier, nest
+        >>> net = nest(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(1, 4), num_blocks=4)
+        >>> model, guide = NestedClassifier(net), net.guide
+    """
+
+    def __init__(self, net: NestedNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Run the model and return the logits."""
+        plate = pyro.plate("data", len(x), dim=-1)
+        logits = self.net(x, plate=plate)
+        with plate:
+            pyro.sample("label", pyro.distributions.Categorical(logits=logits), obs=y)
+        return logits

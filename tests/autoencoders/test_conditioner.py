@@ -1,0 +1,54 @@
+"""Each output of the conditioner sees the inputs before it and no others."""
+
+import pytest
+import torch
+from torch import nn
+
+from pyro_vnd.autoencoders import Conditioner
+
+
+def moved(num_units: int, **options) -> Conditioner:
+    """One whose last layer is no longer zero."""
+    torch.manual_seed(0)
+    conditioner = Conditioner(num_units, **options)
+    nn.init.normal_(conditioner.net[-1].weight)
+    nn.init.normal_(conditioner.net[-1].bias)
+    return conditioner
+
+
+@pytest.mark.parametrize(("num_units", "hidden"), [(6, (96, 96)), (6, (17,)), (2, (5, 3)), (3, ()), (20, (64, 32, 64))])
+def test_each_output_depends_on_all_inputs_before_it_and_on_nothing_else(num_units: int, hidden: tuple[int, ...]):
+    conditioner = moved(num_units, hidden=hidden)
+    for which in (0, 1):
+        jacobian = torch.autograd.functional.jacobian(lambda x, w=which: conditioner(x)[w], torch.randn(num_units) / 4)
+        assert torch.equal(jacobian.tril(-1) != 0, torch.ones(num_units, num_units).tril(-1) > 0)
+        assert (jacobian.triu() == 0).all()
+
+
+def test_it_starts_at_standard_normals():
+    loc, scale = Conditioner(5)(torch.randn(3, 2, 5))
+    assert torch.equal(loc, torch.zeros(3, 2, 5))
+    assert torch.equal(scale, torch.ones(3, 2, 5))
+
+
+def test_far_off_inputs_have_bounded_outputs():
+    conditioner = moved(8)
+    near, far = (conditioner(size * torch.randn(500, 8)) for size in (1, 1e6))
+    assert far[0].abs().max() < 3 * near[0].abs().max()
+    assert torch.isfinite(far[1]).all()
+    assert (far[1] > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_unit_and_no_rows(dtype: torch.dtype):
+    loc, scale = moved(1).to(dtype)(torch.randn(7, 1, dtype=dtype))
+    assert loc.dtype == dtype
+    assert (loc == loc[0]).all()
+    assert (scale == scale[0]).all()
+    assert Conditioner(4)(torch.zeros(0, 4))[0].shape == (0, 4)
+
+
+def test_sizes_are_checked():
+    for sizes in ((0,), (3, (0,)), (3, (4, -1))):
+        with pytest.raises(ValueError, match="Conditioner: arguments `num_units` and `hidden` must be positive; got "):
+            Conditioner(*sizes)

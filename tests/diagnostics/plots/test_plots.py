@@ -1,0 +1,95 @@
+"""Figures show the numbers they are given."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pyro
+import pytest
+import torch
+import xarray as xr
+from matplotlib.patches import Rectangle, StepPatch
+
+from pyro_vnd.diagnostics import plot_keep_probs, plot_length_posterior, to_arviz
+from pyro_vnd.diagnostics.posterior._arviz import dataset
+from pyro_vnd.distributions import OrderedMask
+
+K = 6
+
+
+def test_keep_probs_line_and_band():
+    law = OrderedMask.geometric(0.7, K)
+
+    def model():
+        with pyro.plate("data", 40):
+            pyro.sample("mask", law)
+
+    ax = plot_keep_probs(to_arviz(model, model, num_samples=400), ["mask"])
+    shown = ax.lines[0].get_ydata()
+    # Mean over 16,000 masks: standard error at most .004.
+    np.testing.assert_allclose(shown, law.keep_probs, atol=0.02)
+    corners = ax.collections[0].get_paths()[0].vertices
+    middle = corners[corners[:, 0] == 3][:, 1]
+    # 90 % of shares of 40 images: +- 1.64 sqrt(S (1 - S) / 40).
+    half = 1.64 * (law.variance[2].item() / 40) ** 0.5
+    assert middle.max() - middle.min() == pytest.approx(2 * half, rel=0.2)
+
+
+def test_keep_probs_uses_the_given_axes():
+    def model():
+        pyro.sample("mask", OrderedMask.uniform(K))
+
+    _, ax = plt.subplots()
+    assert plot_keep_probs(to_arviz(model, model, num_samples=5), ["mask"], ax=ax) is ax
+
+
+def masks(*laws):
+    """A model of a mask for each of 40 rows, one law a chain."""
+
+    def model(law):
+        def run():
+            with pyro.plate("data", 40):
+                pyro.sample("mask", law)
+
+        return run
+
+    return [model(law) for law in laws]
+
+
+def test_length_posterior_has_bars_crosses_and_the_prior():
+    short, long, prior = OrderedMask.geometric(0.3, K), OrderedMask.geometric(0.9, K), OrderedMask.uniform(K)
+    guides = masks(short, long)
+    data = to_arviz(masks(prior)[0], guides, num_samples=200, num_prior=200)
+    ax = plot_length_posterior(data, ["mask"])
+    # Shares of 8,000 masks have a standard error of at most .006.
+    bars = [bar.get_height() for bar in ax.patches if isinstance(bar, Rectangle)]
+    np.testing.assert_allclose(bars, (short.probs + long.probs) / 2, atol=0.02)
+    crosses = np.stack([line.get_ydata() for line in ax.lines])
+    np.testing.assert_allclose(crosses, torch.stack([short.probs, long.probs]), atol=0.03)
+    (steps,) = [patch for patch in ax.patches if isinstance(patch, StepPatch)]
+    np.testing.assert_allclose(steps.get_data().values, prior.probs, atol=0.03)
+    mean = data.posterior["mask_length"].mean().item()
+    labels = {text.get_text() for text in ax.get_legend().get_texts()}
+    assert labels == {"mask: prior", f"mask: mean {mean:.1f}, 90% in 1-6"}
+
+
+def test_length_posterior_of_one_fit_and_unknown_sites():
+    (model,) = masks(OrderedMask.uniform(K))
+    data = to_arviz(model, model, num_samples=50, num_prior=0, dims={"mask": ["component"]})  # another name of units
+    _, ax = plt.subplots()
+    assert plot_keep_probs(data, ["mask"]).lines[0].get_xdata().tolist() == [1, 2, 3, 4, 5, 6]
+    assert plot_length_posterior(data, ["mask"], ax=ax) is ax
+    assert not ax.lines  # one fit: no crosses
+    with pytest.raises(ValueError, match=r"`var_names` must be mask sites, \['mask'\]; got \['w'\]"):
+        plot_length_posterior(data, ["mask", "w"])
+
+
+def test_data_of_both_lines_of_arviz_give_the_same_figures():
+    (model,) = masks(OrderedMask.geometric(0.7, K))
+    data = to_arviz(model, model, num_samples=50)
+    groups = {name: dataset(data, name) for name in ("posterior", "prior", "sample_stats")}
+    tree = xr.DataTree.from_dict(groups)  # what ArviZ 1.x has; 0.x has classes of its own
+    for plot in (plot_keep_probs, plot_length_posterior):
+        first, second = plot(data, ["mask"]), plot(tree, ["mask"])
+        for one, other in zip(first.lines, second.lines, strict=True):
+            np.testing.assert_array_equal(one.get_ydata(), other.get_ydata())
+        assert len(first.patches) == len(second.patches)
+        assert len(first.patches) + len(first.lines) > 0

@@ -1,0 +1,247 @@
+"""Ranks are uniform where the posterior is right, whatever its ties, and are not where it is broken."""
+
+import sys
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+from pyro.infer import TraceEnum_ELBO
+from scipy import stats
+
+from pyro_vnd.diagnostics.posterior.sbc import rank_uniformity, sbc
+from pyro_vnd.distributions import NestedNormal, OrderedMask
+from pyro_vnd.infer import cosine_to_zero, fit
+
+D, N, L = 2, 3, 39
+UNIFORM, BROKEN = 0.01, 1e-4
+
+
+def means(num_rows, y=None):
+    """Conjugate: means ~ N(0, 1), rows ~ N(means, 1), so means | y ~ N(sum y / (N + 1), 1 / (N + 1))."""
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(D), 1.0).to_event(1))
+    with pyro.plate("data", num_rows):
+        pyro.sample("y", dist.Normal(mu, 1.0).to_event(1), obs=y)
+
+
+def posterior_of_means(shift=0.0, scale=1.0):
+    """Infer the means exactly, or off by so many standard deviations and so many times as wide."""
+
+    def infer(data):
+        sd = (N + 1) ** -0.5
+        law = dist.Normal(data["y"].sum(0) / (N + 1) + shift * sd, scale * sd).to_event(1)
+        return lambda num_rows, y: pyro.sample("mu", law)
+
+    return infer
+
+
+def ranks_of_means(infer, **arguments):
+    arguments = {"num_posterior": L, "progress": False, "log_likelihood": False, **arguments}
+    return sbc(means, infer, N, observed="y", **arguments)
+
+
+def p_values(ranks):
+    return rank_uniformity(ranks).to_array()
+
+
+def test_the_exact_posterior_is_calibrated():
+    ranks = ranks_of_means(posterior_of_means(), log_likelihood=True)
+    assert set(ranks.data_vars) == {"mu", "log_likelihood"}
+    assert ranks["mu"].dims == ("simulation", "mu_dim_0")
+    assert (ranks["mu"] >= 0).all()
+    assert (ranks["mu"] <= L).all()
+    assert {ranks["mu"].min().item(), ranks["mu"].max().item()} == {0, L}
+    assert (p_values(ranks) > UNIFORM).all()
+
+
+@pytest.mark.parametrize("error", [{"scale": 0.5}, {"scale": 2.0}, {"shift": 0.5}], ids=str)
+def test_power_a_broken_posterior_is_not(error):
+    assert (p_values(ranks_of_means(posterior_of_means(**error))) < BROKEN).all()
+
+
+def test_a_posterior_that_ignores_the_data_fails_for_the_likelihood_only():
+    def infer(data):
+        return {"mu": torch.randn(L, D)}
+
+    tests = rank_uniformity(ranks_of_means(infer, log_likelihood=True))
+    assert (tests["mu"] > UNIFORM).all()
+    assert tests["log_likelihood"] < BROKEN
+
+
+K = 3
+NOISE = 2.0
+LENGTHS = torch.arange(1.0, K + 1, dtype=torch.float64)
+
+
+def lengths(y=None):
+    mask = pyro.sample("mask", OrderedMask(logits=torch.tensor([0.5, 0.2, 0.0])))
+    with pyro.plate("data", N):
+        pyro.sample("y", dist.Normal(mask.sum(-1), NOISE), obs=y)
+
+
+class FreeLaw(pyro.nn.PyroModule):
+    """A guide whose family has the posterior, which enumeration finds without noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.zeros(K))
+
+    def forward(self, y):
+        return pyro.sample("mask", OrderedMask(logits=self.logits), infer={"enumerate": "parallel"})
+
+
+def fitted_law(data):
+    guide = FreeLaw()
+    fit(
+        lengths,
+        guide,
+        data["y"],
+        num_epochs=12,
+        lr=4.0,
+        optimizer=torch.optim.SGD,
+        lr_schedule=cosine_to_zero(),
+        elbo=TraceEnum_ELBO(max_plate_nesting=1),
+        progress=False,
+    )
+    return guide
+
+
+def enumerated(data):
+    """The posterior of the length: its prior times its evidence."""
+    prior = torch.tensor([0.5, 0.2, 0.0]).log_softmax(-1)
+    return (prior + dist.Normal(LENGTHS, NOISE).log_prob(data["y"][:, None]).sum(0)).softmax(-1)
+
+
+def ranks_of_lengths(infer, num_simulations=200):
+    return sbc(
+        lengths,
+        infer,
+        observed=["y"],
+        num_simulations=num_simulations,
+        num_posterior=L,
+        log_likelihood=False,
+        progress=False,
+    )
+
+
+def drawn_from(law):
+    """Infer by draws of the posterior, of whose lengths the probabilities go through a function."""
+    return lambda data: {"mask": OrderedMask(probs=law(enumerated(data))).sample((L,))}
+
+
+def test_svi_of_an_ordered_mask_is_calibrated():
+    guides = []
+
+    def infer(data):
+        guides.append((fitted_law(data), enumerated(data)))
+        return guides[-1][0]
+
+    ranks = ranks_of_lengths(infer, num_simulations=150)
+    assert list(ranks.data_vars) == ["mask_length"]
+    errors = [(guide.logits.softmax(-1) - exact).abs().sum().item() / 2 for guide, exact in guides]
+    assert max(errors) < 0.05  # it is SVI that is tested, and it has found the posterior
+    assert rank_uniformity(ranks)["mask_length"] > UNIFORM
+
+
+@pytest.mark.parametrize("name", ["reversed", "narrow"])
+def test_power_a_broken_law_of_lengths_is_not(name):
+    law = {"reversed": lambda p: p.flip(-1), "narrow": lambda p: (8 * p.log()).softmax(-1)}[name]
+    assert rank_uniformity(ranks_of_lengths(drawn_from(law)))["mask_length"] < BROKEN
+
+
+def test_ties_are_broken_at_random(monkeypatch):
+    ranks = ranks_of_lengths(drawn_from(lambda p: p))
+    assert rank_uniformity(ranks)["mask_length"] > UNIFORM
+    module = sys.modules[sbc.__module__]
+    for ties_above in (lambda truth, draws: (draws < truth).sum(0), lambda truth, draws: (draws <= truth).sum(0)):
+        monkeypatch.setattr(module, "_ranks", ties_above)
+        assert rank_uniformity(ranks_of_lengths(drawn_from(lambda p: p)))["mask_length"] < BROKEN
+
+
+def test_nested_normals_and_plates_have_ranks_of_all_that_they_draw():
+    def model(num_rows, y=None):
+        with pyro.plate("data", num_rows):
+            code = pyro.sample("code", NestedNormal(torch.zeros(K), torch.ones(K), torch.zeros(K)))
+            pyro.sample("y", dist.Normal(code.sum(-1), 100.0), obs=y)
+
+    def infer(data):  # next to nothing is learned from the data
+        return lambda num_rows, y: model(num_rows, y)
+
+    options = {"num_simulations": 100, "num_posterior": 19, "log_likelihood": False, "progress": False}
+    ranks = sbc(model, infer, 2, observed="y", **options)
+    assert ranks["code"].dims == ("simulation", "data", "code_dim_1")
+    assert ranks["code_length"].dims == ("simulation", "data")
+    assert ranks.sizes == {"simulation": 100, "data": 2, "code_dim_1": K}
+    assert ranks.attrs == {"num_posterior": 19}
+    assert float(p_values(ranks).min()) > UNIFORM / 8  # of eight numbers
+
+
+def test_seeds_of_the_inference_do_not_repeat_simulations():
+    seen = []
+
+    def infer(data):
+        torch.manual_seed(0)
+        seen.append(data["y"])
+        return posterior_of_means()(data)
+
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    ranks = ranks_of_means(infer)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len({y[0, 0].item() for y in seen}) == 200
+    assert (p_values(ranks) > UNIFORM).all()
+    few, again, others = (ranks_of_means(infer, num_simulations=10, seed=seed) for seed in (0, 0, 1))
+    xr.testing.assert_identical(few, again)
+    assert not few.equals(others)
+
+
+def test_uniformity_is_pearsons_test():
+    values = np.random.default_rng(0).integers(0, 100, size=(300, 2))
+    ranks = xr.Dataset({"a": (("simulation", "d"), values)}, attrs={"num_posterior": 99})
+    for num_bins in (10, 7):  # the second has bins of 14 and 15 ranks
+        bins = np.arange(100) * num_bins // 100
+        for column, p in enumerate(rank_uniformity(ranks, num_bins)["a"].values):
+            counts = np.bincount(bins[values[:, column]], minlength=num_bins)
+            assert p == pytest.approx(stats.chisquare(counts, 3 * np.bincount(bins)).pvalue, rel=1e-10)
+    assert rank_uniformity(ranks)["a"].dims == ("d",)
+    # Its p-values are uniform themselves.
+    many = np.random.default_rng(1).integers(0, 100, size=(200, 1000))
+    p = rank_uniformity(xr.Dataset({"a": (("simulation", "d"), many)}, attrs={"num_posterior": 99}))["a"]
+    assert stats.kstest(p, "uniform").pvalue > 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_simulations": 0}, "`num_simulations` must be at least 1; got 0"),
+        ({"num_posterior": 0}, "`num_posterior` must be at least 1; got 0"),
+        ({"observed": "x"}, r"`observed` must be of what the model draws, \['mu', 'y'\]; got \['x'\]"),
+        ({"infer": lambda data: {}}, r"`infer` must give 39 draws of sites among \['mu'\]; got \{\}"),
+        ({"infer": lambda data: {"mu": torch.zeros(5, D)}}, r"must give 39 draws .*got \{'mu': \(5, 2\)\}"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    infer = arguments.pop("infer", posterior_of_means())
+    arguments = {"observed": "y", "num_posterior": L, "progress": False, **arguments}
+    with pytest.raises(ValueError, match=message):
+        sbc(means, infer, N, **arguments)
+
+
+def test_what_is_summed_out_has_no_rank():
+    def model(y=None):
+        mask = pyro.sample("mask", OrderedMask.uniform(K))
+        mu = pyro.sample("mu", dist.Normal(mask.sum(-1), 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    arguments = {"observed": "y", "num_simulations": 2, "num_posterior": L, "progress": False}
+    assert list(sbc(model, lambda data: {"mu": torch.zeros(L)}, log_likelihood=False, **arguments)) == ["mu"]
+    with pytest.raises(ValueError, match=r"`log_likelihood` must be False .*\['mask'\] are not"):
+        sbc(model, lambda data: {"mu": torch.zeros(L)}, **arguments)
+
+
+def test_bins_are_checked():
+    ranks = ranks_of_means(posterior_of_means(), num_simulations=5)
+    with pytest.raises(ValueError, match=r"`num_bins` must be from 2 to 40; got 41"):
+        rank_uniformity(ranks, 41)

@@ -1,0 +1,245 @@
+"""What stays whole, what cannot be followed, and that the net stays as it was."""
+
+import copy
+
+import pytest
+import torch
+from channel_nets import Net, conv, lenet, mlp, resnet, vgg
+from torch import nn
+from torch.nn import functional as F
+
+from pyro_vnd.nn.tracing.groups import channel_groups
+from pyro_vnd.nn.tracing.interpreter import rule
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (lambda net, x: net.b(net.a(x).view(-1, 36)), "fixed sizes"),
+        (lambda net, x: net.b(net.a(x).view(2, 4, 9).flatten(1)), "fixed sizes"),
+        (lambda net, x: net.b(net.a(x).softmax(1).flatten(1)), "mixes channels"),
+        (lambda net, x: net.b((net.a(x) + net.position).flatten(1)), "cannot be cut"),
+        (lambda net, x: net.b((net.a(x) - net.a(x).mean(1, keepdim=True)).flatten(1)), "reduces over"),
+        (lambda net, x: net.b((net.a(x) + x.expand(-1, 4, -1, -1)).flatten(1)), "cannot be cut"),
+        (lambda net, x: net.b(halves_swapped(net.a(x)).flatten(1)), "takes channels apart"),
+        (lambda net, x: net.b(net.a(x)[:, [1, 0, 2, 3]].flatten(1)), "out of order"),
+        (lambda net, x: net.b(channel_shuffle(net.a(x)).flatten(1)), "out of order"),
+        (lambda net, x: net.b((net.a(x) / net.a(x).shape[1]).flatten(1)), "number of channels"),
+        (lambda net, x: net.b(net.a(x).mul_(x.new_ones(net.a(x).size(1), 1, 1)).flatten(1)), "number of channels"),
+        (lambda net, x: net.b(net.a(x).flatten(2).transpose(1, 2).cumsum(-1).flatten(1)), "mixes channels"),
+        (lambda net, x: net.b((net.a(x).flatten(2) @ torch.eye(9)).flatten(1) @ torch.eye(36)), "sums over channels"),
+        (lambda net, x: net.b(F.pad(net.a(x)[:, :, 1:], (0, 0, 1, 0, 1, -1)).flatten(1)), "pads channels"),
+    ],
+)
+def test_what_leaves_channels_whole(body, why):
+    net = Net(lambda net, x: net.c(torch.relu(body(net, x))), a=conv(1, 4), b=nn.Linear(36, 5), c=nn.Linear(5, 2))
+    net.position = nn.Parameter(torch.zeros(4, 1, 1))
+    groups = channel_groups(net, torch.randn(2, 1, 3, 3))
+    assert groups.names == ("b",)
+    assert why in groups.whole["a"]
+
+
+def halves_swapped(x):
+    first, second = x.chunk(2, 1)
+    return torch.cat([second, first], 1)
+
+
+def channel_shuffle(x):
+    return x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+
+
+def test_a_size_read_from_another_tensor_holds_both():
+    def forward(net, x):
+        a, b = net.a(x), net.b(x)
+        return net.c(net.a(x).flatten(1)) + net.c(b.reshape(b.shape[0], a.shape[1] * 9)) + net.d(x.flatten(1))
+
+    d = nn.Sequential(nn.Linear(9, 5), nn.ReLU(), nn.Linear(5, 2))
+    net = Net(forward, a=conv(1, 4), b=conv(1, 4), c=nn.Linear(36, 2), d=d)
+    groups = channel_groups(net, torch.randn(2, 1, 3, 3))
+    assert groups.names == ("d.0",)
+    assert "`reshape`" in groups.whole["a"]
+
+
+def test_one_channel_in_the_batch_does_not_hide_the_axis():
+    net, x = lenet()
+    assert channel_groups(net, x[:1]) == channel_groups(net, x)
+
+
+def test_layers_that_share_weights_stay_whole():
+    def build(tie):
+        net = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 2))
+        if tie:
+            net[4].weight = net[2].weight
+        return net
+
+    assert channel_groups(build(False), torch.randn(2, 3)).names == ("0", "2", "4")
+    with pytest.raises(ValueError, match="`0`: `2` shares its weights"):
+        channel_groups(build(True), torch.randn(2, 3))
+
+
+def test_weights_read_by_the_net_stay_whole():
+    layers = {"a": nn.Linear(3, 6), "b": nn.Linear(6, 5), "c": nn.Linear(5, 2)}
+    net = Net(lambda net, x: net.c(net.b(net.a(x)).relu()) + net.a.bias.sum(), **layers)
+    groups = channel_groups(net, torch.randn(2, 3))
+    assert groups.names == ("b",)
+    assert groups.whole["a"] == "`a` shares its weights"
+
+
+def test_arguments_left_out_keep_their_defaults():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x, mask=None, *, scale=1.0):
+            h = self.a(x) * scale
+            if mask is not None:
+                h = h * mask
+            return self.b(h)
+
+    x = torch.randn(2, 3)
+    assert channel_groups(Masked(), x).names == ("a",)
+    with pytest.raises(ValueError, match=r"`a`: `mul`.* cannot be cut"):
+        channel_groups(Masked(), (x, torch.ones(6)))
+
+
+def test_any_number_of_arguments():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, first, *others, **options):
+            return self.b(sum((self.a(x) for x in others), self.a(first)).relu())
+
+    x = torch.randn(2, 3)
+    for count in (1, 3):
+        assert channel_groups(Sum(), (x,) * count).names == ("a",)
+    with pytest.raises(ValueError, match="`example_input` has 2 arguments; the net takes 1"):
+        channel_groups(mlp()[0], (x, x))
+
+
+def test_a_new_rule_takes_three_lines():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return x * self.scale if x.sum() > 0 else x
+
+    net, x = around(Scale()), torch.randn(2, 3)
+    with pytest.raises(ValueError, match="`part`"):
+        channel_groups(net, x)
+
+    @rule(Scale)
+    def same(call):
+        return call.axes()
+
+    assert channel_groups(net, x).names == ("a", "b")
+
+
+def test_net_is_left_as_it_was():
+    net, x = vgg()
+    net.train()
+    net[1].eval()
+    before, flags = copy.deepcopy(net.state_dict()), [module.training for module in net.modules()]
+    attributes, random_state, original = set(vars(net)), torch.get_rng_state(), x.clone()
+    channel_groups(nn.Sequential(nn.ReLU(inplace=True), net, Net(lambda net, x: F.dropout(x) + torch.ones(1))), x)
+    torch.testing.assert_close(net.state_dict(), before, atol=0, rtol=0)
+    assert flags == [module.training for module in net.modules()]
+    assert set(vars(net)) == attributes
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.equal(x, original)
+
+
+def test_constants_of_the_trace_are_removed():
+    net = Net(lambda net, x: net.b(net.a(x)) + torch.arange(2), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    before = dict(vars(net))
+    channel_groups(net, torch.randn(2, 3))
+    assert vars(net) == before
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.layer(x) if x.sum() > 0 else x
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(6, 6)
+
+    def forward(self, x):
+        return self.gru(x)[0]
+
+
+def around(part):
+    layers = {"part": part, "b": nn.Linear(6, 5), "c": nn.Linear(5, 2)}
+    return Net(lambda net, x: net.c(net.b(net.part(net.a(x))).tanh()), a=nn.Linear(3, 6), **layers)
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(6, 6))
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+@pytest.mark.parametrize(
+    ("part", "culprit", "message"),
+    [
+        (Branching, "part", r"torch.fx cannot trace `part` \(Branching\): symbolically traced variables"),
+        (lambda: nn.Sequential(Branching()), "part.0", r"torch.fx cannot trace `part.0` \(Branching\)"),
+        (Recurrent, "part.gru", r"cannot follow channels through `GRU` \(node `part_gru` in `part.gru`\)"),
+        (Functional, "part", r"cannot follow channels through `linear` \(node `linear` in `part`\)"),
+        (lambda: Net(lambda net, x: torch.linalg.inv(x)), "part", r"`linalg_inv` \(node `linalg_inv` in `part`\)"),
+        (lambda: Net(lambda net, x: x.unsqueeze_(0)), "part", r"`unsqueeze_` \(node `unsqueeze_` in `part`\)"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), "part", "`ParametrizedLinear`"),
+    ],
+)
+def test_what_cannot_be_followed_is_named_and_can_be_excluded(part, culprit, message):
+    net, x = around(part()), torch.randn(6, 3)
+    with pytest.raises(ValueError, match=message) as caught:
+        channel_groups(net, x)
+    assert f'exclude=["{culprit}"]' in str(caught.value)
+    for name in {culprit, "part"}:
+        groups = channel_groups(net, x, exclude=[name])
+        assert groups.names == ("b",)
+        assert list(groups.layers) == ["a", "b", "c"]
+        assert "is excluded" in groups.whole["a"]
+
+
+def test_layers_of_an_excluded_module_are_left_alone():
+    net, x = resnet()
+    groups = channel_groups(net, x, exclude=["blocks.2", "blocks.3.conv1"])
+    assert groups.names == ("blocks.0.conv1", "blocks.1.conv1")  # the second stage adds to what is excluded
+    assert not any(name.startswith("blocks.2") for name in groups.layers)
+
+
+def test_bad_arguments():
+    net, x = mlp()
+    with pytest.raises(ValueError, match=r"`exclude`: the net has no module 'block.2'; close are \['blocks.2'"):
+        channel_groups(resnet()[0], x, exclude=["block.2"])
+    with pytest.raises(ValueError, match="must be a list of names; got the string '0'"):
+        channel_groups(net, x, exclude="0")
+    with pytest.raises(ValueError, match="`example_input` must be a tensor or a tuple with one; got list"):
+        channel_groups(net, [x])
+    with pytest.raises(ValueError, match=r"run the net once before; `weight` has no shape yet"):
+        channel_groups(nn.LazyLinear(3), x)
+
+
+def test_a_net_that_has_nothing_to_cut_says_why():
+    net = nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 4), nn.Softmax(-1), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="no channels of the net can be cut") as caught:
+        channel_groups(net, torch.randn(2, 3))
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.split(":")[0] for line in lines] == ["- `0`", "- `1`", "- `3`"]
+    assert "`Softmax`" in lines[1]
+    assert "the net's output" in lines[2]
