@@ -1,11 +1,30 @@
-"""What we use of torch and Pyro that they do not promise."""
+"""What we use of torch and Pyro that they do not promise.
 
-from collections.abc import Mapping
+Beside what is here we override or call protected methods and attributes of base classes of Pyro:
+
+- `AutoGuide._setup_prototype`, `_create_plates`, `_prototype_frames`, `prototype_trace` (`AutoNested`);
+- `ELBO._get_traces`, `_get_trace`, `TraceMeanField_ELBO._differentiable_loss_particle` (`NestedELBO`);
+- the keys `_enumerate_dim` and `enumerate` of `infer` in the message of a site (`fit`, `AutoNested`).
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement as check_mean_field_requirement
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-__all__ = ["recall", "remember", "replace_modules"]
+__all__ = [
+    "QuietModule",
+    "check_mean_field_requirement",
+    "give_local_params",
+    "quiet_lookups",
+    "recall",
+    "remember",
+    "replace_modules",
+]
 
 
 def remember(value: Tensor, making: Any) -> Tensor:
@@ -35,3 +54,42 @@ def replace_modules(net: nn.Module, replacements: Mapping[nn.Module, nn.Module])
             if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
     return replacements.get(net, net)
+
+
+def give_local_params(module: PyroModule) -> None:
+    """Give a module the store of its own parameters that Pyro gives modules made under `module_local_params`.
+
+    Breaks if the store moves from `PyroModule._pyro_context.param_state`.
+    """
+    if not hasattr(module._pyro_context, "param_state"):
+        module._pyro_context.param_state = {"params": {}, "constraints": {}}
+
+
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+
+
+@contextmanager
+def quiet_lookups() -> Iterator[None]:
+    """Run a block in which a `QuietModule` hands out the plain modules it holds without a word to Pyro."""
+    token = _quiet.set(True)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
+
+
+class QuietModule(PyroModule):
+    """A `PyroModule` that can keep quiet about the parameters of the plain modules it holds.
+
+    Whenever a plain module is looked up, `PyroModule.__getattr__` sends a message about each of its parameters through
+    all handlers: that is how `SVI` gets to know them. It takes as long as a small layer, and `fit` has them already.
+
+    Breaks if a `PyroModule` keeps plain modules elsewhere than in `_modules`.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if _quiet.get():
+            module = self.__dict__.get("_modules", {}).get(name)
+            if module is not None and not isinstance(module, PyroModule):
+                return module
+        return super().__getattr__(name)

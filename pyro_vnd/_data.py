@@ -1,11 +1,12 @@
 """Data as every function of the library takes them: a tensor, a tuple of tensors, or a mapping of keyword arguments."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
-__all__ = ["Data", "as_arguments"]
+__all__ = ["Data", "as_arguments", "check_rows", "map_parts", "named_parts", "num_rows", "shapes", "split_rows"]
 
 Data: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -29,3 +30,89 @@ def as_arguments(data: Data) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(data, Mapping):
         return (), dict(data)
     return (tuple(data), {}) if isinstance(data, tuple | list) else ((data,), {})
+
+
+def named_parts(data: Data, name: str = "data") -> dict[str, Any]:
+    """Return the parts of data by the words in which an error speaks of them.
+
+    Args:
+        data: The data.
+        name: Name of the argument.
+
+    Returns:
+        The parts in order.
+
+    Example:
+        >>> list(named_parts({"x": 1.0, "y": 2.0})), list(named_parts((1.0, 2.0))), list(named_parts(1.0, "images"))
+        (["data['x']", "data['y']"], ['data[0]', 'data[1]'], ['images'])
+    """
+    if isinstance(data, Mapping):
+        return {f"{name}[{key!r}]": part for key, part in data.items()}
+    if isinstance(data, tuple | list):
+        return {f"{name}[{i}]": part for i, part in enumerate(data)}
+    return {name: data}
+
+
+def map_parts(function: Callable[[Any], Any], data: Data) -> Data:
+    """Apply a function to each part of data; a tuple or list becomes a tuple, a mapping a dict.
+
+    Example:
+        >>> map_parts(len, {"x": [1, 2], "y": [3]})
+        {'x': 2, 'y': 1}
+    """
+    if isinstance(data, Mapping):
+        return {key: function(part) for key, part in data.items()}
+    return tuple(map(function, data)) if isinstance(data, tuple | list) else function(data)
+
+
+def shapes(data: Data) -> list[Any] | dict[str, Any]:
+    """Return the shapes of tensors, by name if they have one; of anything else the name of its type."""
+    args, kwargs = as_arguments(data)
+    found = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in (*args, *kwargs.values())]
+    return dict(zip(kwargs, found, strict=True)) if kwargs else found
+
+
+def num_rows(data: Data) -> int:
+    """Return the number of rows, of data that passed `check_rows`."""
+    return len(next(iter(named_parts(data).values())))
+
+
+def split_rows(data: Data, batch_size: int) -> Iterator[Data]:
+    """Yield data in batches of neighbouring rows; the last one may have fewer.
+
+    Example:
+        >>> import torch
+        >>> [batch["x"].tolist() for batch in split_rows({"x": torch.arange(3)}, 2)]
+        [[0, 1], [2]]
+    """
+    for start in range(0, num_rows(data), batch_size):
+        yield map_parts(lambda x, start=start: x[start : start + batch_size], data)  # type: ignore[misc]
+
+
+def check_rows(caller: str, data: Data, name: str = "data") -> None:
+    """Check that data are tensors with the same number of rows, all of them finite.
+
+    Args:
+        caller: The function that was given the data.
+        data: The data; anything else is refused before it is read.
+        name: Name of the argument.
+
+    Raises:
+        ValueError: If they are no such data.
+    """
+    expected = "a tensor, a tuple of tensors, or a mapping from names of arguments to tensors"
+    if not isinstance(data, Tensor | tuple | list | Mapping):
+        raise ValueError(f"{caller}: argument `{name}` must be {expected}; got {type(data).__name__}")
+    if isinstance(data, Mapping) and not all(isinstance(key, str) for key in data):
+        raise ValueError(f"{caller}: argument `{name}` must be {expected}; got the keys {list(data)}")
+    for part, rows in named_parts(data, name).items():
+        if not isinstance(rows, Tensor) or rows.dim() == 0:
+            got = "a tensor without rows" if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(f"{caller}: argument `{part}` must be a tensor with rows; got {got}")
+        if rows.is_floating_point() and not torch.isfinite(rows).all():
+            raise ValueError(f"{caller}: argument `{part}` of shape {tuple(rows.shape)} must be finite; got NaN or inf")
+    counts = {len(rows) for rows in named_parts(data).values()}
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(
+            f"{caller}: argument `{name}` must be tensors with the same number of rows, at least 1; got {shapes(data)}"
+        )

@@ -7,9 +7,9 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_vnd._compat import QuietModule
 from pyro_vnd.autoencoders.bodies import Bodies, mlp_bodies
 from pyro_vnd.autoencoders.codes import CodeDecoder, CodeEncoder, LengthPosterior, Tail, check_lengths
 from pyro_vnd.autoencoders.likelihoods import GaussianLikelihood, ImageCheck, Likelihood
@@ -18,7 +18,7 @@ from pyro_vnd.distributions import NestedLaw, NestedNormal, OrderedMask
 __all__ = ["EncoderGuide", "OrderedAutoencoder"]
 
 
-class OrderedAutoencoder(PyroModule):
+class OrderedAutoencoder(QuietModule):
     r"""Autoencoder whose code can be cut at any length.
 
     $$L \sim p, \qquad z_i \sim N(0, 1) \text{ for } i \le L, \text{ else } 0, \qquad x \sim p(x \mid f(z, L)).$$
@@ -215,7 +215,7 @@ class OrderedAutoencoder(PyroModule):
         return lengths
 
 
-class EncoderGuide(PyroModule):
+class EncoderGuide(QuietModule):
     """Amortised guide of an autoencoder.
 
     Args:

@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 from torch.nn.functional import one_hot
 
+from pyro_vnd._compat import QuietModule
 from pyro_vnd.autoencoders.base import OrderedAutoencoder
 from pyro_vnd.autoencoders.bodies import Bodies, check_sizes, mlp_bodies
 from pyro_vnd.autoencoders.codes import LengthPosterior, Tail
@@ -266,7 +266,7 @@ class OrderedVQVAE(OrderedAutoencoder):
         return self.blocks.flat(over_vectors * nn.functional.embedding(index, self.quantiser.codebook))
 
 
-class TokenGuide(PyroModule):
+class TokenGuide(QuietModule):
     """Amortised guide of a vector-quantised autoencoder.
 
     Args:

@@ -10,7 +10,6 @@ from pyro import poutine
 from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
-from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement
 from pyro.infer.util import check_fully_reparametrized, is_validation_enabled, torch_item
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.util import prune_subsample_sites
@@ -18,10 +17,10 @@ from pyro.util import check_if_enumerated, check_model_guide_match, check_site_s
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vnd._compat import recall
-from pyro_vnd.distributions import NestedLaw, NestedNormal
+from pyro_vnd._compat import check_mean_field_requirement, recall
+from pyro_vnd.distributions import NestedLaw, NestedNormal, OrderedMask
 from pyro_vnd.distributions.kl import kl_parts
-from pyro_vnd.distributions.nested import innermost
+from pyro_vnd.distributions.nested import find_mask, innermost
 
 __all__ = ["NestedELBO"]
 
@@ -40,13 +39,15 @@ class NestedELBO(TraceMeanField_ELBO):
     the chain rule an unbiased estimate with less variance than a score.
     Latents must be reparameterised, and none may depend in the model on one that comes after it in the guide.
 
-    A weight $w_i$ other than one is read from the site: `infer={"kl_weight": w}`; that of the lengths of a
-    `NestedNormal`, whose KL has two terms, from `infer={"length_weight": w}`.
+    A weight $w_i$ other than one is read from the site of the guide: `infer={"kl_weight": w}`. A mask, and the lengths
+    of a `NestedNormal`, whose KL has two terms, may have one of their own, `infer={"length_weight": w}`. Under `fit`
+    the weights of a site are multiplied by those of the fit.
 
     Attributes:
         log_likelihood: Score of the observed sites in the last evaluation, its mean over the particles; detached.
         kl: KL of each latent in it, by site, without the weights; detached.
-        kl_lengths: The part of it that is for the lengths of a `NestedNormal`, by site, without the weights; detached.
+        kl_lengths: The part of it that is for lengths, by site, without the weights: all of it for a mask, one term for
+            a `NestedNormal`; detached.
 
     Args:
         *args: As those of `pyro.infer.ELBO`: `num_particles`, `vectorize_particles` and so on.
@@ -113,7 +114,7 @@ class NestedELBO(TraceMeanField_ELBO):
             for trace in (model_trace, guide_trace):
                 self._check_shapes(trace)
             check_if_enumerated(guide_trace)
-            _check_mean_field_requirement(model_trace, guide_trace)
+            check_mean_field_requirement(model_trace, guide_trace)
         return model_trace, guide_trace
 
     def _check_shapes(self, trace: Any) -> None:
@@ -149,7 +150,7 @@ class NestedELBO(TraceMeanField_ELBO):
             if is_validation_enabled():
                 check_fully_reparametrized(guide_site)
             kl = guide_site["score_parts"].entropy_term.sum()
-            parts = {"kl_weight": kl if model_site is None else kl - model_site["log_prob_sum"]}
+            parts = {_weight_of(guide_site["fn"]): kl if model_site is None else kl - model_site["log_prob_sum"]}
         for record, keys in ((self.kl, parts), (self.kl_lengths, {"length_weight"} & parts.keys())):
             for key in keys:
                 part = self._mean(parts[key].detach())
@@ -200,4 +201,8 @@ def _kl_terms(q: Any, p: Any, value: Any) -> dict[str, Any]:
             # By the chain rule: each coordinate's divergence given the draws of those before it.
             q, p = q.given(value), p.given(value)
         return dict(zip(("length_weight", "kl_weight"), kl_parts(q, p), strict=True))
-    return {"kl_weight": kl_divergence(q, p)}
+    return {_weight_of(q): kl_divergence(q, p)}
+
+
+def _weight_of(law: Any) -> str:
+    return "length_weight" if isinstance(find_mask(law), OrderedMask) else "kl_weight"

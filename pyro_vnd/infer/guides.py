@@ -1,6 +1,6 @@
 """An automatic guide for models with ordered masks, and parameters that belong to their modules."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from typing import Any, Literal, cast
@@ -15,11 +15,12 @@ from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_vnd._compat import give_local_params
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
 from pyro_vnd.distributions.nested import find_mask
+from pyro_vnd.infer.result import LengthSummary
 
-__all__ = ["AutoNested", "module_local_params", "quiet_nets"]
-
+__all__ = ["AutoMask", "AutoNested", "module_local_params"]
 
 Noise = Literal["logistic", "gumbel"]
 
@@ -100,8 +101,9 @@ class AutoNested(AutoGuideList):
     def _append_masks(self, names: list[str]) -> None:
         for name in names:
             self.append(
-                _AutoMask(
+                AutoMask(
                     self._only([name]),
+                    name,
                     self._noise if isinstance(self._noise, str) else self._noise.get(name, "logistic"),
                     self._temperature.get(name, 0.2) if isinstance(self._temperature, Mapping) else self._temperature,
                     self._shared_plates,
@@ -126,23 +128,51 @@ class AutoNested(AutoGuideList):
     @property
     def laws(self) -> dict[str, OrderedMask]:
         """The learned law of each mask site, by name and without gradient; empty before the first call."""
-        return {part.site_name: part.law() for part in self if isinstance(part, _AutoMask)}
+        return {part.site_name: part.law() for part in self if isinstance(part, AutoMask)}
+
+    def __bool__(self) -> bool:
+        """A guide is true, also before its first call, when it has no parts yet."""
+        return True
+
+    def __repr__(self) -> str:
+        parts: list[Any] = [*self] or [self]
+        return f"AutoNested({_some([_describe(part) for part in parts], '; ')})"
 
 
-class _AutoMask(AutoGuide):
+def _describe(part: AutoGuide) -> str:
+    prototype: Any = part.prototype_trace
+    if prototype is None:
+        return "not called yet"
+    if isinstance(part, AutoMask):
+        return f"{part.site_name}: {LengthSummary.of(part.law())}"
+    return f"{_some(dict(prototype.iter_stochastic_nodes()))}: {type(part).__name__}"
+
+
+def _some(names: Collection[str], separator: str = ", ") -> str:
+    """Name the first ten."""
+    more = [f"and {len(names) - 10} more"] if len(names) > 10 else []
+    return separator.join([*list(names)[:10], *more])
+
+
+class AutoMask(AutoGuide):
     """Straight-through or enumerated mask with learned logits for the one mask site of a model."""
 
     def __init__(
-        self, model: Callable[..., Any], noise: Noise, temperature: float, shared_plates: tuple[str, ...]
+        self,
+        model: Callable[..., Any],
+        site_name: str,
+        noise: Noise,
+        temperature: float,
+        shared_plates: tuple[str, ...],
     ) -> None:
         super().__init__(model)
-        self.noise, self.temperature, self.shared_plates = noise, temperature, shared_plates
-        self.site_name = ""
+        self.site_name, self.noise, self.temperature = site_name, noise, temperature
+        self.shared_plates = shared_plates
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
         prototype: Any = self.prototype_trace
-        ((self.site_name, site),) = prototype.iter_stochastic_nodes()
+        site = prototype.nodes[self.site_name]
         prior: Any = find_mask(site["fn"])
         event_dim = site["fn"].event_dim
         self._frames, self._extra_dims = site["cond_indep_stack"], event_dim - 1
@@ -222,43 +252,10 @@ def module_local_params(*modules: Any) -> Iterator[None]:
         >>> len(pyro.get_param_store())
         0
     """
-    for part in _pyro_modules(modules):
-        # Pyro makes this store of a module when the module is made, but only if the setting is on by then.
-        if not hasattr(part._pyro_context, "param_state"):
-            part._pyro_context.param_state = {"params": {}, "constraints": {}}
-    with pyro.settings.context(module_local_params=True):
-        yield
-
-
-@contextmanager
-def quiet_nets(*modules: Any) -> Iterator[None]:
-    """Run a block in which plain nets in PyroModules are looked up without a word to Pyro.
-
-    Of every parameter of such a net Pyro sends a message through all handlers whenever the net is looked up: that is
-    how `SVI` gets to know its parameters. A small layer takes less time, and a fit has its parameters already.
-
-    Args:
-        *modules: As those of `module_local_params`, with all their parts.
-
-    Yields:
-        Nothing.
-    """
-    known = []
-    for part in _pyro_modules(modules):
-        nets = {name: net for name, net in part._modules.items() if not isinstance(net, PyroModule)}
-        part.__dict__.update(nets)  # where Python looks first
-        known.append((part, nets))
-    try:
-        yield
-    finally:
-        for part, nets in known:
-            for name, net in nets.items():
-                if part.__dict__.get(name) is net:
-                    del part.__dict__[name]
-
-
-def _pyro_modules(modules: Iterable[Any]) -> Iterator[PyroModule]:
-    """Go through the PyroModules among all parts of modules."""
     for module in modules:
         if isinstance(module, torch.nn.Module):
-            yield from (part for part in module.modules() if isinstance(part, PyroModule))
+            for part in module.modules():
+                if isinstance(part, PyroModule):
+                    give_local_params(part)
+    with pyro.settings.context(module_local_params=True):
+        yield

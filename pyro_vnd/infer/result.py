@@ -2,20 +2,64 @@
 
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.distributions import kl_divergence
 
 from pyro_vnd.distributions import NestedLaw, OrderedMask
 
-__all__ = ["FitResult", "LengthCollapseWarning", "LengthSummary"]
+__all__ = ["ElboParts", "FitResult", "LearnedLaw", "LengthCollapseWarning", "LengthSummary"]
 
 _COLLAPSED = 0.05  # nats of entropy: for two lengths, odds of about 100 to 1
+_AT_PRIOR = 0.01  # nats of KL: for two lengths, .57 where the prior has .5
+_SHOWN = 10  # laws in a summary
+_VALIDATION = "log-likelihood of the validation data"
 
 
 class LengthCollapseWarning(UserWarning):
     """A learned law of lengths has put all its mass on one length."""
+
+
+class ElboParts(NamedTuple):
+    """The objective of a fit and its parts: tensors of no dimension in a step, numbers in nats per row in an epoch.
+
+    Attributes:
+        elbo: The objective.
+        log_likelihood: Its likelihood part.
+        kl_latents: KL of the latents that are no masks, without weights.
+        kl_lengths: KL of the masks and the lengths of codes, without weights.
+    """
+
+    elbo: Any
+    log_likelihood: Any
+    kl_latents: Any
+    kl_lengths: Any
+
+    @staticmethod
+    def of_particles(parts: Sequence["ElboParts"]) -> "ElboParts":
+        """Return the mean over the evaluations of one step."""
+        return parts[0] if len(parts) == 1 else ElboParts(*_stack(parts).mean(0))
+
+    @staticmethod
+    def mean(parts: Sequence["ElboParts"], num_rows: int) -> "ElboParts":
+        """Return the mean over the steps of an epoch, in nats per row."""
+        return ElboParts(*(_stack(parts).cpu().double().mean(0) / num_rows).tolist())
+
+
+def _stack(parts: Sequence[ElboParts]) -> Tensor:
+    return torch.stack([torch.stack(each) for each in parts])
+
+
+class LearnedLaw(NamedTuple):
+    """The law of the lengths at a site of the guide, and the one that it has in the model, if that is known."""
+
+    law: OrderedMask | NestedLaw
+    prior: OrderedMask | NestedLaw | None = None
 
 
 @dataclass(frozen=True)
@@ -27,30 +71,53 @@ class LengthSummary:
         stddev: sd L, in units.
         entropy: Entropy of L, in nats.
         num_units: K.
+        mode: The most probable length over the whole batch, in units.
+        kl: Divergence from the prior law, in nats; None if that is not known.
     """
 
     mean: float
     stddev: float
     entropy: float
     num_units: int
+    mode: int
+    kl: float | None = None
 
     @classmethod
     @torch.no_grad()
-    def of(cls, law: OrderedMask | NestedLaw) -> "LengthSummary":
-        """Summarise a law, taking the mean over its batch."""
+    def of(cls, law: OrderedMask | NestedLaw, prior: OrderedMask | NestedLaw | None = None) -> "LengthSummary":
+        """Summarise a law, taking the mean over its batch.
+
+        Example:
+            >>> print(LengthSummary.of(OrderedMask(probs=torch.tensor([0.2, 0.5, 0.3])), OrderedMask.uniform(3)))
+            E[L] = 2.1, sd[L] = 0.7, mode 2 of 3; entropy 1.03 nats, KL from its prior 0.07
+        """
         lengths = law.mask_law if isinstance(law, NestedLaw) else law
+        kl = None
+        if prior is not None:
+            kl = kl_divergence(lengths, prior.mask_law if isinstance(prior, NestedLaw) else prior).mean().item()
         return cls(
             mean=lengths.mean_length.mean().item(),
             stddev=lengths.stddev_length.mean().item(),
             entropy=lengths.entropy().mean().item(),
             num_units=lengths.num_units,
+            mode=1 + int(lengths.probs.reshape(-1, lengths.num_units).mean(0).argmax()),
+            kl=kl,
         )
 
+    @property
+    def left_prior(self) -> bool | None:
+        """Whether the law is another one than its prior, by a hundredth of a nat; None if the prior is not known."""
+        return None if self.kl is None else self.kl >= _AT_PRIOR
+
     def __str__(self) -> str:
-        return f"E[L] = {self.mean:.1f}, sd[L] = {self.stddev:.1f} of {self.num_units}, entropy {self.entropy:.2f} nats"
+        lengths = f"E[L] = {self.mean:.1f}, sd[L] = {self.stddev:.1f}, mode {self.mode} of {self.num_units}"
+        if self.kl is None:
+            return f"{lengths}; entropy {self.entropy:.2f} nats"
+        at_prior = "" if self.left_prior else ": it is at its prior"
+        return f"{lengths}; entropy {self.entropy:.2f} nats, KL from its prior {self.kl:.2f}{at_prior}"
 
 
-@dataclass
+@dataclass(repr=False)
 class FitResult:
     """What `fit` did; parts of the ELBO are in nats per row of the data, each the mean over the steps of an epoch.
 
@@ -60,9 +127,9 @@ class FitResult:
         kl: Its KL part, weighted as in the objective, so that elbo = log_likelihood - kl; both are nan where a site is
             enumerated.
         kl_latents: KL of all latents that are no masks, without weights: how far weights and codes are from their
-            prior, also while a weight is still rising. A `NestedNormal` is among them, lengths and all.
-        kl_lengths: KL of all masks, without weights. At weights of one, kl = kl_latents + kl_lengths; both are nan
-            where the objective is no `NestedELBO`.
+            prior, also while a weight is still rising.
+        kl_lengths: KL of all masks and of the lengths of each `NestedNormal`, without weights. At weights of one,
+            kl = kl_latents + kl_lengths; both are nan where the objective is no `NestedELBO`.
         validation_log_likelihood: Log-likelihood of the validation data after each epoch, if there are any.
         lengths: The law of each mask site at the end.
         mean_length: E L of each mask site in each epoch.
@@ -83,33 +150,70 @@ class FitResult:
     num_steps: int = 0
     seconds: float = 0.0
 
-    def __str__(self) -> str:
-        epochs = f"{len(self.elbo)} epochs{', converged' if self.converged else ''}"
-        lines = [
-            f"{epochs}, {self.num_steps} steps in {self.seconds:.1f} s; nats per row: ELBO "
-            f"{self.elbo[-1]:.4g} = log-likelihood {self.log_likelihood[-1]:.4g} - KL {self.kl[-1]:.4g}"
-        ]
-        if not math.isnan(self.kl_latents[-1]):
-            lines.append(f"KL of latents {self.kl_latents[-1]:.4g}, of lengths {self.kl_lengths[-1]:.4g}")
-        if self.validation_log_likelihood:
-            lines.append(f"log-likelihood of the validation data {self.validation_log_likelihood[-1]:.4g}")
-        return "\n".join(lines + [f"{name}: {summary}" for name, summary in self.lengths.items()])
+    def __repr__(self) -> str:
+        laws = [f"{name}: {summary}" for name, summary in list(self.lengths.items())[:_SHOWN]]
+        more = [] if len(self.lengths) <= _SHOWN else [f"and {len(self.lengths) - _SHOWN} more laws, in `lengths`"]
+        return "\n".join([self._headline(), *self._sentences(), *laws, *more])
 
-    def add_epoch(self, parts: Sequence[float], laws: Mapping[str, OrderedMask | NestedLaw]) -> None:
+    def _repr_html_(self) -> str:
+        """Show, in a notebook, the parts of the ELBO at the end and the laws of lengths."""
+        laws = [
+            [
+                escape(name),
+                f"{law.mean:.1f}",
+                f"{law.stddev:.1f}",
+                f"{law.mode} of {law.num_units}",
+                f"{law.entropy:.2f}",
+                "" if law.kl is None else f"{law.kl:.2f}{'' if law.left_prior else ', at its prior'}",
+            ]
+            for name, law in list(self.lengths.items())[:_SHOWN]
+        ]
+        if len(self.lengths) > _SHOWN:
+            laws.append([f"and {len(self.lengths) - _SHOWN} more"])
+        header = ["law of lengths", "mean", "sd", "mode", "entropy, nats", "KL from prior, nats"]
+        parts = [[escape(name), f"{value:.4g}"] for name, value in self._parts().items()]
+        tables = _table(["at the end", "nats per row"], parts) + (_table(header, laws) if laws else "")
+        return f"<p>{escape(self._headline())}</p>{tables}"
+
+    def _headline(self) -> str:
+        converged = ", converged" if self.converged else ""
+        return f"{len(self.elbo)} epochs{converged}, {self.num_steps} steps in {self.seconds:.1f} s"
+
+    def _parts(self) -> dict[str, float]:
+        """The last entry of each part of the ELBO that there is."""
+        parts = {
+            "ELBO": self.elbo,
+            "log-likelihood": self.log_likelihood,
+            "KL": self.kl,
+            "KL of latents": self.kl_latents,
+            "KL of lengths": self.kl_lengths,
+            _VALIDATION: self.validation_log_likelihood,
+        }
+        return {name: values[-1] for name, values in parts.items() if values and not math.isnan(values[-1])}
+
+    def _sentences(self) -> list[str]:
+        shown = {name: f"{value:.4g}" for name, value in self._parts().items()}
+        if "ELBO" not in shown:
+            return []
+        terms = f" = log-likelihood {shown['log-likelihood']} - KL {shown['KL']}" if "KL" in shown else ""
+        lines = [f"nats per row: ELBO {shown['ELBO']}{terms}"]
+        if "KL of latents" in shown:
+            lines.append(f"KL of latents {shown['KL of latents']}, of lengths {shown['KL of lengths']}")
+        return lines + [f"{name} {value}" for name, value in shown.items() if name == _VALIDATION]
+
+    def add_epoch(self, parts: ElboParts, laws: Mapping[str, LearnedLaw]) -> None:
         """Record an epoch.
 
         Args:
-            parts: Mean objective, log-likelihood, KL of the latents that are no masks, and of the masks, in nats per
-                row.
+            parts: Their means over the steps, in nats per row.
             laws: Laws of lengths at its end, by site.
         """
-        elbo, log_likelihood, kl_latents, kl_lengths = parts
-        self.elbo.append(elbo)
-        self.log_likelihood.append(log_likelihood)
-        self.kl.append(log_likelihood - elbo)
-        self.kl_latents.append(kl_latents)
-        self.kl_lengths.append(kl_lengths)
-        self.lengths = {name: LengthSummary.of(law) for name, law in laws.items()}
+        self.elbo.append(parts.elbo)
+        self.log_likelihood.append(parts.log_likelihood)
+        self.kl.append(parts.log_likelihood - parts.elbo)
+        self.kl_latents.append(parts.kl_latents)
+        self.kl_lengths.append(parts.kl_lengths)
+        self.lengths = {name: LengthSummary.of(*law) for name, law in laws.items()}
         for name, summary in self.lengths.items():
             self.mean_length.setdefault(name, []).append(summary.mean)
 
@@ -136,3 +240,9 @@ class FitResult:
                     LengthCollapseWarning,
                     stacklevel=3,
                 )
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [("th", header), *(("td", row) for row in rows)]
+    cells = ("".join(f"<{tag}>{cell}</{tag}>" for cell in line) for tag, line in lines)
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>"

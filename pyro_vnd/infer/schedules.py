@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import accumulate
 
@@ -101,7 +101,7 @@ def cosine_to_zero(warmup: float = 0.05) -> LRSchedule:
     return make
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MaskSchedule:
     r"""Where masks and code lengths come from in training: the default cure against collapsed lengths.
 
@@ -180,6 +180,15 @@ class MaskSchedule:
             raise ValueError(f"MaskSchedule: argument `num_particles` must be at least 1; got {self.num_particles}")
         if not 0 <= self.anneal <= 1:
             raise ValueError(f"MaskSchedule: argument `anneal` must be in [0, 1]; got {self.anneal}")
+
+    def __repr__(self) -> str:
+        shares = f"learned={self.learned:g}, budget={self.budget:g}, full={self.full:g}"
+        changed = [
+            f"{each.name}={getattr(self, each.name)!r}"
+            for each in fields(self)[3:]
+            if getattr(self, each.name) is not each.default and getattr(self, each.name) != each.default
+        ]
+        return f"MaskSchedule({', '.join([shares, *changed])})"
 
     def draw(self, num_blocks: int, shape: tuple[int, ...] = (), t: float = 1.0) -> Tensor:
         """Draw where masks come from, systematically over the particles and the rows.

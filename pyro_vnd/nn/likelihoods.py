@@ -1,15 +1,15 @@
 """Nested nets with a likelihood."""
 
 import pyro
-from pyro.nn import PyroModule
 from torch import Tensor
 
+from pyro_vnd._compat import QuietModule
 from pyro_vnd.nn.net import NestedNet
 
 __all__ = ["NestedClassifier"]
 
 
-class NestedClassifier(PyroModule):
+class NestedClassifier(QuietModule):
     r"""A nested net as the model of labels, $y_n \sim \mathrm{Categorical}(\mathrm{logits} = f(x_n))$.
 
     Args:

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import pyro
 import torch
 from pyro import poutine
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_vnd._compat import QuietModule
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.norms import NestedNorm
@@ -33,7 +33,7 @@ class _Cut:
     sliced: bool
 
 
-class NestedNet(PyroModule):
+class NestedNet(QuietModule):
     r"""A net of `NestedLayer`s as a Pyro program.
 
     Calling it draws a mask for each width and the weights of each layer from their priors, and runs the net; its
@@ -280,7 +280,7 @@ class NestedNet(PyroModule):
         return torch.stack(draws)
 
 
-class NetGuide(PyroModule):
+class NetGuide(QuietModule):
     """Guide of a `NestedNet`: independent Normal weights and straight-through masks.
 
     Args:

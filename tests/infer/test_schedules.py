@@ -90,6 +90,15 @@ def test_bad_arguments(make, message):
         make()
 
 
+def test_a_schedule_is_short_in_print():
+    assert repr(MaskSchedule()) == "MaskSchedule(learned=0.5, budget=0.4, full=0.1)"
+    changed = MaskSchedule(0.0, 0.9, 0.1, "log-uniform", num_particles=2, sliced=True)
+    assert repr(changed) == (
+        "MaskSchedule(learned=0, budget=0.9, full=0.1, law='log-uniform', num_particles=2, sliced=True)"
+    )
+    assert len(repr(MaskSchedule(law=OrderedMask.uniform(1000)))) < 200
+
+
 N = 10_000
 LAWS = {
     "uniform": ("uniform", torch.full((4,), 0.25)),

@@ -1,1 +1,1 @@
-"""The machinery of `fit`: data, steps, effect handlers, sources of masks, held-out scores, checkpoints."""
+"""The machinery of `fit`."""

@@ -34,7 +34,7 @@ class Checkpoint:
         self.path, self.step, self.devices = Path(path), step, devices
         if not self.path.parent.is_dir():
             raise ValueError(f"fit: argument `checkpoint` is {str(path)!r}, whose folder does not exist")
-        state = step.objective.state_dict()
+        state = step.objective.module.state_dict()
         shapes = {name: list(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
         self.fingerprint = {**arguments, "parameters": shapes}
 
@@ -43,7 +43,7 @@ class Checkpoint:
         step = self.step
         state = {
             "fingerprint": self.fingerprint,
-            "modules": step.objective.state_dict(),
+            "modules": step.objective.module.state_dict(),
             "optimizer": step.optimizer.state_dict(),
             "lr_schedule": None if step.lr_schedule is None else step.lr_schedule.state_dict(),
             "random": torch.get_rng_state(),
@@ -77,7 +77,7 @@ class Checkpoint:
             raise ValueError(
                 f"fit: checkpoint {str(self.path)!r} is of another fit: {'; '.join(differences[:5])}{more}"
             )
-        self.step.objective.load_state_dict(state["modules"])
+        self.step.objective.module.load_state_dict(state["modules"])
         self.step.optimizer.load_state_dict(state["optimizer"])
         if self.step.lr_schedule is not None:
             self.step.lr_schedule.load_state_dict(state["lr_schedule"])
@@ -92,7 +92,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> l
     found = []
     for name in old | new:
         before, now = old.get(name, "absent"), new.get(name, "absent")
-        if isinstance(before, dict) and isinstance(now, dict):
+        if name == "parameters":
             found += _differences(before, now, "parameter ")
         elif before != now:
             found.append(f"{where}`{name}` was {before}, now {now}")

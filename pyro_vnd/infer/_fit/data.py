@@ -1,47 +1,52 @@
 """Data of a fit: their checks and shuffled mini-batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
 
-__all__ = ["check_data", "minibatches"]
+from pyro_vnd._data import Data, as_arguments, check_rows, map_parts, named_parts, num_rows, shapes
+
+__all__ = ["check_data", "first_rows", "shuffled_batches"]
 
 
-def check_data(data: Tensor | Sequence[Tensor], name: str = "data") -> list[Tensor]:
-    """Return data as tensors with the same number of rows, all finite.
+def check_data(data: Data, validation: Data | None = None) -> None:
+    """Check that data are tensors with the same number of rows, all finite, and the validation data like them.
 
     Args:
-        data: A tensor or several.
-        name: Name of the argument of `fit`.
-
-    Returns:
-        The tensors.
+        data: Data to train on.
+        validation: Data that were held back.
 
     Raises:
         ValueError: If they are no such data.
     """
-    tensors = [data] if isinstance(data, Tensor) else list(data)
-    for i, rows in enumerate(tensors):
-        if not isinstance(rows, Tensor) or rows.dim() == 0:
-            raise ValueError(f"fit: argument `{name}[{i}]` must be a tensor with rows; got {type(rows).__name__}")
-        if rows.is_floating_point() and not torch.isfinite(rows).all():
-            raise ValueError(f"fit: argument `{name}[{i}]` of shape {tuple(rows.shape)} must be finite; got NaN or inf")
-    shapes = [tuple(rows.shape) for rows in tensors]
-    if not tensors or len({shape[0] for shape in shapes}) > 1 or shapes[0][0] == 0:
-        raise ValueError(
-            f"fit: argument `{name}` must be tensors with the same number of rows, at least 1; got {shapes}"
-        )
-    return tensors
-
-
-def minibatches(tensors: list[Tensor], batch_size: int) -> Iterator[list[Tensor]]:
-    """Yield batches of shuffled rows, without those that do not fill a last one; all rows as they are if one batch."""
-    num_data = len(tensors[0])
-    if batch_size == num_data:
-        yield tensors
+    check_rows("fit", data)
+    if validation is None:
         return
-    order = torch.randperm(num_data)
-    orders = {x.device: order.to(x.device) for x in tensors}
-    for start in range(0, num_data - batch_size + 1, batch_size):
-        yield [x.index_select(0, orders[x.device][start : start + batch_size]) for x in tensors]
+    check_rows("fit", validation, "validation")
+    if _shapes_of_a_row(validation) != _shapes_of_a_row(data):
+        raise ValueError(
+            f"fit: argument `validation` must be like `data` of shapes {shapes(data)}; got {shapes(validation)}"
+        )
+
+
+def _shapes_of_a_row(data: Data) -> Any:
+    return as_arguments(map_parts(lambda x: x.shape[1:], data))
+
+
+def first_rows(data: Data, batch_size: int) -> Data:
+    """Return the first batch of data as they are ordered."""
+    return map_parts(lambda x: x[:batch_size], data)
+
+
+def shuffled_batches(data: Data, batch_size: int) -> Iterator[Data]:
+    """Yield batches of shuffled rows, without those that do not fill a last one; all rows as they are if one batch."""
+    total = num_rows(data)
+    if batch_size == total:
+        yield data
+        return
+    order = torch.randperm(total)
+    orders = {x.device: order.to(x.device) for x in named_parts(data).values()}
+    for start in range(0, total - batch_size + 1, batch_size):
+        rows = {device: order[start : start + batch_size] for device, order in orders.items()}
+        yield map_parts(lambda x, rows=rows: x.index_select(0, rows[x.device]), data)  # type: ignore[misc]

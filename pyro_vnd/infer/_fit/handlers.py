@@ -1,4 +1,4 @@
-"""Effect handlers that scale a mini-batch to its data set and watch the parts of the ELBO."""
+"""Effect handlers of a fit: one scales a mini-batch to its data set, one records likelihood and laws of lengths."""
 
 from typing import Any
 
@@ -8,10 +8,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vnd.distributions import NestedLaw, OrderedMask
+from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.nested import find_mask
+from pyro_vnd.infer._fit.settings import KLWeights
+from pyro_vnd.infer.result import LearnedLaw
 
-__all__ = ["ElboMonitor", "ScaleToDataset"]
+__all__ = ["EvaluationRecord", "ScaleToDataset"]
 
 
 class ScaleToDataset(Messenger):
@@ -20,30 +22,21 @@ class ScaleToDataset(Messenger):
     A model that is written for whole data, `pyro.plate("data", len(x))`, then has the right mini-batch ELBO. A plate
     that already knows the full size, `pyro.plate("data", num_data, subsample_size=len(x))`, is left alone.
 
+    Weights that a site has itself, `infer={"kl_weight": w}` and `"length_weight"`, are multiplied by those given here.
+
     Args:
         plate: Name of the plate.
         num_data: Rows of the data set.
         batch_size: Rows of the mini-batch.
-        kl_weight: Weight of the latents outside the plate that are no masks.
-        local_kl_weight: Weight of the latents inside the plate that are no masks.
-        length_weight: Weight of the masks, inside the plate and outside, and of the lengths of a `NestedNormal`.
+        weights: Weights of KLs.
         mark: Whether weights are left to the ELBO, in `infer` of the site as `NestedELBO` wants them,
             instead of multiplying the scale of the site, which every ELBO understands.
     """
 
-    def __init__(
-        self,
-        plate: str,
-        num_data: int,
-        batch_size: int,
-        kl_weight: float = 1.0,
-        local_kl_weight: float = 1.0,
-        length_weight: float = 1.0,
-        mark: bool = False,
-    ) -> None:
+    def __init__(self, plate: str, num_data: int, batch_size: int, weights: KLWeights, *, mark: bool = False) -> None:
         super().__init__()
         self.plate, self.num_data, self.batch_size, self.mark = plate, num_data, batch_size, mark
-        self.kl_weight, self.local_kl_weight, self.length_weight = kl_weight, local_kl_weight, length_weight
+        self.weights = weights
         self.found = False
         self.plates: dict[str, int] = {}
 
@@ -51,14 +44,16 @@ class ScaleToDataset(Messenger):
         in_plate = self._scale(msg)
         if msg["is_observed"] or site_is_subsample(msg):
             return
-        if isinstance(find_mask(msg["fn"]), OrderedMask):
-            weight = self.length_weight
-        else:
-            weight = self.local_kl_weight if in_plate else self.kl_weight
+        infer = msg["infer"]
+        weight = infer.get("kl_weight", 1.0)
+        length_weight = infer.get("length_weight", weight) * self.weights.lengths
+        weight = weight * (self.weights.inside if in_plate else self.weights.outside)
         if self.mark:
-            msg["infer"] |= {"kl_weight": weight, "length_weight": self.length_weight}
+            # A new dict: a model that is replayed has that of the guide's site, whose weights are what is read.
+            msg["infer"] = infer | {"kl_weight": weight, "length_weight": length_weight}
         else:
-            msg["scale"] = msg["scale"] * weight
+            is_mask = isinstance(find_mask(msg["fn"]), OrderedMask)
+            msg["scale"] = msg["scale"] * (length_weight if is_mask else weight)
 
     def _scale(self, msg: Any) -> bool:
         """Scale a site in the plate of the data; return whether it is in there."""
@@ -94,8 +89,8 @@ class ScaleToDataset(Messenger):
             )
 
 
-class ElboMonitor(Messenger):
-    """Record the log-likelihood of the observed sites and the laws of the masks of the guide in one ELBO evaluation.
+class EvaluationRecord(Messenger):
+    """Record the log-likelihood of the observed sites and the laws of lengths in one ELBO evaluation.
 
     With ELBO = log-likelihood - KL, the KL part follows. Nothing is recorded where a site is enumerated, as its
     log-likelihood is then an expectation that the handler does not see. A mask that is not drawn in an evaluation, as
@@ -105,14 +100,15 @@ class ElboMonitor(Messenger):
         score: Whether to score the observed sites, for an ELBO that does not keep the log-likelihood itself.
 
     Attributes:
-        laws: Laws of the masks and codes of the guide, by site.
+        laws: Laws of the masks and codes, learned and prior, by site of the guide.
         plates: Names of the plates of those that a `MaskSchedule` can cut: not wrapped and not enumerated.
+        last_site: The last site so far, of guide or model.
     """
 
     def __init__(self, score: bool = True) -> None:
         super().__init__()
         self.score = score
-        self.laws: dict[str, OrderedMask | NestedLaw] = {}
+        self.laws: dict[str, LearnedLaw] = {}
         self.plates: dict[str, set[str]] = {}
         self._reset()
 
@@ -120,9 +116,9 @@ class ElboMonitor(Messenger):
         self.log_likelihood: Tensor | float = 0.0
         self.enumerated = False
         self.last_site = ""
-        self._seen: set[str] = set()
+        self._sights: dict[str, int] = {}
 
-    def __enter__(self) -> "ElboMonitor":
+    def __enter__(self) -> "EvaluationRecord":
         self._reset()
         return super().__enter__()
 
@@ -137,10 +133,14 @@ class ElboMonitor(Messenger):
                 with torch.no_grad():
                     log_prob = msg["fn"].log_prob(msg["value"])
                     self.log_likelihood += scale_and_mask(log_prob, msg["scale"], msg["mask"]).sum()
-        elif name not in self._seen:  # the guide runs before the model
-            self._seen.add(name)
-            law = find_mask(msg["infer"].get("uncut", msg["fn"]))
-            if law is not None:
-                self.laws[name] = law
-                if law is msg["fn"] and msg["infer"].get("_enumerate_dim") is None:
-                    self.plates[name] = {frame.name for frame in msg["cond_indep_stack"]}
+            return
+        sights = self._sights[name] = self._sights.get(name, 0) + 1  # the first in the guide, the second in the model
+        law = find_mask(msg["infer"].get("uncut", msg["fn"]))
+        if law is None or sights > 2:
+            return
+        if sights == 1:
+            self.laws[name] = LearnedLaw(law)
+            if law is msg["fn"] and msg["infer"].get("_enumerate_dim") is None:
+                self.plates[name] = {frame.name for frame in msg["cond_indep_stack"]}
+        elif name in self.laws and not msg["infer"].get("is_auxiliary"):
+            self.laws[name] = self.laws[name]._replace(prior=law)

@@ -1,4 +1,4 @@
-"""What a fit sets on the masks of its modules: where they come from in a step, and their temperature."""
+"""The masks of the modules of a fit: where they come from in a step, which have a temperature, and their laws."""
 
 from collections.abc import Container, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from pyro_vnd.distributions import NestedLaw, OrderedMask
 from pyro_vnd.distributions.masks import Cut
-from pyro_vnd.infer._fit.handlers import ElboMonitor
-from pyro_vnd.infer.guides import _AutoMask
+from pyro_vnd.infer._fit.handlers import EvaluationRecord
+from pyro_vnd.infer.guides import AutoMask
+from pyro_vnd.infer.result import LearnedLaw
 from pyro_vnd.infer.schedules import MaskSchedule
 from pyro_vnd.nn import NestedNet, Width
 
-__all__ = ["MaskCuts", "find_masks", "nested_laws"]
+__all__ = ["MaskCuts", "masks_with_temperature", "nested_laws"]
 
 
 class MaskCuts:
@@ -24,45 +25,34 @@ class MaskCuts:
     Args:
         schedule: Where masks come from.
         objects: Model and guide, whose parts are searched for nets.
+        record: What was seen in an evaluation of the ELBO.
         plate: Name of the plate of the data. Sites of the guide in it are codes, and are cut, if their law is a
             `NestedNormal` or an `OrderedMask` that is not enumerated, and no mask of a net.
 
-    Attributes:
-        t: Where the fit stands, from 0 to 1.
+    Raises:
+        ValueError: If there is neither a code nor a nested net.
     """
 
-    def __init__(self, schedule: MaskSchedule, objects: Iterable[Any], plate: str) -> None:
-        self.schedule, self.sliced, self.plate = schedule, schedule.sliced, plate
+    def __init__(self, schedule: MaskSchedule, objects: Iterable[Any], record: EvaluationRecord, plate: str) -> None:
+        self.schedule, self.sliced = schedule, schedule.sliced
         nets = _parts(objects, NestedNet)
-        self.of_nets = {name for net in nets for name in net.laws}
         self.by_example = [net for net in nets if net.mask_per == "example"]
         self.by_batch = [net for net in nets if net.mask_per == "batch"]
-        self.codes: dict[str, int] = {}
-        self.t = 0.0
-
-    def find_codes(self, monitor: ElboMonitor) -> None:
-        """Take note of the codes of the guide and the number of their units.
-
-        Args:
-            monitor: It has seen an evaluation of the ELBO.
-
-        Raises:
-            ValueError: If there is neither a code nor a nested net.
-        """
+        in_nets = {name for net in nets for name in net.laws}
         self.codes = {
-            name: monitor.laws[name].num_units
-            for name, plates in monitor.plates.items()
-            if self.plate in plates and name not in self.of_nets
+            name: record.laws[name].law.num_units
+            for name, plates in record.plates.items()
+            if plate in plates and name not in in_nets
         }
-        if not (self.codes or self.by_example or self.by_batch):
+        if not (self.codes or nets):
             raise ValueError(
                 "fit: argument `schedule` needs a NestedNet in model or guide, or a NestedNormal or an OrderedMask in "
-                f"the plate {self.plate!r}, and found none. Make the model an nn.Module that holds the net "
+                f"the plate {plate!r}, and found none. Make the model an nn.Module that holds the net "
                 "(`NestedClassifier(net)` does), or, for masks of your own that are outside the plate, enumerated or "
                 "wrapped, mix their law with a fixed one in model and guide"
             )
 
-    def draw(self, num_rows: int) -> list[AbstractContextManager[None]]:
+    def draw(self, num_rows: int, t: float) -> list[AbstractContextManager[None]]:
         """Draw the widths of one step.
 
         One draw a row holds for all codes and nets with a mask an example, and one for the whole batch for the others;
@@ -70,6 +60,7 @@ class MaskCuts:
 
         Args:
             num_rows: Rows of the batch.
+            t: How far the fit is, from 0 to 1.
 
         Returns:
             A context for each particle of the schedule, in which nets and codes are cut.
@@ -79,9 +70,9 @@ class MaskCuts:
         rows = batch = None
         if nets_by_row or self.codes:
             num_blocks = max([*_num_blocks(nets_by_row), *self.codes.values()])
-            rows = self.schedule.draw(num_blocks, (num_rows,), self.t)
+            rows = self.schedule.draw(num_blocks, (num_rows,), t)
         if nets_by_batch:
-            batch = self.schedule.draw(max(_num_blocks(nets_by_batch)), t=self.t).tolist()
+            batch = self.schedule.draw(max(_num_blocks(nets_by_batch)), t=t).tolist()
         return [
             self._cut(None if rows is None else rows[particle], 0 if batch is None else batch[particle])
             for particle in range(self.schedule.num_particles)
@@ -117,17 +108,28 @@ class _CutCodes(Messenger):
                 lengths = torch.maximum(lengths, self.rows > 0)
                 self.cuts[key] = Cut(lengths, law.mask_law if isinstance(law, NestedLaw) else law)
             msg["fn"] = law._cut_by(self.cuts[key])
-            msg["infer"]["uncut"] = law  # for the record
+            msg["infer"] = msg["infer"] | {"uncut": law}  # for the record
 
 
-def find_masks(objects: Iterable[Any]) -> list[Any]:
-    """Return the parts of modules whose masks have a temperature: those of `AutoNested` and of nested nets."""
-    return _parts(objects, _AutoMask | Width)
+def masks_with_temperature(objects: Iterable[Any]) -> list[Any]:
+    """Return the parts of modules whose masks have a temperature: those of `AutoNested` and of nested nets.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    masks = _parts(objects, AutoMask | Width)
+    if not masks:
+        raise ValueError("fit: argument `temperature` is for masks of AutoNested or a nested net; there are none")
+    return masks
 
 
-def nested_laws(objects: Iterable[Any]) -> dict[str, OrderedMask]:
+def nested_laws(objects: Iterable[Any]) -> dict[str, LearnedLaw]:
     """Return the laws of all nested nets as they are now, also of masks that the last steps did not draw."""
-    return {name: law for net in _parts(objects, NestedNet) for name, law in net.laws.items()}
+    return {
+        name: LearnedLaw(law, width.prior)
+        for net in _parts(objects, NestedNet)
+        for (name, law), width in zip(net.laws.items(), net.widths.values(), strict=True)
+    }
 
 
 def _parts(objects: Iterable[Any], kind: Any) -> list[Any]:

@@ -11,7 +11,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
-from pyro_vnd.infer import AutoNested, fit, module_local_params
+from pyro_vnd.infer import AutoNested, cosine_to_zero, fit, module_local_params
 
 K = 4
 
@@ -85,7 +85,7 @@ def test_every_parameter_gets_a_gradient(noise, regression):
 def test_a_law_for_each_row_of_a_plate():
     y = torch.tensor([1.0, 2.0, 3.0, 4.0])
     guide = AutoNested(groups)
-    fit(groups, guide, y, plate="groups", num_epochs=1500, lr=0.02, progress=False)
+    fit(groups, guide, y, plate="groups", num_epochs=500, lr=0.05, lr_schedule=cosine_to_zero(), progress=False)
     law = guide.laws["mask"]
     assert law.batch_shape == (4,)
     # Exact posterior of each row: p_k proportional to N(y; k, .5).
@@ -189,6 +189,28 @@ def test_guides_of_one_name_do_not_share_values_under_local_parameters(regressio
 def test_unknown_names_are_errors(arguments, message, regression):
     with pytest.raises(ValueError, match=message):
         AutoNested(two_masks, **arguments)(*regression)
+
+
+def test_a_guide_is_true_and_says_what_it_has(regression):
+    guide = AutoNested(two_masks)
+    assert guide
+    assert len(guide) == 0
+    assert repr(guide) == "AutoNested(not called yet)"
+    guide(*regression)
+    assert guide
+    first = "first: E[L] = 2.5, sd[L] = 1.1, mode 1 of 4; entropy 1.39 nats"
+    assert repr(guide).startswith(f"AutoNested({first}; w: AutoNormal; second: E[L] = 1.9")
+    assert repr(guide).endswith("; b: AutoNormal)")
+
+
+def test_a_guide_of_many_masks_is_still_short_in_print():
+    def model():
+        for i in range(40):
+            pyro.sample(f"mask{i}", OrderedMask.uniform(K))
+
+    guide = AutoNested(model)
+    guide()
+    assert repr(guide).endswith("; mask9: E[L] = 2.5, sd[L] = 1.1, mode 1 of 4; entropy 1.39 nats; and 30 more)")
 
 
 def test_a_model_without_masks_is_an_error():

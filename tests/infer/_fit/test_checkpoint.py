@@ -208,8 +208,21 @@ def test_resume_with_other_data_or_parameters_says_what_differs(data, tmp_path, 
     path = tmp_path / "fit.pt"
     train(Regression, data, checkpoint=path)
     x, y = data
-    with pytest.raises(ValueError, match=r"`data` was \[\[40, 3\], \[40\]\], now \[\[30, 3\], \[30\]\]$"):
+    with pytest.raises(ValueError, match=r"`data` was \[\(40, 3\), \(40,\)\], now \[\(30, 3\), \(30,\)\]$"):
         train(Regression, (x[:30], y[:30]), checkpoint=path, resume=True)
     monkeypatch.setitem(OPTIONS, Wider, OPTIONS[Regression])
     with pytest.raises(ValueError, match=r"parameter `model.net.0.bias` was \[6\], now absent$"):
         train(Wider, data, checkpoint=path, resume=True)
+
+
+def test_the_form_of_the_data_is_in_the_file(data, tmp_path):
+    x, y = data
+    path = tmp_path / "fit.pt"
+    expected, _ = train(Regression, {"x": x, "y": y})
+    train(Regression, {"x": x, "y": y}, stop_at=1 + 2 * 4 + 2, checkpoint=path)
+    state, result = train(Regression, {"y": y, "x": x}, checkpoint=path, resume=True)
+    assert len(result.elbo) == 6
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    message = r"`data` was \{'y': \(40,\), 'x': \(40, 3\)\}, now \[\(40, 3\), \(40,\)\]$"
+    with pytest.raises(ValueError, match=message):
+        train(Regression, (x, y), checkpoint=path, resume=True)

@@ -1,0 +1,151 @@
+"""The objective of a fit: the ELBO of a mini-batch, its parts, and what makes them infinite."""
+
+from collections.abc import Callable
+from traceback import walk_tb
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from torch import Tensor
+
+from pyro_vnd._data import Data, as_arguments
+from pyro_vnd.infer._fit.handlers import EvaluationRecord, ScaleToDataset
+from pyro_vnd.infer._fit.settings import KLWeights
+from pyro_vnd.infer.elbo import NestedELBO
+from pyro_vnd.infer.result import ElboParts
+
+__all__ = ["NonFiniteLossError", "Objective"]
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The ELBO or its gradient became infinite or NaN; parameters are those of the last finite step."""
+
+
+class Objective:
+    """The negative ELBO of a mini-batch, scaled to its data set.
+
+    It is evaluated once when it is made: lazy guides make their parameters then, and the sites become known.
+
+    Args:
+        elbo: The ELBO.
+        model: The model.
+        guide: The guide.
+        scale: Makes the handler that scales a batch to the data, from weights of KLs.
+        first_batch: Rows for the first evaluation.
+        weights: Weights of KLs in it.
+
+    Attributes:
+        module: Model, guide and ELBO, whose parameters are trained.
+        parameters: These parameters.
+        record: What was seen in the last evaluation.
+
+    Raises:
+        ValueError: If the plate or the parameters do not fit what `fit` trains.
+    """
+
+    def __init__(
+        self,
+        elbo: ELBO,
+        model: Any,
+        guide: Any,
+        scale: Callable[[KLWeights], ScaleToDataset],
+        first_batch: Data,
+        weights: KLWeights,
+    ) -> None:
+        self.module: Any = elbo(model, guide)
+        self.scale = scale
+        self.keeps_parts = isinstance(elbo, NestedELBO)
+        self.record = EvaluationRecord(score=not self.keeps_parts)
+        first = scale(weights)
+        args, kwargs = as_arguments(first_batch)
+        with poutine.trace(param_only=True) as trace, first, self.record:
+            self.module(*args, **kwargs)
+        first.check()
+        self.parameters: list[Tensor] = list(self.module.parameters())
+        known = {id(parameter) for parameter in self.parameters}
+        for name, site in trace.trace.nodes.items():
+            value: Any = site.get("value")
+            unconstrained = value.unconstrained() if hasattr(value, "unconstrained") else value
+            if site["type"] == "param" and id(unconstrained) not in known:
+                raise ValueError(
+                    f"fit: parameter {name!r} belongs to no nn.Module: make model and guide PyroModules, or train "
+                    "with pyro.infer.SVI and Pyro's global parameter store"
+                )
+        if not self.parameters:
+            raise ValueError("fit: neither model nor guide has parameters; is the guide an nn.Module?")
+
+    def __call__(self, batch: Data, weights: KLWeights) -> Tensor:
+        """Evaluate the negative ELBO.
+
+        Args:
+            batch: Rows of the data.
+            weights: Weights of KLs.
+
+        Returns:
+            The loss, with its gradient.
+
+        Raises:
+            NonFiniteLossError: If torch or Pyro refuse a law or a value that is not finite. Any other error stays what
+                it is, and has a note that names the last site before it.
+        """
+        args, kwargs = as_arguments(batch)
+        try:
+            with self.scale(weights), self.record:
+                return self.module(*args, **kwargs)
+        except Exception as error:
+            site = f"after site {self.record.last_site!r}" if self.record.last_site else "before the first site"
+            if isinstance(error, ValueError) and _is_about_something_infinite(error):
+                raise NonFiniteLossError(f"fit: evaluating the ELBO failed {site}: {error}") from error
+            error.add_note(f"fit: raised while the ELBO was evaluated, {site}")
+            raise
+
+    def parts(self, loss: Tensor) -> ElboParts:
+        """Return the parts of the last evaluation, given its loss; detached."""
+        elbo, likelihood, latents, lengths = self.module.elbo, torch.nan, torch.nan, torch.nan
+        if self.keeps_parts:
+            likelihood, lengths = elbo.log_likelihood, sum(elbo.kl_lengths.values())
+            latents = sum(elbo.kl.values()) - lengths
+        elif not self.record.enumerated:
+            likelihood = self.record.log_likelihood / elbo.num_particles
+        return ElboParts(*(torch.as_tensor(part).to(loss) for part in (-loss.detach(), likelihood, latents, lengths)))
+
+    def blame(self, batch: Data) -> str:
+        """Say which site is not finite in another evaluation, or else which gradient is not; never raise."""
+        last = f"last site {self.record.last_site!r}"
+        try:
+            if site := self._site_to_blame(batch):
+                return site
+        except Exception as error:  # what is to be explained is another error
+            return f"evaluating the model once more, to find the site, raised {type(error).__name__}: {error}; {last}"
+        gradients = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+        bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
+        return f"the gradient of {bad} is not finite; {last}" if bad else f"on a new draw each site is finite; {last}"
+
+    @torch.no_grad()
+    def _site_to_blame(self, batch: Data) -> str:
+        args, kwargs = as_arguments(batch)
+        with self.scale(KLWeights()):
+            guide = poutine.trace(self.module.guide).get_trace(*args, **kwargs)
+            model = poutine.trace(poutine.replay(self.module.model, trace=guide)).get_trace(*args, **kwargs)
+        for where, trace in (("guide", guide), ("model", model)):
+            for name, site in trace.nodes.items():
+                if site["type"] != "sample" or poutine.util.site_is_subsample(site):
+                    continue
+                score = site["fn"].log_prob(site["value"])
+                for what, value in (("value", site["value"]), ("log-probability", score)):
+                    if not torch.isfinite(value).all():
+                        return f"the {what} of site {name!r} of the {where} is not finite"
+        return ""
+
+
+def _is_about_something_infinite(error: ValueError) -> bool:
+    """Say whether torch, Pyro or this library raised an error while they looked at a tensor that is not finite.
+
+    They check laws and values in functions of their own, which have before them what they refuse.
+    """
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    if frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "pyro", "pyro_vnd"):
+        return False
+    tensors = [x for x in frame.f_locals.values() if isinstance(x, Tensor) and x.is_floating_point()]
+    return any(not torch.isfinite(x).all() for x in tensors)

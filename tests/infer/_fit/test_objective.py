@@ -1,0 +1,160 @@
+"""What happens to an error or a number that is not finite: whose it is, and what is said."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from masked_mean import N
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule
+from torch import nn
+
+from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.infer import NonFiniteLossError, fit, module_local_params
+
+
+class Breaks(PyroModule):
+    """A model of a mean in which something happens from a call on."""
+
+    def __init__(self, break_mean=lambda mu: mu, scale=lambda calls: 1.0, start=2):
+        super().__init__()
+        self.break_mean, self.scale, self.start, self.calls = break_mean, scale, start, 0
+
+    def forward(self, y):
+        self.calls += 1
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        if self.calls > self.start:
+            mu = self.break_mean(mu)
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Laplace(mu, self.scale(self.calls - self.start)), obs=y)
+
+
+def infinite(mu):
+    return mu * torch.inf
+
+
+def steep(mu):
+    """A root has an infinite slope at zero: a finite value whose gradient is 0 * inf."""
+    return mu + 0 * (0 * mu).abs().sqrt()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"), [(infinite, "'y'"), (steep, r"gradient of .*mu")], ids=["loss", "gradient"]
+)
+def test_non_finite_loss_stops_and_names_the_culprit(how, message, y):
+    model = Breaks(how)
+    guide = AutoNormal(model)
+    with pyro.validation_enabled(False), pytest.raises(NonFiniteLossError, match=message):
+        fit(model, guide, y, num_epochs=10, progress=False)
+    with module_local_params(guide):
+        assert all(torch.isfinite(p).all() for p in guide.parameters())
+
+
+@pytest.mark.parametrize(
+    ("how", "scale"),
+    [(lambda mu: mu * torch.nan, lambda calls: 1.0), (lambda mu: mu, lambda calls: torch.nan if calls > 0 else 1.0)],
+    ids=["location", "scale"],
+)
+def test_a_law_that_pyro_refuses_as_it_is_not_finite_is_a_loss_that_is_not(how, scale, y):
+    model = Breaks(how, lambda calls: torch.tensor(scale(calls)))
+    with pytest.raises(NonFiniteLossError, match=r"evaluating the ELBO failed after site 'mu': .*Laplace") as raised:
+        fit(model, AutoNormal(model), y, num_epochs=10, progress=False)
+    assert isinstance(raised.value.__cause__, ValueError)
+
+
+def test_logits_that_are_not_finite_are_a_loss_that_is_not(y):
+    """Laws of this library that refuse their parameters count as Pyro's."""
+
+    class Guide(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.logits, self.calls = nn.Parameter(torch.zeros(3)), 0
+
+        def forward(self, rows):
+            self.calls += 1
+            pyro.sample("mask", OrderedMask(logits=self.logits * (torch.nan if self.calls > 2 else 1.0)))
+
+    def model(rows):
+        mask = pyro.sample("mask", OrderedMask.uniform(3))
+        with pyro.plate("data", len(rows)):
+            pyro.sample("y", dist.Normal(mask.sum(-1), 1.0), obs=rows)
+
+    elbo = pyro.infer.Trace_ELBO()
+    with pytest.raises(NonFiniteLossError, match="evaluating the ELBO failed before the first site"):
+        fit(model, Guide(), y, elbo=elbo, num_epochs=10, progress=False)
+
+
+def test_an_invalid_distribution_names_the_site(y):
+    def model(rows):
+        scale = pyro.sample("scale", dist.Normal(-5.0, 0.1))
+        with pyro.plate("data", len(rows)):
+            pyro.sample("y", dist.Normal(0.0, scale.detach() + 5.5 if model.ok else scale), obs=rows)
+
+    model.ok = True
+    guide = AutoNormal(model)
+    with module_local_params(guide):
+        guide(y)
+    calls = iter(range(100))
+
+    def breaking(rows):
+        model.ok = next(calls) < 2
+        return model(rows)
+
+    # A negative scale is finite: the model is wrong, and the error is Pyro's.
+    with pytest.raises(ValueError, match="after site 'scale'"):
+        fit(breaking, guide, y, num_epochs=10, progress=False)
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyError, torch.cuda.OutOfMemoryError])
+@pytest.mark.parametrize("value", [1.0, torch.nan])
+def test_an_error_of_the_model_itself_stays_what_it_is(kind, value, y):
+    """Also where the model has found something that is not finite, and has a name of its own for it."""
+
+    def refuse(mu):
+        mu = mu * value
+        raise kind("column 3 of the table is missing")
+
+    model = Breaks(refuse)
+    with pytest.raises(kind, match="column 3 of the table is missing") as raised:
+        fit(model, AutoNormal(model), y, num_epochs=10, progress=False)
+    assert type(raised.value) is kind
+    assert raised.value.__notes__ == ["fit: raised while the ELBO was evaluated, after site 'mu'"]
+
+
+def test_a_plate_of_another_size_in_a_later_step_is_no_infinite_loss(y):
+    class Shrinks(Breaks):
+        def forward(self, rows):
+            super().forward(rows if self.calls < 3 else rows[:-1])
+
+    model = Shrinks()
+    with pytest.raises(ValueError, match="plate 'data' at site 'y' has size 39, but the batch has 40 rows"):
+        fit(model, AutoNormal(model), y, num_epochs=10, progress=False)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("the table is gone")], ids=["refused", "raised"])
+def test_what_looking_for_the_site_raises_is_no_answer(error, y):
+    """A scale that is so small that the loss is infinite, and one that Pyro refuses in the evaluation after it."""
+
+    def scale(calls):
+        if calls > 1 and error is not None:
+            raise error
+        return torch.tensor({1: 1e-320}.get(calls, 1.0 if calls < 1 else torch.nan))
+
+    model = Breaks(scale=scale)
+    expected = "ValueError: .*Laplace" if error is None else "RuntimeError: the table is gone"
+    message = rf"the loss is inf; evaluating the model once more, to find the site, raised {expected}.*; last site 'y'"
+    with pytest.raises(NonFiniteLossError, match=f"(?s){message}"):
+        fit(model, AutoNormal(model), y, num_epochs=10, progress=False)
+
+
+def test_global_parameters_are_refused(y):
+    def guide(rows):
+        pyro.sample("mu", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    def model(rows):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", N):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=rows)
+
+    with pytest.raises(ValueError, match="'loc' belongs to no nn"):
+        fit(model, guide, y, progress=False)
