@@ -198,6 +198,16 @@ def test_the_two_terms_of_a_nested_normal_have_weights_of_their_own():
     torch.testing.assert_close(loss, 2 * (whole - lengths) + 5 * lengths)
 
 
+@pytest.mark.parametrize(("infer", "weight"), [({"kl_weight": 2.0}, 2), ({"kl_weight": 2.0, "length_weight": 5.0}, 5)])
+def test_a_mask_has_the_weight_of_lengths_or_else_that_of_its_kl(infer, weight):
+    q, p = OrderedMaskStraightThrough(0.5, logits=torch.tensor([0.3, 0.0, 1.0])), OrderedMask.uniform(K)
+    elbo = NestedELBO()
+    loss = elbo.differentiable_loss(lambda: pyro.sample("mask", p), lambda: pyro.sample("mask", q, infer=infer))
+    kl = kl_divergence(q, p)
+    torch.testing.assert_close(loss, weight * kl)
+    assert elbo.kl == elbo.kl_lengths == {"mask": kl}
+
+
 def test_the_jacobian_of_a_positive_latent_is_kept():
     # The guide is the prior: ELBO zero, on every draw. Pyro's mean-field ELBO forgets the log-density of the guide.
     def model():
@@ -222,6 +232,17 @@ def test_a_shape_that_does_not_fit_its_plates_is_refused():
 
     with pytest.raises(ValueError, match='at site "z", invalid log_prob shape'):
         NestedELBO(max_plate_nesting=2).differentiable_loss(wrong, guide)
+
+
+def test_another_order_of_sites_warns():
+    pair = GlobalMask()
+
+    def guide():
+        pyro.sample("w", dist.Normal(torch.zeros(K), 1.0).to_event(1))
+        pyro.sample("mask", OrderedMaskStraightThrough(0.5, logits=pair.a))
+
+    with pytest.warns(UserWarning, match="Failed to verify mean field restriction"):
+        NestedELBO().differentiable_loss(pair.model, guide)
 
 
 def test_a_mask_without_gradient_in_the_guide_is_refused():

@@ -60,6 +60,17 @@ def test_parameters_of_plain_nets_are_not_announced_in_the_block_and_are_after_i
         assert announced(model, x) == names
 
 
+def test_a_module_made_without_the_setting_gets_a_store_of_its_own():
+    """Pyro gives one to modules that are made under the setting, of the same form."""
+    early = Nothing()
+    with pyro.settings.context(module_local_params=True):
+        late = Nothing()
+    assert not hasattr(early._pyro_context, "param_state")
+    with module_local_params(early, late, None):
+        assert early._pyro_context.param_state == late._pyro_context.param_state
+        assert early._pyro_context.param_state is not late._pyro_context.param_state
+
+
 def test_values_are_the_same_in_the_block(x):
     model, scores = Regression(), []
     for _ in range(2):

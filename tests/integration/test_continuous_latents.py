@@ -35,7 +35,7 @@ def z_scores(draws: Tensor, law: RelaxedOrderedMask) -> Tensor:
 def test_nuts_samples_a_relaxed_mask():
     """The sampler's change of variables, stick-breaking and tail sums, has the right Jacobian."""
     mcmc = MCMC(
-        NUTS(lambda: pyro.sample("z", relaxed(LOGITS))), num_samples=800, warmup_steps=100, disable_progbar=True
+        NUTS(lambda: pyro.sample("z", relaxed(LOGITS))), num_samples=400, warmup_steps=100, disable_progbar=True
     )
     mcmc.run()
     draws = mcmc.get_samples()["z"]

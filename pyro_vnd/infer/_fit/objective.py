@@ -117,7 +117,8 @@ class Objective:
             if site := self._site_to_blame(batch):
                 return site
         except Exception as error:  # what is to be explained is another error
-            return f"evaluating the model once more, to find the site, raised {type(error).__name__}: {error}; {last}"
+            what = f"{type(error).__name__}: {error}".partition("\n")[0]  # without the shapes that Pyro adds
+            return f"evaluating the model once more, to find the site, raised {what}; {last}"
         gradients = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
         bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
         return f"the gradient of {bad} is not finite; {last}" if bad else f"on a new draw each site is finite; {last}"
