@@ -1,9 +1,11 @@
 """Data of a fit: their checks and shuffled mini-batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_vnd._data import Data, as_arguments, check_rows, map_parts, named_parts, num_rows, shapes
 
@@ -49,4 +51,8 @@ def shuffled_batches(data: Data, batch_size: int) -> Iterator[Data]:
     orders = {x.device: order.to(x.device) for x in named_parts(data).values()}
     for start in range(0, total - batch_size + 1, batch_size):
         rows = {device: order[start : start + batch_size] for device, order in orders.items()}
-        yield map_parts(lambda x, rows=rows: x.index_select(0, rows[x.device]), data)  # type: ignore[misc]
+        yield map_parts(partial(_rows_of, rows), data)
+
+
+def _rows_of(rows: Mapping[torch.device, Tensor], x: Tensor) -> Tensor:
+    return x.index_select(0, rows[x.device])
