@@ -1,7 +1,6 @@
 """Speed, memory and gradients of ordered masks, against writing them by hand.
 
     python -m benchmarks.masks [--json FILE] [--quick]
-    python -m benchmarks.masks --table FILE
 
 Medians of interleaved runs in one process: CPU time, float32, one torch thread, argument validation off, temperature
 0.2. A law is built in the timed part from a leaf tensor of logits, as in a training step. Only ratios within one run
@@ -9,7 +8,6 @@ mean something.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -28,7 +26,7 @@ from benchmarks.mask_methods import LABELS, LOG_PROB_REFERENCE, REFERENCE, gumbe
 from benchmarks.record import header, markdown_table, rounded, write_json
 from pyro_vnd.distributions import OrderedMaskStraightThrough
 
-__all__ = ["Settings", "markdown", "run"]
+__all__ = ["Settings", "gradient_tables", "run", "speed_tables"]
 
 Result = dict[str, Any]
 
@@ -151,16 +149,14 @@ def _target(name: str, value: float | None, limit: float) -> Iterator[dict[str, 
         yield {"name": name, "value": value, "limit": limit, "passed": value <= limit}
 
 
-def markdown(result: Result) -> str:
-    """Format a result as the tables of the README: ratios, which travel between machines better than seconds."""
+def speed_tables(result: Result) -> str:
+    """Format times and memory: ratios, which travel between machines better than seconds."""
     machine, versions = result["header"]["machine"], result["header"]["versions"]
     shapes = list(dict.fromkeys(tuple(row["shape"]) for row in result["rows"]))
     return "\n\n".join(
         [
             f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} thread used; "
-            f"Python {versions['python']}, torch {versions['torch']}, Pyro {versions['pyro']}. Medians of interleaved "
-            "runs: CPU time, float32, argument validation off, temperature 0.2; each law is built in the timed part "
-            "from logits that require a gradient.",
+            f"Python {versions['python']}, torch {versions['torch']}, Pyro {versions['pyro']}.",
             f"Time of a draw / of a draw and its backward pass, relative to {LABELS[REFERENCE]}; Pyro's is followed "
             "by the same tail sum:",
             _ratios(result["rows"], shapes, ("draw", "draw_backward")),
@@ -170,17 +166,25 @@ def markdown(result: Result) -> str:
             "Peak memory of a draw and its backward pass, beyond logits and incoming gradient, in masks of "
             "batch x units numbers:",
             _ratios([{**row, "what": "memory"} for row in result["memory"]], shapes, ("memory",), key="masks"),
-            "Straight-through gradient with four draws an estimate, K = 32, against the exact gradient by enumeration. "
-            "Relative bias (norm of the mean error / norm of the exact gradient) ± its standard error; relative "
-            "deviation (root mean squared norm of the deviation from the mean estimate / norm of the exact gradient):",
-            *[f"{text}\n\n{_gradient_table(result, name)}" for name, text in OBJECTIVES.items()],
-            "Targets:",
-            "\n".join(
-                f"- {'PASS' if target['passed'] else 'MISS'} {target['name']}: {target['value']:.3g}, "
-                f"at most {target['limit']:g}"
-                for target in result["targets"]
-            ),
+            _targets_table(result, of_gradient=False),
         ]
+    )
+
+
+def gradient_tables(result: Result) -> str:
+    """Format bias and deviation of the straight-through gradients."""
+    tables = [f"{text}\n\n{_gradient_table(result, name)}" for name, text in OBJECTIVES.items()]
+    return "\n\n".join([*tables, _targets_table(result, of_gradient=True)])
+
+
+def _targets_table(result: Result, *, of_gradient: bool) -> str:
+    return markdown_table(
+        ["target", "measured", "at most", "met"],
+        [
+            [target["name"], f"{target['value']:.3g}", f"{target['limit']:g}", "yes" if target["passed"] else "no"]
+            for target in result["targets"]
+            if target["name"].startswith("relative ") == of_gradient
+        ],
     )
 
 
@@ -223,7 +227,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the benchmark, or print the tables of an earlier run."""
+    """Run the benchmark, write its result and print its tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.masks", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--json",
@@ -232,13 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         help=f"where the result goes; without --quick, {RESULTS.name} in benchmarks/results unless given",
     )
     parser.add_argument("--quick", action="store_true", help="a rough answer in seconds; no file unless --json")
-    parser.add_argument(
-        "--table", type=Path, metavar="FILE", help="print the tables of this result and measure nothing"
-    )
     args = parser.parse_args(argv)
-    if args.table:
-        print(markdown(json.loads(args.table.read_text())))
-        return
     path = args.json or (None if args.quick else RESULTS)
     if path:
         try:
@@ -250,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     result = run(QUICK if args.quick else Settings())
     if path:
         write_json(path, result)
-    print(markdown(result))
+    print(f"{speed_tables(result)}\n\n{gradient_tables(result)}")
 
 
 if __name__ == "__main__":

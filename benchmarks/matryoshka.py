@@ -217,7 +217,7 @@ def step_ratios(data: Dataset, recipe: Recipe, num_steps: int = 20) -> dict[str,
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Format the tables of the README: both metrics by prefix, then the laws and what a step costs."""
+    """Format the tables: both metrics by prefix, then the laws and what a step costs."""
     found = Rows(result, "model", "prefix", LABELS)
     tables = [found.table("mlp", metric, PREFIXES) for metric in METRICS]
     body = [

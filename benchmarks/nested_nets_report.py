@@ -1,20 +1,14 @@
-"""Tables, figure and targets of the benchmark of nested nets, made from its committed rows."""
+"""Tables, figures and targets of the benchmark of nested nets, made from its committed rows."""
 
-import argparse
-import json
-import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from benchmarks.nested_nets import RESULTS, WIDTHS
+from benchmarks.nested_nets import WIDTHS
 from benchmarks.record import markdown_table
 from benchmarks.tables import Rows as SharedRows
 
-FIGURE = Path(__file__).parents[1] / "docs" / "images" / "nested_nets.png"
 LABELS = {
     "independent": "independent nets",
     "fixed_geometric": "nested dropout, geometric",
@@ -23,13 +17,8 @@ LABELS = {
     "vnd": "ours",
     "vnd_probs_as_logits": "ours, probabilities as logits",
 }
-PANELS = {
-    "accuracy": "accuracy",
-    "nll": "NLL, nats",
-    "ece": "ECE",
-    "auroc/mutual_information": "AUROC, mutual information",
-    "auroc/entropy": "AUROC, entropy",
-}
+PANELS = {"accuracy": "accuracy", "nll": "NLL, nats", "ece": "ECE", "auroc": "AUROC of detection, best score"}
+SIGNS = {"entropy": "H", "mutual_information": "MI"}
 
 
 class Rows(SharedRows):
@@ -42,6 +31,11 @@ class Rows(SharedRows):
         """Return the out-of-domain score whose AUROC, averaged over sets and seeds, is highest."""
         known = [name.partition("/")[2] for *key, name in self.values if name.count("/") == 1 and name[:5] == "auroc"]
         return max(dict.fromkeys(known), key=lambda score: self.mean(arch, method, width, f"auroc/{score}"))
+
+    def scored(self, arch: str, method: str, width: Any) -> str:
+        """Return the metric of detection: of the best score, or of the entropy, all that deterministic nets have."""
+        bayesian = method.startswith(("vnd", "bayes"))
+        return f"auroc/{self.best_score(arch, method, width) if bayesian else 'entropy'}"
 
 
 def targets(rows: Rows, arch: str) -> list[dict[str, Any]]:
@@ -77,77 +71,63 @@ def targets_table(rows: Rows, arch: str) -> str:
     names = list(dict.fromkeys(row["what"] for row in found))
     cells = {(row["what"], row["width"]): f"{row['margin']:+.4f}" for row in found}
     return markdown_table(
-        ["margin", *[f"{width:g}" for width in WIDTHS]], [[name, *[cells[name, w] for w in WIDTHS]] for name in names]
+        ["ours, margin over the target", *[f"{width:g}" for width in WIDTHS]], [[name, *[cells[name, w] for w in WIDTHS]] for name in names]
     )
 
 
-def figure(rows: Rows) -> Figure:
-    """Plot the metrics against the width, a row of panels for each architecture."""
-    drawn, axes = plt.subplots(
-        len(rows.fitted),
-        len(PANELS),
-        figsize=(3.1 * len(PANELS), 2.7 * len(rows.fitted)),
-        layout="constrained",
-        squeeze=False,
-    )
-    for line, arch in zip(axes, rows.fitted, strict=True):
-        for ax, (metric, label) in zip(line, PANELS.items(), strict=True):
-            for method in rows.methods:
-                if not metric.endswith("mutual_information") or method.startswith(("vnd", "bayes")):
-                    rows.draw(ax, arch, method, metric, WIDTHS)
-            ax.set_xscale("log", base=2)
-            ax.set(xlabel="width kept", title=f"{arch.upper()}: {label}")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+def figures(result: dict[str, Any]) -> dict[str, Figure]:
+    """Plot the metrics against the width, a figure for each architecture."""
+    rows = Rows(result)
+    return {f"nested_{arch}": _figure(rows, arch) for arch in rows.fitted}
+
+
+def _figure(rows: Rows, arch: str) -> Figure:
+    drawn, axes = plt.subplots(2, 2, figsize=(8, 6.4), layout="constrained")
+    for ax, (metric, label) in zip(axes.flat, PANELS.items(), strict=True):
+        for method in rows.methods:
+            rows.draw(ax, arch, method, rows.scored(arch, method, 1.0) if metric == "auroc" else metric, WIDTHS)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(WIDTHS, ["1/16", "1/8", "1/4", "1/2", "3/4", "1"])
+        ax.minorticks_off()
+        ax.set(xlabel="share of the units", title=label)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return drawn
 
 
-def markdown(result: dict[str, Any], metrics: Sequence[str] = ("accuracy", "nll", "ece", "auroc")) -> str:
-    """Format the tables of the README: for each architecture accuracy, NLL, ECE and detection by width."""
+def markdown(result: dict[str, Any]) -> str:
+    """Format the tables of the page: for each architecture accuracy, NLL, ECE and detection by width, and margins."""
     rows = Rows(result)
     parts = []
     for arch in rows.fitted:
-        parts.append(f"**{arch.upper()}**")
-        for metric in metrics:
-            if metric != "auroc":
-                parts.append(rows.table(arch, metric, WIDTHS))
-                continue
-            # Deterministic nets have no mutual information: their best score is one of the other two.
-            body = []
-            for method in rows.methods:
-                cells = []
-                for width in WIDTHS:
-                    if (arch, method, width, "accuracy") not in rows.values:
-                        cells.append("-")
-                        continue
-                    score = (
-                        "entropy" if not method.startswith(("vnd", "bayes")) else rows.best_score(arch, method, width)
-                    )
-                    key = (arch, method, width, f"auroc/{score}")
-                    sign = {"entropy": "H", "mutual_information": "MI"}.get(score, "max")
-                    cells.append(f"{rows.mean(*key):.3f} ± {rows.error(*key):.3f} {sign}")
-                body.append([LABELS[method], *cells])
-            parts.append(markdown_table(["AUROC, best score", *[f"{width:g}" for width in WIDTHS]], body))
+        parts.append(f"## {arch.upper()}")
+        parts += [rows.table(arch, metric, WIDTHS) for metric in PANELS if metric != "auroc"]
+        parts += [_detection_table(rows, arch), targets_table(rows, arch)]
     return "\n\n".join(parts)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print tables and margins, and draw the figure."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.nested_nets_report", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="rows to read")
-    parser.add_argument("--figure", type=Path, default=FIGURE, metavar="FILE", help="figure to write")
-    args = parser.parse_args(argv)
-    result = json.loads(args.json.read_text())
+def _detection_table(rows: Rows, arch: str) -> str:
+    body = []
+    for method in rows.methods:
+        cells = []
+        for width in WIDTHS:
+            if (arch, method, width, "accuracy") not in rows.values:
+                cells.append("-")
+                continue
+            score = rows.scored(arch, method, width)
+            key = (arch, method, width, score)
+            sign = SIGNS.get(score.partition("/")[2], "max")
+            cells.append(f"{rows.mean(*key):.3f} ± {rows.error(*key):.3f} {sign}")
+        body.append([LABELS[method], *cells])
+    return markdown_table(["AUROC, best score", *[f"{width:g}" for width in WIDTHS]], body)
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Format the table of the README: the MLP's accuracy and NLL."""
     rows = Rows(result)
-    print(markdown(result))
-    for arch in rows.fitted:
-        print(f"\n{arch.upper()}: margins over the targets, positive is met\n\n{targets_table(rows, arch)}")
-    drawn = figure(rows)
-    drawn.savefig(args.figure, dpi=110)
-    plt.close(drawn)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    body = []
+    for metric, name in (("accuracy", "accuracy"), ("nll", "NLL, nats")):
+        for method in ("independent", "fixed_geometric", "fixed_uniform", "vnd"):
+            cells = [f"{rows.mean('mlp', method, width, metric):.3f}" for width in WIDTHS]
+            body.append([f"{name}, {LABELS[method]}", *cells])
+    return markdown_table(["share of the units", "1/16", "1/8", "1/4", "1/2", "3/4", "1"], body)

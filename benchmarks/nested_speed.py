@@ -5,7 +5,6 @@ to the deterministic dense net's step, with the same fused Adam; "by hand" is a 
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -202,16 +201,12 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the benchmark, or print the tables of an earlier run."""
+    """Run the benchmark, write its result and print its tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.nested_speed", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="where the result goes")
     parser.add_argument("--seconds", type=float, default=120, help="time to spend on steps, about")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of this result; measure nothing")
     args = parser.parse_args(argv)
-    if args.table:
-        print(markdown(json.loads(args.table.read_text())))
-        return
     args.json.parent.mkdir(parents=True, exist_ok=True)
     result = run(args.seconds, args.threads)
     write_json(args.json, result)

@@ -1,20 +1,16 @@
-"""Tables, figure and targets of the benchmark of ordered latents, made from its committed rows."""
+"""Tables, figures and targets of the benchmark of ordered latents, made from its committed rows."""
 
-import argparse
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from benchmarks.ordered_latents import FIXED, MODELS, PREFIXES, RESULTS
+from benchmarks.ordered_latents import FIXED, MODELS, PREFIXES
 from benchmarks.record import markdown_table
 from benchmarks.tables import Rows
 
-FIGURE = Path(__file__).parents[1] / "docs" / "images" / "ordered_latents.png"
 LABELS = {
     "plain": "plain",
     "fixed_geometric": "nested dropout, geometric",
@@ -85,71 +81,72 @@ def targets_table(rows: Rows) -> str:
     return markdown_table(["the VAE, ours", "target", *map(str, PREFIXES)], body)
 
 
-def figure(rows: Rows) -> Figure:
-    """Plot the metrics against the length of the code, a row of panels for each model with several methods."""
-    models = [name for name in MODELS if {"plain", "fixed_uniform"} <= _methods(rows, name)]
-    drawn, axes = plt.subplots(
-        len(models), len(PANELS), figsize=(3.3 * len(PANELS), 2.5 * len(models)), layout="constrained", squeeze=False
-    )
-    for line, model in zip(axes, models, strict=True):
-        for ax, (metric, (label, factor, _)) in zip(line, PANELS.items(), strict=True):
-            for method in rows.methods:
-                # Codes of a plain model that are cut are so far off that nothing else could be seen.
-                whole_only = method == "plain" and metric != "probe_accuracy"
-                # Linear decoders, and tokens drawn without a law of which go together, make no images.
-                if metric != "fid_samples" or model in ("vae", "vae_our_parts", "wae"):
-                    rows.draw(ax, model, method, metric, PREFIXES[-1:] if whole_only else PREFIXES, factor)
-            if not ax.has_data():
-                ax.set_axis_off()
-                continue
-            ax.set_xscale("log", base=2)
-            ax.set_xticks(PREFIXES, [str(k) for k in PREFIXES])
-            if metric in ("mse", "fid_samples"):
-                ax.set_yscale("log")
-                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                ax.yaxis.set_major_formatter(ScalarFormatter())
-                ax.yaxis.set_minor_formatter(NullFormatter())
-            if metric == "fid_samples":
-                ax.set_ylim(top=min(ax.get_ylim()[1], 1500))  # a fit that went astray would hide the rest
-            ax.set(xlabel="code length", title=f"{NAMES[model]}: {label}")
-    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+def figures(result: dict[str, Any]) -> dict[str, Figure]:
+    """Plot the metrics against the length of the code: all of the VAE's, the error of the other models."""
+    rows = _rows(result)
+    return {"ordered_vae": _vae_figure(rows), "ordered_others": _others_figure(rows)}
+
+
+def _vae_figure(rows: Rows) -> Figure:
+    drawn, axes = plt.subplots(2, 2, figsize=(8, 6.6), layout="constrained")
+    for ax, metric in zip(axes.flat, PANELS, strict=True):
+        for method in rows.methods:
+            _draw(rows, ax, "vae", method, metric)
+        for method in ("plain", *FIXED):
+            label = f"{LABELS[method]}, our parts"
+            _draw(rows, ax, "vae_our_parts", method, metric, label=label, linestyle="--", markerfacecolor="none")
+        _label(ax, metric, PANELS[metric][0])
+    _legend(drawn, ncols=3)
     return drawn
 
 
-def _methods(rows: Rows, model: str) -> set[str]:
-    return {key[1] for key in rows.values if key[0] == model}
+def _others_figure(rows: Rows) -> Figure:
+    drawn, axes = plt.subplots(2, 2, figsize=(8, 6.4), layout="constrained")
+    for ax, model in zip(axes.flat, ("wae", "vqvae_tokens", "vqvae_dims", "linear"), strict=True):
+        for method in rows.methods:
+            _draw(rows, ax, model, method, "mse")
+        _label(ax, "mse", f"{NAMES[model]}: {PANELS['mse'][0]}")
+    _legend(drawn, ncols=3)
+    return drawn
+
+
+def _draw(rows: Rows, ax: Axes, model: str, method: str, metric: str, **style: Any) -> None:
+    # Codes of a plain model that are cut are so far off that nothing else could be seen.
+    whole_only = method == "plain" and metric != "probe_accuracy"
+    rows.draw(ax, model, method, metric, PREFIXES[-1:] if whole_only else PREFIXES, PANELS[metric][1], **style)
+
+
+def _label(ax: Axes, metric: str, title: str) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(PREFIXES, [str(k) for k in PREFIXES])
+    if metric in ("mse", "fid_samples"):
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        ax.yaxis.set_major_formatter(ScalarFormatter())
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set(xlabel="length of the code", title=title)
+
+
+def _legend(drawn: Figure, ncols: int) -> None:
+    handles = {
+        label: handle for ax in drawn.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols, frameon=False)
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Format the tables of the README: for each model the metrics that it has, by length of the code."""
-    rows = Rows(result, "model", "prefix", LABELS)
+    """Format the tables of the page: for each model the metrics that it has, by length of the code, and targets."""
+    rows = _rows(result)
     parts = []
     for model in (name for name in MODELS if name in rows.fitted):
+        parts.append(f"## {NAMES[model]}")
         for metric in METRICS.get(model, ("mse",)):
             label, factor, digits = PANELS[metric]
             if any(key[0] == model and key[3] == metric for key in rows.values):
                 table = rows.table(model, metric, PREFIXES, digits, factor)
-                parts.append(table.replace(f"| {metric} |", f"| {NAMES[model]}: {label} |", 1))
-    return "\n\n".join(parts)
+                parts.append(table.replace(f"| {metric} |", f"| {label} |", 1))
+    return "\n\n".join([*parts, "## Targets", targets_table(rows)])
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print tables and targets, and draw the figure."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ordered_latents_report", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="rows to read")
-    parser.add_argument("--figure", type=Path, default=FIGURE, metavar="FILE", help="figure to write")
-    args = parser.parse_args(argv)
-    result = json.loads(args.json.read_text())
-    print(markdown(result))
-    rows = Rows(result, "model", "prefix", LABELS)
-    print(f"\n{targets_table(rows)}")
-    drawn = figure(rows)
-    drawn.savefig(args.figure, dpi=110)
-    plt.close(drawn)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _rows(result: dict[str, Any]) -> Rows:
+    return Rows(result, "model", "prefix", LABELS)

@@ -104,13 +104,14 @@ def run(seconds: float, threads: int) -> dict[str, Any]:
     return result
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """Format the result as a table."""
-    seconds, peaks = result["seconds"], result["peak_mib"]
-    return markdown_table(
-        ["one training step", "time / plain", "peak memory, MiB"],
-        [[label, f"{seconds[name] / seconds['plain']:.2f}", f"{peaks[name]:.1f}"] for name, label in LABELS.items()],
-    )
+def markdown(result: dict[str, Any], two_threads: dict[str, Any] | None = None) -> str:
+    """Format a result as a table, with the times of another run beside its own."""
+    heads = ["time / plain", "peak memory, MiB"] + (["time / plain, two threads"] if two_threads else [])
+    body = []
+    for name, label in LABELS.items():
+        times = [f"{run['seconds'][name] / run['seconds']['plain']:.2f}" for run in (result, two_threads) if run]
+        body.append([label, times[0], f"{result['peak_mib'][name]:.1f}", *times[1:]])
+    return markdown_table(["one training step", *heads], body)
 
 
 def main(argv: list[str] | None = None) -> None:

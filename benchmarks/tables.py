@@ -59,18 +59,27 @@ class Rows:
         heads = [f"{size:g}" if isinstance(size, float | int) else size for size in sizes]
         return markdown_table([metric, *heads], body)
 
-    def draw(self, ax: Axes, fitted: str, method: str, metric: str, sizes: Sequence[Any], scale: float = 1.0) -> None:
+    def draw(
+        self,
+        ax: Axes,
+        fitted: str,
+        method: str,
+        metric: str,
+        sizes: Sequence[Any],
+        scale: float = 1.0,
+        **style: Any,
+    ) -> None:
         """Draw a metric of one method, times a scale, against the size: a line with a band of one standard error.
 
-        A single size is a point with an error bar; ours is the thick line.
+        A single size is a point with an error bar; ours is the thick line. `style` is matplotlib's.
         """
         sizes = [size for size in sizes if (fitted, method, size, metric) in self.values]
         means = [scale * self.mean(fitted, method, size, metric) for size in sizes]
         errors = [scale * self.error(fitted, method, size, metric) for size in sizes]
-        style: dict[str, Any] = {"color": f"C{self.methods.index(method)}", "label": self.labels[method]}
+        style = {"color": f"C{self.methods.index(method)}", "label": self.labels[method]} | style
         if len(sizes) == 1:
             ax.errorbar(sizes, means, errors, marker="D", markersize=4, **style)
         elif sizes:
-            ax.plot(sizes, means, marker="o", markersize=3, linewidth=2 if method == "vnd" else 1, **style)
+            ax.plot(sizes, means, marker="o", markersize=3, linewidth=2.5 if method == "vnd" else 1.2, **style)
             low, high = zip(*((m - e, m + e) for m, e in zip(means, errors, strict=True)), strict=True)
             ax.fill_between(sizes, low, high, color=style["color"], alpha=0.2, linewidth=0)

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import nested_nets
 from benchmarks.nested_nets import METHODS, RECIPES, WIDTHS, Data, ProbsAsLogitsWidth, build, main
-from benchmarks.nested_nets_report import Rows, figure, markdown, targets
+from benchmarks.nested_nets_report import PANELS, Rows, figures, markdown, targets
 from pyro_vnd.distributions import OrderedMask
 
 
@@ -90,8 +90,9 @@ def test_tables_margins_and_figure(result):
     margins = {(row["what"], row["width"]): row["margin"] for row in targets(rows, "mlp")}
     better = max(rows.mean("mlp", f"fixed_{law}", 1.0, "accuracy") for law in ("geometric", "uniform"))
     assert margins["accuracy, fixed rate", 1.0] == pytest.approx(accuracy - better)
-    drawn = figure(rows)
-    assert len(drawn.axes) == 5
+    (drawn,) = figures(result).values()
+    assert [ax.get_title() for ax in drawn.axes] == list(PANELS.values())
+    assert all(ax.has_data() for ax in drawn.axes)
     plt.close(drawn)
 
 

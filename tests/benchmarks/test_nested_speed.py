@@ -2,7 +2,7 @@ import json
 
 import torch
 
-from benchmarks import nested_speed
+from benchmarks import nested_speed, report
 from benchmarks.nested_speed import TARGETS, main
 
 
@@ -19,5 +19,5 @@ def test_runs_and_reports(tmp_path, monkeypatch, capsys):
     assert result["ratio"]["plain"] == 1
     assert all(value > 0 for value in (*result["seconds"].values(), *result["peak_mib"].values()))
     table = capsys.readouterr().out
-    main(["--table", str(path)])
+    report.main(["nested_speed", "--json", str(path)])
     assert capsys.readouterr().out == table

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import ordered_latents
 from benchmarks.ordered_latents import METHODS, MODELS, RECIPE, PrincipalComponents, build, main, uses
-from benchmarks.ordered_latents_report import LABELS, figure, markdown, targets, targets_table
+from benchmarks.ordered_latents_report import LABELS, PANELS, figures, markdown, targets, targets_table
 from benchmarks.tables import Rows
 
 PREFIXES = [1, 2, 4]
@@ -116,9 +116,11 @@ def test_tables_targets_and_figure(result, monkeypatch):
     row = found["FID of samples with lengths from the prior / plain VAE's with our parts", 4]
     assert row["value"] == pytest.approx(distance)
     assert targets_table(rows).count("\n") == 12
-    drawn = figure(rows)
-    assert [ax.get_title() for ax in drawn.axes][:2] == ["VAE: MSE x 1000", "VAE: ELBO, nats"]
-    plt.close(drawn)
+    assert targets_table(rows) in markdown(result)
+    drawn = figures(result)
+    assert [ax.get_title() for ax in drawn["ordered_vae"].axes] == [label for label, _, _ in PANELS.values()]
+    assert all(ax.has_data() for figure in drawn.values() for ax in figure.axes)
+    plt.close("all")
 
 
 def test_the_test_part_is_for_the_committed_file(capsys):
