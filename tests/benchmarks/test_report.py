@@ -20,7 +20,8 @@ def test_pages_have_the_tables_of_the_results(name):
 @pytest.mark.parametrize("name", PAGES)
 def test_figures_of_pages_are_there(name):
     page = PAGES[name]
-    images = [(page.path.parent / path).resolve() for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.path.read_text())]
+    paths = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.path.read_text())
+    images = [(page.path.parent / path).resolve() for path in paths]
     assert all(image.is_file() for image in images)
     if page.figures:
         made = page.figures(*page.read_results()[:1])
