@@ -10,7 +10,7 @@ from sphinx.application import Sphinx
 
 __all__ = ["convert_docstring", "remove_object", "skip_fields"]
 
-_PAGES = [f"pyro_vnd.{floor}" for floor in ("distributions", "nn", "infer", "diagnostics")]
+_PAGES = [f"pyro_vnd.{floor}" for floor in ("distributions", "nn", "infer", "autoencoders", "diagnostics")]
 _PUBLIC = {name: f"{page}.{name}" for page in _PAGES for name in importlib.import_module(page).__all__}
 
 _MARKUP = re.compile(

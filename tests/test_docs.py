@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = ("distributions", "nn", "infer", "diagnostics")
+FLOORS = ("distributions", "nn", "infer", "autoencoders", "diagnostics")
 
 
 @pytest.mark.parametrize("floor", FLOORS)
