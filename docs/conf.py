@@ -22,7 +22,7 @@ project = "pyro_vnd"
 author = "The pyro_vnd authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
-include_patterns = ["*.md", "docs/**/*.md", "notebooks/*.ipynb"]
+include_patterns = ["*.md", "docs/*.md", "docs/*/*.md", "notebooks/*.ipynb"]
 exclude_patterns = ["docs/contents.md", "**/.*", "results"]
 
 html_theme = "furo"
