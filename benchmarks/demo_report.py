@@ -6,17 +6,23 @@ from benchmarks.record import markdown_table
 
 __all__ = ["markdown"]
 
+MEASURES = {"accuracy": "accuracy", "nll": "NLL, nats", "ece": "ECE"}
+
 
 def markdown(result: dict[str, Any]) -> str:
-    """Format the classifier's scores by width and the autoencoder's error by length of the code."""
-    widths = [
-        [f"{row['width']:g}", *[f"{row[metric]:.3f}" for metric in ("accuracy", "nll", "ece")]]
-        for row in result["classifier"]["widths"]
+    """Format scores by width and errors by length of the code, ours first and then what it is compared with."""
+    nets = {"ours": result["classifier"]["widths"], **result["classifier"].get("baselines", {})}
+    scores = [
+        [f"{label}, {method}", *[f"{row[measure]:.3f}" for row in rows]]
+        for measure, label in MEASURES.items()
+        for method, rows in nets.items()
     ]
-    errors = result["vae"]["mse"]
+    codes = {"ours": result["vae"]["mse"], **result["vae"].get("baselines", {})}
+    lengths = list(codes["ours"])
+    errors = [[f"MSE x 1000, {name}", *[f"{1000 * of[k]:.1f}" for k in lengths]] for name, of in codes.items()]
     return "\n\n".join(
         [
-            markdown_table(["share of the hidden units", "accuracy", "NLL, nats", "ECE"], widths),
-            markdown_table(["code length", *errors], [["MSE x 1000", *[f"{1000 * e:.1f}" for e in errors.values()]]]),
+            markdown_table(["share of the hidden units", *[f"{row['width']:g}" for row in nets["ours"]]], scores),
+            markdown_table(["numbers of the code", *lengths], errors),
         ]
     )

@@ -71,7 +71,8 @@ def targets_table(rows: Rows, arch: str) -> str:
     names = list(dict.fromkeys(row["what"] for row in found))
     cells = {(row["what"], row["width"]): f"{row['margin']:+.4f}" for row in found}
     return markdown_table(
-        ["ours, margin over the target", *[f"{width:g}" for width in WIDTHS]], [[name, *[cells[name, w] for w in WIDTHS]] for name in names]
+        ["ours, margin over the target", *[f"{width:g}" for width in WIDTHS]],
+        [[name, *[cells[name, w] for w in WIDTHS]] for name in names],
     )
 
 

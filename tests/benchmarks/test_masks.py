@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from benchmarks.gradient import exact_gradient, gradient_quality, make_problem
 from benchmarks import report
+from benchmarks.gradient import exact_gradient, gradient_quality, make_problem
 from benchmarks.masks import Settings, gradient_tables, run, speed_tables
 from benchmarks.record import write_json
 from benchmarks.timing import interleaved_medians, peak_bytes

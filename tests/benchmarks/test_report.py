@@ -51,6 +51,11 @@ def test_a_changed_result_changes_the_page(tmp_path, monkeypatch):
     assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
 
 
+def test_demo_is_that_of_the_readme():
+    (result,) = PAGES["demo"].read_results()
+    assert result["header"]["command"] == "python -m models demo --data digits --seed 0"
+
+
 @pytest.mark.parametrize("text", ["no marks", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{END}", f"{BEGIN}{BEGIN}{END}"])
 def test_a_page_needs_its_marks(text):
     with pytest.raises(ValueError, match="once each"):
