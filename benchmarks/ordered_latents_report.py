@@ -52,15 +52,15 @@ def targets(rows: Rows) -> list[dict[str, Any]]:
             found.append({"what": f"MSE / {whose}", "prefix": prefix, "value": ours / better, "limit": 1.02})
         components = rows.mean("linear", "pca", prefix, "mse")
         found.append({"what": "MSE / principal components'", "prefix": prefix, "value": ours / components, "limit": 1})
-    whole = {
+    whole: dict[str, tuple[str, int | str, float]] = {
         "MSE / ": ("mse", full, 1.05),
         "ELBO, share that is lost to the ": ("elbo", full, 0.02),
         "FID of samples at full length / ": ("fid_samples", full, 1),
         "FID of samples with lengths from the prior / ": ("fid_samples_prior", "law", 1),
     }
     for model, whose in {"vae": "plain VAE's", "vae_our_parts": "plain VAE's with our parts"}.items():
-        for what, (metric, prefix, limit) in whole.items():
-            value = vae("vnd", prefix, metric) / rows.mean(model, "plain", prefix, metric)
+        for what, (metric, where, limit) in whole.items():
+            value = vae("vnd", where, metric) / rows.mean(model, "plain", where, metric)
             value = 1 - value if metric == "elbo" else value
             found.append({"what": what + whose, "prefix": full, "value": value, "limit": limit})
     return [row | {"met": row["value"] <= row["limit"]} for row in found]
