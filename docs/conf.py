@@ -4,6 +4,7 @@ The root of the repository is the source folder, so that links between its Markd
 """
 
 import io
+import logging
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # the models are not installed
 
 from docstrings import convert_docstring, remove_object, skip_fields  # noqa: E402
 from mathml import visit_math  # noqa: E402
+
+logging.getLogger("arviz").setLevel(logging.WARNING)  # it tells of its parts when it is imported
 
 project = "pyro_vnd"
 author = "The pyro_vnd authors"
