@@ -45,7 +45,8 @@ from pyro_vnd.autoencoders import (
     full_width,
     mlp_bodies,
 )
-from pyro_vnd.diagnostics import evaluate_prefixes, weights_hash
+from pyro_vnd.diagnostics import evaluate_prefixes
+from pyro_vnd.diagnostics.metrics.generative import weights_hash
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit, linear
 

@@ -123,7 +123,7 @@ plt.show()
 # whether the fits agree. Of a single fit it says nothing, as its draws are independent by construction.
 
 # %%
-data = to_arviz(model, guides, features, y, num_samples=num_draws, dims={"mask": ["term"], "w": ["term"]})
+data = to_arviz(model, guides, (features, y), num_samples=num_draws, dims={"mask": ["term"], "w": ["term"]})
 print(data)
 summary(data, ["mask_length", "w"])
 
@@ -173,7 +173,7 @@ class Conditional(PyroModule):
 
 better = Conditional()
 result = train(better, 0, TraceEnum_ELBO(**particles))
-good = to_arviz(model, better, features, y, num_samples=num_draws, num_prior=0)
+good = to_arviz(model, better, (features, y), num_samples=num_draws, num_prior=0)
 print("k-hat:", khat(good).values.round(2))
 columns = {"AutoNested": data, "conditional": good} | ({} if QUICK else {"resampled": resample(good)})
 laws = {
@@ -236,7 +236,7 @@ by_order = {}
 for order in range(1, K + 1):
     model_at = pyro.poutine.condition(model, {"mask": (torch.arange(K) < order).float()})
     guide_at = pyro.poutine.block(as_guide(posterior.cut(order)), hide=["mask"])
-    by_order[order] = to_arviz(model_at, guide_at, features, y, num_samples=num_draws, num_prior=0)
+    by_order[order] = to_arviz(model_at, guide_at, (features, y), num_samples=num_draws, num_prior=0)
 scores = {order: loo(found, var_name="y") for order, found in by_order.items()}
 print("smallest order:", smallest_width(scores))
 compare(scores).round(2)

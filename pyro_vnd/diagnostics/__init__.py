@@ -1,73 +1,86 @@
-"""Predictions scored by width, posteriors in ArviZ, figures; the only part that imports ArviZ, xarray or matplotlib."""
+"""Predictions scored by width, posteriors in ArviZ, figures.
 
-from pyro_vnd.diagnostics.metrics.calibration import (
-    CalibrationBins,
-    calibration_bins,
-    classification_metrics,
-    fit_temperature,
-    scale_temperature,
-)
-from pyro_vnd.diagnostics.metrics.classification import average_batches, evaluate, net_cost
-from pyro_vnd.diagnostics.metrics.generative import generative_metrics, nearest_distances, weights_hash
-from pyro_vnd.diagnostics.metrics.ood import ood_metrics, ood_scores
-from pyro_vnd.diagnostics.metrics.predictive import AveragedPredictive, average_draws, predictive_metrics
-from pyro_vnd.diagnostics.metrics.prefix_scores import PrefixModel
-from pyro_vnd.diagnostics.metrics.prefixes import evaluate_prefixes
-from pyro_vnd.diagnostics.metrics.widths import evaluate_learned, evaluate_widths, loo_widths, smallest_width
-from pyro_vnd.diagnostics.plots.fits import plot_elbo, plot_ranks
-from pyro_vnd.diagnostics.plots.images import plot_prefixes, plot_samples, plot_traversals
-from pyro_vnd.diagnostics.plots.laws import plot_keep_probs, plot_laws, plot_length_posterior
-from pyro_vnd.diagnostics.plots.prefixes import plot_class_lengths, plot_rate_distortion
-from pyro_vnd.diagnostics.plots.widths import plot_ood, plot_reliability, plot_widths
-from pyro_vnd.diagnostics.posterior._arviz import summary
-from pyro_vnd.diagnostics.posterior.khat import khat, khat_by_row, resample
-from pyro_vnd.diagnostics.posterior.loo import compare, loo
-from pyro_vnd.diagnostics.posterior.sbc import rank_uniformity, sbc
-from pyro_vnd.diagnostics.posterior.to_arviz import to_arviz
+Names are imported when they are first used, and what they need with them: the extra `diagnostics`.
+"""
 
-__all__ = [
-    "AveragedPredictive",
-    "CalibrationBins",
-    "PrefixModel",
-    "average_batches",
-    "average_draws",
-    "calibration_bins",
-    "classification_metrics",
-    "compare",
-    "evaluate",
-    "evaluate_learned",
-    "evaluate_prefixes",
-    "evaluate_widths",
-    "fit_temperature",
-    "generative_metrics",
-    "khat",
-    "khat_by_row",
-    "loo",
-    "loo_widths",
-    "nearest_distances",
-    "net_cost",
-    "ood_metrics",
-    "ood_scores",
-    "plot_class_lengths",
-    "plot_elbo",
-    "plot_keep_probs",
-    "plot_laws",
-    "plot_length_posterior",
-    "plot_ood",
-    "plot_prefixes",
-    "plot_ranks",
-    "plot_rate_distortion",
-    "plot_reliability",
-    "plot_samples",
-    "plot_traversals",
-    "plot_widths",
-    "predictive_metrics",
-    "rank_uniformity",
-    "resample",
-    "sbc",
-    "scale_temperature",
-    "smallest_width",
-    "summary",
-    "to_arviz",
-    "weights_hash",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyro_vnd.diagnostics.metrics.calibration import fit_temperature as fit_temperature
+    from pyro_vnd.diagnostics.metrics.calibration import scale_temperature as scale_temperature
+    from pyro_vnd.diagnostics.metrics.classification import evaluate as evaluate
+    from pyro_vnd.diagnostics.metrics.classification import net_cost as net_cost
+    from pyro_vnd.diagnostics.metrics.generative import generative_metrics as generative_metrics
+    from pyro_vnd.diagnostics.metrics.ood import ood_metrics as ood_metrics
+    from pyro_vnd.diagnostics.metrics.predictive import classification_metrics as classification_metrics
+    from pyro_vnd.diagnostics.metrics.prefixes import evaluate_prefixes as evaluate_prefixes
+    from pyro_vnd.diagnostics.metrics.widths import evaluate_learned as evaluate_learned
+    from pyro_vnd.diagnostics.metrics.widths import evaluate_widths as evaluate_widths
+    from pyro_vnd.diagnostics.metrics.widths import loo_widths as loo_widths
+    from pyro_vnd.diagnostics.metrics.widths import smallest_width as smallest_width
+    from pyro_vnd.diagnostics.plots.fits import plot_elbo as plot_elbo
+    from pyro_vnd.diagnostics.plots.fits import plot_ranks as plot_ranks
+    from pyro_vnd.diagnostics.plots.images import plot_prefixes as plot_prefixes
+    from pyro_vnd.diagnostics.plots.images import plot_samples as plot_samples
+    from pyro_vnd.diagnostics.plots.images import plot_traversals as plot_traversals
+    from pyro_vnd.diagnostics.plots.laws import plot_keep_probs as plot_keep_probs
+    from pyro_vnd.diagnostics.plots.laws import plot_laws as plot_laws
+    from pyro_vnd.diagnostics.plots.laws import plot_length_posterior as plot_length_posterior
+    from pyro_vnd.diagnostics.plots.prefixes import plot_class_lengths as plot_class_lengths
+    from pyro_vnd.diagnostics.plots.prefixes import plot_rate_distortion as plot_rate_distortion
+    from pyro_vnd.diagnostics.plots.widths import plot_ood as plot_ood
+    from pyro_vnd.diagnostics.plots.widths import plot_reliability as plot_reliability
+    from pyro_vnd.diagnostics.plots.widths import plot_widths as plot_widths
+    from pyro_vnd.diagnostics.posterior._arviz import summary as summary
+    from pyro_vnd.diagnostics.posterior.khat import khat as khat
+    from pyro_vnd.diagnostics.posterior.khat import khat_by_row as khat_by_row
+    from pyro_vnd.diagnostics.posterior.khat import resample as resample
+    from pyro_vnd.diagnostics.posterior.loo import compare as compare
+    from pyro_vnd.diagnostics.posterior.loo import loo as loo
+    from pyro_vnd.diagnostics.posterior.sbc import rank_uniformity as rank_uniformity
+    from pyro_vnd.diagnostics.posterior.sbc import sbc as sbc
+    from pyro_vnd.diagnostics.posterior.to_arviz import to_arviz as to_arviz
+
+_NAMES = {
+    "metrics.calibration": ("fit_temperature", "scale_temperature"),
+    "metrics.classification": ("evaluate", "net_cost"),
+    "metrics.generative": ("generative_metrics",),
+    "metrics.ood": ("ood_metrics",),
+    "metrics.predictive": ("classification_metrics",),
+    "metrics.prefixes": ("evaluate_prefixes",),
+    "metrics.widths": ("evaluate_learned", "evaluate_widths", "loo_widths", "smallest_width"),
+    "plots.fits": ("plot_elbo", "plot_ranks"),
+    "plots.images": ("plot_prefixes", "plot_samples", "plot_traversals"),
+    "plots.laws": ("plot_keep_probs", "plot_laws", "plot_length_posterior"),
+    "plots.prefixes": ("plot_class_lengths", "plot_rate_distortion"),
+    "plots.widths": ("plot_ood", "plot_reliability", "plot_widths"),
+    "posterior._arviz": ("summary",),
+    "posterior.khat": ("khat", "khat_by_row", "resample"),
+    "posterior.loo": ("compare", "loo"),
+    "posterior.sbc": ("rank_uniformity", "sbc"),
+    "posterior.to_arviz": ("to_arviz",),
+}
+_MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
+_EXTRA = {"arviz", "arviz_stats", "h5netcdf", "h5py", "matplotlib", "pandas", "torchmetrics", "xarray"}
+
+if not TYPE_CHECKING:  # a checker, which has the imports above, would take any name for one that is there
+    __all__ = sorted(_MODULES)
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            value = getattr(import_module(_MODULES[name]), name)
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            if missing not in _EXTRA:
+                raise
+            advice = 'pip install "pyro-vnd[diagnostics]"'
+            raise ImportError(f"{__name__}.{name} needs the package {missing!r}: {advice}", name=missing) from error
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -1,82 +1,23 @@
-"""Accuracy and calibration of class probabilities, and temperature scaling."""
+"""How well class probabilities are calibrated, and temperature scaling, which mends it."""
 
 from dataclasses import dataclass
 from math import exp, log
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy
 
 __all__ = [
+    "LOG_TINY",
     "NUM_BINS",
     "CalibrationBins",
     "calibration_bins",
     "check_rows",
-    "classification_metrics",
     "fit_temperature",
     "scale_temperature",
-    "score_log_probs",
-    "standard_error",
 ]
-
 
 NUM_BINS = 15
 LOG_TINY = log(torch.finfo(torch.float64).tiny)  # -708: where a probability of zero is put
-
-
-def classification_metrics(probs: Tensor, labels: Tensor) -> dict[str, float]:
-    r"""Score predictive probabilities over a whole test set.
-
-    Accuracy is the share of right answers; NLL is $-\frac1N \sum_n \log p_n(y_n)$ in nats; the Brier score is
-    $\frac1N \sum_n \sum_c (p_n(c) - 1[y_n = c])^2$, in [0, 2]; ECE is the expected calibration error of the most
-    probable class in 15 bins of equal width, adaptive ECE in 15 bins of equal mass, both pooled over all N rows.
-    Standard errors are over rows. A probability below the smallest normal number of its dtype counts as that number.
-
-    Args:
-        probs: Class probabilities, averaged over posterior draws beforehand, shape (N, C).
-        labels: True classes, shape (N,).
-
-    Returns:
-        accuracy, accuracy_se, nll, nll_se, brier, brier_se, ece and adaptive_ece.
-
-    Raises:
-        ValueError: If shapes do not fit, or if an entry is no probability or no class.
-
-    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017 (ECE); Mukhoti et al., "Calibrating Deep
-    Neural Networks using Focal Loss", NeurIPS 2020 (adaptive ECE).
-
-    Example:
-        >>> import torch
-        >>> metrics = classification_metrics(torch.tensor([[0.8, 0.2], [0.4, 0.6]]), torch.tensor([0, 1]))
-        >>> {name: round(metrics[name], 3) for name in ("accuracy", "nll", "brier", "ece")}
-        {'accuracy': 1.0, 'nll': 0.367, 'brier': 0.2, 'ece': 0.3}
-    """
-    check_rows("classification_metrics", "probs", probs, labels)
-    # A sum of draws can round to 1.0000001; NaN fails the comparison too.
-    if not bool(((probs >= 0) & (probs <= 1 + 1e-4)).all()):
-        raise ValueError(
-            f"classification_metrics: `probs` must be in [0, 1]; got {probs.min().item()} to {probs.max().item()}"
-        )
-    return score_log_probs(probs.clamp_min(torch.finfo(probs.dtype).tiny).double().log(), labels)
-
-
-def score_log_probs(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
-    """Score log-probabilities, float64 of shape (N, C), as `classification_metrics` describes."""
-    num_classes = log_probs.shape[-1]
-    probs, rows = log_probs.exp(), labels.long().unsqueeze(-1)
-    losses = -log_probs.gather(-1, rows).squeeze(-1).clamp_min(LOG_TINY)
-    errors = (probs - torch.zeros_like(log_probs).scatter(-1, rows, 1.0)).square().sum(-1)
-    accuracy = multiclass_accuracy(probs, labels, num_classes, average="micro").item()
-    return {
-        "accuracy": accuracy,
-        "accuracy_se": (accuracy * (1 - accuracy) / len(labels)) ** 0.5,
-        "nll": losses.mean().item(),
-        "nll_se": standard_error(losses),
-        "brier": errors.mean().item(),
-        "brier_se": standard_error(errors),
-        "ece": calibration_bins(probs, labels).error,
-        "adaptive_ece": calibration_bins(probs, labels, equal_mass=True).error,
-    }
 
 
 @dataclass(frozen=True)
@@ -137,11 +78,6 @@ def calibration_bins(
         return index.bincount(values, num_bins) / count.clamp_min(1)
 
     return CalibrationBins(count, mean(confidence), mean(right))
-
-
-def standard_error(values: Tensor) -> float:
-    """Return the standard error of the mean of values, shape (N,)."""
-    return (values.var(correction=0) / len(values)).sqrt().item()
 
 
 def check_rows(function: str, argument: str, predictions: Tensor, labels: Tensor) -> None:

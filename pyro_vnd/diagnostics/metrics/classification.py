@@ -1,6 +1,7 @@
 """Predictions of a classifier scored on test data and on data from elsewhere, as an xarray Dataset."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,20 +12,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from pyro_vnd._state import module_mode
-from pyro_vnd.diagnostics.metrics.calibration import (
-    NUM_BINS,
-    calibration_bins,
-    fit_temperature,
-    scale_temperature,
+from pyro_vnd.diagnostics.metrics.calibration import NUM_BINS, calibration_bins, fit_temperature, scale_temperature
+from pyro_vnd.diagnostics.metrics.ood import SCORES, ood_metrics, ood_scores, score_limits
+from pyro_vnd.diagnostics.metrics.predictive import (
+    AveragedPredictive,
+    average_draws,
+    predictive_metrics,
     score_log_probs,
 )
-from pyro_vnd.diagnostics.metrics.ood import SCORES, ood_metrics, ood_scores, score_limits
-from pyro_vnd.diagnostics.metrics.predictive import AveragedPredictive, average_draws, predictive_metrics
+from pyro_vnd.diagnostics.metrics.variables import variable
 
 __all__ = ["Predict", "Rows", "average_batches", "batches", "evaluate", "net_cost"]
 
 Predict = Callable[[Tensor], Tensor]
-Rows = Tensor | Iterable[Any]
+Rows = Tensor | Iterable[Any] | Mapping[str, Tensor]  # inputs, and labels if there are any
 
 _NUM_SCORE_BINS = 50
 _CALIBRATED = ("nll", "brier", "ece", "adaptive_ece")
@@ -47,6 +48,8 @@ _LABELS = {
     "score_count": ("rows", "1"),
     "score_limit": ("largest value of the score", "see score"),
 }
+_ENDINGS = {"_calibrated": "calibrated", "_se": "standard error over rows"}
+_variable = partial(variable, _LABELS, _ENDINGS)
 
 
 def evaluate(
@@ -70,9 +73,9 @@ def evaluate(
     Args:
         predict: Returns the logits of a batch of inputs, shape (S, N, C), or (N, C) for a single draw. An `nn.Module`
             is run in evaluation mode and then put back.
-        data: Test data: a pair of tensors (x, y), or an iterable of batches (x, y, ...) such as a `DataLoader`.
-        ood: Test data from outside the domain, by name: a tensor, a tuple of tensors or an iterable of batches, of
-            which only the inputs are used.
+        data: Test data, inputs x and labels y: a pair (x, y), a mapping of the two in this order, or an iterable of
+            batches (x, y, ...) such as a `DataLoader`.
+        ood: Test data from outside the domain, by name: as `data`, or inputs alone; only these are used.
         calibrate: Validation data, as `data`: finds the temperature of the averaged probabilities that minimises
             their NLL, and adds `temperature` and, with it, `nll_calibrated`, `brier_calibrated`, `ece_calibrated` and
             `adaptive_ece_calibrated`.
@@ -142,7 +145,7 @@ def average_batches(
 
     Args:
         predict: As for `evaluate`.
-        data: A tensor, a tuple of tensors or an iterable of batches: inputs, and labels if there are any.
+        data: As for `evaluate`, with labels or without.
         seed: Torch's random state before each batch.
         batch_size: Rows of a batch, where data are tensors.
         device: Where batches go before `predict`. By default the device of a module, and nowhere else.
@@ -155,7 +158,7 @@ def average_batches(
 
     Example:
         >>> import torch
-        >>> predictive, labels = average_batches(torch.nn.Linear(2, 3), [torch.randn(4, 2), torch.randn(5, 2)])
+        >>> predictive, labels = average_batches(torch.nn.Linear(2, 3), torch.randn(9, 2), batch_size=4)
         >>> predictive.probs.shape, labels
         (torch.Size([9, 3]), None)
     """
@@ -200,12 +203,13 @@ def net_cost(net: nn.Module, x: Tensor) -> dict[str, int]:
 
 
 def batches(data: Rows, batch_size: int) -> Iterator[Sequence[Tensor]]:
-    """Yield the batches of a tensor, a tuple of tensors or an iterable of batches, each a sequence: inputs first."""
-    tensors = (data,) if isinstance(data, Tensor) else data
-    if isinstance(tensors, tuple) and all(isinstance(rows, Tensor) for rows in tensors):
-        yield from zip(*(rows.split(batch_size) for rows in tensors), strict=True)
+    """Yield the batches of data as of `fit`, or of an iterable of batches, each a sequence of tensors: inputs first."""
+    parts: Iterable[Any] = (data,) if isinstance(data, Tensor) else data
+    parts = tuple(data.values()) if isinstance(data, Mapping) else parts
+    if isinstance(parts, tuple | list) and all(isinstance(part, Tensor) for part in parts):
+        yield from zip(*(part.split(batch_size) for part in parts), strict=True)
         return
-    for batch in tensors:
+    for batch in parts:
         yield (batch,) if isinstance(batch, Tensor) else batch
 
 
@@ -255,12 +259,3 @@ def _foreign(inside: AveragedPredictive, outside: Sequence[AveragedPredictive]) 
         "score_count": _variable("score_count", ("source", "score", "score_bin"), counts),
         "score_limit": _variable("score_limit", ("score",), [limits[score] for score in SCORES]),
     }
-
-
-def _variable(name: str, dims: tuple[str, ...], values: Any) -> xr.Variable:
-    """Make a variable of one seed, with its label and unit."""
-    base = name.removesuffix("_calibrated").removesuffix("_se")
-    label, units = _LABELS[base]
-    if name != base:
-        label += ", calibrated" if name.endswith("_calibrated") else ", standard error over rows"
-    return xr.Variable(("seed", *dims), np.asarray(values)[None], {"long_name": label, "units": units})

@@ -26,7 +26,7 @@ def ood_scores(predictive: AveragedPredictive) -> dict[str, Tensor]:
 
     Example:
         >>> import torch
-        >>> from pyro_vnd.diagnostics import average_draws
+        >>> from pyro_vnd.diagnostics.metrics.predictive import average_draws
         >>> scores = ood_scores(average_draws(probs=torch.tensor([[[0.75, 0.25], [0.5, 0.5]]])))
         >>> {name: [round(value, 2) for value in values.tolist()] for name, values in scores.items()}
         {'doubt': [0.25, 0.5], 'entropy': [0.56, 0.69], 'mutual_information': [0.0, 0.0]}

@@ -4,45 +4,19 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyro_vnd.diagnostics.metrics.generative import feature_distances, image_features, nearest_distances
-from pyro_vnd.distributions import NestedLaw, OrderedMask
+from pyro_vnd.diagnostics.metrics.prefix_model import PrefixModel
+from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.distributions.nested import NestedLaw
 
-__all__ = ["NEAREST_ROWS", "LengthPosterior", "PrefixModel", "PrefixScores", "probe_accuracy"]
+__all__ = ["NEAREST_ROWS", "LengthPosterior", "PrefixScores", "probe_accuracy"]
 
 NEAREST_ROWS = 1000
-
-
-class PrefixModel(Protocol):
-    """What `evaluate_prefixes` needs of a model; it is an `nn.Module` as a rule.
-
-    It may have more, all or some of:
-
-    - `elbo(x, length, num_samples)`, with attributes `log_likelihood`, `kl_latents`, `kl_lengths` and `elbo`, in nats,
-      shape (N,) each;
-    - `log_likelihood(x, num_samples, length)`, an importance-weighted bound of the same, shape (N,);
-    - `encode(x)`, a `NestedNormal`, or the law of its mask alone, with batch shape (N,).
-
-    There `length` None means lengths from the learned posterior.
-
-    Attributes:
-        num_latents: K, the longest code.
-    """
-
-    num_latents: int
-
-    def embed(self, x: Tensor, length: int, /) -> Tensor:
-        """Return the mean codes of images, shape (N, K * B) with B numbers a latent, zero past the length."""
-
-    def reconstruct(self, x: Tensor, length: int, /) -> Tensor:
-        """Return images from codes of a length, the shape of `x`."""
-
-    def sample(self, num_samples: int, length: int | None, /) -> Tensor:
-        """Return images from the prior, None for lengths from theirs."""
 
 
 @dataclass(frozen=True)

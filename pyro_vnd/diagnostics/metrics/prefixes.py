@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -14,7 +15,9 @@ from tqdm.auto import tqdm
 from pyro_vnd._state import module_mode
 from pyro_vnd.diagnostics.metrics.classification import Rows, batches
 from pyro_vnd.diagnostics.metrics.generative import KID_SUBSET_SIZE, KID_SUBSETS, weights_hash
-from pyro_vnd.diagnostics.metrics.prefix_scores import NEAREST_ROWS, PrefixModel, PrefixScores, probe_accuracy
+from pyro_vnd.diagnostics.metrics.prefix_model import PrefixModel
+from pyro_vnd.diagnostics.metrics.prefix_scores import NEAREST_ROWS, PrefixScores, probe_accuracy
+from pyro_vnd.diagnostics.metrics.variables import variable
 
 __all__ = ["evaluate_prefixes"]
 
@@ -43,12 +46,13 @@ _LABELS = {
     "kid_reconstructions": ("KID of reconstructions", "1"),
 }
 _ENDINGS = {"_learned": "lengths from the posterior", "_prior": "lengths from the prior"}
+_variable = partial(variable, _LABELS, _ENDINGS)
 
 
 def evaluate_prefixes(
     model: PrefixModel,
     data: Rows,
-    lengths: Sequence[int],
+    prefixes: Sequence[int],
     *,
     num_samples: int = 10,
     num_importance: int = 100,
@@ -70,8 +74,9 @@ def evaluate_prefixes(
 
     Args:
         model: The model, in the terms of `PrefixModel`. It is run in evaluation mode and then put back.
-        data: Test images: a tensor x, a pair (x, y) with labels, or an iterable of such batches.
-        lengths: Lengths of the code, distinct and in 1..K.
+        data: Test images x, and labels y if there are any: a tensor x, a pair (x, y), a mapping of the two in this
+            order, or an iterable of batches.
+        prefixes: Lengths of the code, distinct and in 1..K.
         num_samples: Draws of the code for the ELBO of an image.
         num_importance: Draws of the code for its importance-weighted bound; 0 leaves the bound out.
         train: Training images, as `data`: how far test images and samples are from them, and the probe.
@@ -84,7 +89,7 @@ def evaluate_prefixes(
 
     Returns:
         A Dataset in which all variables have the dimension `seed`, so that `xr.concat(datasets, "seed")` joins fits;
-        `plot_metrics(dataset.rename(prefix="width"), ...)` draws those of (seed, prefix):
+        `plot_widths(dataset.rename(prefix="width"), ...)` draws those of (seed, prefix):
 
         - `mse` (seed, prefix), over images and pixels; `active_units` (seed, prefix), and `mean_code_variance`
           (seed, unit), on which they rest, the largest one of a latent with several numbers;
@@ -122,7 +127,7 @@ def evaluate_prefixes(
         >>> result["mse"].values.tolist(), result["active_units"].values.tolist()
         ([[0.3333333333333333, 0.0]], [[1, 1]])
     """
-    _check(model, lengths, num_samples=num_samples, num_importance=num_importance, num_generated=num_generated)
+    _check(model, prefixes, num_samples=num_samples, num_importance=num_importance, num_generated=num_generated)
     with torch.random.fork_rng(), module_mode([model], training=False), torch.no_grad():
         torch.manual_seed(seed)  # a loader that shuffles draws from it
         x, labels = _gather("data", data, model, batch_size)
@@ -135,7 +140,7 @@ def evaluate_prefixes(
             some = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0))[:_PROBE_ROWS]
             probe = train_x[some.to(x.device)], train_labels[some], labels
         by_length: dict[str, list[float]] = defaultdict(list)
-        for length in tqdm(lengths, desc="prefixes", disable=not progress):
+        for length in tqdm(prefixes, desc="prefixes", disable=not progress):
             found = scores.at(length) | {"active_units": int((variance[:length] > active_threshold).sum())}
             if probe is not None:
                 codes, test_codes = scores.codes(probe[0], length), scores.codes(x, length)
@@ -144,7 +149,7 @@ def evaluate_prefixes(
                 by_length[name].append(value)
 
     units = np.arange(1, model.num_latents + 1)
-    prefix = ("prefix", list(lengths), {"long_name": "code length", "units": "latents"})
+    prefix = ("prefix", list(prefixes), {"long_name": "code length", "units": "latents"})
     coords: dict[str, Any] = {"seed": [seed], "prefix": prefix, "unit": units}
     if law is not None:
         whole |= {"mean_length": law.mean.mean().item(), "entropy_length": law.entropy.mean().item()}
@@ -168,15 +173,15 @@ def evaluate_prefixes(
     return xr.Dataset(variables, coords, attrs)
 
 
-def _check(model: PrefixModel, lengths: Sequence[int], **numbers: int) -> None:
+def _check(model: PrefixModel, prefixes: Sequence[int], **numbers: int) -> None:
     known = range(1, model.num_latents + 1)
     if (
-        len(lengths) == 0
-        or len(set(lengths)) < len(lengths)
-        or not all(isinstance(length, int | np.integer) and length in known for length in lengths)
+        len(prefixes) == 0
+        or len(set(prefixes)) < len(prefixes)
+        or not all(isinstance(length, int | np.integer) and length in known for length in prefixes)
     ):
         raise ValueError(
-            f"evaluate_prefixes: `lengths` must be distinct integers from 1 to {model.num_latents}; got {list(lengths)}"
+            f"evaluate_prefixes: `prefixes` must be distinct integers from 1 to {model.num_latents}; got {list(prefixes)}"
         )
     for name, number in numbers.items():
         least = 0 if name == "num_importance" else 1
@@ -196,11 +201,3 @@ def _gather(argument: str, data: Rows, model: PrefixModel, batch_size: int) -> t
         state = chain(model.parameters(), model.buffers())
         x = x.to(next((value.device for value in state), x.device))
     return x, torch.cat([part[1] for part in parts]).cpu() if len(parts[0]) > 1 else None
-
-
-def _variable(name: str, dims: tuple[str, ...], values: Any) -> xr.Variable:
-    """Make a variable of one seed, with its label and unit."""
-    base = name.removesuffix("_learned").removesuffix("_prior")
-    label, units = _LABELS[base]
-    label += "".join(f", {words}" for ending, words in _ENDINGS.items() if name == base + ending)
-    return xr.Variable(("seed", *dims), np.asarray(values)[None], {"long_name": label, "units": units})

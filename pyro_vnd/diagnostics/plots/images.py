@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyro_vnd._state import module_mode
-from pyro_vnd.diagnostics.metrics.prefix_scores import PrefixModel
+from pyro_vnd.diagnostics.metrics.prefix_model import PrefixModel
 
 __all__ = ["plot_prefixes", "plot_samples", "plot_traversals"]
 

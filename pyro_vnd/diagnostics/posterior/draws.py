@@ -17,6 +17,7 @@ from pyro_vnd.distributions.nested import find_mask, innermost
 __all__ = ["Draws", "dim_names", "keep_rows", "kept_length"]
 
 Kind = Literal["latent", "observed", "deterministic"]
+Program = Callable[[], Any]  # a model or a guide with its arguments
 
 
 class Draws:
@@ -40,12 +41,10 @@ class Draws:
         self._given = dims
         self._rows = poutine.Trace()
 
-    def add_posterior(
-        self, model: Callable[..., Any], guide: Callable[..., Any], args: Sequence[Any], predictive: bool
-    ) -> None:
+    def add_posterior(self, model: Program, guide: Program, predictive: bool) -> None:
         """Draw from the guide, score the draw, and draw from the model what the guide does not, and the data anew."""
-        guide_trace: Any = poutine.trace(poutine.replay(guide, trace=self._rows)).get_trace(*args)
-        model_trace: Any = self._trace(model, args, guide_trace)
+        guide_trace: Any = poutine.trace(poutine.replay(guide, trace=self._rows)).get_trace()
+        model_trace: Any = self._trace(model, guide_trace)
         free = _free_sites(model_trace, guide_trace)
         model_trace.compute_log_prob(lambda name, _: name not in free)
         log_p = float(sum(site.get("log_prob_sum", 0) for site in model_trace.nodes.values()))
@@ -61,7 +60,7 @@ class Draws:
                 self._add_site("posterior", name, site)
         if predictive and has_data:
             try:
-                model_trace = self._trace(poutine.uncondition(model), args, guide_trace)
+                model_trace = self._trace(poutine.uncondition(model), guide_trace)
             except NotImplementedError as error:
                 raise ValueError(
                     f"to_arviz: argument `predictive` must be False: an observed site has no draws ({error})"
@@ -70,10 +69,10 @@ class Draws:
             if name in free or kind == "observed":
                 self._add_site("posterior_predictive", name, site)
 
-    def add_prior(self, model: Callable[..., Any], args: Sequence[Any], predictive: bool) -> None:
+    def add_prior(self, model: Program, predictive: bool) -> None:
         """Draw latents, and the data if they are to be predicted, from the model; after draws of the posterior."""
         latent = self.values["posterior"]
-        for name, site, _ in _sites(self._trace(poutine.uncondition(model), args)):
+        for name, site, _ in _sites(self._trace(poutine.uncondition(model))):
             if name in latent or predictive:
                 self._add_site("prior" if name in latent else "prior_predictive", name, site)
 
@@ -112,11 +111,11 @@ class Draws:
             )
         return ["chain", "draw", *dims], np.stack(drawn).reshape(num_fits, -1, *drawn[0].shape), attrs
 
-    def _trace(self, model: Callable[..., Any], args: Sequence[Any], guide_trace: Any = None) -> Any:
+    def _trace(self, model: Program, guide_trace: Any = None) -> Any:
         replayed = poutine.replay(model, trace=self._rows)
         if guide_trace is not None:
             replayed = poutine.replay(replayed, trace=guide_trace)
-        trace: Any = poutine.trace(replayed).get_trace(*args)
+        trace: Any = poutine.trace(replayed).get_trace()
         keep_rows(self._rows, trace, guide_trace)
         return trace
 

@@ -12,6 +12,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
+from pyro_vnd._data import Data, as_arguments
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
 from pyro_vnd.diagnostics.posterior._arviz import dataset, psis
 from pyro_vnd.diagnostics.posterior.draws import keep_rows
@@ -150,7 +151,8 @@ def _log_ratios(caller: str, data: Any) -> np.ndarray:
 def khat_by_row(
     model: Callable[..., Any],
     guide: Callable[..., Any],
-    *args: Any,
+    data: Data,
+    *,
     plate: str = "data",
     num_samples: int = 1000,
     progress: bool = False,
@@ -174,7 +176,7 @@ def khat_by_row(
     Args:
         model: The model.
         guide: Its trained guide; parameters are its own (`module_local_params`).
-        *args: Arguments of both, the data among them.
+        data: Arguments of both, the same as of `fit`: a tensor, a tuple of them in order, or a mapping by name.
         plate: Name of the plate over the rows of the data.
         num_samples: Draws of all latents.
         progress: Whether to show a progress bar.
@@ -202,17 +204,18 @@ def khat_by_row(
     """
     if num_samples < 1:
         raise ValueError(f"khat_by_row: argument `num_samples` must be at least 1; got {num_samples}")
+    args, kwargs = as_arguments(data)
     log_ratios: list[torch.Tensor] = []
     rows = poutine.Trace()  # those of the first draw, if the plate subsamples
     with (
         module_local_params(model, guide),
         module_mode([model, guide], training=False),
-        random_numbers(seed, cuda_devices([model, guide, *args])),
+        random_numbers(seed, cuda_devices([model, guide, *args, *kwargs.values()])),
     ):
         for _ in tqdm(range(num_samples), desc="draws", disable=not progress):
-            guide_trace = poutine.trace(poutine.replay(guide, trace=rows)).get_trace(*args)
+            guide_trace = poutine.trace(poutine.replay(guide, trace=rows)).get_trace(*args, **kwargs)
             replayed = poutine.replay(poutine.replay(model, trace=rows), trace=guide_trace)
-            model_trace = poutine.trace(replayed).get_trace(*args)
+            model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
             if not log_ratios:
                 _check_rows(model_trace, guide_trace, plate)
                 keep_rows(rows, model_trace, guide_trace)

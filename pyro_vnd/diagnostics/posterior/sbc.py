@@ -1,6 +1,7 @@
 """Simulation-based calibration: does an inference find again what a model drew, with the doubt that it claims?"""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_vnd._data import Data, as_arguments
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
 from pyro_vnd.diagnostics.posterior.draws import dim_names, kept_length
 from pyro_vnd.distributions import OrderedMask
@@ -26,7 +28,8 @@ Guide = Callable[..., Any]
 def sbc(
     model: Callable[..., Any],
     infer: Callable[[dict[str, Tensor]], Guide | Mapping[str, Tensor]],
-    *args: Any,
+    data: Data = (),
+    *,
     observed: str | Sequence[str],
     num_simulations: int = 200,
     num_posterior: int = 99,
@@ -49,13 +52,13 @@ def sbc(
     which is ranked like a site.
 
     Args:
-        model: The model, called as `model(*args)`, which draws its data where they are not given:
-            `def model(x, y=None)`.
-        infer: Takes the simulated data by site and returns a guide that was fitted to them, called as
-            `guide(*args, **data)` with parameters of its own (`module_local_params`); or draws by site, shape
-            (num_posterior, ...), such as thinned ones of an `MCMC`.
-        *args: Arguments of the model that are no data to infer from, such as covariates.
-        observed: Sites that are data.
+        model: The model, which draws its observed sites where they are not given: `def model(x, y=None)`.
+        infer: Takes the simulated values of the observed sites by name and returns a guide that was fitted to them,
+            with parameters of its own (`module_local_params`) and the arguments of the model, observed sites by name;
+            or draws by site, shape (num_posterior, ...), such as thinned ones of an `MCMC`.
+        data: Arguments of the model that are not simulated, such as covariates: a tensor, a tuple of them in order, or
+            a mapping by name, of which entries named as observed sites are left out.
+        observed: Sites that are simulated.
         num_simulations: Simulated data sets, a fit each.
         num_posterior: L; L + 1 with many divisors makes even bins.
         log_likelihood: Whether to rank the log-likelihood, too: L + 1 more calls of the model a simulation, for which
@@ -94,28 +97,30 @@ def sbc(
         if value < 1:
             raise ValueError(f"sbc: argument `{argument}` must be at least 1; got {value}")
     observed = [observed] if isinstance(observed, str) else list(observed)
+    args, kwargs = as_arguments(data)
+    kwargs = {name: value for name, value in kwargs.items() if name not in observed}
     simulations = []
     # Two seeds a simulation: an `infer` that seeds torch itself would draw the same posterior sample in all of them.
     seeds = np.random.SeedSequence(seed).generate_state(2 * num_simulations).reshape(-1, 2).tolist()
     with (
-        random_numbers(seed, cuda_devices([model, *args])),
+        random_numbers(seed, cuda_devices([model, *args, *kwargs.values()])),
         module_local_params(model),
         module_mode([model], training=False),
     ):
         for before, after in tqdm(seeds, desc="simulations", disable=not progress):
             torch.manual_seed(before)
-            drawn: Any = poutine.trace(model).get_trace(*args).iter_stochastic_nodes()
+            drawn: Any = poutine.trace(model).get_trace(*args, **kwargs).iter_stochastic_nodes()
             sites: dict[str, Any] = {name: site for name, site in drawn if not site_is_subsample(site)}
             unknown = [name for name in observed if name not in sites]
             if unknown:
                 raise ValueError(
                     f"sbc: argument `observed` must be of what the model draws, {list(sites)}; got {unknown}"
                 )
-            data = {name: sites.pop(name)["value"] for name in observed}
+            simulated = {name: sites.pop(name)["value"] for name in observed}
             with torch.enable_grad():
-                guide = infer(dict(data))
+                guide = infer(dict(simulated))
             torch.manual_seed(after)
-            draws = _draw(guide, args, data, num_posterior, list(sites))
+            draws = _draw(guide, args, {**kwargs, **simulated}, num_posterior, list(sites))
             ranks = {}
             for name, values in draws.items():
                 for variable, (dims, quantity) in _quantities(name, sites[name]).items():
@@ -129,7 +134,7 @@ def sbc(
                     )
                 points = [{name: values[i] for name, values in draws.items()} for i in range(num_posterior)]
                 points.insert(0, {name: site["value"] for name, site in sites.items()})
-                scores = torch.stack([_score(model, args, point, data) for point in points])
+                scores = torch.stack([_score(partial(model, *args, **kwargs), point, simulated) for point in points])
                 ranks["log_likelihood"] = xr.DataArray(_ranks(scores[0], scores[1:]).item())
             simulations.append(xr.Dataset(ranks))
     return xr.concat(simulations, "simulation").assign_attrs(num_posterior=num_posterior)
@@ -174,13 +179,13 @@ def default_num_bins(ranks: xr.Dataset) -> int:
     return min(ranks.attrs["num_posterior"] + 1, max(ranks.sizes["simulation"] // 10, 2))
 
 
-def _draw(guide: Any, args: Any, data: dict[str, Tensor], num_draws: int, names: list[str]) -> dict[str, Tensor]:
+def _draw(guide: Any, args: Any, kwargs: dict[str, Any], num_draws: int, names: list[str]) -> dict[str, Tensor]:
     """Return draws of the latents that `infer` has draws of, shape (num_draws, ...) each."""
     if isinstance(guide, Mapping):
         draws = {name: torch.as_tensor(guide[name]) for name in names if name in guide}
     else:
         with module_local_params(guide), module_mode([guide], training=False):
-            traces = [poutine.trace(guide).get_trace(*args, **data) for _ in range(num_draws)]
+            traces = [poutine.trace(guide).get_trace(*args, **kwargs) for _ in range(num_draws)]
         found = [name for name in names if name in traces[0]]
         draws = {name: torch.stack([trace.nodes[name]["value"] for trace in traces]) for name in found}
     shapes = {name: tuple(values.shape) for name, values in draws.items()}
@@ -205,9 +210,9 @@ def _ranks(truth: Tensor, draws: Tensor) -> Tensor:
     )
 
 
-def _score(model: Any, args: Any, latents: dict[str, Tensor], data: dict[str, Tensor]) -> Tensor:
+def _score(model: Any, latents: dict[str, Tensor], data: dict[str, Tensor]) -> Tensor:
     """Return the log-likelihood of data given latents."""
-    trace: Any = poutine.trace(poutine.condition(model, {**latents, **data})).get_trace(*args)
+    trace: Any = poutine.trace(poutine.condition(model, {**latents, **data})).get_trace()
     trace.compute_log_prob(lambda name, _: name in data)
     total: Any = sum(trace.nodes[name]["log_prob_sum"] for name in data)
     return total

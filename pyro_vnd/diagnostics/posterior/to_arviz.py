@@ -1,6 +1,7 @@
 """Fits as ArviZ data: draws of posterior, prior and predictions, and their scores."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pyro
 import torch
 from tqdm.auto import tqdm
 
+from pyro_vnd._data import Data, as_arguments
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
 from pyro_vnd.diagnostics.posterior._arviz import from_groups, psis
 from pyro_vnd.diagnostics.posterior.draws import Draws
@@ -22,7 +24,8 @@ Program = Callable[..., Any]
 def to_arviz(
     model: Program | Sequence[Program],
     guide: Program | Sequence[Program],
-    *args: Any,
+    data: Data = (),
+    *,
     num_samples: int = 500,
     num_prior: int | None = None,
     predictive: bool = True,
@@ -59,7 +62,7 @@ def to_arviz(
     Args:
         model: The model, or one for each guide, where models have parameters.
         guide: Its trained guide, or several; parameters are their own (`module_local_params`).
-        *args: Arguments of both, the data among them.
+        data: Arguments of both, the same as of `fit`: a tensor, a tuple of them in order, or a mapping by name.
         num_samples: Number of draws of each guide.
         num_prior: Number of draws of the prior; by default `num_samples`, or none if the prior is improper.
         predictive: Whether to draw the observed sites.
@@ -86,12 +89,12 @@ def to_arviz(
         ...     mask = pyro.sample("mask", OrderedMask.uniform(3))
         ...     with pyro.plate("data", len(y)):
         ...         pyro.sample("y", dist.Normal(mask.sum(-1), 1.0), obs=y)
-        >>> data = to_arviz(model, AutoNested(model), torch.ones(5), num_samples=10)
-        >>> dict(data.posterior.sizes)
+        >>> draws = to_arviz(model, AutoNested(model), torch.ones(5), num_samples=10)
+        >>> dict(draws.posterior.sizes)
         {'chain': 1, 'draw': 10, 'mask_unit': 3}
-        >>> sorted(data.posterior.data_vars)
+        >>> sorted(draws.posterior.data_vars)
         ['mask', 'mask_length']
-        >>> data.log_likelihood["y"].dims
+        >>> draws.log_likelihood["y"].dims
         ('chain', 'draw', 'data')
     """
     fits = _pair_up(model, guide)
@@ -101,20 +104,23 @@ def to_arviz(
         raise ValueError(f"to_arviz: argument `num_prior` must be at least 0; got {num_prior}")
     draws, size_prior = Draws(dims or {}), num_samples if num_prior is None else num_prior
     parts = [part for fit in fits for part in fit]
+    args, kwargs = as_arguments(data)
     with (
         module_local_params(*parts),
         module_mode(parts, training=False),
-        random_numbers(seed, cuda_devices([*parts, *args])),
+        random_numbers(seed, cuda_devices([*parts, *args, *kwargs.values()])),
         tqdm(total=len(fits) * (num_samples + size_prior), desc="draws", disable=not progress) as bar,
     ):
         for one_model, one_guide in fits:
             for _ in range(num_samples):
-                draws.add_posterior(one_model, one_guide, args, predictive)
+                draws.add_posterior(
+                    partial(one_model, *args, **kwargs), partial(one_guide, *args, **kwargs), predictive
+                )
                 bar.update()
         try:
             for one_model, _ in fits:
                 for _ in range(size_prior):
-                    draws.add_prior(one_model, args, predictive)
+                    draws.add_prior(partial(one_model, *args, **kwargs), predictive)
                     bar.update()
         except NotImplementedError as error:
             if num_prior is not None:

@@ -8,7 +8,8 @@ import torch
 from sklearn.metrics import brier_score_loss
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from pyro_vnd.diagnostics import calibration_bins, classification_metrics
+from pyro_vnd.diagnostics import classification_metrics
+from pyro_vnd.diagnostics.metrics.calibration import calibration_bins
 
 
 def test_hand_computed():

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from pyro_vnd.diagnostics import average_draws, compare, loo_widths, smallest_width, to_arviz
+from pyro_vnd.diagnostics import compare, loo_widths, smallest_width, to_arviz
+from pyro_vnd.diagnostics.metrics.predictive import average_draws
 
 ROWS = 400
 

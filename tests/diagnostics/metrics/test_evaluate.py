@@ -6,15 +6,10 @@ import xarray as xr
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_vnd.diagnostics import (
-    average_batches,
-    average_draws,
-    calibration_bins,
-    evaluate,
-    net_cost,
-    ood_metrics,
-    predictive_metrics,
-)
+from pyro_vnd.diagnostics import evaluate, net_cost, ood_metrics
+from pyro_vnd.diagnostics.metrics.calibration import calibration_bins
+from pyro_vnd.diagnostics.metrics.classification import average_batches
+from pyro_vnd.diagnostics.metrics.predictive import average_draws, predictive_metrics
 
 ROWS, CLASSES = 101, 3
 

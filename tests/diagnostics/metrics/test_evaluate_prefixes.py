@@ -276,7 +276,7 @@ def test_a_model_on_the_gpu(oracle, data, train, result):
 
 @pytest.mark.parametrize("lengths", [[], [0], [7], [2, 2], [1.5]], ids=str)
 def test_lengths_are_checked(lengths, oracle, data):
-    with pytest.raises(ValueError, match="`lengths` must be distinct integers from 1 to 6"):
+    with pytest.raises(ValueError, match="`prefixes` must be distinct integers from 1 to 6"):
         evaluate_prefixes(oracle.model, data, lengths, **BASIC)
 
 

@@ -7,7 +7,8 @@ import torch
 import xarray as xr
 from torch import nn
 
-from pyro_vnd.diagnostics import average_draws, evaluate_learned, evaluate_widths, predictive_metrics
+from pyro_vnd.diagnostics import evaluate_learned, evaluate_widths
+from pyro_vnd.diagnostics.metrics.predictive import average_draws, predictive_metrics
 from pyro_vnd.infer import module_local_params
 from pyro_vnd.nn import narrow, nest
 

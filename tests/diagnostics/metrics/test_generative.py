@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_vnd.diagnostics import generative_metrics, nearest_distances
-from pyro_vnd.diagnostics.metrics.generative import feature_distances, weights_hash
+from pyro_vnd.diagnostics import generative_metrics
+from pyro_vnd.diagnostics.metrics.generative import feature_distances, nearest_distances, weights_hash
 
 D = 16
 

@@ -5,7 +5,9 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from pyro_vnd.diagnostics import average_draws, ood_metrics, ood_scores
+from pyro_vnd.diagnostics import ood_metrics
+from pyro_vnd.diagnostics.metrics.ood import ood_scores
+from pyro_vnd.diagnostics.metrics.predictive import average_draws
 
 
 def scikit_learn(inside, outside):

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from pyro_vnd.diagnostics import average_draws, classification_metrics, predictive_metrics
+from pyro_vnd.diagnostics import classification_metrics
+from pyro_vnd.diagnostics.metrics.predictive import average_draws, predictive_metrics
 
 
 def test_probabilities_are_averaged_before_anything_else():

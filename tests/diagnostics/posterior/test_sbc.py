@@ -39,7 +39,7 @@ def posterior_of_means(shift=0.0, scale=1.0):
 
 def ranks_of_means(infer, **arguments):
     arguments = {"num_posterior": L, "progress": False, "log_likelihood": False, **arguments}
-    return sbc(means, infer, N, observed="y", **arguments)
+    return sbc(means, infer, (N,), observed="y", **arguments)
 
 
 def p_values(ranks):
@@ -170,7 +170,7 @@ def test_nested_normals_and_plates_have_ranks_of_all_that_they_draw():
         return lambda num_rows, y: model(num_rows, y)
 
     options = {"num_simulations": 100, "num_posterior": 19, "log_likelihood": False, "progress": False}
-    ranks = sbc(model, infer, 2, observed="y", **options)
+    ranks = sbc(model, infer, (2,), observed="y", **options)
     assert ranks["code"].dims == ("simulation", "data", "code_dim_1")
     assert ranks["code_length"].dims == ("simulation", "data")
     assert ranks.sizes == {"simulation": 100, "data": 2, "code_dim_1": K}
@@ -226,7 +226,7 @@ def test_bad_arguments(arguments, message):
     infer = arguments.pop("infer", posterior_of_means())
     arguments = {"observed": "y", "num_posterior": L, "progress": False, **arguments}
     with pytest.raises(ValueError, match=message):
-        sbc(means, infer, N, **arguments)
+        sbc(means, infer, (N,), **arguments)
 
 
 def test_what_is_summed_out_has_no_rank():

@@ -233,7 +233,7 @@ def classifier(masks):
 @pytest.mark.parametrize("masks", ["example", "batch"])
 def test_nested_classifier(masks, tmp_path):
     net, guide, x, labels = classifier(masks)
-    data = to_arviz(net, guide, x, labels, num_samples=40, coords={"data": np.arange(100, 124)})
+    data = to_arviz(net, guide, (x, labels), num_samples=40, coords={"data": np.arange(100, 124)})
     (mask,) = (name for name in data.posterior.data_vars if name.endswith("mask"))
     rows = ("data",) if masks == "example" else ()
     assert data.posterior[mask].dims == ("chain", "draw", *rows, f"{mask}_unit")
@@ -254,7 +254,7 @@ def test_nested_classifier(masks, tmp_path):
 
 def test_labels_that_are_not_given_are_predictions():
     net, guide, x, labels = classifier("example")
-    with_labels = to_arviz(net, guide, x, labels, num_samples=30)
+    with_labels = to_arviz(net, guide, (x, labels), num_samples=30)
     without = to_arviz(net, guide, x, num_samples=30)
     groups = without.children if hasattr(without, "children") else without.groups()
     assert "observed_data" not in groups
