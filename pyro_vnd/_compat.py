@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from pyro.distributions import MaskedDistribution
 from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement as check_mean_field_requirement
 from pyro.nn import PyroModule
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ __all__ = [
     "QuietModule",
     "check_mean_field_requirement",
     "give_local_params",
+    "mask_of_rows",
     "quiet_lookups",
     "recall",
     "remember",
@@ -93,3 +95,9 @@ class QuietModule(PyroModule):
             if module is not None and not isinstance(module, PyroModule):
                 return module
         return super().__getattr__(name)
+
+
+def mask_of_rows(law: MaskedDistribution) -> Tensor | bool:
+    """Return which rows a law has that `mask` made of another; breaks if Pyro renames the attribute that holds it."""
+    mask: Tensor | bool = law._mask
+    return mask

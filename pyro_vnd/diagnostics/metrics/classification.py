@@ -86,10 +86,12 @@ def evaluate(
 
     Returns:
         A Dataset in which all variables have the dimension `seed`, so that `xr.concat(datasets, "seed")` joins fits:
-        the metrics of `predictive_metrics`; `bin_count`, `bin_confidence` and `bin_accuracy` (seed, bin) for
-        `plot_reliability`; with `ood` also `auroc`, `aupr` and `fpr95` (seed, ood, score) of `ood_metrics`,
-        `prevalence` (seed, ood), and histograms `score_count` (seed, source, score, score_bin) for `plot_ood`, whose
-        bins divide 0 to `score_limit` (seed, score). Attributes: num_samples, num_rows, num_classes, num_bins.
+        the metrics of `classification_metrics`; `entropy` and `mutual_information`, means over rows in nats, and their
+        standard errors `entropy_se` and `mutual_information_se`; `bin_count`, `bin_confidence` and `bin_accuracy`
+        (seed, bin) for `plot_reliability`; with `ood` also `auroc`, `aupr` and `fpr95` (seed, ood, score) of
+        `ood_metrics`, `prevalence` (seed, ood), and histograms `score_count` (seed, source, score, score_bin) for
+        `plot_ood`, whose bins divide 0 to `score_limit` (seed, score). Attributes: num_samples, num_rows, num_classes,
+        num_bins.
 
     Raises:
         ValueError: If there are no rows or no labels, or if outputs or labels do not fit or have NaN.
@@ -173,11 +175,11 @@ def average_batches(
             labels += [batch[1].cpu()] if len(batch) > 1 else []
             if len(parts[-1].log_probs) != len(x):
                 raise ValueError(
-                    f"average_batches: `predict` must return logits of shape (S, N, C); got {tuple(logits.shape)} for "
+                    f"evaluate: `predict` must return logits of shape (S, N, C); got {tuple(logits.shape)} for "
                     f"{len(x)} rows"
                 )
     if not parts:
-        raise ValueError("average_batches: `data` has no rows")
+        raise ValueError("evaluate: `data` has no rows")
     return AveragedPredictive.cat(parts), torch.cat(labels) if labels else None
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,9 +15,10 @@ from pyro_vnd.diagnostics.metrics.prefix_model import PrefixModel
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.nested import NestedLaw
 
-__all__ = ["NEAREST_ROWS", "LengthPosterior", "PrefixScores", "probe_accuracy"]
+__all__ = ["NEAREST_ROWS", "LengthPosterior", "LinearProbe", "PrefixScores"]
 
 NEAREST_ROWS = 1000
+_PROBE_ROWS = 5000
 
 
 @dataclass(frozen=True)
@@ -174,22 +176,34 @@ class PrefixScores:
         return scores
 
 
-def probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
-    """Fit a logistic regression to standardised codes of training images; score it on those of test images.
+class LinearProbe:
+    """Scikit-learn's logistic regression of labels on standardised codes of training images, scored on test images.
 
     Args:
-        train: Shape (M, ...).
+        train: Training images, shape (M, ...), of which at most 5,000 are used, the same for every fit.
         train_labels: Shape (M,).
-        test: Shape (N, ...).
+        test: Test images, shape (N, ...).
         test_labels: Shape (N,).
 
-    Returns:
-        The accuracy.
+    Raises:
+        ImportError: If scikit-learn is missing.
     """
-    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
-    from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
-    from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 
-    classifier: Any = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    classifier.fit(train.flatten(1).numpy(), train_labels.numpy())
-    return float(classifier.score(test.flatten(1).numpy(), test_labels.numpy()))
+    def __init__(self, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> None:
+        try:
+            from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+            from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
+            from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
+        except ModuleNotFoundError as error:
+            advice = 'pip install "pyro-vnd[data]", or leave out the labels of `train`'
+            raise ImportError(f"evaluate_prefixes: a probe needs scikit-learn: {advice}", name="sklearn") from error
+        self._classifier: Any = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        some = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:_PROBE_ROWS]
+        self.train, self.train_labels = train[some.to(train.device)], train_labels[some]
+        self.test, self.test_labels = test, test_labels
+
+    def accuracy(self, encode: Callable[[Tensor], Tensor]) -> float:
+        """Fit to the codes that a function gives images, and return the accuracy."""
+        train, test = (encode(images).flatten(1).numpy() for images in (self.train, self.test))
+        self._classifier.fit(train, self.train_labels.numpy())
+        return float(self._classifier.score(test, self.test_labels.numpy()))

@@ -16,12 +16,11 @@ from pyro_vnd._state import module_mode
 from pyro_vnd.diagnostics.metrics.classification import Rows, batches
 from pyro_vnd.diagnostics.metrics.generative import KID_SUBSET_SIZE, KID_SUBSETS, weights_hash
 from pyro_vnd.diagnostics.metrics.prefix_model import PrefixModel
-from pyro_vnd.diagnostics.metrics.prefix_scores import NEAREST_ROWS, PrefixScores, probe_accuracy
+from pyro_vnd.diagnostics.metrics.prefix_scores import NEAREST_ROWS, LinearProbe, PrefixScores
 from pyro_vnd.diagnostics.metrics.variables import variable
 
 __all__ = ["evaluate_prefixes"]
 
-_PROBE_ROWS = 5000
 _LABELS = {
     "mse": ("squared error of a pixel", "1"),
     "reconstruction_log_likelihood": ("log-likelihood given the code", "nats"),
@@ -73,7 +72,10 @@ def evaluate_prefixes(
     by as little noise as can be; the caller's random state is left as it was.
 
     Args:
-        model: The model, in the terms of `PrefixModel`. It is run in evaluation mode and then put back.
+        model: A model of `pyro_vnd.autoencoders`, or of one's own with what
+            `pyro_vnd.diagnostics.metrics.prefix_model.PrefixModel` describes: `num_latents`, `embed`, `reconstruct` and
+            `sample`, and `elbo`, `log_likelihood` and `encode` as far as it has them. It is run in evaluation mode and
+            then put back.
         data: Test images x, and labels y if there are any: a tensor x, a pair (x, y), a mapping of the two in this
             order, or an iterable of batches.
         prefixes: Lengths of the code, distinct and in 1..K.
@@ -111,6 +113,7 @@ def evaluate_prefixes(
     Raises:
         ValueError: If lengths or numbers are invalid, there are no rows, images have NaN, or what the model returns has
             another shape or is not finite.
+        ImportError: If there is a probe, and no scikit-learn.
 
     Sources: Burda, Grosse and Salakhutdinov, arXiv 1509.00519 (bound, active units); Alemi et al., arXiv 1711.00464
     (rate and distortion).
@@ -133,18 +136,16 @@ def evaluate_prefixes(
         x, labels = _gather("data", data, model, batch_size)
         train_x, train_labels = (None, None) if train is None else _gather("train", train, model, batch_size)
         scores = PrefixScores(model, x, train_x, features, num_samples, num_importance, num_generated, seed, batch_size)
-        law, whole = scores.length_law(), scores.learned()
-        variance = scores.codes(x, model.num_latents).var(0, correction=0).amax(-1)
         probe = None
         if labels is not None and train_x is not None and train_labels is not None:
-            some = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0))[:_PROBE_ROWS]
-            probe = train_x[some.to(x.device)], train_labels[some], labels
+            probe = LinearProbe(train_x, train_labels, x, labels)
+        law, whole = scores.length_law(), scores.learned()
+        variance = scores.codes(x, model.num_latents).var(0, correction=0).amax(-1)
         by_length: dict[str, list[float]] = defaultdict(list)
         for length in tqdm(prefixes, desc="prefixes", disable=not progress):
             found = scores.at(length) | {"active_units": int((variance[:length] > active_threshold).sum())}
             if probe is not None:
-                codes, test_codes = scores.codes(probe[0], length), scores.codes(x, length)
-                found["probe_accuracy"] = probe_accuracy(codes, probe[1], test_codes, probe[2])
+                found["probe_accuracy"] = probe.accuracy(partial(scores.codes, length=length))
             for name, value in found.items():
                 by_length[name].append(value)
 
@@ -166,7 +167,7 @@ def evaluate_prefixes(
     if train_x is not None:
         attrs |= {"num_train": len(train_x), "nearest_rows": NEAREST_ROWS}
     if probe is not None:
-        attrs |= {"probe_rows": len(probe[0])}
+        attrs |= {"probe_rows": len(probe.train)}
     if features is not None:
         attrs |= {"num_generated": num_generated, "features_hash": weights_hash(features)}
         attrs |= {"kid_subsets": KID_SUBSETS, "kid_subset_size": KID_SUBSET_SIZE}

@@ -77,7 +77,7 @@ def plot_traversals(
     """Plot what becomes of an image when one number of its code changes, one row a latent in the learned order.
 
     Args:
-        model: Has `decode(z)` beside what `PrefixModel` names.
+        model: As of `evaluate_prefixes`, with `decode(z)`, which returns images of codes.
         x: An image, without batch dimension.
         units: Latents from 1 to K; the first eight by default.
         span: Values go from minus to plus this; the prior's deviation is one.
@@ -135,7 +135,7 @@ def plot_samples(
     The caller's random state is left as it was.
 
     Args:
-        model: The model, in the terms of `PrefixModel`.
+        model: As of `evaluate_prefixes`; what is needed is `sample(num_samples, length)`.
         lengths: Lengths of the code; None draws them from their prior.
         num_samples: Samples in a row.
         seed: Seed of the samples.

@@ -1,4 +1,15 @@
-"""The one place that knows which line of ArviZ is installed: 0.x (InferenceData) or 1.x (xarray DataTree)."""
+"""The one place that knows which line of ArviZ is installed: 0.x (InferenceData) or 1.x (xarray DataTree).
+
+What it uses that ArviZ does not promise, and what breaks it:
+
+- `arviz_stats.base.array_stats.psislw`, the fit of a Pareto tail to one row of weights: a rename, or weights in place
+  of the logarithms of one over them. `test_khat_is_the_index_of_a_pareto_tail` fails then.
+- `arviz_stats.loo(log_weights=, pareto_k=)` takes smoothed weights as they are: another reading of either.
+  `test_correction_for_an_approximate_posterior` compares with `loo_approximate_posterior`.
+- `elpd`, `se`, `p`, `elpd_i`, `pareto_k`, `good_k`, `warning` of `ELPDData`, and the columns of `compare` and
+  `summary`: a rename. The tests of `loo`, of comparisons and of summaries read each of them.
+- `InferenceData(**datasets)` makes groups of datasets in 0.x: `test_groups_have_dimensions_coordinates_and_attributes`.
+"""
 
 import warnings
 from collections.abc import Mapping
@@ -10,7 +21,7 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import xarray as xr
 
-__all__ = ["MIN_DRAWS", "compare", "dataset", "from_groups", "loo", "psis", "summary"]
+__all__ = ["MIN_DRAWS", "compare", "dataset", "datasets", "from_datasets", "from_groups", "loo", "psis", "summary"]
 
 _stats: Any = arviz_stats  # the same functions in both lines, whose types say nothing of them
 _IS_LEGACY = az.__version__.startswith("0.")
@@ -23,20 +34,31 @@ Groups = Mapping[str, Mapping[str, tuple[Any, ...]]]
 
 def from_groups(groups: Groups, coords: Mapping[str, Any], attrs: Mapping[str, Any] | None = None) -> Any:
     """Collect named groups of variables, (dims, values) or (dims, values, attrs) each, into ArviZ's container."""
-    datasets: dict[str, Any] = {}
+    found: dict[str, xr.Dataset] = {}
     for group, variables in groups.items():
         data = xr.Dataset(variables, attrs=attrs)
-        datasets[group] = data.assign_coords({dim: coords.get(str(dim), np.arange(n)) for dim, n in data.sizes.items()})
-    return az.InferenceData(**datasets) if _IS_LEGACY else xr.DataTree.from_dict(datasets)
+        found[group] = data.assign_coords({dim: coords.get(str(dim), np.arange(n)) for dim, n in data.sizes.items()})
+    return from_datasets(found, is_tree=not _IS_LEGACY)
+
+
+def from_datasets(found: Mapping[str, xr.Dataset], is_tree: bool) -> Any:
+    """Collect a dataset for each group into a tree, ArviZ 1.x's container, or into that of 0.x."""
+    return xr.DataTree.from_dict(dict(found)) if is_tree else az.InferenceData(**dict[str, Any](found))
+
+
+def datasets(data: Any) -> dict[str, xr.Dataset]:
+    """Return the groups of a container of either line as datasets."""
+    if isinstance(data, xr.DataTree):
+        return {name: child.to_dataset() for name, child in data.children.items()}
+    return {name: data[name] for name in data.groups()}
 
 
 def dataset(data: Any, group: str) -> xr.Dataset:
-    """Return a group of ArviZ's container as a dataset."""
-    names = list(data.children) if isinstance(data, xr.DataTree) else list(data.groups())
-    if group not in names:
-        raise ValueError(f"argument `data` must have the group {group!r}; its groups: {names}")
-    found = data[group]
-    return found.to_dataset() if isinstance(found, xr.DataTree) else found
+    """Return a group of a container of either line as a dataset."""
+    found = datasets(data)
+    if group not in found:
+        raise ValueError(f"argument `data` must have the group {group!r}; its groups: {list(found)}")
+    return found[group]
 
 
 def summary(data: Any, var_names: list[str] | None = None) -> pd.DataFrame:

@@ -8,9 +8,11 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer.inspect import site_is_deterministic
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_vnd._compat import mask_of_rows
 from pyro_vnd.distributions import NestedNormal
 from pyro_vnd.distributions.nested import find_mask, innermost
 
@@ -136,7 +138,8 @@ class Draws:
             self.add("observed_data", name, value, self._dim_names(name, site, value, event_dim))
         log_prob, mask = site["unscaled_log_prob"], site["mask"]
         if isinstance(site["fn"], dist.MaskedDistribution):
-            mask = site["fn"]._mask if mask is None else torch.as_tensor(mask) & site["fn"]._mask
+            own = mask_of_rows(site["fn"])
+            mask = own if mask is None else torch.as_tensor(mask) & own
         if mask is not None:
             log_prob = torch.where(torch.as_tensor(mask, device=log_prob.device), log_prob, torch.nan)
         names = self._dim_names(name, site, log_prob, 0, skip=event_dim)
@@ -167,7 +170,7 @@ def _sites(trace: Any) -> Iterator[tuple[str, Any, Kind]]:
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or site_is_subsample(site) or isinstance(innermost(site["fn"]), dist.Unit):
             continue
-        if site["infer"].get("_deterministic"):
+        if site_is_deterministic(site):
             yield name, site, "deterministic"
         else:
             observed = site["is_observed"] or site["infer"].get("was_observed")

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from pyro_vnd._data import Data, as_arguments
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
-from pyro_vnd.diagnostics.posterior._arviz import dataset, psis
+from pyro_vnd.diagnostics.posterior._arviz import dataset, datasets, from_datasets, psis
 from pyro_vnd.diagnostics.posterior.draws import keep_rows
 from pyro_vnd.distributions.nested import innermost
 from pyro_vnd.infer import module_local_params
@@ -118,13 +118,12 @@ def resample(data: Any, num_samples: int | None = None, *, threshold: float = 0.
         "chain": xr.DataArray(np.arange(len(index)), dims="chain"),
         "draw": xr.DataArray(index, dims=["chain", "draw"]),
     }
-    groups = {}
-    for name in data.children if isinstance(data, xr.DataTree) else data.groups():
-        groups[name] = dataset(data, name)
-        if "draw" in groups[name].dims and not name.startswith("prior"):
-            kept = groups[name][["log_p"]] if name == "sample_stats" else groups[name]
+    groups = datasets(data)
+    for name, group in groups.items():
+        if "draw" in group.dims and not name.startswith("prior"):
+            kept = group[["log_p"]] if name == "sample_stats" else group
             groups[name] = kept.isel(picked).assign_coords(draw=np.arange(num_samples))
-    return xr.DataTree.from_dict(groups) if isinstance(data, xr.DataTree) else type(data)(**groups)
+    return from_datasets(groups, is_tree=isinstance(data, xr.DataTree))
 
 
 def _systematic(weights: np.ndarray, num_samples: int, random: np.random.Generator) -> np.ndarray:
