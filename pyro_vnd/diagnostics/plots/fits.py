@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import xarray as xr
 from matplotlib.axes import Axes
 
+from pyro_vnd.diagnostics.plots.axes import log_scale, one_axes
 from pyro_vnd.diagnostics.posterior.sbc import default_num_bins
 from pyro_vnd.infer import FitResult, Plateau
 
@@ -45,7 +45,7 @@ def plot_elbo(
     else:
         named = results.items() if isinstance(results, Mapping) else enumerate(results)
         fits = {str(name): result for name, result in named}
-    ax, title = ax or plt.subplots(figsize=figsize, layout="constrained")[1], None
+    ax, title = one_axes(ax, figsize), None
     shown: list[float] = []
     for number, (name, result) in enumerate(fits.items()):
         color, epochs = f"C{number}", np.arange(1, len(result.elbo) + 1)
@@ -63,7 +63,8 @@ def plot_elbo(
             ax.plot(held, result.elbo[held - 1], "o", color=color, label=label if not name else f"{name}: {label}")
     low, high = min(shown), max(shown)
     margin = 0.05 * (high - low) + 1e-3
-    ax.set(xlabel="epoch", ylabel="nats per row", xscale="log", ylim=(low - margin, high + margin))
+    ax.set(xlabel="epoch", ylabel="nats per row", ylim=(low - margin, high + margin))
+    log_scale(ax)
     ax.legend(fontsize="small", title=title, title_fontsize="small")
     return ax
 
@@ -114,7 +115,7 @@ def plot_ranks(
     num_bins = num_ranks if kind == "ecdf" else default_num_bins(ranks)
     ends = (np.flatnonzero(np.diff(np.arange(num_ranks) * num_bins // num_ranks, append=num_bins)) + 1) / num_ranks
     shares = np.diff(ends, prepend=0)
-    ax = ax or plt.subplots(figsize=figsize, layout="constrained")[1]
+    ax = one_axes(ax, figsize)
     if kind == "ecdf":
         x = ends[:-1]
         low, high = _simultaneous_band(x, num_simulations, prob)

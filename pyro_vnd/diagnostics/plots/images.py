@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from pyro_vnd._state import module_mode
 from pyro_vnd.diagnostics.metrics.prefix_model import PrefixModel
+from pyro_vnd.diagnostics.plots.axes import one_axes
 
 __all__ = ["plot_prefixes", "plot_samples", "plot_traversals"]
 
@@ -59,7 +59,7 @@ def plot_prefixes(
     rows = [images, *(reconstructions[length] for length in lengths)]
     pictures = np.concatenate([_pictures("plot_prefixes: `images`", row) for row in rows])
     ax = _mosaic(pictures, len(rows), ["data", *map(str, lengths)], ax, figsize, cmap)
-    ax.set_ylabel("code length")
+    ax.set(xlabel="image", ylabel="code length")
     return ax
 
 
@@ -113,7 +113,7 @@ def plot_traversals(
             row[:, unit - 1] = values
         images = _pictures("plot_traversals: images of `model`", model.decode(codes.flatten(0, 1)))
     ax = _mosaic(images, len(units), [str(unit) for unit in units], ax, figsize, cmap)
-    ax.set(xlabel="its value", ylabel="latent")
+    ax.set(xlabel="value of the latent", ylabel="latent")
     width = images.shape[2]
     ax.set_xticks([(width + 1) * step + (width - 1) / 2 for step in range(num_steps)], [f"{v:.1f}" for v in values])
     return ax
@@ -161,7 +161,7 @@ def plot_samples(
             rows.append(_pictures("plot_samples: images of `model`", model.sample(num_samples, length)))
     labels = ["prior" if length is None else str(length) for length in lengths]
     ax = _mosaic(np.concatenate(rows), len(rows), labels, ax, figsize, cmap)
-    ax.set_ylabel("code length")
+    ax.set(xlabel="sample", ylabel="code length")
     return ax
 
 
@@ -187,8 +187,7 @@ def _mosaic(images: np.ndarray, num_rows: int, labels: Sequence[str], ax: Axes |
     """Draw images row by row as one picture, a pixel apart."""
     number, height, width, *depth = images.shape
     num_columns = number // num_rows
-    if ax is None:
-        _, ax = plt.subplots(figsize=figsize or (0.6 * num_columns + 0.8, 0.6 * num_rows + 0.5), layout="constrained")
+    ax = one_axes(ax, figsize or (0.6 * num_columns + 0.8, 0.6 * num_rows + 0.5))
     padding = ((0, 0), (0, 1), (0, 1), *[(0, 0)] * len(depth))
     padded = np.pad(images, padding, constant_values=1.0 if depth else np.nan)
     tiles = padded.reshape(num_rows, num_columns, height + 1, width + 1, *depth).swapaxes(1, 2)

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from pyro_vnd.diagnostics.plots.axes import one_axes
 from pyro_vnd.distributions import OrderedMask
 
 __all__ = ["plot_keep_probs", "plot_laws", "plot_length_posterior"]
@@ -31,7 +32,7 @@ def plot_keep_probs(
     Returns:
         The axes.
     """
-    ax = ax or plt.subplots(figsize=figsize, layout="constrained")[1]
+    ax = one_axes(ax, figsize)
     for name in var_names:
         kept = (data.posterior[name] != 0).astype(float)  # units are the last dimension, whatever its name
         rows = [dim for dim in kept.dims[:-1] if dim not in ("chain", "draw")]
@@ -41,6 +42,7 @@ def plot_keep_probs(
         (line,) = ax.plot(units, curves.mean(0), marker=".", label=name)
         ax.fill_between(units, low, high, alpha=0.25, color=line.get_color(), linewidth=0)
     ax.set(xlabel="unit", ylabel="keep probability", ylim=(0, 1.02))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(title=f"mean and {prob:.0%} band")
     return ax
 
@@ -69,7 +71,7 @@ def plot_length_posterior(
     unknown = [name for name in var_names if name not in known]
     if unknown:
         raise ValueError(f"plot_length_posterior: `var_names` must be mask sites, {known}; got {unknown}")
-    ax = ax or plt.subplots(figsize=figsize, layout="constrained")[1]
+    ax = one_axes(ax, figsize)
     for number, name in enumerate(var_names):
         num_units, color = data.posterior[name].shape[-1], f"C{number}"
         lengths = np.arange(1, num_units + 1)
@@ -85,10 +87,12 @@ def plot_length_posterior(
             ax.plot(np.tile(at, (len(chains), 1)).T, chains.T, "x", color=color, markersize=4)
         if "prior" in data and f"{name}_length" in data.prior:
             prior = _length_probs(data.prior[f"{name}_length"], num_units).mean(0)
-            ax.stairs(prior, np.arange(num_units + 1) + 0.5, color=color, linestyle="--", label=f"{name}: prior")
+            edges = np.arange(num_units + 1) + 0.5
+            ax.stairs(prior, edges, baseline=None, color=color, linestyle="--", label=f"{name}: prior")
+    ax.margins(y=0.04 + 0.08 * len(ax.get_legend_handles_labels()[1]))  # room for the legend
     ax.set(xlabel="length", ylabel="probability")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(fontsize="small")
+    ax.legend(fontsize="small", loc="upper left")
     return ax
 
 
@@ -105,7 +109,7 @@ def plot_laws(
     ax: Axes | None = None,
     figsize: Any = None,
 ) -> Axes:
-    """Plot the probability that each part of a layer is kept, one line a law, coloured by depth.
+    """Plot the probability that each block of a layer is kept, one line a law, coloured by depth.
 
     Args:
         laws: Laws of masks by name, in the order of the net, such as `net.laws` or the `laws` of an `AutoNested`; where
@@ -117,7 +121,7 @@ def plot_laws(
     Returns:
         The axes.
     """
-    ax = ax or plt.subplots(figsize=figsize, layout="constrained")[1]
+    ax = one_axes(ax, figsize)
     colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(laws)))
     for color, (name, law) in zip(colors, laws.items(), strict=True):
         share = np.arange(1, law.num_units + 1) / law.num_units

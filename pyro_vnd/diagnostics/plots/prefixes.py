@@ -9,6 +9,8 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from pyro_vnd.diagnostics.plots.axes import one_axes
+
 __all__ = ["plot_class_lengths", "plot_rate_distortion"]
 
 
@@ -32,7 +34,7 @@ def plot_rate_distortion(
         ValueError: If a dataset lacks rate and distortion.
     """
     methods = {"": datasets} if isinstance(datasets, xr.Dataset) else dict(datasets)
-    ax = ax or plt.subplots(figsize=figsize, layout="constrained")[1]
+    ax = one_axes(ax, figsize)
     for number, (method, data) in enumerate(methods.items()):
         if "rate" not in data or "distortion" not in data:
             raise ValueError(
@@ -94,7 +96,7 @@ def plot_class_lengths(
         raise ValueError(
             f"plot_class_lengths: `class_names` must be {keep_probs.sizes['class']} names; got {len(names)}"
         )
-    ax = ax or plt.subplots(figsize=figsize, layout="constrained")[1]
+    ax = one_axes(ax, figsize)
     colors = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(names)))
     order = keep_probs.mean("seed").sum("unit").argsort().values
     for color, number in zip(colors, order, strict=True):

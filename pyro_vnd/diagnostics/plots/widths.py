@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+from pyro_vnd.diagnostics.plots.axes import log_scale, row_of_axes
 
 __all__ = ["plot_ood", "plot_reliability", "plot_widths"]
 
@@ -41,7 +41,7 @@ def plot_widths(
             not as many axes as there are metrics.
     """
     methods = {"": datasets} if isinstance(datasets, xr.Dataset) else dict(datasets)
-    axes = _axes("plot_widths", ax, len(metrics), figsize or (3.4 * len(metrics), 3))
+    axes = row_of_axes("plot_widths", ax, len(metrics), figsize or (3.4 * len(metrics), 3))
     for panel, metric in zip(axes, metrics, strict=True):
         for number, (method, data) in enumerate(methods.items()):
             _check_metric(method, data, metric, x)
@@ -59,10 +59,7 @@ def plot_widths(
         by_width = next((data for data in methods.values() if "width" in data.dims), first)
         panel.set(xlabel=_label(by_width, x) if x in by_width.variables else x, ylabel=_label(first, metric))
         if x != "width":
-            panel.set_xscale("log")
-            panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-            panel.xaxis.set_minor_formatter(NullFormatter())
+            log_scale(panel)
     if list(methods) != [""]:
         axes[0].legend()
     return axes
@@ -85,7 +82,7 @@ def plot_reliability(
         ValueError: If `ax` is not as many axes as there are widths.
     """
     panels = list(_panels(dataset))
-    axes = _axes("plot_reliability", ax, len(panels), figsize or (2.6 * len(panels) + 0.5, 2.8), share=True)
+    axes = row_of_axes("plot_reliability", ax, len(panels), figsize or (2.6 * len(panels) + 0.5, 2.8), share=True)
     edges = np.linspace(0, 1, dataset.sizes["bin"] + 1)
     width = edges[1]
     for panel, (title, data) in zip(axes, panels, strict=True):
@@ -131,7 +128,7 @@ def plot_ood(
         raise ValueError(f"plot_ood: `score` must be one of {known}, which the dataset has; got {score!r}")
     chosen = dataset.sel(score=score)
     panels = list(_panels(chosen))
-    axes = _axes("plot_ood", ax, len(panels), figsize or (2.6 * len(panels) + 0.5, 2.8), share=True)
+    axes = row_of_axes("plot_ood", ax, len(panels), figsize or (2.6 * len(panels) + 0.5, 2.8), share=True)
     edges = np.linspace(0, float(chosen["score_limit"].mean()), dataset.sizes["score_bin"] + 1)
     for panel, (title, data) in zip(axes, panels, strict=True):
         counts = data["score_count"].sum("seed")
@@ -148,17 +145,6 @@ def plot_ood(
         panel.legend(fontsize="small")
     axes[0].set(ylabel="share of rows")
     axes[0].set_ylim(top=10 * axes[0].get_ylim()[1])  # room for the legends
-    return axes
-
-
-def _axes(name: str, ax: Sequence[Axes] | Axes | None, number: int, figsize: Any, *, share: bool = False) -> np.ndarray:
-    """Return the given axes, or those of a new figure, one row of them."""
-    if ax is None:
-        options: dict[str, Any] = {"sharex": share, "sharey": share, "squeeze": False, "layout": "constrained"}
-        return plt.subplots(1, number, figsize=figsize, **options)[1][0]
-    axes = np.atleast_1d(np.asarray(ax, dtype=object)).ravel()
-    if len(axes) != number:
-        raise ValueError(f"{name}: `ax` must be {number} axes, one a panel; got {len(axes)}")
     return axes
 
 
