@@ -1,9 +1,11 @@
-"""Averages over draws: log space, uncertainties with known values, extremes."""
+"""Averages over draws and their scores: log space, hand-computed values, other libraries, extremes."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from sklearn.metrics import brier_score_loss
 
 from pyro_vnd.diagnostics import classification_metrics
 from pyro_vnd.diagnostics.metrics.predictive import average_draws, predictive_metrics
@@ -92,3 +94,48 @@ def test_zero_probabilities_are_fine():
 def test_draws_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
         average_draws(**arguments)
+
+
+def test_hand_computed():
+    probs = torch.tensor([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.4, 0.6]])
+    metrics = classification_metrics(probs, torch.tensor([0, 1, 1, 1]))
+    assert metrics["accuracy"] == 0.75
+    assert metrics["accuracy_se"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    assert metrics["nll"] == pytest.approx(-sum(map(math.log, (0.9, 0.3, 0.8, 0.6))) / 4)
+    errors = np.array([2 * 0.1**2, 2 * 0.7**2, 2 * 0.2**2, 2 * 0.4**2])
+    assert metrics["brier"] == pytest.approx(errors.mean())
+    assert metrics["brier_se"] == pytest.approx(errors.std() / 2)
+    # Four bins of one row each: |1 - .9|, |0 - .7|, |1 - .8|, |1 - .6|.
+    assert metrics["ece"] == pytest.approx((0.1 + 0.7 + 0.2 + 0.4) / 4)
+    assert metrics["adaptive_ece"] == pytest.approx((0.1 + 0.7 + 0.2 + 0.4) / 4)
+
+
+def test_brier_score_is_scikit_learns():
+    probs = torch.randn(200, 4).softmax(-1)
+    labels = torch.randint(4, (200,))
+    expected = brier_score_loss(labels.numpy(), probs.numpy(), labels=range(4))
+    assert classification_metrics(probs, labels)["brier"] == pytest.approx(expected)
+
+
+def test_a_certain_mistake_is_finite():
+    metrics = classification_metrics(torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
+    assert math.isfinite(metrics["nll"])
+    assert metrics["brier"] == pytest.approx(2)
+
+
+@pytest.mark.parametrize(("shape", "labels"), [((3, 2), 4), ((3,), 3), ((0, 2), 0)])
+def test_shapes_are_checked(shape, labels):
+    with pytest.raises(ValueError, match=r"`probs` must have shape \(N, C\)"):
+        classification_metrics(torch.ones(shape), torch.zeros(labels, dtype=torch.long))
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, math.nan])
+def test_probabilities_are_checked(value):
+    with pytest.raises(ValueError, match=r"`probs` must be in \[0, 1\]"):
+        classification_metrics(torch.tensor([[0.5, value]]), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("labels", [[0, 2], [-1, 0], [0.0, 1.0]])
+def test_labels_are_checked(labels):
+    with pytest.raises(ValueError, match="`labels` must be integers from 0 to 1; got"):
+        classification_metrics(torch.full((2, 2), 0.5), torch.tensor(labels))

@@ -197,6 +197,26 @@ def test_seeds_of_the_inference_do_not_repeat_simulations():
     assert not few.equals(others)
 
 
+def test_covariates_are_a_tensor_a_tuple_or_a_mapping():
+    """Those of a fit: what a mapping has for the observed sites is simulated in its place."""
+
+    def model(x, y=None):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+
+    def infer(data):
+        precision = 1 + x @ x
+        return lambda x, y: pyro.sample("slope", dist.Normal(x @ y / precision, precision**-0.5))
+
+    x, y = torch.linspace(-1, 1, 5), torch.zeros(5)
+    options = {"observed": "y", "num_simulations": 5, "num_posterior": 9, "progress": False}
+    first = sbc(model, infer, x, **options)
+    assert set(first.data_vars) == {"slope", "log_likelihood"}
+    for data in ((x,), [x], {"x": x}, {"x": x, "y": y}):
+        xr.testing.assert_identical(first, sbc(model, infer, data, **options))
+
+
 def test_uniformity_is_pearsons_test():
     values = np.random.default_rng(0).integers(0, 100, size=(300, 2))
     ranks = xr.Dataset({"a": (("simulation", "d"), values)}, attrs={"num_posterior": 99})

@@ -10,7 +10,7 @@ from conjugate import MEAN, VARIANCE, Y, conjugate, log_normal, posterior, shift
 from scipy import stats
 
 from pyro_vnd.diagnostics import summary, to_arviz
-from pyro_vnd.diagnostics.posterior._arviz import dataset
+from pyro_vnd.diagnostics.posterior._arviz import dataset, datasets
 from pyro_vnd.distributions import LogUniform, OrderedMask
 from pyro_vnd.infer import AutoNested, module_local_params
 
@@ -46,9 +46,7 @@ def test_groups_and_variables(fitted):
         "constant_data": {"y_twice"},
         "sample_stats": {"log_p", "log_q", "elbo", "weight", "khat"},
     }
-    found = data.children if hasattr(data, "children") else data.groups()
-    assert set(found) == set(variables)
-    assert {group: set(dataset(data, group)) for group in variables} == variables
+    assert {group: set(found) for group, found in datasets(data).items()} == variables
     assert data.prior.sizes["draw"] == data.prior_predictive.sizes["draw"] == 20
     for group in ("posterior", "posterior_predictive", "log_likelihood", "sample_stats"):
         assert dataset(data, group).sizes["chain"] == 1
@@ -189,8 +187,17 @@ def test_each_fit_is_a_chain():
     np.testing.assert_allclose(data.sample_stats["log_q"].values[0], log_normal(z[0], MEAN, VARIANCE))
     np.testing.assert_allclose(data.sample_stats["log_q"].values[2], log_normal(z[2], MEAN + VARIANCE**0.5, VARIANCE))
     assert summary(data)["r_hat"]["z"] > 1.05
-    agreed = to_arviz(conjugate, [posterior] * 3, num_samples=400)
+    agreed = to_arviz(conjugate, [posterior] * 3, num_samples=400, num_prior=0, predictive=False)
     assert summary(agreed)["r_hat"]["z"] < 1.02
+
+
+def test_data_are_a_tensor_a_tuple_or_a_mapping(fitted):
+    guide, y = fitted
+    first = to_arviz(model, guide, y, num_samples=5)
+    for data in ((y,), [y], {"y": y}):
+        again = to_arviz(model, guide, data, num_samples=5)
+        for group in ("posterior", "prior", "posterior_predictive", "log_likelihood", "sample_stats"):
+            assert dataset(again, group).identical(dataset(first, group)), group
 
 
 def test_seed(fitted):
@@ -209,8 +216,7 @@ def test_seed(fitted):
 def test_parts_can_be_left_out(fitted):
     guide, y = fitted
     data = to_arviz(model, guide, y, num_samples=5, num_prior=0, predictive=False)
-    groups = data.children if hasattr(data, "children") else data.groups()
-    assert set(groups) == {"posterior", "sample_stats", "log_likelihood", "observed_data"}
+    assert set(datasets(data)) == {"posterior", "sample_stats", "log_likelihood", "observed_data"}
     only = to_arviz(model, guide, y, num_samples=5, num_prior=5, predictive=False)
     assert not hasattr(only, "prior_predictive")
     assert set(only.prior.data_vars) == {"w", "mask", "mask_length"}
@@ -252,10 +258,9 @@ def test_netcdf_round_trip_of_all_groups(fitted, tmp_path):
     path = tmp_path / "posterior.nc"
     data.to_netcdf(str(path))
     back = az.from_netcdf(str(path))
-    groups = list(data.children if hasattr(data, "children") else data.groups())
-    assert len(groups) == 8
-    for group in groups:
-        assert dataset(back, group).load().identical(dataset(data, group)), group
+    assert len(datasets(data)) == 8
+    for group, found in datasets(data).items():
+        assert dataset(back, group).load().identical(found), group
 
 
 def test_summary_shows_no_convergence_statistics_of_a_single_fit(fitted):

@@ -14,6 +14,7 @@ from scipy import stats
 from torch import nn
 
 from pyro_vnd.diagnostics import to_arviz
+from pyro_vnd.diagnostics.posterior._arviz import datasets
 from pyro_vnd.diagnostics.posterior.loo import loo
 from pyro_vnd.distributions import NestedNormal, OrderedMask
 from pyro_vnd.infer import AutoNested, fit, module_local_params
@@ -218,7 +219,7 @@ def test_nested_normal_has_its_length_too():
         assert group["code"].dims == ("chain", "draw", "data", "latent")
         assert ((code != 0).sum(-1) == length).all()
         assert set(np.unique(length)) == {1, 2, 3, 4}
-    assert "posterior_predictive" not in (data.children if hasattr(data, "children") else data.groups())
+    assert "posterior_predictive" not in datasets(data)
 
 
 def classifier(masks):
@@ -256,8 +257,7 @@ def test_labels_that_are_not_given_are_predictions():
     net, guide, x, labels = classifier("example")
     with_labels = to_arviz(net, guide, (x, labels), num_samples=30)
     without = to_arviz(net, guide, x, num_samples=30)
-    groups = without.children if hasattr(without, "children") else without.groups()
-    assert "observed_data" not in groups
+    assert "observed_data" not in datasets(without)
     assert set(without.posterior.data_vars) == set(with_labels.posterior.data_vars)
     assert without.posterior_predictive["label"].dims == ("chain", "draw", "data")
     assert without.prior_predictive["label"].dims == ("chain", "draw", "data")

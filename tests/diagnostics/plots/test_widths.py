@@ -6,7 +6,7 @@ import pytest
 import torch
 import xarray as xr
 
-from pyro_vnd.diagnostics import evaluate_learned, evaluate_widths, plot_laws, plot_ood, plot_reliability, plot_widths
+from pyro_vnd.diagnostics import evaluate_learned, evaluate_widths, plot_ood, plot_reliability, plot_widths
 
 
 @pytest.fixture(scope="module")
@@ -108,15 +108,3 @@ def test_axes_may_be_given_and_are_counted(seeds, plot):
     assert plot(seeds, ax=axes[:panels]).tolist() == axes[:panels].tolist()
     with pytest.raises(ValueError, match=rf"{plot.__name__}: `ax` must be {panels} axes, one a panel; got 1"):
         plot(seeds, ax=axes[0])
-
-
-def test_laws_are_shown_with_their_priors(trained):
-    laws = trained.laws
-    priors = {f"{name}.mask": width.prior for name, width in trained.widths.items()}
-    ax = plot_laws(laws, priors)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(laws)
-    solid, dashed = ax.lines[:2]
-    np.testing.assert_allclose(solid.get_xdata(), np.arange(1, 9) / 8)
-    np.testing.assert_allclose(solid.get_ydata(), next(iter(laws.values())).keep_probs)
-    np.testing.assert_allclose(dashed.get_ydata(), next(iter(priors.values())).keep_probs)
-    assert dashed.get_linestyle() == "--"

@@ -1,4 +1,4 @@
-"""Figures show the numbers they are given."""
+"""Figures of laws of masks show the numbers they are given."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 import xarray as xr
 from matplotlib.patches import Rectangle, StepPatch
 
-from pyro_vnd.diagnostics import plot_keep_probs, plot_length_posterior, to_arviz
+from pyro_vnd.diagnostics import plot_keep_probs, plot_laws, plot_length_posterior, to_arviz
 from pyro_vnd.diagnostics.posterior._arviz import dataset
 from pyro_vnd.distributions import OrderedMask
 
@@ -93,3 +93,15 @@ def test_data_of_both_lines_of_arviz_give_the_same_figures():
             np.testing.assert_array_equal(one.get_ydata(), other.get_ydata())
         assert len(first.patches) == len(second.patches)
         assert len(first.patches) + len(first.lines) > 0
+
+
+def test_laws_are_shown_with_their_priors(trained):
+    laws = trained.laws
+    priors = {f"{name}.mask": width.prior for name, width in trained.widths.items()}
+    ax = plot_laws(laws, priors)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(laws)
+    solid, dashed = ax.lines[:2]
+    np.testing.assert_allclose(solid.get_xdata(), np.arange(1, 9) / 8)
+    np.testing.assert_allclose(solid.get_ydata(), next(iter(laws.values())).keep_probs)
+    np.testing.assert_allclose(dashed.get_ydata(), next(iter(priors.values())).keep_probs)
+    assert dashed.get_linestyle() == "--"

@@ -1,5 +1,7 @@
 """Evaluation of any predictor: draws and single nets, batches, random numbers, modes and costs."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import xarray as xr
@@ -63,6 +65,21 @@ def test_batches_do_not_matter(net, data, shuffle):
     xr.testing.assert_allclose(whole, other, rtol=1e-10)
     tensors = evaluate(draws(net), data, ood={"far": far}, batch_size=7, progress=False)
     xr.testing.assert_allclose(whole, tensors, rtol=1e-10)
+
+
+def test_data_are_a_pair_a_mapping_or_batches(net, data):
+    class Pair(NamedTuple):
+        images: torch.Tensor
+        labels: torch.Tensor
+
+    x, y = data
+    first = evaluate(draws(net), data, batch_size=40, progress=False)
+    batches = [(x[:40], y[:40]), [x[40:80], y[40:80]], Pair(x[80:], y[80:])]
+    for same in (Pair(x, y), [x, y], {"x": x, "y": y}, batches, iter(batches)):
+        xr.testing.assert_identical(evaluate(draws(net), same, batch_size=40, progress=False), first)
+    predictive, labels = average_batches(net, {"x": x}, batch_size=40)
+    assert labels is None
+    torch.testing.assert_close(predictive.probs, net(x).softmax(-1))
 
 
 def test_memory_holds_one_batch_of_logits(net, data):
