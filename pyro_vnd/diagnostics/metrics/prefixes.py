@@ -182,7 +182,8 @@ def _check(model: PrefixModel, prefixes: Sequence[int], **numbers: int) -> None:
         or not all(isinstance(length, int | np.integer) and length in known for length in prefixes)
     ):
         raise ValueError(
-            f"evaluate_prefixes: `prefixes` must be distinct integers from 1 to {model.num_latents}; got {list(prefixes)}"
+            f"evaluate_prefixes: `prefixes` must be distinct integers from 1 to {model.num_latents}; got "
+            f"{list(prefixes)}"
         )
     for name, number in numbers.items():
         least = 0 if name == "num_importance" else 1
