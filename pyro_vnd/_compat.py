@@ -7,7 +7,7 @@ Beside what is here we override or call protected methods and attributes of base
 - the keys `_enumerate_dim` and `enumerate` of `infer` in the message of a site (`fit`, `AutoNested`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from pyro.distributions import MaskedDistribution
 from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement as check_mean_field_requirement
 from pyro.nn import PyroModule
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = [
     "QuietModule",
@@ -25,7 +25,6 @@ __all__ = [
     "quiet_lookups",
     "recall",
     "remember",
-    "replace_modules",
 ]
 
 
@@ -39,23 +38,6 @@ def recall(value: Tensor) -> Any | None:
     """Return what was attached to a sample, or None for other tensors and samples changed in place."""
     making, version = getattr(value, "_making", (None, None))
     return making if version == value._version else None
-
-
-def replace_modules(net: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Replace modules wherever a net holds them, under all of their names, in place.
-
-    Args:
-        net: The net.
-        replacements: New modules by the old ones.
-
-    Returns:
-        The net, or what replaces it.
-    """
-    for parent in list(net.modules()):  # before the new ones are in, which may hold the old
-        for name, child in list(parent._modules.items()):
-            if child is not None and child in replacements:
-                setattr(parent, name, replacements[child])
-    return replacements.get(net, net)
 
 
 def give_local_params(module: PyroModule) -> None:

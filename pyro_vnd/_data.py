@@ -1,15 +1,27 @@
 """Data as every function of the library takes them: a tensor, a tuple of tensors, or a mapping of keyword arguments."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["Data", "as_arguments", "check_rows", "map_parts", "named_parts", "num_rows", "shapes", "split_rows"]
+__all__ = [
+    "Data",
+    "Rows",
+    "as_arguments",
+    "batches",
+    "check_rows",
+    "map_parts",
+    "named_parts",
+    "num_rows",
+    "shapes",
+    "split_rows",
+]
 
 Data: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
+Rows: TypeAlias = Tensor | Iterable[Any]
 
 
 def as_arguments(data: Data) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -117,3 +129,36 @@ def check_rows(caller: str, data: Data, name: str = "data") -> None:
         raise ValueError(
             f"{caller}: argument `{name}` must be tensors with the same number of rows, at least 1; got {shapes(data)}"
         )
+
+
+def batches(data: Rows, batch_size: int) -> Iterator[Sequence[Tensor]]:
+    """Yield the batches of data, each a sequence of tensors that begins with the inputs.
+
+    Args:
+        data: Data as of `fit`: a tensor, a tuple or list of tensors with a row for each example, or a mapping of them.
+            Or batches: any other iterable, such as a `DataLoader` or a generator.
+        batch_size: Rows of a batch, where data are tensors.
+
+    Yields:
+        Batches.
+
+    Raises:
+        ValueError: If tensors have different numbers of rows.
+
+    Example:
+        >>> import torch
+        >>> [len(inputs) for inputs, labels in batches((torch.zeros(5, 2), torch.zeros(5)), 2)]
+        [2, 2, 1]
+    """
+    parts: Iterable[Any] = (data,) if isinstance(data, Tensor) else data
+    parts = tuple(data.values()) if isinstance(data, Mapping) else parts
+    if isinstance(parts, tuple | list) and all(isinstance(rows, Tensor) for rows in parts):
+        if len({len(rows) for rows in parts}) > 1:
+            raise ValueError(
+                "argument `data`: tensors of one data set must have the same rows, and batches come from a DataLoader "
+                f"or a generator; got {[*map(len, parts)]} rows"
+            )
+        yield from zip(*(rows.split(batch_size) for rows in parts), strict=True)
+        return
+    for batch in parts:
+        yield (batch,) if isinstance(batch, Tensor) else batch

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from pyro_vnd.nn.width import Width
 
-__all__ = ["Axis", "Run", "take", "take_block"]
+__all__ = ["Axis", "Channels", "Index", "Run", "num_kept", "take"]
+
+Owner = TypeVar("Owner")
+Index = slice | Tensor | None  # channels along a dimension: leading ones, some, or all
 
 
-class Run(NamedTuple):
-    """Consecutive channels that belong to one width, each unit `size // num_units` of them; or to none.
+class Run(NamedTuple, Generic[Owner]):
+    """Consecutive channels that are cut together, the units of their owner spread evenly over them.
 
     Attributes:
-        width: The width whose units they are, or None if they cannot be cut.
+        owner: Whose units they are: a `Width` in an `Axis`, the name of a group before that; None if they stay whole.
         size: Number of channels.
     """
 
-    width: Width | None
+    owner: Owner
     size: int
+
+
+Channels = Width | tuple[Run[Width | None], ...] | None
 
 
 class Axis:
@@ -35,9 +42,9 @@ class Axis:
         ValueError: If the runs do not add up to the channels, or units do not share them evenly.
     """
 
-    def __init__(self, size: int, runs: Width | tuple[Run, ...] | None = None) -> None:
+    def __init__(self, size: int, runs: Channels = None) -> None:
         self.size = size
-        self.runs = runs if isinstance(runs, tuple) else (Run(runs, size),)
+        self.runs: tuple[Run[Width | None], ...] = runs if isinstance(runs, tuple) else (Run(runs, size),)
         for width, length in self.runs:
             if width is not None and length % width.num_units:
                 raise ValueError(f"width {width.name!r} of {width.num_units} units cannot share {length} channels")
@@ -47,7 +54,7 @@ class Axis:
     @property
     def widths(self) -> list[Width]:
         """The widths along the axis."""
-        return [run.width for run in self.runs if run.width is not None]
+        return [run.owner for run in self.runs if run.owner is not None]
 
     @property
     def is_whole(self) -> bool:
@@ -69,27 +76,25 @@ class Axis:
 
     def owned_by(self, width: Width) -> Tensor:
         """Return which of the channels that are computed belong to a width, boolean."""
-        pieces = [torch.full((run.size,), run.width is width) for run in self.runs]
-        return take(torch.cat(pieces), self.index(), 0)
+        owned = [torch.full((run.size,), run.owner is width) for run in self.runs]
+        return take(torch.cat(owned), {0: self.index()})
 
     def _join(self, what: str) -> Tensor | None:
-        parts: list[tuple[Tensor | None, Run]] = [
-            (None if run.width is None else getattr(run.width, what), run) for run in self.runs
-        ]
-        known = [values for values, _ in parts if values is not None]
+        values_of = [None if run.owner is None else getattr(run.owner, what) for run in self.runs]
+        known = [values for values in values_of if values is not None]
         if not known:
             return None
         # One width may be fixed for the batch where another one has a row for each example.
         rows, joined = torch.broadcast_shapes(*(values.shape[:-1] for values in known)), []
-        for values, (width, length) in parts:
+        for values, (width, length) in zip(values_of, self.runs, strict=True):
             if values is None:
                 values = known[0].new_ones(length)
             elif width is not None and length != width.num_units:
                 values = values.unsqueeze(-1).expand(*values.shape, length // width.num_units).flatten(-2)
             joined.append(values.expand(*rows, length))
-        return take(joined[0] if len(joined) == 1 else torch.cat(joined, -1), self.index(), -1)
+        return take(joined[0] if len(joined) == 1 else torch.cat(joined, -1), {-1: self.index()})
 
-    def index(self, kept: dict[str, int] | None = None) -> slice | Tensor | None:
+    def index(self, kept: Mapping[str, int] | None = None) -> Index:
         """Return which channels are computed: a slice, indices, or None for all.
 
         Args:
@@ -105,19 +110,21 @@ class Axis:
             return None
         if len(self.runs) == 1:
             return slice(0, lengths[0])
-        pieces, start = [], 0
+        indices, start = [], 0
         for length, (_, whole) in zip(lengths, self.runs, strict=True):
-            pieces.append(torch.arange(start, start + length))
+            indices.append(torch.arange(start, start + length))
             start += whole
-        return torch.cat(pieces)
+        return torch.cat(indices)
 
 
-def take(x: Tensor, index: slice | Tensor | None, dim: int) -> Tensor:
-    """Return the given channels of a tensor along one dimension."""
-    return take_block(x, {dim: index})
+def num_kept(index: Index, size: int) -> int:
+    """Return how many of `size` channels an index keeps."""
+    if index is None:
+        return size
+    return index.stop if isinstance(index, slice) else len(index)
 
 
-def take_block(x: Tensor, indices: dict[int, slice | Tensor | None]) -> Tensor:
+def take(x: Tensor, indices: Mapping[int, Index]) -> Tensor:
     """Return the given channels of a tensor along several dimensions."""
     lengths = {dim: index.stop for dim, index in indices.items() if isinstance(index, slice)}
     if lengths:
@@ -129,7 +136,7 @@ def take_block(x: Tensor, indices: dict[int, slice | Tensor | None]) -> Tensor:
 
 
 class _Leading(torch.autograd.Function):
-    """The leading block of an array: slicing, with one array in the backward pass rather than one a slice."""
+    """The leading corner of an array: slicing, with one array in the backward pass rather than one a slice."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lengths: dict[int, int]) -> Tensor:

@@ -14,7 +14,7 @@ from torch.distributions import Distribution, Normal, kl_divergence
 from torch.nn import functional as F
 
 from pyro_vnd.distributions import Gated, LogScaleNormal
-from pyro_vnd.nn.axis import Axis, Run, take, take_block
+from pyro_vnd.nn.axis import Axis, Channels, Index, num_kept, take
 from pyro_vnd.nn.width import Width
 
 __all__ = ["AFFINE", "NestedLayer", "Prior", "affine"]
@@ -75,8 +75,8 @@ class NestedLayer(nn.Module):
         self,
         layer: nn.Module,
         *,
-        inputs: Width | tuple[Run, ...] | None = None,
-        outputs: Width | tuple[Run, ...] | None = None,
+        inputs: Channels = None,
+        outputs: Channels = None,
         prior: Prior | Literal["normal"] | None = "normal",
         init_scale: float = 0.1,
     ) -> None:
@@ -102,6 +102,11 @@ class NestedLayer(nn.Module):
                 self.log_scales[name] = nn.Parameter(torch.full_like(mean.detach(), math.log(scale)))
         self.has_exact_kl = {name: self._has_exact_kl(name) for name in self.log_scales}
         self.values: dict[str, Tensor] = {}
+
+    @property
+    def widths(self) -> list[Width]:
+        """The widths of its inputs and outputs, each once."""
+        return list(dict.fromkeys(self.input_axis.widths + self.output_axis.widths))
 
     def _spread_of_prior(self, name: str) -> float:
         try:
@@ -132,7 +137,7 @@ class NestedLayer(nn.Module):
             )
         return law
 
-    def take(self, name: str, x: Tensor, index: tuple[Any, Any] | None = None) -> Tensor:
+    def take(self, name: str, x: Tensor, index: tuple[Index, Index] | None = None) -> Tensor:
         """Return the kept rows and columns of an array of the shape of a parameter.
 
         Args:
@@ -140,13 +145,23 @@ class NestedLayer(nn.Module):
             x: The array.
             index: Kept outputs and inputs; those of this forward pass by default.
         """
-        rows, columns = (self.output_axis.index(), self.input_axis.index()) if index is None else index
+        index = (self.output_axis.index(), self.input_axis.index()) if index is None else index
+        return take(x, self._along(name, index))
+
+    def num_parameters(self, name: str, kept: Mapping[str, int]) -> int:
+        """Return how many entries of "weight" or "bias" are left when groups keep a number of units."""
+        cut = self._along(name, (self.output_axis.index(kept), self.input_axis.index(kept)))
+        return math.prod(num_kept(cut.get(dim), size) for dim, size in enumerate(self.plain.get_parameter(name).shape))
+
+    def _along(self, name: str, index: tuple[Index, Index]) -> dict[int, Index]:
+        """Say along which dimensions of a parameter the kept outputs and inputs lie."""
+        rows, columns = index
         if name == "bias":
-            return take(x, rows, 0)
+            return {0: rows}
         if self.groups > 1:
             # A kept group of the convolution stays whole: only the dimension that runs over groups is cut.
-            return take(x, columns if self.transposed else rows, 0)
-        return take_block(x, {0: columns, 1: rows} if self.transposed else {0: rows, 1: columns})
+            return {0: columns if self.transposed else rows}
+        return {0: columns, 1: rows} if self.transposed else {0: rows, 1: columns}
 
     def gate(self, name: str) -> Tensor | None:
         """Return P(both units kept) for each entry of a parameter, or None where all count."""
@@ -239,13 +254,24 @@ class NestedLayer(nn.Module):
             )
         padding = plain.padding
         if plain.padding_mode != "zeros":
-            x, padding = F.pad(x, plain._reversed_padding_repeated_twice, mode=plain.padding_mode), 0
+            x, padding = F.pad(x, _padding_of_ends(plain), mode=plain.padding_mode), 0
         return AFFINE[type(plain)](x, weight, bias, plain.stride, padding, plain.dilation, groups)
 
     def extra_repr(self) -> str:
         """Describe the layer in the representation of a net."""
         names = [[width.name for width in axis.widths] for axis in (self.input_axis, self.output_axis)]
         return f"inputs={names[0] or 'whole'}, outputs={names[1] or 'whole'}"
+
+
+def _padding_of_ends(plain: Any) -> list[int]:
+    """Return the padding of a convolution at both ends of each axis, the last axis first, as `F.pad` takes it."""
+    if isinstance(plain.padding, str):
+        sizes = zip(plain.kernel_size, plain.dilation, strict=True)
+        totals = [dilation * (size - 1) if plain.padding == "same" else 0 for size, dilation in sizes]
+        ends = [(total // 2, total - total // 2) for total in totals]
+    else:
+        ends = [(size, size) for size in plain.padding]
+    return [end for both in reversed(ends) for end in both]
 
 
 def fan_in_normal(name: str, layer: nn.Module) -> Normal:

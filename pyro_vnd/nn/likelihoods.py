@@ -4,7 +4,7 @@ import pyro
 from torch import Tensor
 
 from pyro_vnd._compat import QuietModule
-from pyro_vnd.nn.net import NestedNet
+from pyro_vnd.nn.net import NestedNet, NetGuide
 
 __all__ = ["NestedClassifier"]
 
@@ -20,12 +20,19 @@ class NestedClassifier(QuietModule):
         >>> from torch import nn
         >>> from pyro_vnd.nn import NestedClassifier, nest
         >>> net = nest(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(1, 4), num_blocks=4)
-        >>> model, guide = NestedClassifier(net), net.guide
+        >>> model = NestedClassifier(net)
+        >>> model.guide is net.guide
+        True
     """
 
     def __init__(self, net: NestedNet) -> None:
         super().__init__()
         self.net = net
+
+    @property
+    def guide(self) -> NetGuide:
+        """The guide of the net."""
+        return self.net.guide
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Run the model and return the logits."""

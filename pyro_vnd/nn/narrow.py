@@ -3,46 +3,55 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from pyro_vnd._compat import replace_modules
+from pyro_vnd._data import Rows, batches
 from pyro_vnd._state import module_mode
-from pyro_vnd.nn.axis import take
+from pyro_vnd.nn.axis import num_kept, take
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.norms import BATCH_NORMS, NestedNorm
+from pyro_vnd.nn.submodules import replace_modules
 from pyro_vnd.nn.tracing.attention import Attention
+from pyro_vnd.nn.width import Rounding
 
 __all__ = ["narrow", "recalibrate_batchnorm"]
 
 
 @torch.no_grad()
 def narrow(
-    net: NestedNet, width: float | int | Mapping[str, float | int], draw: Mapping[str, Tensor] | None = None
+    net: NestedNet,
+    width: float | int | Mapping[str, float | int],
+    draw: Mapping[str, Tensor] | None = None,
+    *,
+    rounding: Rounding | None = None,
 ) -> nn.Module:
     """Cut a nested net to a width: a plain, physically smaller torch net.
 
-    Its outputs are those of the masked net to rounding, and it needs neither Pyro nor this library: its class is that
-    of the net that was nested, its layers are torch's own. BatchNorm keeps the statistics of training, which are those
-    of all widths together: see `recalibrate_batchnorm`.
+    Its outputs are those of the masked net up to floating point, and it needs neither Pyro nor this library: its class
+    is that of the net that was nested, its layers are torch's own. What was kept of each group is in the attribute
+    `narrowed_to`, a dictionary from group to numbers of blocks and units, and in the representation. BatchNorm keeps
+    the statistics of training, which are those of all widths together: see `recalibrate_batchnorm`.
 
     Args:
         net: The nested net.
-        width: A fraction in (0, 1] for all groups, a number of blocks, or a mapping from group to either; groups that
-            it leaves out stay whole.
+        width: A fraction in (0, 1] for all groups (a float), a number of blocks (an int), or a mapping from group to
+            either; groups that it leaves out stay whole. 1.0 is the whole net, 1 the narrowest.
         draw: A draw of the weights by name of their site, such as `net.guide(x)` returns; the posterior mean by
             default.
+        rounding: As in `Width.kept_blocks`: without it, a fraction that is no number of blocks is an error.
 
     Returns:
         A new module in the mode (training or evaluation) of the nested one, which shares no memory with it.
 
     Raises:
-        ValueError: If a width is invalid, or the draw lacks a site.
+        ValueError: If a width is invalid or does not fit a group, or the draw lacks a site.
 
     Example:
         >>> import torch
@@ -51,6 +60,7 @@ def narrow(
         >>> plain = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3))
         >>> narrow(nest(plain, torch.zeros(1, 8), num_blocks=16), 0.25)
         Sequential(
+          narrowed to 16 of 64 units (4 of 16 blocks) of group 0
           (0): Linear(in_features=8, out_features=16, bias=True)
           (1): ReLU()
           (2): Linear(in_features=16, out_features=3, bias=True)
@@ -58,8 +68,8 @@ def narrow(
     """
     if not isinstance(net, NestedNet):
         raise ValueError(f"narrow: argument `net` must be a NestedNet, as `nest` returns; got {type(net).__name__}")
-    widths = net._check_cut(width, sliced=True).widths
-    kept = {name: net.widths[name].kept_units(value) for name, value in widths.items()}
+    blocks = {name: each.num_blocks for name, each in net.widths.items()} | net.kept_blocks(width, rounding)
+    kept = {name: each.kept_units(blocks[name]) for name, each in net.widths.items()}
     narrowed: dict[int, Any] = {}
     for name, module in net.net.named_modules():
         if isinstance(module, NestedLayer):
@@ -69,9 +79,24 @@ def narrow(
             narrowed[id(module)] = _narrow_norm(module, kept)
     # A copy takes what the memo has in place of copying it: wide weights are never copied.
     plain = copy.deepcopy(net.net, narrowed)
-    return replace_modules(
+    plain = replace_modules(
         plain, {module: _as_graph(module) for module in plain.modules() if isinstance(module, Attention)}
     )
+    _say_what_is_left(plain, net, blocks, kept)
+    return plain
+
+
+def _say_what_is_left(plain: nn.Module, net: NestedNet, blocks: Mapping[str, int], kept: Mapping[str, int]) -> None:
+    """Put the width in effect on a narrowed net and into its representation, by means of Python alone."""
+    left, lines = {}, []
+    for name, width in net.widths.items():
+        some, units = blocks[name], kept[name]
+        left[name] = {"blocks": some, "num_blocks": width.num_blocks, "units": units, "num_units": width.num_units}
+        share = f"{units} of {width.num_units} units ({some} of {width.num_blocks} blocks)"
+        lines.append(f"narrowed to {share} of group {name}")
+    # On the instance, since the class is not ours, and from builtins, so that it can be pickled without this library.
+    own = [plain.extra_repr()] if plain.extra_repr() else []
+    vars(plain).update(narrowed_to=left, extra_repr=partial(str, "\n".join(own + lines)))
 
 
 def _as_graph(module: nn.Module) -> fx.GraphModule:
@@ -84,8 +109,7 @@ def _as_graph(module: nn.Module) -> fx.GraphModule:
 
 def _narrow_layer(layer: NestedLayer, kept: dict[str, int], site: str, draw: Mapping[str, Tensor] | None) -> nn.Module:
     index = layer.output_axis.index(kept), layer.input_axis.index(kept)
-    plain = copy.copy(layer.plain)
-    plain._parameters = dict(plain._parameters)
+    memo: dict[int, Any] = {}
     for name, mean in layer.plain.named_parameters():
         value = mean
         if draw is not None and name in layer.log_scales:
@@ -98,8 +122,11 @@ def _narrow_layer(layer: NestedLayer, kept: dict[str, int], site: str, draw: Map
                     f"{tuple(mean.shape)}: draw outside of `cut(..., sliced=True)`"
                 )
         cut = layer.take(name, value, index).detach().clone(memory_format=torch.contiguous_format)
-        setattr(plain, name, nn.Parameter(cut, requires_grad=mean.requires_grad))
-    num_in, num_out = _length(index[1], layer.input_axis.size), _length(index[0], layer.output_axis.size)
+        memo[id(mean)] = nn.Parameter(cut, requires_grad=mean.requires_grad)
+    plain = copy.deepcopy(layer.plain, memo)
+    num_out, num_in = (
+        num_kept(each, axis.size) for each, axis in zip(index, (layer.output_axis, layer.input_axis), strict=True)
+    )
     if isinstance(plain, nn.Linear):
         plain.in_features, plain.out_features = num_in, num_out
     else:
@@ -112,12 +139,12 @@ def _narrow_layer(layer: NestedLayer, kept: dict[str, int], site: str, draw: Map
 def _narrow_norm(norm: NestedNorm, kept: dict[str, int]) -> nn.Module:
     index = norm.axis.index(kept)
     plain = copy.deepcopy(norm.plain)
-    size = _length(index, norm.axis.size)
+    size = num_kept(index, norm.axis.size)
     for name, value in [*plain.named_parameters()]:
-        setattr(plain, name, nn.Parameter(take(value, index, 0).clone(), requires_grad=value.requires_grad))
+        setattr(plain, name, nn.Parameter(take(value, {0: index}).clone(), requires_grad=value.requires_grad))
     for name, value in [*plain.named_buffers()]:
         if value.dim() == 1:
-            setattr(plain, name, take(value, index, 0).clone())
+            setattr(plain, name, take(value, {0: index}).clone())
     if isinstance(plain, nn.GroupNorm):
         groups = plain.num_groups if plain.num_groups == 1 else plain.num_groups * size // plain.num_channels
         plain.num_groups, plain.num_channels = groups, size
@@ -130,14 +157,8 @@ def _narrow_norm(norm: NestedNorm, kept: dict[str, int]) -> nn.Module:
     return plain
 
 
-def _length(index: slice | Tensor | None, size: int) -> int:
-    if index is None:
-        return size
-    return index.stop if isinstance(index, slice) else len(index)
-
-
 @torch.no_grad()
-def recalibrate_batchnorm(net: nn.Module, data: Iterable[Any]) -> nn.Module:
+def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256) -> nn.Module:
     """Replace the running statistics of all BatchNorm layers by averages over data, in place.
 
     A nested net's running statistics mix all widths; each narrowed net wants its own. Statistics are reset and become
@@ -146,13 +167,15 @@ def recalibrate_batchnorm(net: nn.Module, data: Iterable[Any]) -> nn.Module:
 
     Args:
         net: A net with BatchNorm layers, such as `narrow` returns.
-        data: Batches of inputs, or tuples that begin with them.
+        data: Training inputs: a tensor, a tuple of tensors that begins with them, or an iterable of batches, each
+            likewise.
+        batch_size: Rows of a batch, where data are tensors.
 
     Returns:
         The same net.
 
     Raises:
-        ValueError: If the loader is empty.
+        ValueError: If there are no data, or the tensors of a tuple have different numbers of rows.
 
     Source: Yu and Huang, arXiv 1903.05134, section 3.3 (statistics after training, for each width).
 
@@ -160,7 +183,7 @@ def recalibrate_batchnorm(net: nn.Module, data: Iterable[Any]) -> nn.Module:
         >>> import torch
         >>> from torch import nn
         >>> net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4))
-        >>> _ = recalibrate_batchnorm(net, [torch.randn(32, 2) for _ in range(3)])
+        >>> _ = recalibrate_batchnorm(net, torch.randn(96, 2), batch_size=32)
         >>> net[1].num_batches_tracked
         tensor(3)
     """
@@ -169,12 +192,12 @@ def recalibrate_batchnorm(net: nn.Module, data: Iterable[Any]) -> nn.Module:
         return net
     with _calibrating(net, norms):
         seen = False
-        for batch in data:
+        for inputs, *_ in batches(data, batch_size):
             if not seen:
                 for norm in norms:
                     norm.reset_running_stats()
             seen = True
-            net(batch[0] if isinstance(batch, tuple | list) else batch)
+            net(inputs)
     if not seen:
         raise ValueError("recalibrate_batchnorm: argument `data` has no batches")
     return net

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from pyro_vnd._compat import replace_modules
 from pyro_vnd._state import module_mode
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.nn.axis import Run
 from pyro_vnd.nn.layers import AFFINE, NestedLayer, Prior
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.norms import NestedNorm
-from pyro_vnd.nn.tracing.attention import unpack_attention
-from pyro_vnd.nn.tracing.groups import Layout, channel_groups
+from pyro_vnd.nn.submodules import replace_modules
+from pyro_vnd.nn.tracing import channel_groups, unpack_attention
 from pyro_vnd.nn.width import Noise, Width
 
 __all__ = ["nest"]
@@ -80,8 +80,8 @@ def nest(
         >>> from torch import nn
         >>> plain = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
         >>> net = nest(plain, torch.zeros(1, 8), num_blocks=16)
-        >>> net.widths
-        {'0': Width(0, 64 units in 16 blocks), '2': Width(2, 32 units in 16 blocks)}
+        >>> net.widths["0"]
+        Width(0, 64 units in 16 blocks, mean length 8.5, mode 1)
     """
     excluded = tuple(exclude)
     nested = unpack_attention(copy.deepcopy(net), excluded)
@@ -97,36 +97,37 @@ def nest(
         layers = [name for name in groups.layers if type(nested.get_submodule(name)) in AFFINE]
         if unknown := sorted(set(prior) - {"", *layers}):
             raise ValueError(f"nest: argument `prior` names {unknown}; layers of the net: {layers}")
-    widths = []
-    for name, units in zip(groups.names, groups.units, strict=True):
+    widths: dict[str | None, Width | None] = {None: None}
+    for name, units in groups.units.items():
         blocks = _of(num_blocks, name, None)
         blocks = units if blocks is None else min(blocks, units)
         always = _of(frozen, name, 0)
         entries = blocks - max(always, 1) + 1
-        widths.append(
-            Width(
-                name,
-                units,
-                blocks,
-                frozen=always,
-                prior=_law(_of(width_prior, name, None), entries),
-                init=_law(_of(width_init, name, None), entries),
-                temperature=temperature,
-                noise=noise,
-            )
+        widths[name] = Width(
+            name,
+            units,
+            blocks,
+            frozen=always,
+            prior=_law(_of(width_prior, name, None), entries),
+            init=_law(_of(width_init, name, None), entries),
+            temperature=temperature,
+            noise=noise,
         )
     replacements: dict[nn.Module, nn.Module] = {}
     for name, channels in groups.layers.items():
         layer: Any = nested.get_submodule(name)
-        inputs, outputs = _runs(channels.inputs, widths), _runs(channels.outputs, widths)
+        inputs, outputs = (
+            tuple(Run(widths[run.owner], run.size) for run in runs) for runs in (channels.inputs, channels.outputs)
+        )
         if type(layer) in AFFINE:
             replacements[layer] = NestedLayer(
                 layer, inputs=inputs, outputs=outputs, prior=_prior_of(prior, name), init_scale=init_scale
             )
-        elif any(run.width is not None for run in outputs):
+        elif any(run.owner is not None for run in outputs):
             replacements[layer] = NestedNorm(layer, outputs)
     result = NestedNet(replace_modules(nested, replacements), mask_per=mask_per, gated=gated, prefix=prefix)
-    _check_sliced(result, example_input)
+    result.whole = groups.whole
+    result.positions = _check_sliced(result, example_input)
     return result
 
 
@@ -152,19 +153,14 @@ def _by_layer(prior: Any) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(prior, Mapping) and not (prior and set(prior) <= {"weight", "bias"})
 
 
-def _runs(layout: Layout, widths: list[Width]) -> tuple[Run, ...]:
-    return tuple(Run(None if part.group is None else widths[part.group], part.size) for part in layout)
-
-
-def _check_sliced(net: NestedNet, example_input: Tensor | tuple[Tensor, ...]) -> None:
-    """Compare a pass that is cut by masks with one that computes the kept part only."""
+def _check_sliced(net: NestedNet, example_input: Tensor | tuple[Tensor, ...]) -> dict[str, int]:
+    """Compare a pass that is cut by masks with one that computes the kept part only; count positions of the layers."""
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    width = {name: max(each.always_kept, each.num_blocks // 2) for name, each in net.widths.items()}
+    half = {name: max(each.always_kept, each.num_blocks // 2) for name, each in net.widths.items()}
     outputs = []
-    with module_mode([net], training=False), torch.no_grad():
+    with module_mode([net], training=False), torch.no_grad(), _counted(net) as positions:
         for sliced in (False, True):
-            with net.cut(width, sliced=sliced):
-                net._draw_masks("posterior", len(inputs[0]), None)
+            with net.cut(half, sliced=sliced), net._drawn("posterior", len(inputs[0]), weights=False):
                 try:
                     outputs.append(net.net(*inputs))
                 except RuntimeError as error:
@@ -172,8 +168,6 @@ def _check_sliced(net: NestedNet, example_input: Tensor | tuple[Tensor, ...]) ->
                         f"nest: the net does not run with fewer channels: {error}. Does its forward name a number of "
                         "channels, as in view(-1, 512)? Write torch.flatten(x, 1), or reshape with -1 there"
                     ) from error
-                finally:
-                    net._release()
     dense, sliced_outputs = ([x] if isinstance(x, Tensor) else list(x) for x in outputs)
     for one, other in zip(dense, sliced_outputs, strict=True):
         if isinstance(one, Tensor) and not torch.allclose(
@@ -183,3 +177,24 @@ def _check_sliced(net: NestedNet, example_input: Tensor | tuple[Tensor, ...]) ->
                 "nest: a cut net and the same net masked differ; a part of it mixes channels in a way that was not "
                 f"recognised. Leave parts alone with `exclude` to find it: {list(dict(net.net.named_children()))}"
             )
+    return {name: count // (2 * len(inputs[0])) for name, count in positions.items()}
+
+
+@contextmanager
+def _counted(net: NestedNet) -> Iterator[dict[str, int]]:
+    """Count the positions, rows of a linear layer or pixels of a convolution, to which layers are applied."""
+    positions = dict.fromkeys(net.layers, 0)
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(layer: NestedLayer, inputs: tuple[Tensor], output: Tensor) -> None:
+            x = inputs[0] if layer.transposed else output
+            positions[name] += x.numel() // x.shape[layer.channel_dim]
+
+        return hook
+
+    handles = [layer.register_forward_hook(count(name)) for name, layer in net.layers.items()]
+    try:
+        yield positions
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -17,7 +17,8 @@ from pyro_vnd._compat import QuietModule
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.norms import NestedNorm
-from pyro_vnd.nn.width import Width
+from pyro_vnd.nn.table import as_html, as_text
+from pyro_vnd.nn.width import Rounding, Width, kept_blocks
 
 __all__ = ["NestedNet", "NetGuide", "WidthLike"]
 
@@ -26,9 +27,9 @@ WidthLike = float | int | Mapping[str, float | int] | Tensor
 
 @dataclass(frozen=True)
 class _Cut:
-    """Widths that replace draws of masks: fixed numbers by group, or fractions by row."""
+    """Widths that replace draws of masks: numbers of blocks by group, or fractions by row."""
 
-    widths: Mapping[str, float | int]
+    blocks: Mapping[str, int]
     fractions: Tensor | None
     sliced: bool
 
@@ -49,10 +50,10 @@ class NestedNet(QuietModule):
 
     With one mask for each example (the default) the masks are local latents: pass the plate of the data to the call,
     or let it open one named "data" if the model has none. Guides of several nets in one model share a plate likewise.
-    All examples share the law of a width, whose optimum under
-    the ELBO is the prior reweighed by exp(-loss at that width), so that it does not collapse. One mask for each batch
-    is one global latent, whose law collapses unless something holds it (see `fit`), but lets sliced passes compute the
-    kept part only; the KL of a weight then counts with the probability that its units are kept.
+    All examples share the law of a width, whose optimum under the ELBO is the prior reweighed by exp(-loss at that
+    width), so that it does not collapse. One mask for each batch is one global latent, whose law collapses unless
+    something holds it (see `fit`), but lets sliced passes compute the kept part only; the KL of a weight then counts
+    with the probability that its units are kept.
 
     Args:
         net: A module with `NestedLayer`s; `nest` makes one from an ordinary net.
@@ -62,6 +63,10 @@ class NestedNet(QuietModule):
             mask an example every weight is in use by some of them, and a gate is a choice: it regularises a weight in
             proportion to the rows that use it, so that the tail, which few rows use, is held less to the prior.
         prefix: Prefix of the names of all Pyro sites, for models with several nets.
+
+    Attributes:
+        whole: Why channels cannot be cut, by the layer that makes them, as far as `nest` found out.
+        positions: How often each layer is applied to one example (pixels, tokens), by its name, if `nest` counted.
 
     Raises:
         ValueError: If the net has no widths, or two have one name.
@@ -93,8 +98,7 @@ class NestedNet(QuietModule):
         found: dict[str, Width] = {}
         for module in net.modules():
             if isinstance(module, NestedLayer | NestedNorm):
-                axes = [module.axis] if isinstance(module, NestedNorm) else [module.input_axis, module.output_axis]
-                for width in (width for axis in axes for width in axis.widths):
+                for width in module.widths:
                     if found.setdefault(width.name, width) is not width:
                         raise ValueError(f"NestedNet: two widths have the name {width.name!r}")
         if not found:
@@ -102,6 +106,15 @@ class NestedNet(QuietModule):
         self._groups = tuple(found)
         self._widths = nn.ModuleList(found.values())
         self._cut: _Cut | None = None
+        self.whole: dict[str, str] = {}
+        self.positions: dict[str, int] = {}
+
+    def __repr__(self) -> str:
+        """Return a table of the groups; `net.net` has the modules."""
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     @property
     def widths(self) -> dict[str, Width]:
@@ -120,7 +133,10 @@ class NestedNet(QuietModule):
 
     @cached_property
     def guide(self) -> NetGuide:
-        """The guide: draws masks and weights from the learned laws; its parameters are those of the net."""
+        """The guide: draws masks and weights from the learned laws; its parameters are those of the net.
+
+        Always the same module, and none of the net's own parts; copies of the net have guides of their own.
+        """
         return NetGuide(self)
 
     def forward(self, *inputs: Any, plate: pyro.plate | None = None) -> Any:
@@ -138,19 +154,22 @@ class NestedNet(QuietModule):
 
     @contextmanager
     def _drawn(
-        self, which: Literal["prior", "posterior"], num_rows: int, plate: pyro.plate | None = None
+        self,
+        which: Literal["prior", "posterior"],
+        num_rows: int,
+        plate: pyro.plate | None = None,
+        *,
+        weights: bool = True,
     ) -> Iterator[dict[str, Tensor]]:
-        """Draw masks and weights, and hold them for the passes inside the block."""
+        """Draw masks and weights, or compute with the mean weights, in the passes inside the block."""
         try:
-            yield self._draw_masks(which, num_rows, plate) | self._draw_weights(which)
+            values = self._draw_masks(which, num_rows, plate)
+            yield values | self._draw_weights(which) if weights else values
         finally:
-            self._release()
-
-    def _release(self) -> None:
-        for width in self.widths.values():
-            width.release()
-        for layer in self.layers.values():
-            layer.values = {}
+            for width in self.widths.values():
+                width.release()
+            for layer in self.layers.values():
+                layer.values = {}
 
     def _draw_masks(
         self, which: Literal["prior", "posterior"], num_rows: int, plate: pyro.plate | None
@@ -162,7 +181,7 @@ class NestedNet(QuietModule):
             raise ValueError(
                 f"cut: argument `width` has one fraction for each of {len(fractions)} rows; the batch has {num_rows}"
             )
-        drawn = [name for name in self.widths if cut is None or fractions is not None or name not in cut.widths]
+        drawn = [name for name in self.widths if cut is None or fractions is not None or name not in cut.blocks]
         in_plate: Any = nullcontext()
         if drawn and by_example:
             in_plate = pyro.plate("data", num_rows, dim=-1) if plate is None else plate
@@ -173,7 +192,7 @@ class NestedNet(QuietModule):
             site = f"{self.prefix}{name}.mask"
             if name not in drawn:
                 assert cut is not None
-                self._hold_fixed(width, width.kept_blocks(cut.widths[name]), cut.sliced)
+                self._hold_fixed(width, cut.blocks[name], cut.sliced)
                 continue
             law = width.prior if which == "prior" else width.posterior
             if cut is not None and cut.sliced and not by_example:
@@ -207,60 +226,78 @@ class NestedNet(QuietModule):
             values |= layer.draw(which, f"{self.prefix}{name}" if name else f"{self.prefix}layer")
         return values
 
+    def kept_blocks(
+        self, width: float | int | Mapping[str, float | int], rounding: Rounding | None = None
+    ) -> dict[str, int]:
+        """Return how many blocks a width keeps of each group, but for those that a mapping leaves out.
+
+        Args:
+            width: A fraction in (0, 1] as a float, a number of blocks as an int, or a mapping from group to either.
+            rounding: As in `Width.kept_blocks`.
+
+        Returns:
+            Numbers of blocks by name of the group.
+
+        Raises:
+            ValueError: If a width is invalid, or does not fit a group; the message lists those it does not fit.
+        """
+        if isinstance(width, Mapping) and (unknown := sorted(set(width) - set(self.widths))):
+            raise ValueError(f"NestedNet: argument `width` names {unknown}; groups of the net: {list(self.widths)}")
+        widths = dict(width) if isinstance(width, Mapping) else dict.fromkeys(self.widths, width)
+        wanted = [(self.widths[name], value) for name, value in widths.items()]
+        return dict(zip(widths, kept_blocks(wanted, rounding), strict=True))
+
     @contextmanager
-    def cut(self, width: WidthLike, *, sliced: bool = False) -> Iterator[NestedNet]:
+    def cut(self, width: WidthLike, *, sliced: bool = False, rounding: Rounding | None = None) -> Iterator[NestedNet]:
         """Run a block in which the net has given widths rather than draws of masks, in model and guide alike.
 
         Args:
-            width: A fraction in (0, 1] for all groups, a number of blocks, a mapping from group to either, which
-                leaves the other groups random, or a tensor of fractions: one for each row of the batch, or a single
-                one if there is one mask a batch. A zero in the tensor leaves that row random.
+            width: A fraction in (0, 1] for all groups (a float), a number of blocks (an int), a mapping from group to
+                either, which leaves the other groups random, or a tensor of fractions: one for each row of the batch,
+                or a single one if there is one mask a batch. A zero in the tensor leaves that row random.
             sliced: Whether the pass computes only the kept part of each layer, rather than multiplying by a mask.
                 Groups that are left random, all of them with `cut({}, sliced=True)`, are then drawn as exact masks
                 without a straight-through gradient, if there is one mask a batch: for score functions, as in
                 `Trace_ELBO`.
+            rounding: As in `Width.kept_blocks`; what is in a tensor is rounded to the nearest block.
 
         Yields:
             The net.
 
         Raises:
-            ValueError: If a width is invalid; the message lists the valid ones.
+            ValueError: If a width is invalid, or does not fit a group; the message lists the valid ones.
         """
-        outer, self._cut = self._cut, self._check_cut(width, sliced)
+        if not isinstance(width, Tensor):
+            cut = _Cut(self.kept_blocks(width, rounding), None, sliced)
+        elif sliced:
+            raise ValueError("cut: sliced=True needs one width for the whole batch, a number rather than a tensor")
+        else:
+            cut = _Cut({}, self._check_fractions(width), sliced)
+        outer, self._cut = self._cut, cut
         try:
             yield self
         finally:
             self._cut = outer
 
-    def _check_cut(self, width: WidthLike, sliced: bool) -> _Cut:
-        if isinstance(width, Tensor):
-            expected = (1,) if self.mask_per == "example" else (0,)
-            if width.dim() not in expected or not ((width >= 0) & (width <= 1)).all():
-                raise ValueError(
-                    f"cut: argument `width` must be a tensor of fractions in [0, 1] with {expected[0]} dimension(s) "
-                    f"for mask_per={self.mask_per!r}; got shape {tuple(width.shape)}"
-                )
-            if sliced:
-                raise ValueError("cut: sliced=True needs one width for the whole batch, a number rather than a tensor")
-            return _Cut({}, width, sliced)
-        if isinstance(width, Mapping):
-            unknown = sorted(set(width) - set(self.widths))
-            if unknown:
-                raise ValueError(f"cut: argument `width` names {unknown}; groups of the net: {list(self.widths)}")
-            widths = dict(width)
-        else:
-            widths = dict.fromkeys(self.widths, width)
-        for name, value in widths.items():
-            self.widths[name].kept_blocks(value)
-        return _Cut(widths, None, sliced)
+    def _check_fractions(self, width: Tensor) -> Tensor:
+        expected = 1 if self.mask_per == "example" else 0
+        if width.dim() != expected or not ((width >= 0) & (width <= 1)).all():
+            raise ValueError(
+                f"cut: argument `width` must be a tensor of fractions in [0, 1] with {expected} dimension(s) for "
+                f"mask_per={self.mask_per!r}; got shape {tuple(width.shape)}"
+            )
+        return width
 
     @torch.no_grad()
-    def predict(self, *inputs: Any, width: WidthLike | None = None, num_samples: int = 1) -> Tensor:
+    def predict(
+        self, *inputs: Any, width: WidthLike | None = None, rounding: Rounding | None = None, num_samples: int = 1
+    ) -> Tensor:
         """Return the outputs of posterior draws.
 
         Args:
             *inputs: What the net takes.
-            width: As in `cut`; None draws masks from their posterior, too.
+            width: As in `cut`; None draws masks from their learned laws, too.
+            rounding: As in `cut`.
             num_samples: Number of draws S of the weights.
 
         Returns:
@@ -271,9 +308,9 @@ class NestedNet(QuietModule):
         """
         if num_samples < 1:
             raise ValueError(f"predict: argument `num_samples` must be at least 1; got {num_samples}")
-        sliced = isinstance(width, float | int | Mapping)
+        sliced = width is not None and not isinstance(width, Tensor)
         draws = []
-        with nullcontext() if width is None else self.cut(width, sliced=sliced), poutine.block():
+        with nullcontext() if width is None else self.cut(width, sliced=sliced, rounding=rounding), poutine.block():
             for _ in range(num_samples):
                 with self._drawn("posterior", len(inputs[0])):
                     draws.append(self.net(*inputs))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_vnd.nn.axis import Axis, Run, take
+from pyro_vnd.nn.axis import Axis, Channels, num_kept, take
 from pyro_vnd.nn.layers import apply_mask
 from pyro_vnd.nn.width import Width
 
@@ -32,7 +33,7 @@ class NestedNorm(nn.Module):
         ValueError: If the layer is of another kind.
     """
 
-    def __init__(self, layer: nn.Module, channels: Width | tuple[Run, ...] | None) -> None:
+    def __init__(self, layer: nn.Module, channels: Channels) -> None:
         super().__init__()
         kinds = (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.PReLU)
         if not isinstance(layer, kinds):
@@ -44,6 +45,15 @@ class NestedNorm(nn.Module):
             )
         self.plain: Any = layer
         self.axis = Axis(_num_channels(layer), channels)
+
+    @property
+    def widths(self) -> list[Width]:
+        """The widths of its channels."""
+        return self.axis.widths
+
+    def num_parameters(self, name: str, kept: Mapping[str, int]) -> int:
+        """Return how many entries of "weight" or "bias" are left when groups keep a number of units."""
+        return num_kept(self.axis.index(kept), self.plain.get_parameter(name).numel())
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the kept channels; dropped ones are left to the layers that read them."""
@@ -70,7 +80,9 @@ class NestedNorm(nn.Module):
     def _kept_parameters(self) -> tuple[Tensor | None, Tensor | None]:
         index = self.axis.index()
         weight, bias = getattr(self.plain, "weight", None), getattr(self.plain, "bias", None)
-        return (None if weight is None else take(weight, index, 0)), (None if bias is None else take(bias, index, 0))
+        return (None if weight is None else take(weight, {0: index})), (
+            None if bias is None else take(bias, {0: index})
+        )
 
     def _sliced(self, x: Tensor) -> Tensor:
         plain, index = self.plain, self.axis.index()
@@ -83,9 +95,9 @@ class NestedNorm(nn.Module):
             groups = 1 if plain.num_groups == 1 else plain.num_groups * x.shape[1] // plain.num_channels
             return F.group_norm(x, groups, weight, bias, plain.eps)
         if isinstance(plain, nn.PReLU):
-            return F.prelu(x, take(plain.weight, index, 0))
+            return F.prelu(x, take(plain.weight, {0: index}))
         # Batch and instance norms: shorter tensors; running statistics are written back.
-        tensors = {name: take(value, index, 0) for name, value in _per_channel(plain).items()}
+        tensors = {name: take(value, {0: index}) for name, value in _per_channel(plain).items()}
         if isinstance(plain, INSTANCE_NORMS):  # the module insists on its number of channels
             mean, variance = tensors.get("running_mean"), tensors.get("running_var")
             of_input = plain.training or mean is None

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
 
-__all__ = ["Width"]
+__all__ = ["Noise", "Rounding", "Width", "kept_blocks"]
 
 Noise = Literal["logistic", "gumbel"]
+Rounding = Literal["nearest", "down", "up"]
 
-_HALF = 0.5 + 1e-4  # halves are rounded up, also those of fractions in float32 that fall just below
+_TOLERANCE = 1e-4  # of a block, for fractions that come from float32
+_HALF = 0.5 + _TOLERANCE  # halves are rounded up, also those that fall just below
 
 
 class Width(nn.Module):
@@ -45,6 +49,12 @@ class Width(nn.Module):
         (3, 3, 2, 2)
         >>> [width.kept_units(fraction) for fraction in (0.25, 0.5, 1.0)]
         [3, 6, 10]
+        >>> width.kept_blocks(0.3)
+        Traceback (most recent call last):
+            ...
+        ValueError: width 0.3 is no number of blocks that group 'hidden' can keep: near it are 0.25 (1 of 4 blocks) ...
+        >>> width.kept_blocks(0.3, rounding="nearest")
+        1
         >>> width.law.keep_probs
         tensor([1.0000, 0.7500, 0.5000, 0.2500])
     """
@@ -112,44 +122,67 @@ class Width(nn.Module):
 
     @property
     def posterior(self) -> OrderedMaskStraightThrough:
-        """NetGuide law of the mask, with gradients to its parameters."""
+        """Learned law of the mask, with gradients to its parameters."""
         return OrderedMaskStraightThrough(self.temperature, logits=self.logits, noise=self.noise, validate_args=False)
 
     @property
     def law(self) -> OrderedMask:
-        """NetGuide law of the mask, without gradient."""
+        """Learned law of the mask, without gradient."""
         return OrderedMask(logits=self.logits.detach())
 
-    def kept_blocks(self, width: float | int) -> int:
+    def kept_blocks(self, width: float | int, rounding: Rounding | None = None) -> int:
         """Return how many blocks a width keeps.
 
         Args:
-            width: A fraction in (0, 1], rounded to whole blocks and at least those that are always kept, or an
-                integer number of blocks.
+            width: A fraction in (0, 1] as a float, or a number of blocks as an int: 1.0 is the whole group, 1 is one
+                block. Fractions may be off by what float32 rounds.
+            rounding: What becomes of a fraction that is no whole number of blocks, or below those always kept: the
+                "nearest" number (halves go up), the next "down" or "up", and at least those always kept. By default
+                it is an error.
 
         Returns:
             A number of blocks.
 
         Raises:
-            ValueError: If the width is no valid one.
+            ValueError: If the width is invalid, or a fraction is no whole number of blocks and may not be rounded.
         """
+        return kept_blocks([(self, width)], rounding)[0]
+
+    def kept_units(self, width: float | int, rounding: Rounding | None = None) -> int:
+        """Return how many units a width keeps; arguments and errors as in `kept_blocks`."""
+        return sum(self.sizes[: self.kept_blocks(width, rounding)])
+
+    def _rounded(self, width: Any, rounding: Rounding | None) -> int | None:
+        """Return how many blocks a width keeps, or None if it must not be rounded to them."""
         low, high = self.always_kept, self.num_blocks
-        if isinstance(width, int) and not isinstance(width, bool):
-            if low <= width <= high:
-                return width
-        elif isinstance(width, float) and 0 < width <= 1:
-            return min(high, max(low, math.floor(width * high + _HALF)))
+        if isinstance(width, Integral) and not isinstance(width, bool):
+            if low <= (blocks := int(width)) <= high:
+                return blocks
+        elif isinstance(width, Real) and not isinstance(width, bool) and 0 < float(width) <= 1:
+            down, up = self._around(float(width))
+            if rounding is None:
+                return down if low <= down == up else None
+            nearest = math.floor(float(width) * high + _HALF)
+            return min(high, max(low, {"down": down, "up": up, "nearest": nearest}[rounding]))
         raise ValueError(
             f"width {width!r} is invalid for group {self.name!r}: give a fraction in (0.0, 1.0] (a float) or a number "
             f"of blocks from {low} to {high} (an int)"
         )
 
-    def kept_units(self, width: float | int) -> int:
-        """Return how many units a width keeps; arguments and errors as in `kept_blocks`."""
-        return sum(self.sizes[: self.kept_blocks(width)])
+    def _around(self, fraction: float) -> tuple[int, int]:
+        """Return the numbers of blocks below and above a fraction, the same if it is one of them."""
+        blocks = fraction * self.num_blocks
+        tolerance = max(_TOLERANCE, self.num_blocks * torch.finfo(torch.float32).eps)
+        return math.floor(blocks + tolerance), math.ceil(blocks - tolerance)
+
+    def _neighbours(self, fraction: float) -> str:
+        """Name the valid fractions on both sides of one that is not."""
+        valid = sorted({max(self.always_kept, blocks) for blocks in self._around(fraction)})
+        total = self.num_blocks
+        return " and ".join(f"{blocks / total:.7g} ({blocks} of {total} blocks)" for blocks in valid)
 
     def prefix(self, fractions: Tensor) -> Tensor:
-        """Return the masks of given fractions, shape fractions.shape + (K,)."""
+        """Return the masks of given fractions, shape fractions.shape + (K,), each rounded to the nearest block."""
         blocks = (fractions.unsqueeze(-1) * self.num_blocks + _HALF).floor().clamp(self.always_kept, self.num_blocks)
         positions = torch.arange(self.always_kept, self.num_blocks + 1, device=fractions.device)
         return (positions <= blocks).to(self.logits.dtype)
@@ -175,10 +208,41 @@ class Width(nn.Module):
         """Forget the forward pass: all units are kept."""
         self.mask = self.keep_probs = self.kept = None
 
+    def describe_law(self) -> tuple[float, int]:
+        """Return the mean and the mode of the learned number of kept blocks; NaN is no error here."""
+        probs = self.logits.detach().cpu().double().softmax(-1)
+        blocks = torch.arange(self.always_kept, self.num_blocks + 1)
+        return (probs * blocks).sum().item(), int(blocks[probs.argmax()])
+
     def extra_repr(self) -> str:
         """Describe the width in the representation of a net."""
         frozen = f", frozen={self.frozen}" if self.frozen else ""
-        return f"{self.name}, {self.num_units} units in {self.num_blocks} blocks{frozen}"
+        mean, mode = self.describe_law()
+        return (
+            f"{self.name}, {self.num_units} units in {self.num_blocks} blocks{frozen}, "
+            f"mean length {mean:.4g}, mode {mode}"
+        )
+
+
+def kept_blocks(wanted: Sequence[tuple[Width, float | int]], rounding: Rounding | None) -> list[int]:
+    """Return how many blocks each of several groups keeps; arguments and errors as in `Width.kept_blocks`."""
+    if rounding not in (None, *get_args(Rounding)):
+        raise ValueError(f"Width: argument `rounding` must be 'nearest', 'down' or 'up', or None; got {rounding!r}")
+    kept = [(width, value, width._rounded(value, rounding)) for width, value in wanted]
+    misfits = [
+        f"width {float(value)!r} is no number of blocks that group {width.name!r} can keep: near it are "
+        f"{width._neighbours(float(value))}"
+        for width, value, blocks in kept
+        if blocks is None
+    ]
+    if misfits:
+        one = len(misfits) == 1
+        message = (
+            misfits[0] if one else "the width does not fit all groups:" + "".join(f"\n- {each}" for each in misfits)
+        )
+        usual = ", as is usual for groups of different numbers of blocks" if len(wanted) > 1 else ""
+        raise ValueError(f"{message}; rounding='nearest', 'down' or 'up' rounds it{usual}")
+    return [blocks for _, _, blocks in kept if blocks is not None]
 
 
 def _check_int(name: str, argument: str, value: int, low: int, high: int | None = None) -> None:

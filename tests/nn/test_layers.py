@@ -9,7 +9,8 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.nn import NestedLayer, Run, Width
+from pyro_vnd.nn import NestedLayer, Width
+from pyro_vnd.nn.axis import Run
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 8), (5, 6)),

@@ -12,7 +12,8 @@ from torch import nn
 from torch.distributions import Normal
 
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.nn import NestedClassifier, NestedLayer, NestedNet, Run, Width, narrow, nest
+from pyro_vnd.nn import NestedClassifier, NestedLayer, NestedNet, Width, narrow, nest
+from pyro_vnd.nn.axis import Run
 
 MASKS = pytest.mark.parametrize("masks", ["example", "batch"])
 X = torch.linspace(-1, 1, 15, dtype=torch.float64).reshape(5, 3)

@@ -6,7 +6,8 @@ from torch import nn
 
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import fit
-from pyro_vnd.nn import NestedClassifier, NestedNorm, Run, Width, narrow, nest, recalibrate_batchnorm
+from pyro_vnd.nn import NestedClassifier, NestedNorm, Width, narrow, nest, recalibrate_batchnorm
+from pyro_vnd.nn.axis import Run
 
 NORMS = {
     "batch1d": (lambda: nn.BatchNorm1d(8), (5, 8)),

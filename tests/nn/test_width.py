@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.nn import Axis, Run, Width
+from pyro_vnd.nn import Width
+from pyro_vnd.nn.axis import Axis, Run
 
 BLOCKS = [
     (1, 1, 0),

@@ -1,6 +1,6 @@
 """Predictions of a classifier scored on test data and on data from elsewhere, as an xarray Dataset."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
+from pyro_vnd._data import Rows, batches
 from pyro_vnd._state import module_mode
 from pyro_vnd.diagnostics.metrics.calibration import NUM_BINS, calibration_bins, fit_temperature, scale_temperature
 from pyro_vnd.diagnostics.metrics.ood import SCORES, ood_metrics, ood_scores, score_limits
@@ -22,10 +23,9 @@ from pyro_vnd.diagnostics.metrics.predictive import (
 )
 from pyro_vnd.diagnostics.metrics.variables import variable
 
-__all__ = ["Predict", "Rows", "average_batches", "batches", "evaluate", "net_cost"]
+__all__ = ["Predict", "average_batches", "evaluate", "net_cost"]
 
 Predict = Callable[[Tensor], Tensor]
-Rows = Tensor | Iterable[Any] | Mapping[str, Tensor]  # inputs, and labels if there are any
 
 _NUM_SCORE_BINS = 50
 _CALIBRATED = ("nll", "brier", "ece", "adaptive_ece")
@@ -202,17 +202,6 @@ def net_cost(net: nn.Module, x: Tensor) -> dict[str, int]:
         net(x)
     parameters = sum(parameter.numel() for parameter in net.parameters())
     return {"multiply_adds": counter.get_total_flops() // (2 * len(x)), "parameters": parameters}
-
-
-def batches(data: Rows, batch_size: int) -> Iterator[Sequence[Tensor]]:
-    """Yield the batches of data as of `fit`, or of an iterable of batches, each a sequence of tensors: inputs first."""
-    parts: Iterable[Any] = (data,) if isinstance(data, Tensor) else data
-    parts = tuple(data.values()) if isinstance(data, Mapping) else parts
-    if isinstance(parts, tuple | list) and all(isinstance(part, Tensor) for part in parts):
-        yield from zip(*(part.split(batch_size) for part in parts), strict=True)
-        return
-    for batch in parts:
-        yield (batch,) if isinstance(batch, Tensor) else batch
 
 
 def _device_of(predict: Predict) -> torch.device | None:

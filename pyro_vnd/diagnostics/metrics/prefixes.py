@@ -12,8 +12,8 @@ import xarray as xr
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pyro_vnd._data import Rows, batches
 from pyro_vnd._state import module_mode
-from pyro_vnd.diagnostics.metrics.classification import Rows, batches
 from pyro_vnd.diagnostics.metrics.generative import KID_SUBSET_SIZE, KID_SUBSETS, weights_hash
 from pyro_vnd.diagnostics.metrics.prefix_model import PrefixModel
 from pyro_vnd.diagnostics.metrics.prefix_scores import NEAREST_ROWS, LinearProbe, PrefixScores

@@ -1,6 +1,7 @@
 """A nested net scored at many widths, and the narrowest that predicts about as well as the best."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -9,21 +10,15 @@ import xarray as xr
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pyro_vnd._data import Rows, batches
 from pyro_vnd._state import module_mode
+from pyro_vnd.diagnostics.metrics.classification import Predict, evaluate, net_cost
 from pyro_vnd.diagnostics.posterior import _arviz
-from pyro_vnd.diagnostics.metrics.classification import Predict, Rows, batches, evaluate, net_cost
 from pyro_vnd.infer import module_local_params
 from pyro_vnd.nn import NestedNet, narrow, recalibrate_batchnorm
+from pyro_vnd.nn.width import Rounding
 
-__all__ = [
-    "check_widths",
-    "evaluate_learned",
-    "evaluate_widths",
-    "first_input",
-    "loo_widths",
-    "narrow_draws",
-    "smallest_width",
-]
+__all__ = ["evaluate_learned", "evaluate_widths", "loo_widths", "smallest_width"]
 
 
 _WITHOUT_WIDTH = ["prevalence", "score_limit"]
@@ -36,6 +31,7 @@ def evaluate_widths(
     num_samples: int = 20,
     ood: Mapping[str, Rows] | None = None,
     *,
+    rounding: Rounding | None = None,
     calibrate: Rows | None = None,
     recalibrate: Rows | None = None,
     seed: int = 0,
@@ -49,9 +45,11 @@ def evaluate_widths(
     Args:
         net: A trained nested net, whose outputs are logits.
         data: Test data, as in `evaluate`.
-        widths: What `net.cut` takes for a whole net: fractions in (0, 1], or numbers of blocks.
+        widths: Fractions in (0, 1] (floats) or numbers of blocks (ints). Widths that are one and the same net are
+            scored once.
         num_samples: Number of draws S of the weights.
         ood: Test data from outside the domain by name, as in `evaluate`.
+        rounding: As in `Width.kept_blocks`: without it, a fraction that is no number of blocks is an error.
         calibrate: Validation data, as in `evaluate`; each width gets a temperature of its own.
         recalibrate: Training inputs, for nets with BatchNorm: each draw at each width gets statistics of its own from
             them, as `recalibrate_batchnorm` does, instead of those of all widths together.
@@ -61,11 +59,13 @@ def evaluate_widths(
 
     Returns:
         The variables of `evaluate`, with dimensions (seed, width, ...), and `multiply_adds` for one row and
-        `parameters` of the narrowed net (seed, width). Join fits by `xr.concat(datasets, "seed")`.
+        `parameters` of the narrowed net (seed, width). The coordinate `width` is the fraction in effect, the same in
+        all groups or else the kept share of all their units; `blocks` beside it has the numbers of blocks, (width,)
+        or, if groups differ, (width, group). Join fits by `xr.concat(datasets, "seed")`.
 
     Raises:
-        ValueError: If a width is invalid, in the words of `net.cut`, or fractions and numbers of blocks are mixed, if
-            there are no draws, or as in `evaluate`.
+        ValueError: If a width is invalid or does not fit a group, in the words of `net.cut`, or fractions and numbers
+            of blocks are mixed, if there are no draws, or as in `evaluate`.
 
     Example:
         >>> import torch
@@ -74,18 +74,18 @@ def evaluate_widths(
         >>> net = nest(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(1, 4), num_blocks=4)
         >>> data = torch.randn(50, 4), torch.arange(50) % 3
         >>> result = evaluate_widths(net, data, [0.25, 0.5, 1.0], num_samples=3, progress=False)
-        >>> result["nll"].dims, result["parameters"].values.tolist()
-        (('seed', 'width'), [[19, 35, 67]])
+        >>> result["nll"].dims, result["parameters"].values.tolist(), result["blocks"].values.tolist()
+        (('seed', 'width'), [[19, 35, 67]], [1, 2, 4])
     """
-    check_widths("evaluate_widths", net, widths)
+    distinct = _distinct("evaluate_widths", net, widths, rounding)
     if num_samples < 1:
         raise ValueError(f"evaluate_widths: `num_samples` must be at least 1; got {num_samples}")
     device = next(net.parameters()).device
-    example = first_input("evaluate_widths: `data`", data).to(device)
+    example = _first_input("evaluate_widths", data).to(device)
     results = []
     with module_mode([net], training=False):
-        for width in tqdm(widths, desc="widths", disable=not progress):
-            nets = narrow_draws(net, width, example, num_samples, seed)
+        for _, blocks in tqdm(distinct, desc="widths", disable=not progress):
+            nets = _narrow_draws(net, blocks, example, num_samples, seed)
             if recalibrate is not None:
                 for cut_net in nets:
                     recalibrate_batchnorm(cut_net, (batch[0].to(device) for batch in batches(recalibrate, batch_size)))
@@ -103,8 +103,7 @@ def evaluate_widths(
             results.append(result.assign({name: ("seed", [value], _LABELS[name]) for name, value in cost.items()}))
     fixed = [name for name in _WITHOUT_WIDTH if name in results[0]]
     joined = xr.concat([result.drop_vars(fixed) for result in results], "width", data_vars="all")
-    units = "blocks" if isinstance(widths[0], int) else "share of the units"
-    joined = joined.assign(results[0][fixed]).assign_coords(width=("width", list(widths), {"units": units}))
+    joined = joined.assign(results[0][fixed]).assign_coords(_coordinates(net, [blocks for _, blocks in distinct]))
     return joined.transpose("seed", "width", ...)
 
 
@@ -159,30 +158,66 @@ _LABELS = {
 }
 
 
-def check_widths(name: str, net: NestedNet, widths: Sequence[float] | Sequence[int]) -> None:
-    """Raise a ValueError if the net cannot be cut to each of the widths: before hours go into the others."""
-    if len(widths) == 0 or len({type(width) for width in widths}) > 1:
+def _distinct(
+    name: str, net: NestedNet, widths: Sequence[float] | Sequence[int], rounding: Rounding | None
+) -> list[tuple[float, dict[str, int]]]:
+    """Return each width that is another net than those before it, with the blocks that it keeps of each group.
+
+    All are looked at before hours go into some of them.
+    """
+    kinds = {next((kind for kind in (Integral, Real) if isinstance(width, kind)), None) for width in widths}
+    if len(kinds) != 1 or None in kinds:
         raise ValueError(f"{name}: `widths` must be fractions (floats) or numbers of blocks (ints); got {list(widths)}")
+    distinct: list[tuple[float, dict[str, int]]] = []
     for width in widths:
-        with net.cut(width):
-            pass
+        blocks = net.kept_blocks(width, rounding)
+        if all(blocks != others for _, others in distinct):
+            distinct.append((width, blocks))
+    return distinct
 
 
-def first_input(argument: str, data: Rows) -> Tensor:
+def _coordinates(net: NestedNet, kept: Sequence[dict[str, int]]) -> dict[str, Any]:
+    """Say what the widths are: fractions in effect, and numbers of blocks."""
+    blocks = np.array([list(each.values()) for each in kept])
+    shares = [_share(net, each) for each in kept]
+    alike = (blocks == blocks[:, :1]).all() and len({width.num_blocks for width in net.widths.values()}) == 1
+    coords = {"width": ("width", shares, {"units": "share of the units"})}
+    if alike:
+        return coords | {"blocks": ("width", blocks[:, 0])}
+    return coords | {"blocks": (("width", "group"), blocks), "group": list(net.widths)}
+
+
+def _share(net: NestedNet, kept: Mapping[str, int]) -> float:
+    """Return the fraction in effect: that of all groups, or else the share of their units together."""
+    common = _common_fraction(net, kept)
+    if common is not None:
+        return common
+    units = {name: width.kept_units(kept[name]) for name, width in net.widths.items()}
+    return sum(units.values()) / sum(width.num_units for width in net.widths.values())
+
+
+def _common_fraction(net: NestedNet, kept: Mapping[str, int]) -> float | None:
+    fractions = {kept[name] / width.num_blocks for name, width in net.widths.items()}
+    return fractions.pop() if len(fractions) == 1 else None
+
+
+def _first_input(name: str, data: Rows) -> Tensor:
     """Return the first row of the inputs; a loader that shuffles leaves the caller's random state as it was."""
     with torch.random.fork_rng():
         for batch in batches(data, 1):
             return batch[0][:1]
-    raise ValueError(f"{argument} has no rows")
+    raise ValueError(f"{name}: `data` has no rows")
 
 
-def narrow_draws(net: NestedNet, width: float, example: Tensor, num_samples: int, seed: int) -> list[nn.Module]:
+def _narrow_draws(
+    net: NestedNet, blocks: Mapping[str, int], example: Tensor, num_samples: int, seed: int
+) -> list[nn.Module]:
     """Draw whole weights, the same whatever the width, and cut the net with each draw of them."""
     nets = []
     with torch.random.fork_rng(), module_local_params(net), net.cut(1.0):
         torch.manual_seed(seed)
         for _ in range(num_samples):
-            nets.append(narrow(net, width, net.guide(example)))
+            nets.append(narrow(net, blocks, net.guide(example)))
     return nets
 
 
@@ -197,6 +232,7 @@ def loo_widths(
     widths: Sequence[float] | Sequence[int],
     num_samples: int = 200,
     *,
+    rounding: Rounding | None = None,
     seed: int = 0,
     batch_size: int = 256,
     progress: bool = True,
@@ -210,17 +246,21 @@ def loo_widths(
     Args:
         net: A trained nested net, whose outputs are logits.
         data: The rows it was trained on, inputs and labels.
-        widths: As in `evaluate_widths`.
+        widths: Fractions or numbers of blocks, as in `evaluate_widths`.
         num_samples: Number of draws S of the weights; memory holds S numbers a row, and S nets of one width.
+        rounding: As in `evaluate_widths`.
         seed: Seed of the draws, which are the same for all widths.
         batch_size: Rows of a batch, where data are tensors.
         progress: Whether to show a progress bar.
 
     Returns:
-        What `loo` returns by width, for `compare` and `smallest_width`.
+        What `loo` returns by width, for `compare` and `smallest_width`: by numbers of blocks if these were asked for,
+        else by the fraction in effect, or, where groups round to different ones, by the first that was asked for. Each
+        is a width for `narrow`, with the same rounding.
 
     Raises:
-        ValueError: If a width is invalid, in the words of `net.cut`, or there are too few draws or no labels.
+        ValueError: If a width is invalid or does not fit a group, in the words of `net.cut`, or there are too few draws
+            or no labels.
 
     Warns:
         UserWarning: If a k-hat is too large for the estimate to be trusted.
@@ -235,22 +275,23 @@ def loo_widths(
         >>> list(scores), scores[1.0].elpd_i.sizes["row"]
         ([0.25, 1.0], 50)
     """
-    check_widths("loo_widths", net, widths)
+    distinct = _distinct("loo_widths", net, widths, rounding)
     if num_samples < _arviz.MIN_DRAWS:
         raise ValueError(f"loo_widths: `num_samples` must be at least {_arviz.MIN_DRAWS}; got {num_samples}")
     device = next(net.parameters()).device
-    example = first_input("loo_widths: `data`", data).to(device)
+    example = _first_input("loo_widths", data).to(device)
     scores: dict[float, Any] = {}
     with module_mode([net], training=False):
-        for width in tqdm(widths, desc="widths", disable=not progress):
-            nets = narrow_draws(net, width, example, num_samples, seed)
+        for asked, blocks in tqdm(distinct, desc="widths", disable=not progress):
+            nets = _narrow_draws(net, blocks, example, num_samples, seed)
             terms = [
                 _log_likelihoods(nets, x.to(device), labels.to(device)).cpu()
                 for x, labels in (_labelled(batch) for batch in batches(data, batch_size))
             ]
             values = torch.cat(terms, -1)[None].numpy()
             found = _arviz.from_groups({"log_likelihood": {"label": (["chain", "draw", "row"], values)}}, {})
-            scores[width] = _arviz.loo(found)
+            common = None if isinstance(asked, Integral) else _common_fraction(net, blocks)
+            scores[asked if common is None else common] = _arviz.loo(found)
     return scores
 
 
@@ -289,6 +330,11 @@ def smallest_width(
         >>> smallest_width({1: hard - 0.5, 2: hard + spread, 4: hard})  # here the better, there the worse
         2
     """
+    if isinstance(scores, xr.Dataset):
+        raise ValueError(
+            "smallest_width: argument `scores` must have densities row by row, by width, as `loo_widths(net, data, "
+            "widths)` returns them; got a Dataset: what `evaluate_widths` returns has means over rows"
+        )
     if not scores:
         raise ValueError("smallest_width: argument `scores` must have at least one width; it is empty")
     if not within >= 0:

@@ -85,7 +85,7 @@ class MaskCuts:
                 if rows is not None and net.mask_per == "example" and not self.sliced:
                     stack.enter_context(net.cut(rows.to(next(net.parameters()).device)))
                 elif fraction > 0:
-                    stack.enter_context(net.cut(fraction, sliced=self.sliced))
+                    stack.enter_context(net.cut(fraction, sliced=self.sliced, rounding="nearest"))
             if rows is not None and self.codes:
                 stack.enter_context(_CutCodes(rows, self.codes))
             yield

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_vnd._compat import replace_modules
+from pyro_vnd.nn.submodules import replace_modules
 
-__all__ = ["Attention"]
+__all__ = ["Attention", "unpack_attention"]
 
 
 class Attention(nn.Module):

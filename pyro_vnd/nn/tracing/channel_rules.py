@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Node
 
+from pyro_vnd.nn.axis import Run
+from pyro_vnd.nn.tracing.channels import Axes, Mark, Runs, scaled, whole
 from pyro_vnd.nn.tracing.interpreter import Call, rule
-from pyro_vnd.nn.tracing.runs import Axes, Mark, Piece, Pieces, scaled, whole
 
 __all__: list[str] = []
 
@@ -57,7 +58,7 @@ def modules(names: str, suffixes: tuple[str, ...] = ("",)) -> list[type[nn.Modul
 @rule(nn.Linear)
 def linear(call: Call) -> Mark:
     """Read the last axis, and make a new space there."""
-    outputs = call.layer(call.pieces(-1), call.new_space(call.module.out_features))
+    outputs = call.layer(call.runs(-1), call.new_space(call.module.out_features))
     return call.axes() | {len(call.shape()) - 1: outputs}
 
 
@@ -66,7 +67,7 @@ def convolution(call: Call) -> Mark:
     """Read the channel axis, and make a new space there; groups tie the inputs to the outputs instead."""
     layer = call.module
     axis = len(call.shape()) - 1 - len(layer.kernel_size)
-    inputs = call.pieces(axis)
+    inputs = call.runs(axis)
     if layer.groups == 1:
         outputs = call.new_space(layer.out_channels)
     else:
@@ -77,25 +78,25 @@ def convolution(call: Call) -> Mark:
 @rule(nn.SyncBatchNorm, *modules("BatchNorm", SPATIAL))
 def batch_norm(call: Call) -> Mark:
     """Keep the channels of the second axis."""
-    pieces = call.pieces(1)
-    return only(call, 1, call.layer(pieces, pieces))
+    runs = call.runs(1)
+    return only(call, 1, call.layer(runs, runs))
 
 
 @rule(nn.GroupNorm)
 def group_norm(call: Call) -> Mark:
     """Keep the channels of the second axis; those of several groups are cut by groups."""
-    pieces = call.pieces(1)
+    runs = call.runs(1)
     if call.module.num_groups > 1:
-        in_groups(call, pieces, call.module.num_groups, call.module.num_channels)
-    return only(call, 1, call.layer(pieces, pieces))
+        in_groups(call, runs, call.module.num_groups, call.module.num_channels)
+    return only(call, 1, call.layer(runs, runs))
 
 
 @rule(*modules("InstanceNorm", SPATIAL))
 def instance_norm(call: Call) -> Mark:
     """Keep the channels of the axis before the spatial ones."""
     axis = len(call.shape()) - 1 - dimensions(call)
-    pieces = call.pieces(axis)
-    return only(call, axis, call.layer(pieces, pieces))
+    runs = call.runs(axis)
+    return only(call, axis, call.layer(runs, runs))
 
 
 @rule(*modules("LayerNorm RMSNorm"))
@@ -103,8 +104,8 @@ def layer_norm(call: Call) -> Mark:
     """Keep the last axis, unless it is normalised together with others."""
     num_axes = len(call.module.normalized_shape)
     axes = call.mixed(range(-num_axes, 0), "normalises over several axes") if num_axes > 1 else call.axes()
-    pieces = call.pieces(-num_axes)
-    return axes | {len(call.shape()) - num_axes: call.layer(pieces, pieces)}
+    runs = call.runs(-num_axes)
+    return axes | {len(call.shape()) - num_axes: call.layer(runs, runs)}
 
 
 @rule(nn.PReLU)
@@ -112,8 +113,8 @@ def prelu(call: Call) -> Mark:
     """Keep all channels; those of the second axis may have slopes of their own."""
     if call.module.num_parameters == 1:
         return call.axes()
-    pieces = call.pieces(1)
-    return call.axes() | {1: call.layer(pieces, pieces)}
+    runs = call.runs(1)
+    return call.axes() | {1: call.layer(runs, runs)}
 
 
 @rule(ELEMENTWISE, *modules(ELEMENTWISE_MODULES))
@@ -135,7 +136,7 @@ def concatenate(call: Call) -> Mark:
     dim = call.argument("axis", 1, call.argument("dim", 1, 0)) % call.out.dim()
     result = call.join(tensors, without=[dim - call.out.dim()])
     if any(dim in call.axes(tensor) for tensor in tensors):
-        result[dim] = tuple(piece for tensor in tensors for piece in call.pieces(dim, tensor))
+        result[dim] = tuple(run for tensor in tensors for run in call.runs(dim, tensor))
     return result
 
 
@@ -143,7 +144,7 @@ def concatenate(call: Call) -> Mark:
 def stack(call: Call) -> Mark:
     """Unite the channels of all tensors, around a new axis."""
     dim = call.argument("dim", 1, 0) % call.out.dim()
-    return {axis + (axis >= dim): pieces for axis, pieces in call.join(call.tensors).items()}
+    return {axis + (axis >= dim): runs for axis, runs in call.join(call.tensors).items()}
 
 
 @rule(*(name + k for name in POOLING.split() for k in SPATIAL), *modules(POOLING_MODULES, SPATIAL))
@@ -179,7 +180,7 @@ def reduction(call: Call) -> Mark:
     axes = call.mixed(reduced, "reduces over channels")
     out = call.out if isinstance(call.out, Tensor) else call.out[0]
     if out.dim() < ndim:
-        axes = {axis - sum(dim < axis for dim in reduced): pieces for axis, pieces in axes.items()}
+        axes = {axis - sum(dim < axis for dim in reduced): runs for axis, runs in axes.items()}
     return call.each(axes)
 
 
@@ -226,7 +227,7 @@ def einsum(call: Call) -> Mark:
     for letter in set(places) - set(output):
         contract(call, *places[letter])
     lying = {axis: call.overlay(places[letter]) for axis, letter in enumerate(output)}
-    return {axis: pieces for axis, pieces in lying.items() if pieces}
+    return {axis: runs for axis, runs in lying.items() if runs}
 
 
 def dimensions(call: Call) -> int:
@@ -234,19 +235,19 @@ def dimensions(call: Call) -> int:
     return int(re.findall(r"[123]d", call.name)[0][0])
 
 
-def only(call: Call, axis: int, pieces: Pieces) -> Axes:
+def only(call: Call, axis: int, runs: Runs) -> Axes:
     """Return what lies along the channel axis; the others are mixed by a layer, or in its statistics."""
     call.mixed(set(range(len(call.shape()))) - {axis}, "mixes channels")
-    return {axis: pieces}
+    return {axis: runs}
 
 
-def in_groups(call: Call, pieces: Pieces, groups: int, size: int) -> Pieces:
+def in_groups(call: Call, runs: Runs, groups: int, size: int) -> Runs:
     """Let channels be cut by groups of the layer; return `size` channels that are cut with them."""
-    units = scaled(pieces, groups)
+    units = scaled(runs, groups)
     if units is None:
-        call.hold({0: pieces}, "has groups in which channels of several layers meet")
+        call.hold({0: runs}, "has groups in which channels of several layers meet")
         return whole(size, f"{call.where} has groups in which channels of several layers meet")
-    return tuple(Piece(space, count * size // groups) for space, count in units)
+    return tuple(Run(space, count * size // groups) for space, count in units)
 
 
 def contract(call: Call, *places: tuple[Node, int]) -> None:
@@ -258,4 +259,4 @@ def contract(call: Call, *places: tuple[Node, int]) -> None:
 def ends(call: Call, rows: tuple[Node, int], columns: tuple[Node, int]) -> Axes:
     """Return the last two axes of a product of matrices."""
     lying = {call.out.dim() - 2: call.overlay([rows]), call.out.dim() - 1: call.overlay([columns])}
-    return {axis: pieces for axis, pieces in lying.items() if pieces}
+    return {axis: runs for axis, runs in lying.items() if runs}

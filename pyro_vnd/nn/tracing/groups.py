@@ -12,34 +12,22 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
+from pyro_vnd.nn.axis import Run
 from pyro_vnd.nn.tracing import channel_rules, structural_rules  # noqa: F401  (they fill the table of rules)
-from pyro_vnd.nn.tracing.interpreter import Propagation, find_rule
-from pyro_vnd.nn.tracing.runs import Pieces, Space
+from pyro_vnd.nn.tracing.channels import Runs
+from pyro_vnd.nn.tracing.interpreter import Interpreter, find_rule
 
-__all__ = ["ChannelGroups", "LayerChannels", "Layout", "Segment", "channel_groups"]
+__all__ = ["ChannelGroups", "LayerChannels", "Layout", "channel_groups"]
 
-
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive channels of one group, or channels left whole.
-
-    The units of the group are spread evenly over the segment: each is `size // units[group]` consecutive channels.
-
-    Attributes:
-        group: Index of the group, or None if the channels cannot be cut.
-        size: Number of channels.
-    """
-
-    group: int | None
-    size: int
-
-
-Layout: TypeAlias = tuple[Segment, ...]
+Layout: TypeAlias = tuple[Run[str | None], ...]
 
 
 @dataclass(frozen=True)
 class LayerChannels:
-    """What lies, in order, along the channel axis that a layer reads and the one that it makes."""
+    """What lies, in order, along the channel axis that a layer reads and the one that it makes.
+
+    The owner of a run is the name of its group, or None where channels are left whole.
+    """
 
     inputs: Layout
     outputs: Layout
@@ -50,16 +38,19 @@ class ChannelGroups:
     """The channels of a net that are cut together.
 
     Attributes:
-        names: For each group, the first layer that makes its channels.
-        units: For each group, how many pieces it can be cut into.
+        units: How many pieces each group can be cut into, by its name, that of the first layer that makes its channels.
         layers: Channels of each layer with parameters or statistics along them, by name, in order of execution.
         whole: Why channels cannot be cut, by the first layer that makes them.
     """
 
-    names: tuple[str, ...]
-    units: tuple[int, ...]
+    units: dict[str, int]
     layers: dict[str, LayerChannels]
     whole: dict[str, str]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the groups, in order of execution."""
+        return tuple(self.units)
 
 
 def channel_groups(
@@ -84,7 +75,7 @@ def channel_groups(
         exclude: Names of submodules to leave alone, and all in them; what they read and make is left whole.
 
     Returns:
-        The groups, numbered in order of execution, and the channels of each layer.
+        The groups in order of execution, and the channels of each layer.
 
     Raises:
         ValueError: If the net cannot be traced, an operation cannot be followed, a name in `exclude` does not exist,
@@ -94,10 +85,10 @@ def channel_groups(
         >>> from torch import nn
         >>> net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(54, 4))
         >>> groups = channel_groups(net, torch.zeros(1, 1, 5, 5))
-        >>> groups.names, groups.units
-        (('0',), (6,))
+        >>> groups.units
+        {'0': 6}
         >>> groups.layers["3"].inputs
-        (Segment(group=0, size=54),)
+        (Run(owner='0', size=54),)
     """
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     if not any(isinstance(value, Tensor) for value in inputs):
@@ -114,21 +105,20 @@ def channel_groups(
         if wanted != len(inputs):
             raise ValueError(f"channel_groups: `example_input` has {len(inputs)} arguments; the net takes {wanted}")
         clones = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
-        run = Propagation(net, graph, clones, excluded)
-        run()
-    spaces = list(dict.fromkeys(space.root for space in run.made))
+        interpreter = Interpreter(net, graph, clones, excluded)
+        interpreter.run()
+    spaces = list(dict.fromkeys(space.root for space in interpreter.made))
     whole = {space.name: space.reason for space in spaces if space.reason}
     cut = [space for space in spaces if not space.reason]
     if not cut:
         reasons = "".join(f"\n- `{name}`: {reason}" for name, reason in whole.items()) or " it has no layers to cut"
         raise ValueError(f"channel_groups: no channels of the net can be cut:{reasons}")
-    number = {space: i for i, space in enumerate(cut)}
-    layers = {name: LayerChannels(_layout(a, number), _layout(b, number)) for name, (a, b) in run.layers.items()}
-    return ChannelGroups(tuple(space.name for space in cut), tuple(space.atoms for space in cut), layers, whole)
+    layers = {name: LayerChannels(_layout(a), _layout(b)) for name, (a, b) in interpreter.layers.items()}
+    return ChannelGroups({space.name: space.atoms for space in cut}, layers, whole)
 
 
-def _layout(pieces: Pieces, number: dict[Space, int]) -> Layout:
-    return tuple(Segment(number.get(space.root), size) for space, size in pieces)
+def _layout(runs: Runs) -> Layout:
+    return tuple(Run(None if space.reason else space.name, size) for space, size in runs)
 
 
 def _find_excluded(net: nn.Module, names: Collection[str]) -> set[int]:

@@ -1,9 +1,9 @@
-"""An engine that follows channels through a traced net, with a table of rules, one for each kind of operation."""
+"""An interpreter that follows channels through a traced net, with a table of rules, one a kind of operation."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import chain
@@ -12,9 +12,10 @@ from typing import Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from pyro_vnd.nn.tracing.runs import Axes, Mark, Piece, Pieces, SizeOf, Space, hold, leaves, unify, whole
+from pyro_vnd.nn.axis import Run
+from pyro_vnd.nn.tracing.channels import Axes, Mark, Runs, SizeOf, Space, hold, leaves, unify, whole
 
-__all__ = ["Call", "Propagation", "find_rule", "rule"]
+__all__ = ["Call", "Interpreter", "find_rule", "rule"]
 
 Rule: TypeAlias = "Callable[[Call], Mark]"
 RULES: dict[str | Callable[..., Any], Rule] = {}
@@ -66,26 +67,26 @@ class Call:
 
     node: fx.Node
     out: Any
-    run: Propagation
+    interpreter: Interpreter
 
     @property
     def module(self) -> Any:
         """The module that is called, if it is one."""
-        return self.run.net.get_submodule(str(self.node.target)) if self.node.op == "call_module" else None
+        return self.interpreter.net.get_submodule(str(self.node.target)) if self.node.op == "call_module" else None
 
     @property
     def name(self) -> str:
         """Name of the function, method or type of module."""
-        return self.run.operation_name(self.node)
+        return self.interpreter.operation_name(self.node)
 
     def value(self, argument: Any) -> Any:
         """Return what an argument was on the example input."""
-        return fx.node.map_arg(argument, lambda node: self.run.values[node])
+        return fx.node.map_arg(argument, lambda node: self.interpreter.values[node])
 
     def mark(self, argument: Any) -> Mark:
         """Return what is known of an argument."""
         if isinstance(argument, fx.Node):
-            return self.run.marks[argument]
+            return self.interpreter.marks[argument]
         return tuple(map(self.mark, argument)) if isinstance(argument, list | tuple) else None
 
     def argument(self, name: str, position: int, default: Any = None) -> Any:
@@ -98,15 +99,15 @@ class Call:
     @property
     def tensors(self) -> list[fx.Node]:
         """The arguments that are tensors, those in lists too."""
-        return [node for node in self.node.all_input_nodes if isinstance(self.run.values[node], Tensor)]
+        return [node for node in self.node.all_input_nodes if isinstance(self.interpreter.values[node], Tensor)]
 
     def shape(self, tensor: fx.Node | None = None) -> torch.Size:
         """Return the shape of a tensor, the first by default."""
-        return self.run.values[tensor or self.tensors[0]].shape
+        return self.interpreter.values[tensor or self.tensors[0]].shape
 
     def axes(self, tensor: fx.Node | None = None) -> Axes:
         """Return a copy of what lies along the axes of a tensor, the first by default."""
-        mark = self.run.marks[tensor or self.tensors[0]]
+        mark = self.interpreter.marks[tensor or self.tensors[0]]
         return dict(mark) if isinstance(mark, dict) else {}
 
     def mixed(self, axes: Iterable[int], why: str = "mixes channels") -> Axes:
@@ -114,7 +115,7 @@ class Call:
         before, ndim = self.axes(), len(self.shape())
         mixing = {axis % ndim for axis in axes}
         self.hold({axis: before[axis] for axis in mixing & before.keys()}, why)
-        return {axis: pieces for axis, pieces in before.items() if axis not in mixing}
+        return {axis: runs for axis, runs in before.items() if axis not in mixing}
 
     def hold(self, mark: Mark, why: str) -> None:
         """Leave channels whole, because of what this operation does."""
@@ -123,36 +124,36 @@ class Call:
     @property
     def where(self) -> str:
         """The operation, for messages."""
-        path = self.run.path(self.node)
+        path = self.interpreter.path(self.node)
         return f"`{self.name}` (node `{self.node.name}`" + (f" in `{path}`)" if path else ")")
 
-    def new_space(self, size: int) -> Pieces:
+    def new_space(self, size: int) -> Runs:
         """Return new channels, made by this module."""
-        space = Space(len(self.run.made), str(self.node.target), size)
-        self.run.made.append(space)
-        return (Piece(space, size),)
+        space = Space(len(self.interpreter.made), str(self.node.target), size)
+        self.interpreter.made.append(space)
+        return (Run(space, size),)
 
-    def layer(self, inputs: Pieces, outputs: Pieces) -> Pieces:
+    def layer(self, inputs: Runs, outputs: Runs) -> Runs:
         """Record the channels of this module; return its outputs."""
-        before = self.run.layers.setdefault(str(self.node.target), (inputs, outputs))
+        before = self.interpreter.layers.setdefault(str(self.node.target), (inputs, outputs))
         for known, now in zip(before, (inputs, outputs), strict=True):
             unify(known, now, f"{self.where} is used again on other channels")
         return outputs
 
-    def pieces(self, axis: int, tensor: fx.Node | None = None) -> Pieces:
+    def runs(self, axis: int, tensor: fx.Node | None = None) -> Runs:
         """Return what lies along an axis of a tensor, the first by default."""
         shape = self.shape(tensor)
         known = self.axes(tensor).get(axis % len(shape))
         return known or whole(shape[axis], f"{self.where} takes it together with what cannot be cut")
 
-    def overlay(self, places: Iterable[tuple[fx.Node, int]]) -> Pieces | None:
+    def overlay(self, places: Iterable[tuple[fx.Node, int]]) -> Runs | None:
         """Unite what lies on top of each other along axes of tensors; a single channel is broadcast over the others."""
         lying = [(tensor, axis) for tensor, axis in places if self.shape(tensor)[axis] != 1]
         if not any(axis % len(self.shape(tensor)) in self.axes(tensor) for tensor, axis in lying):
             return None
-        first, *others = (self.pieces(axis, tensor) for tensor, axis in lying)
-        for pieces in others:
-            unify(first, pieces, f"{self.where} combines channels of different make-up")
+        first, *others = (self.runs(axis, tensor) for tensor, axis in lying)
+        for runs in others:
+            unify(first, runs, f"{self.where} combines channels of different make-up")
         return first
 
     def join(self, tensors: Sequence[fx.Node], without: Collection[int] = ()) -> Axes:
@@ -162,7 +163,7 @@ class Call:
             axis: self.overlay((tensor, axis) for tensor in tensors if len(self.shape(tensor)) >= -axis)
             for axis in set(range(-ndim, 0)) - set(without)
         }
-        return {ndim + axis: pieces for axis, pieces in lying.items() if pieces}
+        return {ndim + axis: runs for axis, runs in lying.items() if runs}
 
     def each(self, axes: Axes) -> Mark:
         """Give the same axes to the result, or to each of its tensors."""
@@ -174,14 +175,15 @@ class Call:
         def substitute(node: fx.Node) -> Any:
             if node is tensor:
                 return value
-            return _narrowed(self.run.marks[node], self.run.values[node]) if narrow else self.run.values[node]
+            known = self.interpreter.values[node]
+            return _narrowed(self.interpreter.marks[node], known) if narrow else known
 
-        out = self.run.evaluate(self.node, substitute)
+        out = self.interpreter.evaluate(self.node, substitute)
         return [out] if isinstance(out, Tensor) else list(out)
 
     def fail(self) -> NoReturn:
         """Raise the error that says what cannot be followed, and what to do."""
-        path = self.run.path(self.node)
+        path = self.interpreter.path(self.node)
         advice = f'`exclude=["{path}"]` leaves that part alone' if path else "put it into a submodule, to exclude that"
         raise ValueError(f"channel_groups: cannot follow channels through {self.where}; {advice}")
 
@@ -192,7 +194,7 @@ def _narrowed(mark: Mark, value: Any) -> Any:
     return mark.narrowed() if isinstance(mark, SizeOf) else value
 
 
-class Propagation:
+class Interpreter:
     """Runs a graph on an example input, and follows the channels.
 
     Args:
@@ -210,10 +212,10 @@ class Propagation:
         self.net, self.graph, self.inputs, self.excluded = net, graph, iter(inputs), excluded
         self.values: dict[fx.Node, Any] = {}
         self.marks: dict[fx.Node, Mark] = {}
-        self.layers: dict[str, tuple[Pieces, Pieces]] = {}
+        self.layers: dict[str, tuple[Runs, Runs]] = {}
         self.made: list[Space] = []
 
-    def __call__(self) -> None:
+    def run(self) -> None:
         """Follow the whole graph."""
         for node in self.graph.nodes:
             if node.op == "output":
@@ -254,7 +256,7 @@ class Propagation:
         def narrowed() -> Any:
             return self.evaluate(node, lambda argument: _narrowed(self.marks[argument], self.values[argument]))
 
-        return SizeOf(tuple(piece for size in sizes for piece in size.pieces), narrowed)
+        return SizeOf(tuple(run for size in sizes for run in size.runs), narrowed)
 
     def evaluate(self, node: fx.Node, substitute: Callable[[fx.Node], Any]) -> Any:
         """Run one node, with values for its arguments."""
@@ -284,11 +286,17 @@ class Propagation:
     def _hold_shared_tensors(self) -> None:
         """Leave layers whole whose weights are also those of another module, or are read by the net itself."""
         uses = Counter(id(self.values[node]) for node in self.graph.nodes if node.op == "get_attr")
-        owned = {
-            name: [id(tensor) for own in (module._parameters, module._buffers) for tensor in own.values()]
-            for name, module in self.net.named_modules()
-        }
+        owned = {name: [id(tensor) for tensor in _own_tensors(module)] for name, module in self.net.named_modules()}
         uses.update(chain.from_iterable(owned.values()))
         for name, (inputs, outputs) in self.layers.items():
-            if any(uses[tensor] > 1 and tensor != id(None) for tensor in owned[name]):
+            if any(uses[tensor] > 1 for tensor in owned[name]):
                 hold({0: inputs, 1: outputs}, f"`{name}` shares its weights")
+
+
+def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the parameters and buffers of a module without its parts, twice what it has under two names."""
+    for _, tensor in chain(
+        module.named_parameters(recurse=False, remove_duplicate=False),
+        module.named_buffers(recurse=False, remove_duplicate=False),
+    ):
+        yield tensor

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from pyro_vnd.nn.tracing.channels import Axes, Mark, Runs, SizeOf, kept, leaves, scaled
 from pyro_vnd.nn.tracing.interpreter import Call, rule
-from pyro_vnd.nn.tracing.runs import Axes, Mark, Pieces, SizeOf, kept, leaves, scaled
 
 __all__: list[str] = []
 
@@ -22,24 +22,24 @@ MODULES = (nn.ChannelShuffle, nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle, nn
 @rule(NAMES, *MODULES, follows_sizes=True)
 def structural(call: Call) -> Mark:
     """Follow each axis, and leave it whole if its channels are not in order, or if the operation has fixed sizes."""
-    tensor, axes = call.tensors[0], {axis: pieces for axis, pieces in call.axes().items() if call.shape()[axis] > 1}
-    own = {piece.space.root for pieces in axes.values() for piece in pieces}
+    tensor, axes = call.tensors[0], {axis: runs for axis, runs in call.axes().items() if call.shape()[axis] > 1}
+    own = {run.owner.root for runs in axes.values() for run in runs}
     for other in set(call.node.all_input_nodes) - {tensor}:
         for leaf in leaves(call.mark(other)):
-            if isinstance(leaf, dict) or not {piece.space.root for piece in leaf.pieces} <= own:
+            if isinstance(leaf, dict) or not {run.owner.root for run in leaf.runs} <= own:
                 call.hold(leaf, "takes it as an argument")
     if not axes:
         return None
     entries = torch.arange(call.shape().numel(), device=call.value(tensor).device).view(call.shape())
     moved = call.again(tensor, entries)
     results: list[Axes] = [{} for _ in moved]
-    for axis, pieces in axes.items():
+    for axis, runs in axes.items():
         size, stride = call.shape()[axis], entries.stride(axis)
         for out, result in zip(moved, results, strict=True):
             place = _find(out // stride % size, size)
-            along = scaled(pieces, out.shape[place]) if place is not None else None
+            along = scaled(runs, out.shape[place]) if place is not None else None
             if place is None or along is None:
-                call.hold({axis: pieces}, "takes channels apart, or out of order")
+                call.hold({axis: runs}, "takes channels apart, or out of order")
             else:
                 result[place] = along
     if not _bears_a_cut(call, tensor, entries, axes, moved, results):
@@ -62,8 +62,8 @@ def _find(indices: Tensor, size: int) -> int | None:
 
 def _cut(x: Tensor, axes: Axes) -> Tensor:
     """Cut the last atom of each space along the axes of a tensor."""
-    for axis, pieces in axes.items():
-        x = x.index_select(axis, kept(pieces).nonzero()[:, 0].to(x.device))
+    for axis, runs in axes.items():
+        x = x.index_select(axis, kept(runs).nonzero()[:, 0].to(x.device))
     return x
 
 
@@ -88,8 +88,8 @@ def size(call: Call) -> Mark:
     return sizes if dim is None else sizes[dim]
 
 
-def _size_of(pieces: Pieces) -> SizeOf:
-    return SizeOf(pieces, lambda: int(kept(pieces).sum()))
+def _size_of(runs: Runs) -> SizeOf:
+    return SizeOf(runs, lambda: int(kept(runs).sum()))
 
 
 @rule("getattr", follows_sizes=True)

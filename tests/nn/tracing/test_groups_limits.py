@@ -8,7 +8,7 @@ from channel_nets import Net, conv, lenet, mlp, resnet, vgg
 from torch import nn
 from torch.nn import functional as F
 
-from pyro_vnd.nn.tracing.groups import channel_groups
+from pyro_vnd.nn.tracing import channel_groups
 from pyro_vnd.nn.tracing.interpreter import rule
 
 

@@ -1,23 +1,25 @@
-"""Symbolic channels: spaces of atoms that are united and coarsened while a net is followed."""
+"""The algebra of channels: spaces of atoms that are united and coarsened while a net is followed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["Axes", "Mark", "Piece", "Pieces", "SizeOf", "Space", "hold", "kept", "leaves", "scaled", "unify", "whole"]
+from pyro_vnd.nn.axis import Run
+
+__all__ = ["Axes", "Mark", "Runs", "SizeOf", "Space", "hold", "kept", "leaves", "scaled", "unify", "whole"]
 
 
 class Space:
     """The channels of one layer as atoms, the smallest pieces that can be cut; united spaces are cut together.
 
-    Pieces of a space have sizes of their own, and its atoms are spread evenly over each. So a space that is coarsened
-    later, to fewer atoms, leaves every piece valid.
+    Runs of a space have sizes of their own, and its atoms are spread evenly over each. So a space that is coarsened
+    later, to fewer atoms, leaves every run valid.
 
     Args:
         order: The space that came first gives its name to those united with it.
@@ -70,32 +72,25 @@ class Space:
         self.root._reason = self.root._reason or reason
 
 
-class Piece(NamedTuple):
-    """Consecutive channels of one space."""
-
-    space: Space
-    size: int
-
-
-Pieces: TypeAlias = tuple[Piece, ...]
-Axes: TypeAlias = dict[int, Pieces]  # pieces along those axes of a tensor that may be cut
+Runs: TypeAlias = tuple[Run[Space], ...]
+Axes: TypeAlias = dict[int, Runs]  # runs along those axes of a tensor that may be cut
 
 
 @dataclass(frozen=True)
 class SizeOf:
-    """A number computed from the number of channels in `pieces`; `narrowed()` computes it with one atom cut."""
+    """A number computed from the number of channels in `runs`; `narrowed()` computes it with one atom cut."""
 
-    pieces: Pieces
+    runs: Runs
     narrowed: Callable[[], Any]
 
 
-# What is known of a value: pieces by axis of a tensor, a number of channels, the same for each item, or nothing to cut.
+# What is known of a value: runs by axis of a tensor, a number of channels, the same for each item, or nothing to cut.
 Mark: TypeAlias = "Axes | SizeOf | tuple[Mark, ...] | None"
 
 
-def whole(size: int, reason: str) -> Pieces:
+def whole(size: int, reason: str) -> Runs:
     """Return channels that cannot be cut."""
-    return (Piece(Space(math.inf, "", 1, reason), size),)
+    return (Run(Space(math.inf, "", 1, reason), size),)
 
 
 def leaves(mark: Mark) -> Iterator[Axes | SizeOf]:
@@ -110,35 +105,35 @@ def leaves(mark: Mark) -> Iterator[Axes | SizeOf]:
 def hold(mark: Mark, reason: str) -> None:
     """Leave whole all that is marked."""
     for leaf in leaves(mark):
-        for pieces in [leaf.pieces] if isinstance(leaf, SizeOf) else leaf.values():
-            for piece in pieces:
-                piece.space.hold(reason)
+        for runs in [leaf.runs] if isinstance(leaf, SizeOf) else leaf.values():
+            for run in runs:
+                run.owner.hold(reason)
 
 
-def unify(first: Pieces, second: Pieces, reason: str) -> None:
-    """Unite pieces that lie on top of each other, or leave all whole for `reason` if their sizes differ."""
-    if [piece.size for piece in first] == [piece.size for piece in second]:
+def unify(first: Runs, second: Runs, reason: str) -> None:
+    """Unite runs that lie on top of each other, or leave all whole for `reason` if their sizes differ."""
+    if [run.size for run in first] == [run.size for run in second]:
         for one, other in zip(first, second, strict=True):
-            one.space.unite(other.space)
+            one.owner.unite(other.owner)
     else:
-        for piece in first + second:
-            piece.space.hold(reason)
+        for run in first + second:
+            run.owner.hold(reason)
 
 
-def scaled(pieces: Pieces, size: int) -> Pieces | None:
-    """Spread the same atoms over `size` channels, coarsened if they are too many; None if pieces would meet in one."""
-    before = sum(piece.size for piece in pieces)
-    if any(piece.size * size % before for piece in pieces):
+def scaled(runs: Runs, size: int) -> Runs | None:
+    """Spread the same atoms over `size` channels, coarsened if they are too many; None if runs would meet in one."""
+    before = sum(run.size for run in runs)
+    if any(run.size * size % before for run in runs):
         return None
-    result = tuple(Piece(piece.space, piece.size * size // before) for piece in pieces)
-    for piece in result:
-        piece.space.coarsen(piece.size)
+    result = tuple(Run(run.owner, run.size * size // before) for run in runs)
+    for run in result:
+        run.owner.coarsen(run.size)
     return result
 
 
-def kept(pieces: Pieces) -> Tensor:
+def kept(runs: Runs) -> Tensor:
     """Return which channels remain when each space that can be cut loses its last atom."""
     masks = []
-    for space, size in pieces:
+    for space, size in runs:
         masks.append(torch.arange(size) < (size if space.reason else size - size // space.atoms))
     return torch.cat(masks)
