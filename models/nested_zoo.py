@@ -109,7 +109,7 @@ def run(
     net = make(net_name, data.image_shape, len(data.class_names), size, recipe.num_blocks, seed).to(device)
     data = replace(data, train=data.train._make(rows.to(device) for rows in data.train))
     for width in widths:  # before an hour goes into the fit
-        with net.cut(width):
+        with net.cut(width, rounding="nearest"):
             pass
     with atomic_folder(out) as folder:
         groups = ", ".join(f"{name} ({width.num_units})" for name, width in net.widths.items())
@@ -202,7 +202,7 @@ def score(
         if data.name == "digits":
             del ood["digits"]  # they are at home here
     shared: dict[str, Any] = {"num_samples": recipe.num_samples, "ood": ood, "calibrate": data.validation, "seed": seed}
-    by_width = evaluate_widths(net, data.test, widths, recalibrate=_inputs(data, recipe), **shared)
+    by_width = evaluate_widths(net, data.test, widths, rounding="nearest", recalibrate=_inputs(data, recipe), **shared)
     return by_width, evaluate_learned(net, data.test, **shared)
 
 
@@ -210,7 +210,8 @@ def choose(net: NestedNet, data: Dataset, widths: Sequence[float], recipe: Recip
     """Return the least of the ascending widths that validation cannot tell from the best one, and the net cut to it."""
     nets, accuracy = {}, {}
     for width in widths:
-        nets[width] = recalibrate_batchnorm(narrow(net, width).eval(), _inputs(data, recipe).split(256))
+        narrowed = narrow(net, width, rounding="nearest").eval()
+        nets[width] = recalibrate_batchnorm(narrowed, _inputs(data, recipe))
         accuracy[width] = evaluate(nets[width], data.validation, progress=False)["accuracy"].item()
     best = max(accuracy.values())
     error = (best * (1 - best) / len(data.validation.labels)) ** 0.5
@@ -252,7 +253,7 @@ def load_state(path: Path) -> tuple[NestedNet, nn.Module]:
     state = torch.load(path, map_location="cpu", weights_only=True)
     net = make(**state["make"]).eval()
     net.load_state_dict(state["nested"])
-    narrowed = narrow(net, state["width"])
+    narrowed = narrow(net, state["width"], rounding="nearest")
     narrowed.load_state_dict(state["narrowed"])
     return net, narrowed
 

@@ -235,13 +235,12 @@ def kept_blocks(wanted: Sequence[tuple[Width, float | int]], rounding: Rounding 
         for width, value, blocks in kept
         if blocks is None
     ]
+    advice = "rounding='nearest', 'down' or 'up' rounds it"
+    if len(misfits) == 1:
+        raise ValueError(f"{misfits[0]}; {advice}")
     if misfits:
-        one = len(misfits) == 1
-        message = (
-            misfits[0] if one else "the width does not fit all groups:" + "".join(f"\n- {each}" for each in misfits)
-        )
-        usual = ", as is usual for groups of different numbers of blocks" if len(wanted) > 1 else ""
-        raise ValueError(f"{message}; rounding='nearest', 'down' or 'up' rounds it{usual}")
+        lines = "".join(f"\n- {misfit}" for misfit in misfits)
+        raise ValueError(f"the width does not fit all groups; {advice}, the usual choice where they differ:{lines}")
     return [blocks for _, _, blocks in kept if blocks is not None]
 
 

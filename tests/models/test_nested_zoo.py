@@ -53,22 +53,23 @@ def test_small_nets_are_nested_trained_and_narrowed(name, digits):
 
     net.eval()
     for width in (0.25, 0.5, 1.0):
-        outputs = net.predict(images[:3], width=width, num_samples=2)
+        outputs = net.predict(images[:3], width=width, rounding="nearest", num_samples=2)
         assert outputs.shape == (2, 3, 10)
         assert outputs.isfinite().all()
         assert (outputs[0] != outputs[1]).all()
 
     forget_deviations(net)
-    cut = narrow(net, 0.25)
+    cut = narrow(net, 0.25, rounding="nearest")
     assert num_parameters(cut) < 0.6 * num_parameters(narrow(net, 1.0))
     with torch.no_grad():
         for width in (0.25, torch.full((len(images),), 0.25)):  # computed in part, and in full under masks
-            torch.testing.assert_close(cut(images), net.predict(images, width=width)[0], rtol=1e-5, atol=1e-5)
+            outputs = net.predict(images, width=width, rounding="nearest")[0]
+            torch.testing.assert_close(cut(images), outputs, rtol=1e-5, atol=1e-5)
 
     norms = [module for module in cut.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
     assert bool(norms) == (name not in ("mlp", "lenet", "vit"))
     before = [norm.running_mean.clone() for norm in norms]
-    recalibrate_batchnorm(cut, images.split(32))
+    recalibrate_batchnorm(cut, images, batch_size=32)
     for norm, mean in zip(norms, before, strict=True):
         assert norm.num_batches_tracked == 3
         assert not norm.running_mean.allclose(mean)
@@ -85,9 +86,9 @@ def test_nets_of_the_published_sizes_are_nested_and_narrowed(name):
     net = nest(plain, torch.rand(1, *shape), num_blocks=16).eval()
     image = torch.rand(1, *shape)
     with torch.no_grad():
-        whole, half = narrow(net, 1.0), narrow(net, 0.5)
+        whole, half = narrow(net, 1.0), narrow(net, 0.5, rounding="nearest")
         torch.testing.assert_close(whole(image), plain.eval()(image), rtol=1e-3, atol=1e-3)
-        assert net.predict(image, width=0.5).shape == (1, 1, 10)
+        assert net.predict(image, width=0.5, rounding="nearest").shape == (1, 1, 10)
         assert half(image).shape == (1, 10)
     assert num_parameters(half) < 0.8 * num_parameters(whole)
     assert num_parameters(whole) == num_parameters(plain)
@@ -170,8 +171,8 @@ def test_state_holds_both_nets(command, digits):
         assert law.keep_probs.tolist() == pytest.approx(keep_probs, abs=1e-5), name
     images = digits.validation.images[:5]
     with torch.no_grad():
-        again = narrow(nested, metrics["narrowed"])
-        recalibrate_batchnorm(again, digits.train.images[:1000].split(256))
+        again = narrow(nested, metrics["narrowed"], rounding="nearest")
+        recalibrate_batchnorm(again, digits.train.images[:1000])
         torch.testing.assert_close(narrowed(images), again(images))
 
 

@@ -25,12 +25,9 @@ def mean_pass():
     """Outputs of a cut net at the mean of its weights."""
 
     def run(net: NestedNet, x: Tensor, width, sliced: bool = False) -> Tensor:
-        with torch.no_grad(), net.cut(width, sliced=sliced):
-            net._draw_masks("posterior", len(x), None)
-            try:
-                return net.net(x)
-            finally:
-                net._release()
+        cut = net.cut(width, sliced=sliced, rounding="nearest")
+        with torch.no_grad(), cut, net._drawn("posterior", len(x), weights=False):
+            return net.net(x)
 
     return run
 

@@ -18,12 +18,12 @@ OBJECTIVES = [Trace_ELBO, TraceMeanField_ELBO, NestedELBO]
 N, K = 4, 3
 
 
-def make(masks, gated=None):
+def make(mask_per, gated=None):
     """y = w (z * tanh(a x)) + b with point estimates a, so that all expectations over w and b are known."""
     width = Width("hidden", K, prior=OrderedMask.geometric(0.4, K))
     first = NestedLayer(nn.Linear(2, K), outputs=width, prior=None)
     last = NestedLayer(nn.Linear(K, 1), inputs=width, prior=Normal(0.2, 1.5), init_scale=0.3)
-    net = NestedNet(nn.Sequential(first, nn.Tanh(), last), mask_per=masks, gated=gated)
+    net = NestedNet(nn.Sequential(first, nn.Tanh(), last), mask_per=mask_per, gated=gated)
     nn.init.normal_(width.logits)
 
     def model(x, y):
@@ -89,22 +89,22 @@ def data():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("masks", ["example", "batch"])
-def test_elbo_is_the_sum_over_lengths(objective, masks, data):
-    net, model = make(masks)
+@pytest.mark.parametrize("mask_per", ["example", "batch"])
+def test_elbo_is_the_sum_over_lengths(objective, mask_per, data):
+    net, model = make(mask_per)
     losses = [objective().loss(model, net.guide, *data) for _ in range(200)]
     assert_equal_on_average(losses, elbo_by_hand(net, *data))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("masks", ["example", "batch"])
+@pytest.mark.parametrize("mask_per", ["example", "batch"])
 @pytest.mark.parametrize("sliced", [False, True])
-def test_elbo_of_a_cut(objective, masks, sliced, data):
-    net, model = make(masks)
+def test_elbo_of_a_cut(objective, mask_per, sliced, data):
+    net, model = make(mask_per)
     with net.cut(2, sliced=sliced):
         losses = [objective().loss(model, net.guide, *data) for _ in range(120)]
     expected = elbo_by_hand(net, *data, rows_at=[2] * N)
-    if masks == "example":  # weights that are not there cost nothing
+    if mask_per == "example":  # weights that are not there cost nothing
         expected += weight_costs(net)[2]
     assert_equal_on_average(losses, expected)
 
@@ -166,27 +166,27 @@ def test_a_wrong_gate_would_be_noticed(data):
         assert_equal_on_average(losses, all_paid)
 
 
-@pytest.mark.parametrize("masks", ["example", "batch"])
-def test_kl_parts_are_exact_in_one_evaluation(masks, data):
-    net, model = make(masks)
+@pytest.mark.parametrize("mask_per", ["example", "batch"])
+def test_kl_parts_are_exact_in_one_evaluation(mask_per, data):
+    net, model = make(mask_per)
     elbo, costs, keep = NestedELBO(), weight_costs(net), net.widths["hidden"].law.keep_probs
     elbo.loss(model, net.guide, *data)
-    gate = keep if masks == "batch" else torch.ones(K)
-    length = kl_divergence(net.widths["hidden"].law, net.widths["hidden"].prior) * (N if masks == "example" else 1)
+    gate = keep if mask_per == "batch" else torch.ones(K)
+    length = kl_divergence(net.widths["hidden"].law, net.widths["hidden"].prior) * (N if mask_per == "example" else 1)
     torch.testing.assert_close(elbo.kl["hidden.mask"], length)
     torch.testing.assert_close(elbo.kl["2.weight"], (gate * costs[:K]).sum())
     torch.testing.assert_close(elbo.kl["2.bias"], costs[K])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("masks", ["example", "batch"])
+@pytest.mark.parametrize("mask_per", ["example", "batch"])
 @pytest.mark.parametrize("noise", ["logistic", "gumbel"])
-def test_every_parameter_gets_a_gradient(objective, masks, noise):
+def test_every_parameter_gets_a_gradient(objective, mask_per, noise):
     plain = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 2)
     )
     x, y = torch.randn(20, 1, 6, 6), torch.randn(20, 2)
-    net = nest(plain, x[:2], mask_per=masks, noise=noise)
+    net = nest(plain, x[:2], mask_per=mask_per, noise=noise)
 
     def model(x, y):
         rows = pyro.plate("data", len(x), dim=-1)

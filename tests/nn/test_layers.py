@@ -20,6 +20,11 @@ LAYERS = {
     "conv2d-same": (lambda: nn.Conv2d(6, 8, (3, 5), padding="same"), (5, 6, 7, 7)),
     "conv2d-reflect": (lambda: nn.Conv2d(6, 8, 3, padding=(1, 2), padding_mode="reflect"), (5, 6, 7, 7)),
     "conv2d-circular": (lambda: nn.Conv2d(6, 8, 3, padding=1, padding_mode="circular"), (5, 6, 7, 7)),
+    "conv2d-same-even": (
+        lambda: nn.Conv2d(6, 8, (4, 3), padding="same", dilation=(1, 2), padding_mode="reflect"),
+        (5, 6, 7, 7),
+    ),
+    "conv2d-valid": (lambda: nn.Conv2d(6, 8, 3, padding="valid", padding_mode="circular"), (5, 6, 7, 7)),
     "conv2d-replicate": (lambda: nn.Conv2d(6, 8, 3, padding="same", padding_mode="replicate"), (5, 6, 7, 7)),
     "conv3d": (lambda: nn.Conv3d(6, 8, 2, stride=(1, 2, 1)), (5, 6, 3, 4, 3)),
     "transposed1d": (lambda: nn.ConvTranspose1d(6, 8, 3, stride=2, output_padding=1), (5, 6, 4)),

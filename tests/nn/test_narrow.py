@@ -1,5 +1,7 @@
 """Physically smaller, plain nets."""
 
+import copy
+import pickle
 import subprocess
 import sys
 
@@ -95,6 +97,55 @@ def test_sizes_are_those_of_the_tensors(family):
             assert module.weight.shape == module.normalized_shape
 
 
+def test_a_narrowed_net_says_what_is_left_of_it(family):
+    plain, images = family
+    net = nest(plain, images[:2], num_blocks=4)
+    narrowed = narrow(net, 0.5)
+    assert list(narrowed.narrowed_to) == list(net.widths)
+    lines = repr(narrowed).splitlines()
+    for name, width in net.widths.items():
+        left = {"blocks": 2, "num_blocks": 4, "units": width.kept_units(2), "num_units": width.num_units}
+        assert narrowed.narrowed_to[name] == left
+        assert f"  narrowed to {left['units']} of {width.num_units} units (2 of 4 blocks) of group {name}" in lines
+    for again in (copy.deepcopy(narrowed), pickle.loads(pickle.dumps(narrowed))):
+        assert again.narrowed_to == narrowed.narrowed_to
+        assert repr(again).splitlines()[: 1 + len(net.widths)] == lines[: 1 + len(net.widths)]
+
+
+def test_what_a_net_says_of_itself_stays():
+    class Talkative(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.last(self.first(x).relu())
+
+        def extra_repr(self):
+            return "rectified"
+
+    narrowed = narrow(nest(Talkative(), torch.zeros(1, 3), num_blocks=4), {})
+    assert repr(narrowed).splitlines()[1:3] == [
+        "  rectified",
+        "  narrowed to 8 of 8 units (4 of 4 blocks) of group first",
+    ]
+
+
+def test_one_is_the_narrowest_net_and_one_point_zero_the_whole():
+    net = nest(nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)), torch.zeros(1, 4), num_blocks=4)
+    for width, rounding, units in [
+        (1, None, 4),
+        (1.0, None, 16),
+        (0.3, "nearest", 4),
+        (0.3, "up", 8),
+        (0.01, "down", 4),
+    ]:
+        narrowed = narrow(net, width, rounding=rounding)
+        assert narrowed[0].out_features == narrowed.narrowed_to["0"]["units"] == units
+    with pytest.raises(ValueError, match=r"width 0.3 .* near it are 0.25 \(1 of 4 blocks\) and 0.5 \(2 of 4 blocks\)"):
+        narrow(net, 0.3)
+
+
 def test_state_dict_goes_into_another_narrow_net_of_the_width(family):
     plain, images = family
     net = nest(plain, images[:2], num_blocks=4).eval()
@@ -130,7 +181,7 @@ def test_frozen_parameters_stay_frozen():
 
 def test_a_mapping_leaves_other_groups_whole():
     plain = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
-    narrowed = narrow(nest(plain, torch.zeros(1, 3), frozen={"0": 3}), {"0": 0.125})
+    narrowed = narrow(nest(plain, torch.zeros(1, 3), frozen={"0": 3}), {"0": 0.125}, rounding="nearest")
     assert [tuple(narrowed[i].weight.shape) for i in (0, 2, 4)] == [(3, 3), (6, 3), (2, 6)]
 
 
@@ -162,7 +213,7 @@ def test_what_does_not_fit_is_named():
         narrow(net, 0.0)
     with pytest.raises(ValueError, match=r"groups of the net: \['0'\]"):
         narrow(net, {"2": 0.5})
-    with pytest.raises(ValueError, match="sliced=True needs one width"):
+    with pytest.raises(ValueError, match=r"width tensor\(\[1., 1., 1.\]\) is invalid for group '0': give a fraction"):
         narrow(net, torch.ones(3))
     with pytest.raises(ValueError, match=r"`draw` has no value for site '0\.weight'"):
         narrow(net, 0.5, draw={})

@@ -15,7 +15,7 @@ from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.nn import NestedClassifier, NestedLayer, NestedNet, Width, narrow, nest
 from pyro_vnd.nn.axis import Run
 
-MASKS = pytest.mark.parametrize("masks", ["example", "batch"])
+MASK_PER = pytest.mark.parametrize("mask_per", ["example", "batch"])
 X = torch.linspace(-1, 1, 15, dtype=torch.float64).reshape(5, 3)
 Y = torch.tensor([0, 1, 0, 1, 1])
 
@@ -36,10 +36,10 @@ SIZES = {"0": 8, "2": 6}
 WEIGHTS = {"0.weight": (8, 3), "0.bias": (8,), "2.weight": (6, 8), "2.bias": (6,), "4.weight": (2, 6), "4.bias": (2,)}
 
 
-@MASKS
-def test_sites_and_shapes_are_those_of_the_guide_in_the_same_order(masks):
-    net = make(masks)
-    rows = (5,) if masks == "example" else ()
+@MASK_PER
+def test_sites_and_shapes_are_those_of_the_guide_in_the_same_order(mask_per):
+    net = make(mask_per)
+    rows = (5,) if mask_per == "example" else ()
     expected = {"0.mask": (*rows, 4), "2.mask": (*rows, 6)} | WEIGHTS
     assert list(sites(net.guide, X, Y).items()) == list(expected.items())
     assert list(sites(net, X).items()) == list(expected.items())
@@ -58,9 +58,9 @@ def test_point_estimates_have_mask_sites_only():
     assert not any("scale" in name for name, _ in net.named_parameters())
 
 
-@MASKS
-def test_a_pass_of_the_model_computes_with_its_draws(masks):
-    net = make(masks)
+@MASK_PER
+def test_a_pass_of_the_model_computes_with_its_draws(mask_per):
+    net = make(mask_per)
     trace = poutine.trace(net).get_trace(X)
     value = {name: site["value"] for name, site in trace.nodes.items() if "value" in site}
     first = torch.tanh(X @ value["0.weight"].T + value["0.bias"]) * value["0.mask"].repeat_interleave(2, -1)
@@ -69,42 +69,43 @@ def test_a_pass_of_the_model_computes_with_its_draws(masks):
     torch.testing.assert_close(value["_RETURN"], expected, rtol=1e-12, atol=1e-12)
 
 
-@MASKS
+@MASK_PER
 @pytest.mark.parametrize("width", [0.25, 1.0, 2, {"0": 0.5}, {"0": 3, "2": 0.5}])
-def test_a_cut_fixes_masks_in_model_and_guide(masks, width):
-    net = make(masks)
+def test_a_cut_fixes_masks_in_model_and_guide(mask_per, width):
+    net = make(mask_per)
     widths = width if isinstance(width, dict) else dict.fromkeys(net.widths, width)
     free = [f"{name}.mask" for name in net.widths if name not in widths]
     for sliced in (False, True):
-        with net.cut(width, sliced=sliced) as inside:
+        with net.cut(width, sliced=sliced, rounding="nearest") as inside:
             assert inside is net
             guide_trace = poutine.trace(net.guide).get_trace(X)
             guide = sites(poutine.replay(net.guide, trace=guide_trace), X)
             assert guide == sites(poutine.replay(net, trace=guide_trace), X)
             assert [name for name in guide if name.endswith("mask")] == free
         kept = [
-            net.widths[name].kept_units(widths.get(name, 1.0)) if sliced else whole for name, whole in SIZES.items()
+            net.widths[name].kept_units(widths.get(name, 1.0), "nearest") if sliced else whole
+            for name, whole in SIZES.items()
         ]
-        if not (free and sliced and masks == "batch"):  # there, random masks are sliced too
+        if not (free and sliced and mask_per == "batch"):  # there, random masks are sliced too
             assert guide["2.weight"] == (kept[1], kept[0])
             assert guide["4.weight"] == (2, kept[1])
 
 
-@MASKS
+@MASK_PER
 @pytest.mark.parametrize("width", [0.25, 2, {"0": 0.5}, {"0": 3, "2": 0.5}])
-def test_dense_and_sliced_and_narrow_agree_for_a_draw(masks, width, mean_pass):
-    net = make(masks)
+def test_dense_and_sliced_and_narrow_agree_for_a_draw(mask_per, width, mean_pass):
+    net = make(mask_per)
     draw = net.guide(X)
     weights = {name: value for name, value in draw.items() if not name.endswith("mask")}
-    with torch.no_grad(), net.cut(width):
+    with torch.no_grad(), net.cut(width, rounding="nearest"):
         dense = poutine.condition(net, data=weights)(X) if isinstance(width, float | int) else None
-    narrowed = narrow(net, width, draw=draw)
+    narrowed = narrow(net, width, draw=draw, rounding="nearest")
     if dense is not None:
         torch.testing.assert_close(narrowed(X), dense, rtol=1e-10, atol=1e-10)
     full = dict.fromkeys(net.widths, 1.0) | (width if isinstance(width, dict) else dict.fromkeys(net.widths, width))
-    with torch.no_grad(), net.cut(full):
+    with torch.no_grad(), net.cut(full, rounding="nearest"):
         torch.testing.assert_close(narrowed(X), poutine.condition(net, data=weights)(X), rtol=1e-10, atol=1e-10)
-    mean = narrow(net, width)(X)
+    mean = narrow(net, width, rounding="nearest")(X)
     for sliced in (False, True):
         torch.testing.assert_close(mean, mean_pass(net, X, full, sliced), rtol=1e-10, atol=1e-10)
 
@@ -129,8 +130,8 @@ def test_a_cut_of_one_group_with_the_others_random_is_the_same_sliced():
         def forward(self, x):
             return self.last(torch.cat([self.left(x), self.right(x)], -1))
 
-    for masks, shape in (("example", (5, 4)), ("batch", (4,))):
-        net, outputs = NestedNet(Two(), mask_per=masks), []
+    for mask_per, shape in (("example", (5, 4)), ("batch", (4,))):
+        net, outputs = NestedNet(Two(), mask_per=mask_per), []
         for value in OrderedMask.uniform(4).sample((5, *shape[:-1])):
             for sliced in (False, True):
                 with net.cut({"a": 2}, sliced=sliced):
@@ -159,6 +160,36 @@ def test_a_bad_cut_is_refused_before_anything_changes(width, message):
     assert net._cut is None
 
 
+def test_a_fraction_must_fit_every_group_or_be_rounded():
+    net = make()  # 4 blocks and 6
+    assert net.kept_blocks(0.5) == {"0": 2, "2": 3}
+    assert net.kept_blocks({"2": 1 / 3}) == {"2": 2}
+    assert [net.kept_blocks(0.3, rounding) for rounding in ("down", "nearest", "up")] == [
+        {"0": 1, "2": 1},
+        {"0": 1, "2": 2},
+        {"0": 2, "2": 2},
+    ]
+    calls = {
+        "cut": lambda width: net.cut(width).__enter__(),
+        "predict": lambda width: net.predict(X, width=width),
+        "narrow": lambda width: narrow(net, width),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match=r"group '2' can keep: near it are 0.1666667 .* and 0.3333333 \(2 of 6"):
+            call(0.25)
+        with pytest.raises(
+            ValueError, match=r"(?s)does not fit all groups; rounding=.*\n- .*group '0'.*\n- .*group '2'"
+        ):
+            call(0.3)
+        with pytest.raises(ValueError, match=r"(?s)\n- width 0.3 .*group '0'.*\n- width 0.4 .*group '2'"):
+            call({"0": 0.3, "2": 0.4})
+    assert net._cut is None
+    torch.manual_seed(1)
+    rounded = net.predict(X, width=0.3, rounding="up")
+    torch.manual_seed(1)
+    assert torch.equal(rounded, net.predict(X, width={"0": 2, "2": 2}))
+
+
 def test_other_misuses_are_named():
     net = make()
     with pytest.raises(ValueError, match="one fraction for each of 2 rows; the batch has 5"), net.cut(torch.ones(2)):
@@ -181,12 +212,12 @@ def test_other_misuses_are_named():
 
 def test_an_error_inside_leaves_nothing_behind():
     net, before = make(), make().predict(X, width=1.0).shape
-    for width in (0.25, {"0": 1}):
+    for width in (0.5, {"0": 1}):
         with pytest.raises(RuntimeError), net.cut(width, sliced=True):
             net(torch.zeros(5, 4))
         with pytest.raises(RuntimeError):
             net.predict(torch.zeros(5, 4))
-        with pytest.raises(KeyError), net.cut(0.5), net.cut(0.25):
+        with pytest.raises(KeyError), net.cut(0.5), net.cut(1):
             raise KeyError
         assert net._cut is None
         for each in net.widths.values():
@@ -203,9 +234,9 @@ def test_cuts_can_be_nested():
         assert "2.mask" not in sites(net, X)
 
 
-@MASKS
-def test_predictions_are_those_of_narrowed_draws_on_average(masks):
-    net = make(masks)
+@MASK_PER
+def test_predictions_are_those_of_narrowed_draws_on_average(mask_per):
+    net = make(mask_per)
     outputs = net.predict(X, width=0.5, num_samples=400)
     assert outputs.shape == (400, 5, 2)
     assert not outputs.requires_grad
@@ -217,9 +248,9 @@ def test_predictions_are_those_of_narrowed_draws_on_average(masks):
     assert not trace.trace.nodes
 
 
-@MASKS
-def test_state_dict_deepcopy_and_pickle(masks, mean_pass):
-    net, other = make(masks), make(masks)
+@MASK_PER
+def test_state_dict_deepcopy_and_pickle(mask_per, mean_pass):
+    net, other = make(mask_per), make(mask_per)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.normal_()
@@ -235,18 +266,18 @@ def test_state_dict_deepcopy_and_pickle(masks, mean_pass):
     assert not torch.equal(other.laws["0.mask"].logits, net.laws["0.mask"].logits)
 
 
-@MASKS
+@MASK_PER
 @pytest.mark.parametrize("prior", ["normal", Normal(torch.tensor(0.0, dtype=torch.float32), 1.0)])
-def test_float_and_double(masks, prior):
-    net = make(masks, prior=prior)
+def test_float_and_double(mask_per, prior):
+    net = make(mask_per, prior=prior)
     assert net.float()(X.float()).dtype == net.predict(X.float(), width=0.5).dtype == torch.float32
     assert net.double()(X).dtype == net.predict(X, width=0.5).dtype == torch.float64
     assert all(value.dtype == torch.float64 for value in net.guide(X).values())
 
 
-@MASKS
-def test_predictive_of_pyro(masks):
-    net = make(masks)
+@MASK_PER
+def test_predictive_of_pyro(mask_per):
+    net = make(mask_per)
     model = NestedClassifier(net)
     draws = Predictive(model, guide=net.guide, num_samples=4)(X)
     assert draws["label"].shape == (4, 5)
@@ -254,6 +285,22 @@ def test_predictive_of_pyro(masks):
     assert Predictive(model, num_samples=3)(X)["label"].shape == (3, 5)
 
 
-def test_the_posterior_shares_its_parameters_with_the_net():
+def test_the_guide_is_one_module_and_no_part_of_the_net():
+    net = make()
+    before = list(net.state_dict()), [type(part) for part in net.modules()]
+    guide = net.guide
+    assert net.guide is guide
+    assert (guide.net, NestedClassifier(net).guide) == (net, guide)
+    assert (list(net.state_dict()), [type(part) for part in net.modules()]) == before
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), copy.deepcopy(guide).net):
+        assert twin is not net
+        assert twin.guide.net is twin
+        assert twin.guide is twin.guide
+        assert twin.guide is not guide
+    classifier = copy.deepcopy(NestedClassifier(net))
+    assert classifier.guide.net is classifier.net
+
+
+def test_the_guide_shares_its_parameters_with_the_net():
     net = make()
     assert {id(p) for p in net.guide.parameters()} == {id(p) for p in net.parameters()}

@@ -12,7 +12,7 @@ from torch import nn
 from pyro_vnd.infer import AutoNested, MaskSchedule, NestedELBO, fit, module_local_params
 from pyro_vnd.nn import NestedClassifier, NestedNet, nest
 
-MASKS = pytest.mark.parametrize("masks", ["example", "batch"])
+MASK_PER = pytest.mark.parametrize("mask_per", ["example", "batch"])
 
 
 def make(inputs=64, hidden=32, outputs=10, **options) -> NestedNet:
@@ -38,11 +38,11 @@ def regression(net, noise=None):
     return Model()
 
 
-@MASKS
+@MASK_PER
 @pytest.mark.parametrize("objective", [Trace_ELBO, TraceMeanField_ELBO])
-def test_svi_with_the_global_store(masks, objective, digits):
+def test_svi_with_the_global_store(mask_per, objective, digits):
     x, y = digits.train.images[:300], digits.train.labels[:300]
-    net = make(mask_per=masks)
+    net = make(mask_per=mask_per)
     model, before = NestedClassifier(net), [p.detach().clone() for p in net.parameters()]
     svi = SVI(model, net.guide, pyro.optim.Adam({"lr": 0.03}), objective())
     losses = [svi.step(x, y) for _ in range(50)]
@@ -50,11 +50,11 @@ def test_svi_with_the_global_store(masks, objective, digits):
     assert not any(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
 
 
-@MASKS
+@MASK_PER
 @pytest.mark.parametrize("sliced", [False, True])
-def test_svi_with_a_cut(masks, sliced, digits):
+def test_svi_with_a_cut(mask_per, sliced, digits):
     x, y = digits.train.images[:300], digits.train.labels[:300]
-    net = make(mask_per=masks)
+    net = make(mask_per=mask_per)
     model, before = NestedClassifier(net), [p.detach().clone() for p in net.parameters()]
     svi = SVI(model, net.guide, pyro.optim.Adam({"lr": 0.03}), TraceMeanField_ELBO())
     with net.cut(0.5, sliced=sliced):
@@ -62,7 +62,7 @@ def test_svi_with_a_cut(masks, sliced, digits):
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     weight, start = net.net[0].plain.weight, before[0]
     assert (weight != start)[:16].all(1).any()
-    if masks == "batch" or sliced:  # the masked part does not matter, and costs nothing
+    if mask_per == "batch" or sliced:  # the masked part does not matter, and costs nothing
         assert torch.equal(weight[16:], start[16:])
     assert (net.predict(x, width=0.5)[0].argmax(-1) == y).double().mean() > 0.5
 
@@ -94,11 +94,11 @@ def test_nets_of_different_prefix_keep_apart_in_the_store():
     assert all(value.isfinite().all() for value in nets[0].guide(x).values())
 
 
-@MASKS
-def test_further_latents_of_a_model(masks):
+@MASK_PER
+def test_further_latents_of_a_model(mask_per):
     x = torch.randn(200, 3)
     y = x[:, :1] + 0.1 * torch.randn(200, 1)
-    net = make(3, 16, 1, mask_per=masks)
+    net = make(3, 16, 1, mask_per=mask_per)
     model = regression(net)
     posterior, noise = net.guide, AutoNormal(pyro.poutine.block(model, expose=["noise"]))
 
@@ -117,12 +117,12 @@ def test_further_latents_of_a_model(masks):
         assert noise.median(x, y)["noise"] < 0.5
 
 
-@MASKS
-def test_another_guide_has_a_bound_too(masks):
+@MASK_PER
+def test_another_guide_has_a_bound_too(mask_per):
     x, y = torch.randn(40, 3), torch.arange(40) % 2
-    net = make(3, 8, 2, mask_per=masks)
+    net = make(3, 8, 2, mask_per=mask_per)
     model = NestedClassifier(net)
-    guide = AutoNested(model, shared_plates=["data"] if masks == "example" else ())
+    guide = AutoNested(model, shared_plates=["data"] if mask_per == "example" else ())
     result = fit(model, guide, (x, y), num_epochs=100, lr=0.04, progress=False)
     assert result.elbo[-1] > result.elbo[0]
     elbo = NestedELBO()
@@ -140,20 +140,22 @@ def test_other_guides_do_not_train_the_laws_of_the_net():
     assert torch.equal(net.widths["0"].logits, start)
 
 
-@MASKS
+@MASK_PER
 @pytest.mark.parametrize("prior", ["normal", None])
-def test_the_law_moves_to_the_lengths_that_are_useful(masks, prior):
+def test_the_law_moves_to_the_lengths_that_are_useful(mask_per, prior):
     """Data of rank 1 or 8 pass through linear hidden units, of which they need as many."""
     torch.manual_seed(1)
     x, mean_length = torch.randn(200, 8), {}
     for rank in (1, 8):
         y = x * (torch.arange(8) < rank) + 0.1 * torch.randn(200, 8)
-        net = nest(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), x[:1], mask_per=masks, prior=prior, width_prior=0.5)
+        net = nest(
+            nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), x[:1], mask_per=mask_per, prior=prior, width_prior=0.5
+        )
         nn.init.zeros_(net.widths["0"].logits)
         fit(regression(net, noise=0.3), net.guide, (x, y), num_epochs=150, lr=0.05, progress=False)
         mean_length[rank] = net.laws["0.mask"].mean_length.item()
     # One mask for all points, without weights to pay for, costs one nat in all for 200 rows: hardly any pull.
-    assert mean_length[1] < (5.5 if masks == "batch" and prior is None else 2.5)
+    assert mean_length[1] < (5.5 if mask_per == "batch" and prior is None else 2.5)
     assert mean_length[8] > 6.5
 
 

@@ -2,13 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.nn import Width
-from pyro_vnd.nn.axis import Axis, Run
 
 BLOCKS = [
     (1, 1, 0),
@@ -69,7 +69,8 @@ def test_kept_units_of_each_number_of_blocks(num_units, num_blocks, frozen):
         assert width.spread(width.prefix(torch.tensor(blocks / num_blocks))).tolist() == [1] * kept + [0] * (
             num_units - kept
         )
-    assert width.kept_units(1e-9) == width.kept_units(max(frozen, 1))
+        assert width.kept_units(torch.tensor(blocks / num_blocks).float().item()) == kept
+    assert width.kept_units(1e-9, "nearest") == width.kept_units(max(frozen, 1))
     assert width.kept_units(1.0) == num_units
 
 
@@ -80,12 +81,55 @@ def test_fractions_in_tensors_mean_what_numbers_mean(dtype):
         width = make(2 * num_blocks, num_blocks, min(2, num_blocks))
         masks = width.prefix(torch.tensor(hundredths, dtype=dtype))
         kept = width.spread(masks).sum(-1).tolist()
-        assert kept == [width.kept_units(fraction) for fraction in hundredths], num_blocks
+        assert kept == [width.kept_units(fraction, "nearest") for fraction in hundredths], num_blocks
 
 
 def test_half_a_block_is_rounded_up():
     width = Width("hidden", 10)
-    assert [width.kept_blocks(f) for f in (0.01, 0.149, 0.15, 0.249, 0.25, 0.949, 0.95)] == [1, 1, 2, 2, 3, 9, 10]
+    fractions = (0.01, 0.149, 0.15, 0.249, 0.25, 0.949, 0.95)
+    assert [width.kept_blocks(f, "nearest") for f in fractions] == [1, 1, 2, 2, 3, 9, 10]
+
+
+def test_fractions_are_rounded_only_when_asked_for():
+    width = Width("hidden", 24, 6, frozen=2)
+    for fraction, down, nearest, up in [
+        (0.4, 2, 2, 3),
+        (0.45, 2, 3, 3),
+        (0.5, 3, 3, 3),
+        (0.99, 5, 6, 6),
+        (0.1, 2, 2, 2),
+    ]:
+        rounded = [width.kept_blocks(fraction, rounding) for rounding in ("down", "nearest", "up")]
+        assert rounded == [down, nearest, up]
+        assert width.kept_units(fraction, "up") == 4 * up
+    assert width.kept_blocks(0.5) == 3
+    for fraction, neighbours in [
+        (0.4, r"0.3333333 \(2 of 6 blocks\) and 0.5 \(3 of 6 blocks\)"),
+        (0.99, r"0.8333333 \(5 of 6 blocks\) and 1 \(6 of 6 blocks\)"),
+        (1 / 6, r"0.3333333 \(2 of 6 blocks\);"),  # a number of blocks, but fewer than are always kept
+        (0.01, r"0.3333333 \(2 of 6 blocks\);"),
+    ]:
+        with pytest.raises(ValueError, match=f"'hidden' can keep: near it are {neighbours}.*rounding='nearest'"):
+            width.kept_blocks(fraction)
+    with pytest.raises(ValueError, match="`rounding` must be 'nearest', 'down' or 'up', or None; got 'floor'"):
+        width.kept_blocks(0.4, "floor")
+
+
+@pytest.mark.parametrize("num_blocks", [3, 7, 25, 100, 1000, 4096, 10_007])
+def test_neighbours_that_a_message_names_and_fractions_in_float32_are_exact(num_blocks):
+    width = Width("hidden", num_blocks)
+    for blocks in {1, 2, num_blocks // 3, num_blocks // 2, num_blocks - 1, num_blocks}:
+        fraction = torch.tensor(blocks, dtype=torch.float32) / num_blocks
+        for same in (blocks / num_blocks, fraction.item(), float(f"{blocks / num_blocks:.7g}"), np.float32(fraction)):
+            assert {width.kept_blocks(same, rounding) for rounding in (None, "nearest", "down", "up")} == {blocks}
+    with pytest.raises(ValueError, match="is no number of blocks"):
+        width.kept_blocks(1.5 / num_blocks)
+
+
+def test_one_is_a_block_and_one_point_zero_is_all():
+    width = Width("hidden", 16, 4)
+    assert (width.kept_units(1), width.kept_units(1.0)) == (4, 16)
+    assert (width.kept_units(np.int64(1)), width.kept_units(np.float64(1))) == (4, 16)
 
 
 @pytest.mark.parametrize("bad", [0, 0.0, 1.5, True, False, "a", -1, -0.5, math.nan, math.inf, 5, 1, None])
@@ -138,7 +182,15 @@ def test_state_and_dtype():
     torch.testing.assert_close(other.law.probs, width.law.probs)
     single = width.float()
     assert single.prefix(torch.tensor([0.5])).dtype == single.posterior.rsample().dtype == torch.float32
-    assert repr(width) == "Width(hidden, 10 units in 4 blocks, frozen=2)"
+
+
+def test_a_width_says_what_it_has_learned():
+    width = make(10, 4, 2, init=OrderedMask(probs=torch.tensor([0.2, 0.5, 0.3])))
+    assert repr(width) == "Width(hidden, 10 units in 4 blocks, frozen=2, mean length 3.1, mode 3)"
+    assert repr(Width("a", 3)) == "Width(a, 3 units in 3 blocks, mean length 2, mode 1)"
+    with torch.no_grad():
+        width.logits.fill_(math.nan)
+    assert "mean length nan" in repr(width)  # whoever looks for the NaN must be able to look
 
 
 def test_the_mask_of_a_pass_is_held_and_released():
@@ -171,58 +223,6 @@ def test_the_mask_of_a_pass_is_held_and_released():
 def test_what_does_not_fit_is_named(arguments, message):
     with pytest.raises(ValueError, match=f"Width 'hidden': argument {message}"):
         Width("hidden", **({"num_units": 8, "num_blocks": 4} | arguments))
-
-
-# What lies along an axis: runs of several widths.
-
-
-@pytest.fixture
-def widths():
-    return Width("a", 4, 2), Width("b", 3)
-
-
-def test_masks_of_runs_are_laid_after_each_other(widths):
-    a, b = widths
-    axis = Axis(8 + 2 + 3, (Run(a, 8), Run(None, 2), Run(b, 3)))
-    assert axis.mask() is None
-    assert axis.widths == [a, b]
-    a.hold(torch.tensor([1.0, 0.0]))
-    assert axis.mask().tolist() == [1] * 4 + [0] * 4 + [1] * 5
-    b.hold(torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]))  # a row for each example, and one for the batch
-    assert axis.mask().tolist() == [[1] * 4 + [0] * 4 + [1, 1] + [1, 0, 0], [1] * 4 + [0] * 4 + [1, 1] + [1, 1, 0]]
-
-
-def test_a_sliced_run_leaves_the_mask_of_the_others(widths):
-    a, b = widths
-    axis = Axis(8 + 2 + 3, (Run(a, 8), Run(None, 2), Run(b, 3)))
-    a.hold(kept_units=2)
-    b.hold(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1.0, 0.5, 0.2]))
-    assert axis.index().tolist() == [0, 1, 2, 3, 8, 9, 10, 11, 12]
-    assert axis.mask().tolist() == [1] * 4 + [1, 1] + [1, 1, 0]
-    assert axis.keep_probs().tolist() == [1] * 4 + [1, 1] + [1, 0.5, 0.2]
-    assert axis.owned_by(b).tolist() == [False] * 6 + [True] * 3
-    assert axis.index({"b": 1}).tolist() == [*range(8), 8, 9, 10]
-
-
-def test_one_run_is_cut_to_a_slice(widths):
-    a, _ = widths
-    axis = Axis(8, a)
-    assert axis.index() is None
-    a.hold(kept_units=2)
-    assert axis.index() == slice(0, 4)
-    assert axis.is_sliced
-    assert axis.mask() is None
-    a.hold(kept_units=4)
-    assert axis.index() is None
-    assert Axis(8).is_whole
-
-
-def test_runs_that_do_not_fit_are_errors(widths):
-    a, b = widths
-    with pytest.raises(ValueError, match="width 'a' of 4 units cannot share 6 channels"):
-        Axis(6, a)
-    with pytest.raises(ValueError, match=r"the layer has 8 channels, but runs of \[4, 3\]"):
-        Axis(8, (Run(a, 4), Run(b, 3)))
 
 
 def test_a_width_is_a_module_of_its_own():

@@ -10,7 +10,6 @@ from channel_nets import Net, conv
 from torch import nn
 from torch.nn import functional as F
 
-from pyro_vnd.nn.axis import Run
 from pyro_vnd.nn.tracing import channel_groups
 
 CONVOLUTIONS = nn.modules.conv._ConvNd

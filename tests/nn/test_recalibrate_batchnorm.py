@@ -1,0 +1,92 @@
+"""Statistics of BatchNorm after a cut."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_vnd.infer import fit
+from pyro_vnd.nn import NestedClassifier, narrow, nest, recalibrate_batchnorm
+
+
+def small_net():
+    return nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4)
+    )
+
+
+def test_statistics_are_averages_over_the_batches():
+    net, batches = small_net(), [torch.randn(n, 3) + n for n in (5, 9, 20)]
+    net[0].eval()
+    modes, momenta = [m.training for m in net.modules()], [net[1].momentum, net[5].momentum]
+    assert recalibrate_batchnorm(net, [(batch, "labels") for batch in batches]) is net
+    hidden = [net[0](batch) for batch in batches]
+    torch.testing.assert_close(net[1].running_mean, torch.stack([h.mean(0) for h in hidden]).mean(0))
+    torch.testing.assert_close(net[1].running_var, torch.stack([h.var(0) for h in hidden]).mean(0))
+    # The second norm sees what the first one makes of the batch, without dropout.
+    normal = [(h - h.mean(0)) / (h.var(0, correction=0) + net[1].eps).sqrt() for h in hidden]
+    second = [net[4]((net[1].weight * h + net[1].bias).relu()) for h in normal]
+    torch.testing.assert_close(net[5].running_mean, torch.stack([h.mean(0) for h in second]).mean(0))
+    torch.testing.assert_close(net[5].running_var, torch.stack([h.var(0) for h in second]).mean(0))
+    assert [m.training for m in net.modules()] == modes
+    assert [net[1].momentum, net[5].momentum] == momenta
+    assert net[1].num_batches_tracked == 3
+
+
+def test_an_empty_loader_and_an_error_leave_the_net_as_it_was():
+    net = small_net()
+    net(torch.randn(20, 3))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match="`data` has no batches"):
+        recalibrate_batchnorm(net, [])
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    with pytest.raises(RuntimeError):
+        recalibrate_batchnorm(net, [torch.zeros(5, 4)])
+    assert all(module.training for module in net.modules())
+    assert net[1].momentum == 0.1
+
+
+def test_a_net_without_batchnorm_is_returned():
+    net = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    assert recalibrate_batchnorm(net, []) is net
+
+
+def test_recalibration_helps_narrowed_nets_on_digits(digits):
+    plain = nn.Sequential(
+        nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU()
+    )
+    plain.append(nn.Linear(32, 10))
+    net = nest(plain, digits.train.images[:2], num_blocks=8, mask_per="batch", prior=None)
+    fit(NestedClassifier(net), net.guide, digits.train, num_epochs=15, batch_size=128, lr=0.01, progress=False)
+    losses, net = {}, net.eval()
+    for width in (0.25, 0.5):
+        narrowed = narrow(net, width)
+        for name in ("before", "after"):
+            losses[width, name] = nn.functional.cross_entropy(narrowed(digits.test.images), digits.test.labels).item()
+            recalibrate_batchnorm(narrowed, digits.train, batch_size=128)
+    assert losses[0.25, "after"] < losses[0.25, "before"]
+    assert losses[0.5, "after"] < losses[0.5, "before"]
+
+
+def test_data_are_a_tensor_a_tuple_or_batches():
+    x, y = torch.randn(30, 3), torch.arange(30)
+    start = small_net()
+    states = []
+    for data in (
+        x,
+        (x, y),
+        [*x.split(12)],
+        [*zip(x.split(12), y.split(12), strict=True)],
+        DataLoader(TensorDataset(x, y), 12),
+    ):
+        net = small_net()
+        net.load_state_dict(start.state_dict())
+        states.append(recalibrate_batchnorm(net, data, batch_size=12).state_dict())
+        assert net[1].num_batches_tracked == 3
+    for state in states[1:]:
+        assert all(torch.equal(value, states[0][name]) for name, value in state.items())
+
+
+def test_a_tuple_of_batches_is_not_taken_for_rows():
+    with pytest.raises(ValueError, match=r"batches come in a list; got \[12, 12, 6\] rows"):
+        recalibrate_batchnorm(small_net(), torch.randn(30, 3).split(12))
