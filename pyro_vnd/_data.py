@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 Data: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
-Rows: TypeAlias = Tensor | Iterable[Any]
+Rows: TypeAlias = Tensor | Iterable[Any] | Mapping[str, Tensor]  # inputs, and labels if there are any
 
 
 def as_arguments(data: Data) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -44,8 +44,8 @@ def test_svi_with_the_global_store(mask_per, objective, digits):
     x, y = digits.train.images[:300], digits.train.labels[:300]
     net = make(mask_per=mask_per)
     model, before = NestedClassifier(net), [p.detach().clone() for p in net.parameters()]
-    svi = SVI(model, net.guide, pyro.optim.Adam({"lr": 0.03}), objective())
-    losses = [svi.step(x, y) for _ in range(50)]
+    svi = SVI(model, net.guide, pyro.optim.Adam({"lr": 0.05}), objective())
+    losses = [svi.step(x, y) for _ in range(30)]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     assert not any(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
 
@@ -56,9 +56,9 @@ def test_svi_with_a_cut(mask_per, sliced, digits):
     x, y = digits.train.images[:300], digits.train.labels[:300]
     net = make(mask_per=mask_per)
     model, before = NestedClassifier(net), [p.detach().clone() for p in net.parameters()]
-    svi = SVI(model, net.guide, pyro.optim.Adam({"lr": 0.03}), TraceMeanField_ELBO())
+    svi = SVI(model, net.guide, pyro.optim.Adam({"lr": 0.05}), TraceMeanField_ELBO())
     with net.cut(0.5, sliced=sliced):
-        losses = [svi.step(x, y) for _ in range(50)]
+        losses = [svi.step(x, y) for _ in range(30)]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     weight, start = net.net[0].plain.weight, before[0]
     assert (weight != start)[:16].all(1).any()
@@ -100,18 +100,18 @@ def test_further_latents_of_a_model(mask_per):
     y = x[:, :1] + 0.1 * torch.randn(200, 1)
     net = make(3, 16, 1, mask_per=mask_per)
     model = regression(net)
-    posterior, noise = net.guide, AutoNormal(pyro.poutine.block(model, expose=["noise"]))
+    weights, noise = net.guide, AutoNormal(pyro.poutine.block(model, expose=["noise"]))
 
     class Guide(PyroModule):
         def __init__(self):
             super().__init__()
-            self.posterior, self.noise = posterior, noise
+            self.weights, self.noise = weights, noise
 
         def forward(self, x, y=None):
-            return self.noise(x, y) | self.posterior(x, y)
+            return self.noise(x, y) | self.weights(x, y)
 
     guide = Guide()
-    result = fit(model, guide, (x, y), num_epochs=80, lr=0.04, progress=False)
+    result = fit(model, guide, (x, y), num_epochs=50, lr=0.06, progress=False)
     assert result.elbo[-1] > result.elbo[0]
     with module_local_params(model, guide):
         assert noise.median(x, y)["noise"] < 0.5
@@ -123,7 +123,7 @@ def test_another_guide_has_a_bound_too(mask_per):
     net = make(3, 8, 2, mask_per=mask_per)
     model = NestedClassifier(net)
     guide = AutoNested(model, shared_plates=["data"] if mask_per == "example" else ())
-    result = fit(model, guide, (x, y), num_epochs=100, lr=0.04, progress=False)
+    result = fit(model, guide, (x, y), num_epochs=40, lr=0.08, progress=False)
     assert result.elbo[-1] > result.elbo[0]
     elbo = NestedELBO()
     with module_local_params(model, guide):
@@ -152,7 +152,7 @@ def test_the_law_moves_to_the_lengths_that_are_useful(mask_per, prior):
             nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), x[:1], mask_per=mask_per, prior=prior, width_prior=0.5
         )
         nn.init.zeros_(net.widths["0"].logits)
-        fit(regression(net, noise=0.3), net.guide, (x, y), num_epochs=150, lr=0.05, progress=False)
+        fit(regression(net, noise=0.3), net.guide, (x, y), num_epochs=75, lr=0.1, progress=False)
         mean_length[rank] = net.laws["0.mask"].mean_length.item()
     # One mask for all points, without weights to pay for, costs one nat in all for 200 rows: hardly any pull.
     assert mean_length[1] < (5.5 if mask_per == "batch" and prior is None else 2.5)

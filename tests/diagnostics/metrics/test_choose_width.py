@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from pyro_vnd.diagnostics import compare, loo_widths, smallest_width, to_arviz
+from pyro_vnd.diagnostics import compare, evaluate_widths, loo_widths, smallest_width, to_arviz
 from pyro_vnd.diagnostics.metrics.predictive import average_draws
 
 ROWS = 400
@@ -109,6 +109,28 @@ def test_widths_share_their_draws(trained, digits):
         np.testing.assert_allclose(first[1.0].elpd_i, other[1.0].elpd_i)
     different = loo_widths(trained, data, [1.0], 30, seed=4, progress=False)
     assert not np.allclose(first[1.0].elpd_i, different[1.0].elpd_i)
+
+
+@surprising_rows
+def test_scores_are_by_the_width_in_effect(trained, digits):
+    data = digits.train.images[:20], digits.train.labels[:20]
+    exact, rounded = (
+        loo_widths(trained, data, widths, 30, rounding="nearest", progress=False)
+        for widths in ([0.25, 1.0], [0.3, 0.26, 1.0])
+    )
+    assert list(exact) == list(rounded) == [0.25, 1.0]
+    blocks = loo_widths(trained, data, [2, 8], 30, progress=False)
+    assert list(blocks) == [2, 8]
+    for other in (rounded[0.25], blocks[2]):
+        np.testing.assert_array_equal(exact[0.25].elpd_i, other.elpd_i)
+    with pytest.raises(ValueError, match="rounding='nearest', 'down' or 'up'"):
+        loo_widths(trained, data, [0.3], 30)
+
+
+def test_means_over_rows_are_no_densities(trained, digits):
+    means = evaluate_widths(trained, digits.test, [0.5, 1.0], 2, progress=False)
+    with pytest.raises(ValueError, match=r"by width, as `loo_widths\(net, data, widths\)` returns them; got a Dataset"):
+        smallest_width(means)
 
 
 def test_bad_input(trained, digits):

@@ -88,9 +88,32 @@ def test_batches_do_not_matter_and_random_numbers_are_the_callers(trained, digit
 
 def test_widths_as_numbers_of_blocks(trained, digits, result):
     blocks = evaluate_widths(trained, digits.test, [2, 8], 10, progress=False)
-    assert blocks["width"].values.tolist() == [2, 8]
-    assert blocks["width"].attrs["units"] == "blocks"
+    assert blocks["width"].values.tolist() == [0.25, 1.0]
+    assert blocks["blocks"].values.tolist() == [2, 8]
+    assert blocks["blocks"].dims == ("width",)
     assert blocks["nll"].values[0].tolist() == pytest.approx(result["nll"].sel(width=[0.25, 1.0]).values[0].tolist())
+
+
+def test_the_width_of_a_row_is_the_one_in_effect(trained, digits, result):
+    found = evaluate_widths(trained, digits.test, [0.3, 0.26, 0.5, 0.97], 10, rounding="nearest", progress=False)
+    assert found["width"].values.tolist() == WIDTHS  # .3 and .26 are one and the same net
+    assert found["blocks"].values.tolist() == [2, 4, 8]
+    assert found["nll"].values[0].tolist() == pytest.approx(result["nll"].values[0].tolist(), rel=1e-9)
+    assert evaluate_widths(trained, digits.test, [0.3], 2, rounding="up", progress=False)["blocks"].item() == 3
+    with pytest.raises(ValueError, match=r"(?s)width 0.3 .* near it are 0.25 \(2 of 8 blocks\) and 0.375 \(3 of 8"):
+        evaluate_widths(trained, untouched(), [0.5, 0.3], progress=False)
+
+
+def test_groups_with_other_numbers_of_blocks(digits):
+    plain = nn.Sequential(nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 10))
+    net = nest(plain, torch.zeros(1, 64), num_blocks={"0": 6, "2": 4}).float()
+    found = evaluate_widths(net, digits.test, [0.25, 0.5, 1.0], 2, rounding="nearest", progress=False)
+    assert found["blocks"].dims == ("width", "group")
+    assert found["group"].values.tolist() == ["0", "2"]
+    assert found["blocks"].values.tolist() == [[2, 1], [3, 2], [6, 4]]
+    assert found["width"].values.tolist() == [(4 + 1) / (12 + 4), 0.5, 1.0]  # units kept, where fractions differ
+    other = evaluate_widths(net, digits.test, [0.25, 0.5, 1.0], 2, rounding="nearest", seed=1, progress=False)
+    assert xr.concat([found, other], "seed")["blocks"].dims == ("width", "group")
 
 
 def test_fits_join_along_seed(trained, digits, foreign, result):
