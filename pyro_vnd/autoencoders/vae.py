@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vnd.autoencoders.base import EncoderGuide, OrderedAutoencoder
-from pyro_vnd.distributions import NestedAutoregressive, NestedLaw, NestedNormal, OrderedMask
 from pyro_vnd.autoencoders.conditioner import Conditioner
+from pyro_vnd.distributions import NestedAutoregressive, NestedLaw, NestedNormal, OrderedMask
 
 __all__ = ["ElboTerms", "EnumeratingGuide", "OrderedVAE", "PriorLatents"]
 

@@ -167,15 +167,15 @@ def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256) 
 
     Args:
         net: A net with BatchNorm layers, such as `narrow` returns.
-        data: Training inputs: a tensor, a tuple of tensors that begins with them, or an iterable of batches, each
-            likewise.
+        data: Training inputs: a tensor, a tuple or list of tensors that begins with them, or batches, each likewise,
+            from a `DataLoader` or a generator.
         batch_size: Rows of a batch, where data are tensors.
 
     Returns:
         The same net.
 
     Raises:
-        ValueError: If there are no data, or the tensors of a tuple have different numbers of rows.
+        ValueError: If there are no data, or the tensors of a tuple have different numbers of rows or look like batches.
 
     Source: Yu and Huang, arXiv 1903.05134, section 3.3 (statistics after training, for each width).
 
@@ -190,6 +190,13 @@ def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256) 
     norms: list[Any] = [module for module in net.modules() if isinstance(module, BATCH_NORMS)]
     if not norms:
         return net
+    if isinstance(data, tuple | list) and len(data) > 1 and all(isinstance(rows, Tensor) for rows in data):
+        alike = sum(rows.dim() > 1 and rows.shape == data[0].shape for rows in data)
+        if alike > 1:
+            raise ValueError(
+                f"recalibrate_batchnorm: argument `data` has {alike} tensors like the inputs, shape "
+                f"{tuple(data[0].shape)}: if they are batches, give them as a generator, or joined by torch.cat"
+            )
     with _calibrating(net, norms):
         seen = False
         for inputs, *_ in batches(data, batch_size):

@@ -15,9 +15,9 @@ from pyro.infer import Predictive, Trace_ELBO, TraceMeanField_ELBO
 from scipy import stats
 from torch.distributions import kl_divergence
 
+from pyro_vnd.autoencoders import Conditioner
 from pyro_vnd.distributions import NestedAutoregressive, NestedNormal
 from pyro_vnd.infer import NestedELBO
-from pyro_vnd.autoencoders import Conditioner
 
 DRAWS = 100_000
 PROBS = torch.tensor([0.2, 0.3, 0.4, 0.1], dtype=torch.float64)

@@ -75,7 +75,7 @@ def test_data_are_a_tensor_a_tuple_or_batches():
     for data in (
         x,
         (x, y),
-        [*x.split(12)],
+        iter(x.split(12)),
         [*zip(x.split(12), y.split(12), strict=True)],
         DataLoader(TensorDataset(x, y), 12),
     ):
@@ -88,5 +88,8 @@ def test_data_are_a_tensor_a_tuple_or_batches():
 
 
 def test_a_tuple_of_batches_is_not_taken_for_rows():
-    with pytest.raises(ValueError, match=r"batches come in a list; got \[12, 12, 6\] rows"):
+    with pytest.raises(ValueError, match=r"from a DataLoader or a generator; got \[12, 12, 6\] rows"):
         recalibrate_batchnorm(small_net(), torch.randn(30, 3).split(12))
+    for batches in (torch.randn(24, 3).split(12), [*torch.randn(24, 3).split(12)]):
+        with pytest.raises(ValueError, match=r"has 2 tensors like the inputs, shape \(12, 3\)"):
+            recalibrate_batchnorm(small_net(), batches)
