@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from pyro.distributions import MaskedDistribution
 from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement as check_mean_field_requirement
 from pyro.nn import PyroModule
@@ -22,22 +23,36 @@ __all__ = [
     "check_mean_field_requirement",
     "give_local_params",
     "mask_of_rows",
+    "only_plain_code",
     "quiet_lookups",
     "recall",
     "remember",
 ]
 
 
+def only_plain_code() -> bool:
+    """Say whether torch is tracing operations, which must then be torch's own: in `torch.func`, or a compilation.
+
+    Breaks where torch renames the first question, which `torch.autograd.Function` itself asks.
+    """
+    return torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+
+
 def remember(value: Tensor, making: Any) -> Tensor:
-    """Attach to a sample what its value alone does not hold; copies of the sample do not have it."""
-    value._making = (making, value._version)  # type: ignore[attr-defined]
+    """Attach to a sample what its value alone does not hold; copies of the sample do not have it.
+
+    Nor do samples drawn in `torch.inference_mode`, which do not tell whether they were changed in place. Breaks where
+    tensors take no attributes, or do not count their changes in `_version`.
+    """
+    if not value.is_inference():
+        value._making = (making, value._version)  # type: ignore[attr-defined]
     return value
 
 
 def recall(value: Tensor) -> Any | None:
     """Return what was attached to a sample, or None for other tensors and samples changed in place."""
     making, version = getattr(value, "_making", (None, None))
-    return making if version == value._version else None
+    return making if making is not None and version == value._version else None
 
 
 def give_local_params(module: PyroModule) -> None:

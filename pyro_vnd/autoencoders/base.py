@@ -13,7 +13,8 @@ from pyro_vnd._compat import QuietModule
 from pyro_vnd.autoencoders.bodies import Bodies, mlp_bodies
 from pyro_vnd.autoencoders.codes import CodeDecoder, CodeEncoder, LengthPosterior, Tail, check_lengths
 from pyro_vnd.autoencoders.likelihoods import GaussianLikelihood, ImageCheck, Likelihood
-from pyro_vnd.distributions import NestedLaw, NestedNormal, OrderedMask
+from pyro_vnd.distributions import NestedNormal, OrderedMask
+from pyro_vnd.distributions.nested import NestedLaw
 
 __all__ = ["EncoderGuide", "OrderedAutoencoder"]
 

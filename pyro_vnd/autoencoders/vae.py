@@ -12,7 +12,8 @@ from torch.distributions import kl_divergence
 
 from pyro_vnd.autoencoders.base import EncoderGuide, OrderedAutoencoder
 from pyro_vnd.autoencoders.conditioner import Conditioner
-from pyro_vnd.distributions import NestedAutoregressive, NestedLaw, NestedNormal, OrderedMask
+from pyro_vnd.distributions import NestedAutoregressive, NestedNormal, OrderedMask
+from pyro_vnd.distributions.nested import NestedLaw
 
 __all__ = ["ElboTerms", "EnumeratingGuide", "OrderedVAE", "PriorLatents"]
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vnd.autoencoders.base import OrderedAutoencoder
-from pyro_vnd.distributions import NestedLaw, OrderedMask
+from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.distributions.nested import NestedLaw
 from pyro_vnd.infer import module_local_params
 
 __all__ = ["AggregateMMD", "InverseMultiquadratic", "OrderedWAE", "squared_mmd"]

@@ -1,25 +1,34 @@
 """Exact Kullback-Leibler divergences, found by `torch.distributions.kl_divergence` and `TraceMeanField_ELBO`."""
 
+import torch
 from torch import Tensor
-from torch.distributions import kl_divergence, register_kl
+from torch.distributions import Normal, kl_divergence, register_kl
 
-from pyro_vnd.distributions._fast.normal_kl import normal_kl
+from pyro_vnd.distributions._fast.gated_kl import gated_normal_kl
+from pyro_vnd.distributions._fast.log_uniform import log_uniform_kl
+from pyro_vnd.distributions._fast.normals import normal_kl
 from pyro_vnd.distributions._fast.shapes import broadcast_shapes
-from pyro_vnd.distributions.masks import OrderedMask, expectation
+from pyro_vnd.distributions.masks import CutMask, OrderedMask, expectation
 from pyro_vnd.distributions.nested import NestedNormal
+from pyro_vnd.distributions.weights import Gated, LogUniform
 
 
 @register_kl(OrderedMask, OrderedMask)
 def _kl_ordered_mask(q: OrderedMask, p: OrderedMask) -> Tensor:
     """Return sum_k q_k (log q_k - log p_k): straight-through masks are ordered masks too."""
     _check_units(q, p)
-    if q._cut is not None and q._cut.is_that_of(p._cut):  # nothing where both have the same length
-        kl = kl_divergence(q._random, p._random).unsqueeze(-1)
-        return q._cut.put(kl, kl.new_zeros(*q.batch_shape, 1)).squeeze(-1)
     # -inf - -inf only arises where q_k = 0, which counts nothing.
-    log_ratio = q._log_probs - p._log_probs
-    kl = expectation(q._probs, log_ratio)
+    kl = expectation(q._probs, q._log_probs - p._log_probs)
     return kl.expand(broadcast_shapes(q.batch_shape, p.batch_shape))
+
+
+@register_kl(CutMask, CutMask)
+def _kl_cut_mask(q: CutMask, p: CutMask) -> Tensor:
+    """Return the same, for the laws that are random still alone where both are cut alike: nothing for the others."""
+    if not q.lengths.are_those_of(p.lengths):
+        return _kl_ordered_mask(q, p)
+    kl = kl_divergence(q.random, p.random).unsqueeze(-1)
+    return q.lengths.put(kl, kl.new_zeros(*q.batch_shape, 1)).squeeze(-1)
 
 
 @register_kl(NestedNormal, NestedNormal)
@@ -38,3 +47,25 @@ def kl_parts(q: NestedNormal, p: NestedNormal) -> tuple[Tensor, Tensor]:
 def _check_units(q: OrderedMask | NestedNormal, p: OrderedMask | NestedNormal) -> None:
     if q.num_units != p.num_units:
         raise ValueError(f"KL of masks over different numbers of units: {q.num_units} and {p.num_units}")
+
+
+@register_kl(Gated, Gated)
+def _kl_gated(q: Gated, p: Gated) -> Tensor:
+    """Return sum_e g_e KL(q_e || p_e), with the gate of q; not implemented where that of the bases is not."""
+    if q.event_shape != p.event_shape:
+        raise ValueError(f"KL of arrays of different shapes: {tuple(q.event_shape)} and {tuple(p.event_shape)}")
+    batch_shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+    if isinstance(q.base, Normal) and isinstance(p.base, Normal):
+        kl = gated_normal_kl(q, p.base)
+    else:
+        terms = kl_divergence(q.base, p.base)
+        kl = q.sum_over_event(terms.expand(torch.broadcast_shapes(terms.shape, q.event_shape)), q.gate)
+    return kl.expand(batch_shape)
+
+
+@register_kl(Normal, LogUniform)
+def _kl_normal_log_uniform(q: Normal, p: LogUniform) -> Tensor:
+    """Return E log|m + eps| - E log|eps|, m = loc / scale; half precision is computed in float32."""
+    dtype = torch.promote_types(q.loc.dtype, torch.float32)
+    kl = log_uniform_kl(q.loc.to(dtype), q.scale.to(dtype))
+    return kl.expand(torch.broadcast_shapes(q.batch_shape, p.batch_shape))

@@ -1,27 +1,28 @@
 """The law of the kept length: parameters, temperatures, normalisation and keep probabilities shared by every mask."""
 
 import math
+from collections.abc import Callable
+from contextlib import suppress
 from numbers import Real
 from typing import Any, ClassVar, Self
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
-from torch.distributions.utils import lazy_property
+from torch.distributions import Distribution, constraints
 from torch.nn.functional import logsigmoid, pad
 from torch.types import _size
 
 from pyro_vnd.distributions._fast.shapes import broadcast_shapes
 from pyro_vnd.distributions.constraints import check_expandable, extremes, tail_sum
+from pyro_vnd.distributions.derived import KeepsDerived, derived
 
-__all__ = ["LengthLaw", "as_temperature", "gumbel_like"]
-
+__all__ = ["LengthLaw", "batch_facts", "gumbel_like", "log_or_minus_infinity", "span"]
 
 _HALF_PRECISION = (torch.bfloat16, torch.float16)  # too coarse for sums of thousands of probabilities
 
 
-class LengthLaw(TorchDistribution):
+class LengthLaw(KeepsDerived, TorchDistribution):
     r"""Base of the distributions over masks that keep a random prefix of K ordered units.
 
     The length L takes the values 1..K with $P(L = k) = p_k$; unit i is kept with probability
@@ -30,6 +31,7 @@ class LengthLaw(TorchDistribution):
     Args:
         probs: Non-negative weights of the lengths, shape (..., K); normalised over the last dimension.
         logits: Unnormalised log-weights of the lengths, shape (..., K).
+        temperature: Of a class that has one, > 0; a number or a tensor that broadcasts to the batch shape.
         validate_args: Whether values of parameters and samples are checked.
 
     Raises:
@@ -41,31 +43,39 @@ class LengthLaw(TorchDistribution):
         "logits": constraints.real_vector,
     }
     support: ClassVar[constraints.Constraint]
-    # What is derived from the parameters, on demand and once; never copied or pickled.
-    _derived: ClassVar[tuple[str, ...]] = ("_probs", "_log_probs", "keep_probs", "mean_length")
+    has_temperature: ClassVar[bool] = False
 
+    temperature: Any
     _param: Tensor
+    _is_logits: bool
 
     def __init__(
         self,
         probs: Tensor | None = None,
         logits: Tensor | None = None,
+        temperature: float | Tensor | None = None,
         *,
         validate_args: bool | None = None,
     ) -> None:
         if (probs is None) == (logits is None):
             given = "both" if logits is not None else "none"
             raise ValueError(f"{type(self).__name__}: give exactly one of `probs` and `logits`; got {given}")
-        self._param_name = "probs" if logits is None else "logits"
-        param = self._check_shape(probs if logits is None else logits)
+        self._is_logits = probs is None
+        param = self._check_shape(logits if probs is None else probs)
         self._param = param.float() if param.dtype in _HALF_PRECISION else param
         if validate_args is None:
             validate_args = type(self)._validate_args
         if validate_args:
             self._check_values(self._param)
-        shape = self._param.shape
-        super().__init__(shape[:-1], shape[-1:], validate_args=False)
+        batch_shape = self._param.shape[:-1]
+        if self.has_temperature:
+            self.temperature, batch_shape = self._check_temperature(temperature, batch_shape, validate_args)
+        super().__init__(batch_shape, self._param.shape[-1:], validate_args=False)
         self._validate_args = validate_args
+
+    @property
+    def _param_name(self) -> str:
+        return "logits" if self._is_logits else "probs"
 
     def _check_shape(self, param: Any) -> Tensor:
         if not isinstance(param, Tensor):
@@ -97,14 +107,32 @@ class LengthLaw(TorchDistribution):
                 f"{expected}; got values from {low:.4g} to {high:.4g}"
             )
 
-    @property
-    def _is_logits(self) -> bool:
-        return self._param_name == "logits"
+    def _check_temperature(
+        self, temperature: Any, batch_shape: torch.Size, validate_args: bool
+    ) -> tuple[float | Tensor, torch.Size]:
+        """Return a temperature, a tensor with dtype and device of the parameters, and the batch shape of the two."""
+        name = f"{type(self).__name__}: argument `temperature`"
+        if not isinstance(temperature, Tensor):
+            if not (isinstance(temperature, Real) and 0 < float(temperature) < math.inf):
+                raise ValueError(f"{name} must be a positive, finite number or tensor; got {temperature!r}")
+            return float(temperature), batch_shape
+        value = temperature.to(self._param)
+        if validate_args and not ((value > 0) & torch.isfinite(value)).all():
+            raise ValueError(
+                f"{name} of shape {tuple(value.shape)} must be positive and finite; got {value.min().item():.4g}"
+            )
+        try:
+            return value, broadcast_shapes(value.shape, batch_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"{name} of shape {tuple(value.shape)} must broadcast with the batch shape {tuple(batch_shape)} of "
+                "the parameters"
+            ) from None
 
-    # Parameters keep their own, possibly smaller shape: a law shared by a plate is normalised and differentiated
-    # once, not once a row. The public properties show them at the full batch shape.
+    # Parameters, and what is derived from them, keep their own, possibly smaller shape: a law shared by a plate is
+    # normalised and differentiated once, not once a row. The public properties show them at the full batch shape.
 
-    @lazy_property
+    @derived
     def _probs(self) -> Tensor:
         if self._is_logits:
             return self._param.softmax(-1)
@@ -112,13 +140,18 @@ class LengthLaw(TorchDistribution):
         weights = self._param / self._param.detach().amax(-1, keepdim=True)
         return weights / weights.sum(-1, keepdim=True)
 
-    @lazy_property
+    @derived
     def _log_probs(self) -> Tensor:
-        if self._is_logits:
-            return self._param.log_softmax(-1)
-        # log 0 = -inf, and its gradient is zero rather than 0 * inf.
-        impossible = self._probs == 0
-        return self._probs.masked_fill(impossible, 1).log().masked_fill(impossible, -torch.inf)
+        return self._param.log_softmax(-1) if self._is_logits else log_or_minus_infinity(self._probs)
+
+    @derived
+    def _keep_probs(self) -> Tensor:
+        return tail_sum(self._probs).clamp(max=1)  # rounding may leave S_1 a hair above one
+
+    @property
+    def _like(self) -> Tensor:
+        """A tensor with the dtype and device of masks, that is at hand."""
+        return self._param
 
     def _full(self, x: Tensor) -> Tensor:
         return x.expand(self.batch_shape + x.shape[-1:])
@@ -138,12 +171,12 @@ class LengthLaw(TorchDistribution):
         """Probabilities of the lengths 1..K: another name of `probs`."""
         return self.probs
 
-    @lazy_property
+    @property
     def keep_probs(self) -> Tensor:
         """Probability that each unit is kept, S_i = P(L >= i), shape batch_shape + (K,)."""
-        return self._full(tail_sum(self._probs).clamp(max=1))  # rounding may leave S_1 a hair above one
+        return self._full(self._keep_probs)
 
-    @lazy_property
+    @property
     def mean_length(self) -> Tensor:
         """Expected kept length in units, E L = sum_i S_i, shape batch_shape."""
         return self.keep_probs.sum(-1)
@@ -151,7 +184,7 @@ class LengthLaw(TorchDistribution):
     @property
     def stddev_length(self) -> Tensor:
         """Standard deviation of the kept length in units, shape batch_shape."""
-        lengths = torch.arange(1, self.num_units + 1, dtype=self._param.dtype, device=self._param.device)
+        lengths = torch.arange(1, self.num_units + 1, dtype=self._like.dtype, device=self._like.device)
         variance = (self.probs * (lengths - self.mean_length.unsqueeze(-1)) ** 2).sum(-1)
         return variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()  # the root has no slope at zero
 
@@ -164,9 +197,16 @@ class LengthLaw(TorchDistribution):
         """Return the same law with a larger batch shape; parameters are shared, not copied."""
         batch_shape = torch.Size(batch_shape)
         check_expandable(self, batch_shape)
+        new = self._with(self._param, batch_shape, _instance)
+        new._share_derived(self)
+        return new
+
+    def _with(self, param: Tensor, batch_shape: torch.Size, _instance: Self | None = None) -> Self:
+        """Return a law that differs in its parameter and batch shape alone; the new parameter is not checked."""
         new = self._get_checked_instance(type(self), _instance)
-        new.__dict__.update({name: self.__dict__[name] for name in ("_probs", "_log_probs") if name in self.__dict__})
-        new._param, new._param_name = self._param, self._param_name
+        new._param, new._is_logits = param, self._is_logits
+        if self.has_temperature:
+            new.temperature = self.temperature
         TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -202,12 +242,15 @@ class LengthLaw(TorchDistribution):
                 f"got, for example, {value.reshape(-1, self.num_units)[~valid.reshape(-1)][0].tolist()[:8]}"
             )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in self._derived}
-
     def __repr__(self) -> str:
-        shape = tuple(self.batch_shape + self.event_shape)
-        return f"{type(self).__name__}({self._param_name}: {shape})"
+        return f"{type(self).__name__}({', '.join(self._facts())})"
+
+    def _facts(self) -> list[str]:
+        """Return what one wants to know of the law, for its repr."""
+        facts = [*batch_facts(self), f"K = {self.num_units}"]
+        facts += span("mean length", lambda: self.mean_length, ".1f")
+        facts += span("mode", lambda: self._log_probs.argmax(-1) + 1, "d")
+        return facts + (span("temperature", lambda: self.temperature) if self.has_temperature else [])
 
     @classmethod
     def from_chain_logits(cls, chain_logits: Tensor, **kwargs: Any) -> Self:
@@ -309,32 +352,32 @@ def _positive_int(cls: type, num_units: int) -> int:
     return num_units
 
 
-def as_temperature(law: LengthLaw, temperature: float | Tensor) -> tuple[float | Tensor, torch.Size]:
-    """Check a temperature, and broadcast it with the batch shape of a law.
+def log_or_minus_infinity(probs: Tensor) -> Tensor:
+    """Return log p, with log 0 = -inf, and its gradient zero rather than 0 * inf."""
+    impossible = probs == 0
+    return probs.masked_fill(impossible, 1).log().masked_fill(impossible, -torch.inf)
+
+
+def batch_facts(law: Distribution) -> list[str]:
+    """Return the batch shape of a law for its repr, if it has one."""
+    return [f"batch {tuple(law.batch_shape)}"] if law.batch_shape else []
+
+
+def span(name: str, compute: Callable[[], Any], digits: str = ".4g") -> list[str]:
+    """Return a name with a number, or the smallest and largest of several, for a repr.
+
+    Args:
+        name: Of the numbers.
+        compute: Returns a number or a tensor.
+        digits: Format of the numbers.
 
     Returns:
-        The temperature, as a number or as a tensor of the law's dtype and device, and the common batch shape.
-
-    Raises:
-        ValueError: If the temperature is not positive and finite or does not broadcast with the batch shape.
+        One text, or none where there are no numbers to be had: of empty batches, on the meta device, under `vmap`.
     """
-    name = f"{type(law).__name__}: argument `temperature`"
-    if not isinstance(temperature, Tensor):
-        if not (isinstance(temperature, Real) and 0 < temperature < math.inf):
-            raise ValueError(f"{name} must be a positive, finite number or tensor; got {temperature!r}")
-        return float(temperature), law.batch_shape
-    value = temperature.to(law._param)
-    if law._validate_args and not ((value > 0) & torch.isfinite(value)).all():
-        raise ValueError(
-            f"{name} of shape {tuple(value.shape)} must be positive and finite; got {value.min().item():.4g}"
-        )
-    try:
-        return value, torch.broadcast_shapes(value.shape, law.batch_shape)
-    except RuntimeError:
-        raise ValueError(
-            f"{name} of shape {tuple(value.shape)} must broadcast with the batch shape {tuple(law.batch_shape)} of "
-            "the parameters"
-        ) from None
+    with suppress(RuntimeError), torch.no_grad():
+        low, high = (format(bound.item(), digits) for bound in torch.as_tensor(compute()).aminmax())
+        return [f"{name} {low}" if low == high else f"{name} {low} to {high}"]
+    return []
 
 
 def gumbel_like(param: Tensor, shape: torch.Size) -> Tensor:

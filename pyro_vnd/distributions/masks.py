@@ -1,20 +1,22 @@
-"""The exact, discrete ordered mask, and the same cut to given lengths."""
+"""The exact, discrete ordered mask, and laws of masks that are cut to given lengths."""
 
-from copy import copy
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
+from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
-from torch.distributions.utils import lazy_property
+from torch.distributions import constraints
 from torch.nn.functional import pad
 from torch.types import _size
 
-from pyro_vnd.distributions._fast.logistic_mask import hard_mask
+from pyro_vnd._compat import remember
+from pyro_vnd.distributions._fast.masks import hard_mask
 from pyro_vnd.distributions._fast.shapes import broadcast_shapes
 from pyro_vnd.distributions.constraints import binary_ordered_mask, tail_difference, tail_sum
-from pyro_vnd.distributions.lengths import LengthLaw
+from pyro_vnd.distributions.derived import derived
+from pyro_vnd.distributions.lengths import LengthLaw, log_or_minus_infinity
 
-__all__ = ["Cut", "OrderedMask", "expectation"]
+__all__ = ["Cut", "CutMask", "OrderedMask", "expectation"]
 
 
 class Cut:
@@ -35,13 +37,14 @@ class Cut:
     """
 
     def __init__(self, length: Tensor, law: LengthLaw) -> None:
-        self.length, param = length, law._param
-        lengths = length.expand(law.batch_shape)
-        # For lengths on the CPU this does not wait for another device.
-        self.rows = (lengths.reshape(-1) == 0).nonzero().squeeze(-1).to(param.device)
-        self.lengths = lengths.to(param.device)
-        units = torch.arange(1, law.num_units + 1, device=param.device)
-        self.masks = (units <= self.lengths.unsqueeze(-1)).to(param.dtype)
+        self.length, like = length, law._like
+        with torch.inference_mode(False):  # parameters may want a gradient of what is taken by these rows
+            lengths = length.expand(law.batch_shape)
+            # For lengths on the CPU this does not wait for another device.
+            self.rows = (lengths.reshape(-1) == 0).nonzero().squeeze(-1).to(like.device)
+            self.lengths = lengths.to(like.device)
+            units = torch.arange(1, law.num_units + 1, device=like.device)
+            self.masks = (units <= self.lengths.unsqueeze(-1)).to(like.dtype)
 
     @classmethod
     def checked(cls, length: int | Tensor, law: LengthLaw, name: str) -> Self:
@@ -55,7 +58,7 @@ class Cut:
         Raises:
             ValueError: If a length is no integer from 0 to K, or they do not fit the batch.
         """
-        lengths = torch.as_tensor(length, device=law._param.device)
+        lengths = torch.as_tensor(length, device=law._like.device)
         whole = not lengths.is_floating_point() and lengths.dtype != torch.bool
         if not whole or (law._validate_args and not ((lengths >= 0) & (lengths <= law.num_units)).all()):
             raise ValueError(
@@ -97,11 +100,9 @@ class Cut:
         put = flat.expand(leading + flat.shape).index_copy(len(leading), self.rows, random)
         return put.reshape(leading + given.shape)
 
-    def is_that_of(self, other: "Cut | None") -> bool:
+    def are_those_of(self, other: "Cut") -> bool:
         """Say whether another law is cut by the very same tensor, as those of a guide and a model are in a fit."""
-        if other is None or other is self:
-            return other is self
-        return other.length is self.length and other.lengths.shape == self.lengths.shape
+        return other is self or (other.length is self.length and other.lengths.shape == self.lengths.shape)
 
 
 class OrderedMask(LengthLaw):
@@ -143,9 +144,6 @@ class OrderedMask(LengthLaw):
 
     support = binary_ordered_mask
     has_enumerate_support = True
-    _derived: ClassVar[tuple[str, ...]] = (*LengthLaw._derived, "variance", "_random")
-    _uncut: Self | None = None  # of a law that was cut, what it was before, and where it was cut
-    _cut: Cut | None = None
 
     def __init__(
         self, *, probs: Tensor | None = None, logits: Tensor | None = None, validate_args: bool | None = None
@@ -157,24 +155,22 @@ class OrderedMask(LengthLaw):
         shape = (*self._extended_shape(sample_shape)[:-1], 1)
         return torch.rand(shape, dtype=self._like.dtype, device=self._like.device)
 
-    @property
-    def _like(self) -> Tensor:
-        """A tensor with the dtype and device of masks, that is at hand."""
-        return self._param if self._cut is None else self._cut.masks
-
     def sample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Draw masks of zeros and ones, shape sample_shape + batch_shape + (K,)."""
         with torch.no_grad():
-            return hard_mask(tail_sum(self._probs), self._uniform(sample_shape))
+            return self._hard_masks(self._uniform(sample_shape))
 
-    def cut(self, length: int | Tensor) -> Self:
+    def _hard_masks(self, uniform: Tensor) -> Tensor:
+        return hard_mask(tail_sum(self._probs), uniform)
+
+    def cut(self, length: int | Tensor) -> "CutMask":
         """Return the same law with the length given.
 
         Args:
             length: L, from 1 to K, or 0 to leave it random; integers that broadcast to the batch shape.
 
         Returns:
-            A law of the same class and shape whose lengths have all their mass on one where it is given.
+            A law of the same shape whose lengths have all their mass on one where it is given.
 
         Raises:
             ValueError: If a length is no integer from 0 to K.
@@ -185,47 +181,21 @@ class OrderedMask(LengthLaw):
         """
         return self._cut_by(Cut.checked(length, self, type(self).__name__))
 
-    def _cut_by(self, cut: Cut) -> Self:
+    def _cut_by(self, cut: Cut) -> "CutMask":
         """Return the law cut to lengths that are known to be right."""
-        new = copy(self)
-        new.__dict__.pop("_param", None)
-        new._param_name, new._uncut, new._cut = "probs", self, cut
+        return CutMask(self, cut)
+
+    def _rows(self, rows: Tensor) -> Self:
+        """Return the laws in some places of the flattened batch, of batch shape (R,) as `rows`."""
+
+        def take(x: Tensor, event_shape: torch.Size) -> Tensor:
+            return x.expand(self.batch_shape + event_shape).reshape(-1, *event_shape).index_select(0, rows)
+
+        param = self._param if self._param.dim() == 1 else take(self._param, self.event_shape)
+        new = self._with(param, rows.shape)
+        if self.has_temperature and isinstance(self.temperature, Tensor) and self.temperature.dim():
+            new.temperature = take(self.temperature, torch.Size())
         return new
-
-    def _at(self, rows: Tensor) -> Self:
-        """Return the laws in some places of the flattened batch, shape (R,): of batch shape (R,)."""
-        new = copy(self)
-        new._uncut = new._cut = None
-        new._param, new._batch_shape = self._param, rows.shape
-        if self._param.dim() > 1:
-            new._param = self._full(self._param).reshape(-1, self.num_units).index_select(0, rows)
-        return new
-
-    @lazy_property
-    def _random(self) -> Self:
-        """Of a law that was cut, those of its batch whose length is random still, batch shape (R,)."""
-        assert self._uncut is not None
-        assert self._cut is not None
-        return self._uncut._at(self._cut.rows)
-
-    # A law that is not cut has its parameters in place of the first of these, and no use for the others.
-
-    @lazy_property
-    def _param(self) -> Tensor:
-        return self._probs
-
-    @lazy_property
-    def _probs(self) -> Tensor:
-        if self._cut is None:
-            return super()._probs
-        return self._cut.put(self._random.probs, tail_difference(self._cut.masks))
-
-    @lazy_property
-    def keep_probs(self) -> Tensor:
-        """Probability that each unit is kept, S_i = P(L >= i), shape batch_shape + (K,)."""
-        if self._cut is None:
-            return super().keep_probs
-        return self._cut.put(self._random.keep_probs, self._cut.masks)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-probability of masks, shape broadcast(value.shape[:-1], batch_shape).
@@ -252,7 +222,7 @@ class OrderedMask(LengthLaw):
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Return all K masks, shape (K,) + batch_shape + (K,), or with ones for batch_shape if not `expand`."""
         k = self.num_units
-        masks = torch.ones(k, k, dtype=self._param.dtype, device=self._param.device).tril()
+        masks = torch.ones(k, k, dtype=self._like.dtype, device=self._like.device).tril()
         masks = masks.reshape((k,) + (1,) * len(self.batch_shape) + (k,))
         return masks.expand((k, *self.batch_shape, k)) if expand else masks
 
@@ -261,10 +231,10 @@ class OrderedMask(LengthLaw):
         """Mean of the mask, which is the keep probability of each unit."""
         return self.keep_probs
 
-    @lazy_property
+    @property
     def variance(self) -> Tensor:
         """Variance of each entry, S_i (1 - S_i), with 1 - S_i summed from below rather than subtracted."""
-        return self.keep_probs * pad(self._probs[..., :-1], (1, 0)).cumsum(-1)
+        return self._full(self._keep_probs * pad(self._probs[..., :-1], (1, 0)).cumsum(-1))
 
     @property
     def covariance_matrix(self) -> Tensor:
@@ -275,8 +245,113 @@ class OrderedMask(LengthLaw):
     @property
     def mode(self) -> Tensor:
         """The most probable mask, shape batch_shape + (K,)."""
-        units = torch.arange(self.num_units, device=self._param.device)
-        return self._full((units <= self._log_probs.argmax(-1, keepdim=True)).to(self._param.dtype))
+        units = torch.arange(self.num_units, device=self._like.device)
+        return self._full((units <= self._log_probs.argmax(-1, keepdim=True)).to(self._like.dtype))
+
+
+class CutMask(OrderedMask):
+    """Law of masks, of which some have their length given: what `OrderedMask.cut` returns.
+
+    Whatever is drawn, scored or differentiated, is so for the laws that are random still alone, by the law that is
+    cut; the others have one mask each, of probability one, and no gradient.
+
+    Args:
+        base: The law that is cut.
+        lengths: Where its lengths are given.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    _is_logits = False
+
+    base: Any
+
+    def __init__(self, base: OrderedMask, lengths: Cut) -> None:
+        self.base, self.lengths = base, lengths
+        TorchDistribution.__init__(self, base.batch_shape, base.event_shape, validate_args=False)
+        self._validate_args = base._validate_args
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether samples carry gradients: as in the base."""
+        return self.base.has_rsample
+
+    @property
+    def has_enumerate_support(self) -> bool:  # type: ignore[override]
+        """Whether all K masks can be enumerated: as in the base."""
+        return self.base.has_enumerate_support
+
+    @property
+    def temperature(self) -> Any:
+        """Temperature of the base, if it has one."""
+        return self.base.temperature
+
+    @property
+    def noise(self) -> Any:
+        """Noise of the base, if it is straight-through."""
+        return self.base.noise
+
+    @derived
+    def random(self) -> Any:
+        """The laws that are random still, batch shape (R,)."""
+        return self.base._rows(self.lengths.rows)
+
+    @derived
+    def _probs(self) -> Tensor:
+        return self.lengths.put(self.random.probs, tail_difference(self.lengths.masks))
+
+    @derived
+    def _log_probs(self) -> Tensor:
+        return self.lengths.put(self.random.logits, log_or_minus_infinity(tail_difference(self.lengths.masks)))
+
+    @derived
+    def _keep_probs(self) -> Tensor:
+        return self.lengths.put(self.random.keep_probs, self.lengths.masks)
+
+    @property
+    def _like(self) -> Tensor:
+        return self.lengths.masks
+
+    def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
+        """Draw masks of zeros and ones as the base does, shape sample_shape + batch_shape + (K,)."""
+        if not self.has_rsample:
+            raise NotImplementedError(f"{type(self.base).__name__} has no reparameterised samples")
+        # Noise is drawn for all, so that random numbers are the same whatever is cut.
+        masks = self._masks(self._noise(sample_shape))
+        return masks if sample_shape else remember(masks, self.lengths)
+
+    def _noise(self, sample_shape: _size) -> Tensor:
+        return self.base._noise(sample_shape)
+
+    def _masks(self, noise: Tensor) -> Tensor:
+        return self.lengths.put(self.random._masks(self.lengths.take(noise)), self.lengths.masks)
+
+    def _hard_masks(self, uniform: Tensor) -> Tensor:
+        return self.lengths.put(self.random._hard_masks(self.lengths.take(uniform)), self.lengths.masks)
+
+    def _rows(self, rows: Tensor) -> "CutMask":
+        base = self.base._rows(rows)
+        return CutMask(base, Cut(self.lengths.lengths.reshape(-1).index_select(0, rows), base))
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Return all K masks as the base does; those of other lengths than the given ones have probability zero."""
+        return self.base.enumerate_support(expand)
+
+    def expand(self, batch_shape: _size, _instance: Any = None) -> "CutMask":
+        """Return the same law with a larger batch shape; parameters are shared, not copied."""
+        base = self.base.expand(batch_shape)
+        return CutMask(base, Cut(self.lengths.length, base))
+
+    @classmethod
+    def infer_shapes(cls, **arg_shapes: Any) -> tuple[torch.Size, torch.Size]:
+        """Refuse: the shape of the law belongs to the base, which is no tensor."""
+        raise NotImplementedError("CutMask has a distribution as argument, whose shapes cannot be inferred")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.base).__name__}, {', '.join(self._facts())})"
+
+    def _facts(self) -> list[str]:
+        count = self.lengths.lengths.numel()
+        return [*super()._facts(), f"{count - len(self.lengths.rows)} of {count} cut"]
 
 
 def expectation(probs: Tensor, values: Tensor) -> Tensor:

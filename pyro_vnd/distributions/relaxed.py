@@ -1,7 +1,6 @@
 """The fully relaxed ordered mask."""
 
 import math
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -9,7 +8,7 @@ from torch.types import _size
 
 from pyro_vnd._compat import recall, remember
 from pyro_vnd.distributions.constraints import ordered_mask, tail_difference, tail_sum
-from pyro_vnd.distributions.lengths import LengthLaw, as_temperature, gumbel_like
+from pyro_vnd.distributions.lengths import LengthLaw, gumbel_like
 
 __all__ = ["RelaxedOrderedMask"]
 
@@ -56,6 +55,7 @@ class RelaxedOrderedMask(LengthLaw):
 
     support = ordered_mask
     has_rsample = True
+    has_temperature = True
 
     def __init__(
         self,
@@ -65,15 +65,8 @@ class RelaxedOrderedMask(LengthLaw):
         logits: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        super().__init__(probs, logits, validate_args=validate_args)
-        value, self._batch_shape = as_temperature(self, temperature)
-        self.temperature = torch.as_tensor(value, dtype=self._param.dtype, device=self._param.device)
-
-    def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
-        """Return the same law with a larger batch shape; parameters are shared, not copied."""
-        new = super().expand(batch_shape, _instance)
-        new.temperature = self.temperature
-        return new
+        super().__init__(probs, logits, temperature, validate_args=validate_args)
+        self.temperature = torch.as_tensor(self.temperature, dtype=self._param.dtype, device=self._param.device)
 
     @property
     def _finite_log_probs(self) -> Tensor:

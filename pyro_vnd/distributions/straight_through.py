@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.types import _size
 
-from pyro_vnd._compat import recall, remember
-from pyro_vnd.distributions._fast.logistic_mask import logistic_mask
+from pyro_vnd._compat import recall
+from pyro_vnd.distributions._fast.masks import logistic_mask
 from pyro_vnd.distributions.constraints import tail_sum
-from pyro_vnd.distributions.lengths import as_temperature, gumbel_like
+from pyro_vnd.distributions.lengths import LengthLaw, gumbel_like
 from pyro_vnd.distributions.masks import Cut, OrderedMask
 
 __all__ = ["OrderedMaskStraightThrough"]
@@ -61,6 +61,7 @@ class OrderedMaskStraightThrough(OrderedMask):
 
     has_rsample = True
     has_enumerate_support = False
+    has_temperature = True
 
     def __init__(
         self,
@@ -71,35 +72,24 @@ class OrderedMaskStraightThrough(OrderedMask):
         noise: Literal["logistic", "gumbel"] = "logistic",
         validate_args: bool | None = None,
     ) -> None:
-        super().__init__(probs=probs, logits=logits, validate_args=validate_args)
+        LengthLaw.__init__(self, probs, logits, temperature, validate_args=validate_args)
         if noise not in ("logistic", "gumbel"):
             raise ValueError(f"{type(self).__name__}: argument `noise` must be 'logistic' or 'gumbel'; got {noise!r}")
         self.noise = noise
-        self.temperature, self._batch_shape = as_temperature(self, temperature)
 
-    def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
-        """Return the same law with a larger batch shape; parameters are shared, not copied."""
-        new = super().expand(batch_shape, _instance)
-        new.noise, new.temperature = self.noise, self.temperature
-        return new
-
-    def _at(self, rows: Tensor) -> Self:
-        new = super()._at(rows)
-        if isinstance(self.temperature, Tensor) and self.temperature.dim():
-            new.temperature = self.temperature.expand(self.batch_shape).reshape(-1).index_select(0, rows)
+    def _with(self, param: Tensor, batch_shape: torch.Size, _instance: Self | None = None) -> Self:
+        new = super()._with(param, batch_shape, _instance)
+        new.noise = self.noise
         return new
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Draw masks of zeros and ones with a straight-through gradient, shape sample_shape + batch_shape + (K,)."""
+        return self._masks(self._noise(sample_shape))
+
+    def _noise(self, sample_shape: _size) -> Tensor:
         if self.noise == "logistic":
-            noise = self._uniform(sample_shape)
-        else:
-            noise = gumbel_like(self._like, self._extended_shape(sample_shape))
-        # Drawn for all, so that random numbers are the same whatever is cut.
-        if self._cut is None:
-            return self._masks(noise)
-        masks = self._cut.put(self._random._masks(self._cut.take(noise)), self._cut.masks)
-        return masks if sample_shape else remember(masks, self._cut)
+            return self._uniform(sample_shape)
+        return gumbel_like(self._param, self._extended_shape(sample_shape))
 
     def _masks(self, noise: Tensor) -> Tensor:
         """Return the masks that noise makes, of one number a mask or one a unit."""

@@ -2,23 +2,25 @@
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
-from torch.distributions import Distribution, Normal, constraints, kl_divergence, register_kl
+from torch.distributions import Distribution, constraints
 from torch.distributions.utils import broadcast_all
 from torch.types import _size
 
+from pyro_vnd.distributions._fast.normals import variance_and_sums
 from pyro_vnd.distributions.constraints import check_expandable
+from pyro_vnd.distributions.derived import KeepsDerived, derived
+from pyro_vnd.distributions.lengths import batch_facts, span
 
 __all__ = ["Gated", "LogScaleNormal", "LogUniform"]
 
 
-class LogScaleNormal(dist.Normal):
+class LogScaleNormal(KeepsDerived, dist.Normal):
     r"""Normal law $N(\mu, e^{2\rho})$ with the parameter that weights of nets have.
 
     It is Pyro's `Normal`, and what holds for that holds here. But σ, σ² and the sums in a divergence are each computed
@@ -56,8 +58,8 @@ class LogScaleNormal(dist.Normal):
             ) from None
         Distribution.__init__(self, self.loc.shape, validate_args=validate_args)
 
-    @cached_property
-    def scale(self) -> Tensor:  # type: ignore[override]
+    @derived
+    def scale(self) -> Tensor:
         """Standard deviation σ, shape batch_shape."""
         return self.log_scale.exp()
 
@@ -66,10 +68,10 @@ class LogScaleNormal(dist.Normal):
         """Variance σ², shape batch_shape."""
         return self.variance_and_sums[0]
 
-    @cached_property
+    @derived
     def variance_and_sums(self) -> tuple[Tensor, Tensor, Tensor]:
         """σ², shape batch_shape, and the sums Σ σ² and Σ ρ, with a gradient in one array for all three."""
-        return _VarianceAndSums.apply(self.log_scale)
+        return variance_and_sums(self.log_scale)
 
     def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
         """Return the same law with a larger batch shape; parameters are shared, not copied."""
@@ -79,35 +81,6 @@ class LogScaleNormal(dist.Normal):
         Distribution.__init__(new, batch_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
-
-
-class _VarianceAndSums(torch.autograd.Function):
-    r"""$v_e = e^{2\rho_e}$, $\sum v$ and $\sum \rho$: $d\rho_e = 2 v_e (dv_e + d\sum v) + d\sum\rho$."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        variance = (2 * log_scale).exp_()
-        return variance, variance.sum(), log_scale.sum()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[0])
-
-    @staticmethod
-    def backward(ctx: Any, each: Tensor | None, variances: Tensor | None, logs: Tensor | None) -> Tensor | None:
-        (variance,) = ctx.saved_tensors
-        grad = None
-        # In place on arrays made here only; those that come in may belong to others.
-        if each is not None and variances is not None:
-            grad = (each + variances).mul_(variance).mul_(2)
-        elif each is not None or variances is not None:
-            grad = (variance * (variances if each is None else each)).mul_(2)
-        if logs is None:
-            return grad
-        return logs.expand(variance.shape) if grad is None else grad.add_(logs)
 
 
 _EULER_GAMMA = 0.57721566490153286
@@ -199,86 +172,6 @@ class LogUniform(TorchDistribution):
 
     def __repr__(self) -> str:
         return f"LogUniform({tuple(self.batch_shape)})"
-
-
-@register_kl(Normal, LogUniform)
-def _kl_normal_log_uniform(q: Normal, p: LogUniform) -> Tensor:
-    """Return E log|m + eps| - E log|eps|, m = loc / scale; half precision is computed in float32."""
-    dtype = torch.promote_types(q.loc.dtype, torch.float32)
-    kl = _NormalDivergence.apply(q.loc.to(dtype), q.scale.to(dtype))
-    return kl.expand(torch.broadcast_shapes(q.batch_shape, p.batch_shape))
-
-
-# With s = m^2 / (m^2 + 16), which runs from 0 to 1, and x = 2 s - 1,
-#     KL = log(1 + m^2 / 16) / 2 + s U(x)   and   m dKL/dm = s W(x),   W = 1 + (1 - x) d/dx[(1 + x) U(x)],
-# where U and W are smooth in x from end to end, so that one polynomial each will do; the 16 makes them so smooth that
-# powers of x are a stable basis in float32. W was interpolated at Chebyshev points, in many digits, from
-# m dKL/dm = sqrt(2) m D(m / sqrt(2)); integrated, it gave U, from which W follows: the gradient is that of the value.
-_SCALE = 16.0
-_VALUE = (
-    *(3.279402964237089, -2.116232597642542, 1.392454852168973, -0.756084616424445, 0.1828341064779239),
-    *(0.1691781437500247, -0.1518746838151122, -0.06082886398559376, 0.09291471827431683, 0.05448968273146713),
-    *(-0.04741704647732874, -0.06110535516386197, -0.001293424510457088, 0.0497923598115908, 0.04947265084844847),
-    *(-0.01088796970484972, -0.07814569552351155, -0.03827014673472926, 0.07439858279785767, 0.06533824605732791),
-    *(-0.0476030487561289, -0.05638593613469858, 0.02008182856168426, 0.02931226965694275, -0.005069335053895643),
-    *(-0.008727328011855535, 0.0005814227071179214, 0.00115000370863192),
-)
-
-
-def _slope_polynomial(value: Sequence[float]) -> tuple[float, ...]:
-    """Return the coefficients of W from those of U."""
-    product = [a + b for a, b in zip((*value, 0.0), (0.0, *value), strict=True)]
-    derivative = [i * a for i, a in enumerate(product)][1:]
-    slope = [a - b for a, b in zip((*derivative, 0.0), (0.0, *derivative), strict=True)]
-    return (1 + slope[0], *slope[1:])
-
-
-_SLOPE = _slope_polynomial(_VALUE)
-
-# Beyond this ratio of loc and scale the KL is the logarithm of the ratio plus a constant, to the last digit; smaller
-# scales are set to this bound, so that no square overflows, and pay the rest as a logarithm.
-_LARGEST_RATIO = 1e9
-
-
-class _NormalDivergence(torch.autograd.Function):
-    """KL of Normals from a `LogUniform`, elementwise; `loc` and `scale` have one shape."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(loc: Tensor, scale: Tensor) -> Tensor:
-        bounded, ratio = _bounded_ratio(loc, scale)
-        square = ratio.mul_(ratio)
-        share = (square + _SCALE).reciprocal_().mul_(square)
-        kl = _polynomial(_VALUE, share).mul_(share)
-        kl.add_(square.div_(_SCALE).log1p_(), alpha=0.5)
-        return kl.add_(bounded.div_(scale).log_())
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        loc, scale = ctx.saved_tensors
-        bounded, ratio = _bounded_ratio(loc, scale)
-        weight = ratio / (ratio * ratio + _SCALE)
-        slope = grad * weight * _polynomial(_SLOPE, ratio * weight)  # along m
-        return slope / bounded, -slope * ratio / scale
-
-
-def _bounded_ratio(loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    bounded = torch.maximum(scale, loc.abs().div_(_LARGEST_RATIO))
-    return bounded, loc / bounded
-
-
-def _polynomial(coefficients: Sequence[float], share: Tensor) -> Tensor:
-    """Return a polynomial in 2 share - 1; in place, as memory takes the time, unless it is to be differentiated."""
-    x = 2 * share - 1
-    value = torch.full_like(x, coefficients[-1])
-    for coefficient in reversed(coefficients[:-1]):
-        value = value * x + coefficient if torch.is_grad_enabled() else value.mul_(x).add_(coefficient)
-    return value
 
 
 class Gated(TorchDistribution):
@@ -379,15 +272,21 @@ class Gated(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the gated sum of log-probabilities, shape value.shape without the event dimensions."""
-        if self._validate_args:
+        if self._validate_args and value.numel():  # torch's check of independent entries fails where there are none
             self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape, self._extended_shape())
-        log_prob = self._sum(self.base.log_prob(value).expand(shape), self.gate)
+        log_prob = self.sum_over_event(self.base.log_prob(value).expand(shape), self.gate)
         if self.gate is None or self.rest is None:
             return log_prob
-        return log_prob + self._sum(self.rest.log_prob(value).expand(shape), 1 - self.gate)
+        return log_prob + self.sum_over_event(self.rest.log_prob(value).expand(shape), 1 - self.gate)
 
-    def _sum(self, terms: Tensor, gate: Tensor | None) -> Tensor:
+    def sum_over_event(self, terms: Tensor, gate: Tensor | None) -> Tensor:
+        """Return the sum of terms, one for each entry, each times its gate.
+
+        Args:
+            terms: Shape (...) + event_shape.
+            gate: Broadcastable to that, or None to count all terms in full.
+        """
         terms = terms if gate is None else terms * gate
         return terms.sum(list(range(-len(self.event_shape), 0))) if self.event_shape else terms
 
@@ -407,55 +306,8 @@ class Gated(TorchDistribution):
         raise NotImplementedError("Gated has a distribution as argument, whose shapes cannot be inferred")
 
     def __repr__(self) -> str:
-        return f"Gated({type(self.base).__name__}, {tuple(self.batch_shape + self.event_shape)})"
-
-
-@register_kl(Gated, Gated)
-def _kl_gated(q: Gated, p: Gated) -> Tensor:
-    """Return sum_e g_e KL(q_e || p_e), with the gate of q; not implemented where that of the bases is not."""
-    if q.event_shape != p.event_shape:
-        raise ValueError(f"KL of arrays of different shapes: {tuple(q.event_shape)} and {tuple(p.event_shape)}")
-    batch_shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
-    if isinstance(q.base, Normal) and isinstance(p.base, Normal):
-        kl = _sum_of_normals(q, p.base)
-    else:
-        terms = kl_divergence(q.base, p.base)
-        kl = q._sum(terms.expand(torch.broadcast_shapes(terms.shape, q.event_shape)), q.gate)
-    return kl.expand(batch_shape)
-
-
-def _sum_of_normals(q: Gated, p: Normal) -> Tensor:
-    r"""Sum KL = (σ² + (μ - m)²) / 2s² - log σ + log s - 1/2 over an array."""
-    normal: Any = q.base
-    if q.gate is None and p.loc.numel() == 1 and p.scale.numel() == 1 and normal.batch_shape == q.event_shape:
-        # Each term summed by itself: fewer passes over the weights, of which a step of a large net consists.
-        if isinstance(normal, LogScaleNormal):
-            _, variances, logs = normal.variance_and_sums
-        else:
-            variances, logs = normal.variance.sum(), normal.scale.log().sum()
-        squares = variances + _SquaredDistance.apply(normal.loc, p.loc)
-        return (squares * (0.5 / p.scale.square()) - logs + q.event_shape.numel() * (p.scale.log() - 0.5)).reshape(())
-    logs = normal.log_scale if isinstance(normal, LogScaleNormal) else normal.scale.log()
-    terms = (normal.variance + (normal.loc - p.loc).square()) * (0.5 / p.scale.square())
-    terms = terms - logs + (p.scale.log() - 0.5)
-    return q._sum(terms.expand(torch.broadcast_shapes(terms.shape, q.event_shape)), q.gate)
-
-
-class _SquaredDistance(torch.autograd.Function):
-    """Σ (x - m)² for a single m, with one array in the backward pass where torch's operations take three."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, m: Tensor) -> Tensor:
-        return (x - m).pow_(2).sum()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, m = ctx.saved_tensors
-        grad_x = (x - m).mul_(2 * grad)
-        return grad_x, -grad_x.sum().reshape(m.shape) if ctx.needs_input_grad[1] else None
+        parts = [type(self.base).__name__, *batch_facts(self), f"event {tuple(self.event_shape)}"]
+        if self.gate is not None:
+            gate = self.gate
+            parts += span("gate", lambda: gate)
+        return f"Gated({', '.join(parts)})"

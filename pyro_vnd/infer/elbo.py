@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vnd._compat import check_mean_field_requirement, recall
-from pyro_vnd.distributions import NestedLaw, NestedNormal, OrderedMask
+from pyro_vnd.distributions import NestedNormal, OrderedMask
 from pyro_vnd.distributions.kl import kl_parts
-from pyro_vnd.distributions.nested import find_mask, innermost
+from pyro_vnd.distributions.nested import NestedLaw, find_mask, innermost
 
 __all__ = ["NestedELBO"]
 

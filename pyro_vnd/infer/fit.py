@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 from pyro_vnd._compat import quiet_lookups
 from pyro_vnd._data import Data, named_parts, num_rows, shapes
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
-from pyro_vnd.distributions import NestedLaw, OrderedMask
+from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.distributions.nested import NestedLaw
 from pyro_vnd.infer._fit.checkpoint import Checkpoint
 from pyro_vnd.infer._fit.data import check_data, first_rows, shuffled_batches
 from pyro_vnd.infer._fit.handlers import ScaleToDataset

@@ -5,10 +5,10 @@ from typing import Any, Literal
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributions import Normal
 
-from pyro_vnd.distributions.weights import Gated
+from pyro_vnd.distributions import Gated
+from pyro_vnd.distributions._fast.arrays import noisy, square
 
 __all__ = ["LocalReparameterization"]
 
@@ -85,47 +85,5 @@ class LocalReparameterization(Messenger):
         if weight_variance is None:  # the weights were drawn
             variance = layer.affine(torch.zeros_like(x), weight, bias_variance)
         else:
-            variance = layer.affine(_Square.apply(x), weight_variance, bias_variance)
-        msg["value"], msg["done"] = _Noisy.apply(mean, variance, torch.randn_like(mean))[0], True
-
-
-class _Square(torch.autograd.Function):
-    """x^2 with one new array in the backward pass, where torch's own takes three."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.square()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return (grad * x).mul_(2)
-
-
-class _Noisy(torch.autograd.Function):
-    r"""$y = m + \sqrt{v} \, \epsilon$, with $dy = dm + \epsilon / (2 \sqrt{v}) \, dv$."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(mean: Tensor, variance: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        # Inputs of a row may all be zero; the root has no slope there.
-        deviation = variance.clamp_min(torch.finfo(variance.dtype).tiny ** 0.5).sqrt_()
-        return torch.addcmul(mean, deviation, noise), torch.div(noise, deviation).mul_(0.5)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
-        (slope,) = ctx.saved_tensors
-        return grad, grad * slope, None
+            variance = layer.affine(square(x), weight_variance, bias_variance)
+        msg["value"], msg["done"] = noisy(mean, variance, torch.randn_like(mean)), True

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vnd.distributions import NestedLaw, OrderedMask
+from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.distributions.nested import NestedLaw
 
 __all__ = ["ElboParts", "FitResult", "LearnedLaw", "LengthCollapseWarning", "LengthSummary"]
 

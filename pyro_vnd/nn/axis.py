@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from pyro_vnd.distributions._fast.arrays import leading_block
 from pyro_vnd.nn.width import Width
 
 __all__ = ["Axis", "Channels", "Index", "Run", "num_kept", "take"]
@@ -128,32 +129,8 @@ def take(x: Tensor, indices: Mapping[int, Index]) -> Tensor:
     """Return the given channels of a tensor along several dimensions."""
     lengths = {dim: index.stop for dim, index in indices.items() if isinstance(index, slice)}
     if lengths:
-        x = _Leading.apply(x, lengths)
+        x = leading_block(x, lengths)
     for dim, index in indices.items():
         if isinstance(index, Tensor):
             x = x.index_select(dim, index.to(x.device))
-    return x
-
-
-class _Leading(torch.autograd.Function):
-    """The leading corner of an array: slicing, with one array in the backward pass rather than one a slice."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, lengths: dict[int, int]) -> Tensor:
-        ctx.shape, ctx.lengths = x.shape, lengths
-        return _leading(x, lengths)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        whole = part = grad.new_empty(ctx.shape)
-        for dim, length in ctx.lengths.items():
-            part.narrow(dim, length, part.shape[dim] - length).zero_()
-            part = part.narrow(dim, 0, length)
-        part.copy_(grad)
-        return whole, None
-
-
-def _leading(x: Tensor, lengths: dict[int, int]) -> Tensor:
-    for dim, length in lengths.items():
-        x = x.narrow(dim, 0, length)
     return x

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Normal, kl_divergence
 from torch.nn import functional as F
 
-from pyro_vnd.distributions import Gated, LogScaleNormal
+from pyro_vnd.distributions import Gated
+from pyro_vnd.distributions.weights import LogScaleNormal
 from pyro_vnd.nn.axis import Axis, Channels, Index, num_kept, take
 from pyro_vnd.nn.width import Width
 

@@ -5,12 +5,11 @@ import re
 import pyro
 import pytest
 import torch
-from cases import CASES, each
+from cases import CASES, LENGTH_CASES, each
 
 from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough, RelaxedOrderedMask
 
 NAN, INF = float("nan"), float("inf")
-LENGTH_CASES = [case for case in CASES if case.name.endswith("logits")]  # one of each class and noise
 
 
 def raises(*parts: str):
@@ -19,18 +18,12 @@ def raises(*parts: str):
     return pytest.raises(ValueError, match=f"(?s){lookaheads}")
 
 
-def with_lengths(case, **lengths):
-    """The case built with other parameters of the lengths."""
-    arguments = {name: value for name, value in case.arguments().items() if name not in ("logits", "probs")}
-    return case.cls(**(arguments | case.options | lengths))
-
-
 @each(LENGTH_CASES)
 def test_exactly_one_parameter_of_the_lengths(case):
     with raises("exactly one of `probs` and `logits`", "none"):
-        with_lengths(case)
+        case.with_lengths()
     with raises("exactly one of `probs` and `logits`", "both"):
-        with_lengths(case, probs=torch.ones(4), logits=torch.zeros(4))
+        case.with_lengths(probs=torch.ones(4), logits=torch.zeros(4))
 
 
 WRONG_LENGTHS = {
@@ -51,7 +44,7 @@ def test_values_of_the_lengths(case, lengths, expected):
     ((name, values),) = lengths.items()
     value = torch.tensor(values)
     with raises(f"`{name}`", str(tuple(value.shape)), expected):
-        with_lengths(case, **{name: value})
+        case.with_lengths(**{name: value})
 
 
 WRONG_STRUCTURE = {
@@ -72,7 +65,7 @@ WRONG_STRUCTURE = {
 def test_structure_of_the_lengths(case, name, value, got, validate_args):
     """Checked even with validation off: it costs nothing."""
     with raises(f"`{name}`", "(..., num_units)", got):
-        with_lengths(case, **{name: value}, validate_args=validate_args)
+        case.with_lengths(**{name: value}, validate_args=validate_args)
 
 
 WRONG_TEMPERATURES = {
@@ -144,20 +137,20 @@ def test_soft_mask(value, expected):
         RelaxedOrderedMask(0.5, logits=torch.zeros(4)).log_prob(torch.tensor(value))
 
 
-@each()
+@each(over_lengths=True)
 @pytest.mark.parametrize("value", [torch.ones(3), torch.ones(2, 5), torch.tensor(1.0), torch.ones(4, 0)])
 def test_value_of_the_wrong_number_of_units(case, value):
     with raises(case.cls.__name__, "`value`", str(tuple(value.shape)), "(..., 4)"):
         case.build().log_prob(value)
 
 
-@each()
+@each(over_lengths=True)
 def test_value_that_is_no_tensor(case):
     with raises("`value`", "tensor", "list"):
         case.build().log_prob([1.0, 1.0, 0.0, 0.0])
 
 
-@each()
+@each(over_lengths=True)
 def test_value_whose_batch_does_not_broadcast(case):
     value = case.build().sample((2,))
     with raises("`value`", "(2, 4)", "(3,)"):
@@ -216,17 +209,17 @@ def test_chain_logits(value, got):
         OrderedMask.from_chain_logits(value)
 
 
-@each()
+@each(over_lengths=True)
 def test_values_are_not_checked_without_validation(case):
     """Neither parameters nor samples: a check would wait for the GPU and cannot be traced by vmap."""
-    law = with_lengths(case, logits=torch.tensor([0.0, NAN, 0.0, 0.0]), validate_args=False)
+    law = case.with_lengths(logits=torch.tensor([0.0, NAN, 0.0, 0.0]), validate_args=False)
     assert law.log_prob(torch.tensor([1.0, 0.3, 0.7, 0.0])).shape == ()
     assert law.sample().shape == (4,)
 
 
-@each()
+@each(over_lengths=True)
 def test_validation_follows_the_global_switch(case):
     with pyro.validation_enabled(False):
-        with_lengths(case, logits=torch.tensor([0.0, NAN, 0.0, 0.0]))
+        case.with_lengths(logits=torch.tensor([0.0, NAN, 0.0, 0.0]))
     with pyro.validation_enabled(True), pytest.raises(ValueError, match="finite"):
-        with_lengths(case, logits=torch.tensor([0.0, NAN, 0.0, 0.0]))
+        case.with_lengths(logits=torch.tensor([0.0, NAN, 0.0, 0.0]))

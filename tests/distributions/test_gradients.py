@@ -2,16 +2,13 @@
 
 import pytest
 import torch
+from cases import HARD_CASES, each
 from torch.autograd import gradcheck
 from torch.distributions import kl_divergence
 
 from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough, RelaxedOrderedMask
 
 MASKS = torch.ones(4, 4).tril()
-
-
-def straight_through(**law):
-    return OrderedMaskStraightThrough(0.3, **law)
 
 
 def fixed_noise(function, seed=1):
@@ -38,11 +35,11 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-@pytest.mark.parametrize("family", [OrderedMask, straight_through])
+@each(HARD_CASES)
 @pytest.mark.parametrize("parameter", ["logits", "probs"])
-def test_functions_of_the_law(family, parameter, function):
+def test_functions_of_the_law(case, parameter, function):
     value = (torch.rand(2, 4) + 0.2).requires_grad_()
-    assert gradcheck(lambda x: function(family(**{parameter: x})), value)
+    assert gradcheck(lambda x: function(case.with_lengths(**{parameter: x})), value)
 
 
 @pytest.mark.parametrize("parameter", ["logits", "probs"])

@@ -1,4 +1,4 @@
-"""Ordered masks as sample sites: plates, particles, handlers, prediction and model graphs."""
+"""The laws as sample sites: plates, particles, handlers, prediction and model graphs."""
 
 import pyro
 import pytest
@@ -18,18 +18,18 @@ def plate_model(case, **options):
     return model
 
 
-@each()
+@each(samples=True)
 def test_site_in_a_plate_with_subsampling(case):
     trace = poutine.trace(plate_model(case, subsample_size=3)).get_trace()
     trace.compute_log_prob()
     site = trace.nodes["z"]
     assert type(site["fn"]) is case.cls
-    assert site["value"].shape == (3, 4)
+    assert site["value"].shape == (3, *case.event_shape())
     # Half the rows stand for all of them.
     torch.testing.assert_close(site["log_prob"], 2 * site["fn"].log_prob(site["value"]))
 
 
-@each()
+@each(samples=True)
 def test_vectorised_particles(case):
     """Values are (particles, rows, K), and the loss of a subsampled plate is right in expectation."""
     prior, law, seen = case.build(), case.build(), []
@@ -44,7 +44,7 @@ def test_vectorised_particles(case):
 
     elbo = Trace_ELBO(num_particles=400, max_plate_nesting=1, vectorize_particles=True)
     loss = elbo.loss(model, guide)
-    assert seen == [(400, 3, 4)]
+    assert seen == [(400, 3, *case.event_shape())]
     z = law.sample((20_000,))
     log_ratio = law.log_prob(z) - prior.log_prob(z)
     # Each particle sums three independent rows, counted twice; the other error, of 120,000 rows, is small beside it.
@@ -52,7 +52,7 @@ def test_vectorised_particles(case):
     assert z_score.abs() < 4
 
 
-@each()
+@each(samples=True)
 def test_sites_of_two_nested_plates(case):
     law = case.build((3,))
 
@@ -60,13 +60,13 @@ def test_sites_of_two_nested_plates(case):
         with pyro.plate("outer", 2, dim=-2), pyro.plate("inner", 3, dim=-1):
             return pyro.sample("z", law)
 
-    assert model().shape == (2, 3, 4)
+    assert model().shape == (2, 3, *case.event_shape())
 
 
 @each()
 def test_mask_scale_and_condition(case):
     law = case.build((3,))
-    value = law.sample()
+    value = case.value(law)
     with poutine.trace() as tracer, poutine.condition(data={"a": value, "b": value, "c": value}):
         pyro.sample("a", law.to_event(1))
         with poutine.scale(scale=3.0):
@@ -80,14 +80,14 @@ def test_mask_scale_and_condition(case):
     torch.testing.assert_close(torch.stack(factors), torch.tensor([1.0, 3.0, 0.0]))
 
 
-@each()
+@each(samples=True)
 @pytest.mark.parametrize("parallel", [False, True])
 def test_predictive(case, parallel):
     draws = Predictive(plate_model(case), num_samples=5, parallel=parallel)()["z"]
-    assert draws.shape == (5, 6, 4)
+    assert draws.shape == (5, 6, *case.event_shape())
 
 
-@each()
+@each(samples=True)
 def test_model_graph(case):
     graph = pyro.render_model(plate_model(case), render_distributions=True)
     assert case.cls.__name__ in graph.source

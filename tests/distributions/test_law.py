@@ -7,9 +7,10 @@ thousand tests; the seed is fixed.
 import oracles
 import pytest
 import torch
+from cases import LENGTH_CASES
 
-from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough
-from pyro_vnd.distributions._fast.logistic_mask import hard_mask
+from pyro_vnd.distributions import NestedAutoregressive, OrderedMaskStraightThrough, RelaxedOrderedMask
+from pyro_vnd.distributions._fast.masks import hard_mask
 
 DRAWS = 100_000
 
@@ -32,16 +33,28 @@ PROBS = {
     "certain": [0.0, 1.0, 0.0, 0.0],
     "weights": [3.0, 1.0, 4.0, 1.0],
 }
-SAMPLERS = {
-    "exact": lambda **law: OrderedMask(**law).sample,
-    "logistic .01": lambda **law: OrderedMaskStraightThrough(0.01, **law).rsample,
-    "logistic .2": lambda **law: OrderedMaskStraightThrough(0.2, **law).rsample,
-    "logistic 5": lambda **law: OrderedMaskStraightThrough(5.0, **law).rsample,
-    "logistic, without gradient": lambda **law: OrderedMaskStraightThrough(0.2, **law).sample,
-    "gumbel .2": lambda **law: OrderedMaskStraightThrough(0.2, noise="gumbel", **law).rsample,
-    "gumbel 5": lambda **law: OrderedMaskStraightThrough(5.0, noise="gumbel", **law).rsample,
-    "nested normal": lambda **law: lambda n: (NestedNormal(torch.ones(1), torch.ones(1), **law).rsample(n) != 0) * 1.0,
-}
+
+
+def samplers():
+    """Functions from the parameter of the lengths to a function that draws masks: each class, noise and temperature.
+
+    The relaxed law has tests of its own, and so have coordinates that are drawn one after the other.
+    """
+
+    def drawing(case, how, **temperature):
+        if case.hard:
+            return lambda **law: getattr(case.with_lengths(**law, **temperature), how)
+        return lambda **law: lambda n: (getattr(case.with_lengths(**law, **temperature), how)(n) != 0) * 1.0
+
+    for case in LENGTH_CASES:
+        if case.cls not in (RelaxedOrderedMask, NestedAutoregressive):
+            yield f"{case.name}, without gradient", drawing(case, "sample")
+            if case.reparameterised:
+                for t in (0.01, 0.2, 5.0) if case.hard else (0.2,):
+                    yield f"{case.name} {t}", drawing(case, "rsample", temperature=t)
+
+
+SAMPLERS = dict(samplers())
 each_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 
 
@@ -101,7 +114,7 @@ def test_an_impossible_length_is_rejected():
     assert oracles.law_pvalue(masks[1:2].expand(100, 3), torch.tensor([1.0, 1e-87, 0.0])) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["exact", "logistic .2", "gumbel .2"])
+@pytest.mark.parametrize("name", ["ordered-logits, without gradient", "logistic-logits 0.2", "gumbel-logits 0.2"])
 @pytest.mark.parametrize("probs", PROBS.values(), ids=PROBS)
 def test_lengths_of_probability_zero_are_never_drawn(name, probs):
     probs = torch.tensor(probs, dtype=torch.float32)

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torch.distributions import Normal, kl_divergence
 
-from pyro_vnd.distributions import LogScaleNormal
+from pyro_vnd.distributions.weights import LogScaleNormal
 
 SHAPE = (3, 4)
 

@@ -1,4 +1,4 @@
-"""The hand-written backward pass of LogisticMask is that of its soft surrogate, written out naively."""
+"""The hand-written backward pass of `logistic_mask` is that of its soft surrogate, written out naively."""
 
 import oracles
 import pytest
@@ -6,7 +6,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.func import grad, vmap
 
-from pyro_vnd.distributions._fast.logistic_mask import LogisticMask
+from pyro_vnd.distributions._fast.masks import logistic_mask
 
 # Shapes of the law, of the uniform numbers and of the temperature; None is a plain number.
 SHAPES = {
@@ -43,7 +43,7 @@ def test_backward_is_that_of_the_surrogate(law, noise, temperature, is_logits):
     if isinstance(temperature, torch.Tensor):
         wanted.append(temperature.requires_grad_())
     soft = surrogate(param, uniform, temperature, is_logits)
-    hard = LogisticMask.apply(param, uniform, temperature, is_logits)[0]
+    hard = logistic_mask(param, uniform, temperature, is_logits)
     assert torch.equal(hard, (soft > 0.5).double())  # the soft mask crosses one half where the hard one jumps
     assert hard.shape == soft.shape
     weight = torch.randn(soft.shape)
@@ -57,7 +57,7 @@ def test_each_input_alone_can_have_the_gradient(wanted):
     param, uniform, temperature = inputs((5, 6), (4, 5, 1), (5, 1), True)
     leaf = {"param": param, "temperature": temperature}[wanted].requires_grad_()
     weight = torch.randn(4, 5, 6)
-    (actual,) = torch.autograd.grad((LogisticMask.apply(param, uniform, temperature, True)[0] * weight).sum(), leaf)
+    (actual,) = torch.autograd.grad((logistic_mask(param, uniform, temperature, True) * weight).sum(), leaf)
     (expected,) = torch.autograd.grad((surrogate(param, uniform, temperature, True) * weight).sum(), leaf)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
@@ -76,7 +76,7 @@ def test_backward_in_the_far_tails(logits):
     logits = torch.tensor(logits, requires_grad=True)
     for uniform in torch.tensor([1e-12, 1e-6, 0.5, 1 - 1e-6, 1 - 1e-12]).reshape(-1, 1):
         for weight in torch.eye(4)[1:]:
-            hard, soft = LogisticMask.apply(logits, uniform, 5.0, True)[0], surrogate(logits, uniform, 5.0, True)
+            hard, soft = logistic_mask(logits, uniform, 5.0, True), surrogate(logits, uniform, 5.0, True)
             (actual,) = torch.autograd.grad((hard * weight).sum(), logits)
             (expected,) = torch.autograd.grad((soft * weight).sum(), logits)
             assert expected.abs().sum() > 0
@@ -90,7 +90,7 @@ def test_gradient_of_a_sum_of_float32_masks_against_float64():
 
     def gradient(dtype):
         leaf = param.to(dtype).requires_grad_()
-        mask = LogisticMask.apply(leaf, uniform.to(dtype), 0.2, True)[0]
+        mask = logistic_mask(leaf, uniform.to(dtype), 0.2, True)
         return torch.autograd.grad((mask * weight.to(dtype)).sum(), leaf)[0].double()
 
     exact = gradient(torch.float64)
@@ -99,7 +99,7 @@ def test_gradient_of_a_sum_of_float32_masks_against_float64():
 
 def test_second_derivative_raises():
     logits = torch.zeros(3, requires_grad=True)
-    mask = LogisticMask.apply(logits, torch.rand(4, 1), 0.2, True)[0]
+    mask = logistic_mask(logits, torch.rand(4, 1), 0.2, True)
     (first,) = torch.autograd.grad((mask**2).sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         first.sum().backward()
@@ -129,7 +129,7 @@ def test_vmap_equals_a_loop(in_dims, extra):
     weight = torch.randn(*extra, 6)
 
     def objective(param, uniform, temperature):
-        return (LogisticMask.apply(param, uniform, temperature, True)[0] * weight).sum()
+        return (logistic_mask(param, uniform, temperature, True) * weight).sum()
 
     actual = vmap(grad(objective, argnums=(0, 2)), in_dims=in_dims)(*leaves)
     values = vmap(objective, in_dims=in_dims)(*leaves)
@@ -146,7 +146,7 @@ def test_nested_vmap_equals_a_batch():
     logits, uniform = torch.randn(2, 3, 6), torch.rand(2, 3, 1)
 
     def mask(param, noise):
-        return LogisticMask.apply(param, noise, 0.2, True)[0]
+        return logistic_mask(param, noise, 0.2, True)
 
     assert torch.equal(vmap(vmap(mask))(logits, uniform), mask(logits, uniform))
 
@@ -156,7 +156,7 @@ def test_gradient_of_a_law_outside_of_vmap():
     uniform, weight = torch.rand(7, 1), torch.randn(6)
 
     def total(logits):
-        return vmap(lambda noise: (LogisticMask.apply(logits, noise, 0.3, True)[0] * weight).sum())(uniform).sum()
+        return vmap(lambda noise: (logistic_mask(logits, noise, 0.3, True) * weight).sum())(uniform).sum()
 
     logits = torch.randn(6, requires_grad=True)
     (expected,) = torch.autograd.grad((oracles.soft_mask(logits.softmax(-1), uniform, 0.3) * weight).sum(), logits)

@@ -5,13 +5,10 @@ import math
 import oracles
 import pytest
 import torch
+from cases import HARD_CASES, LENGTH_CASES, MASK_CASES, each
 from torch import Tensor
 
-from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough, RelaxedOrderedMask
-
-OPTIONS = {OrderedMask: {}, OrderedMaskStraightThrough: {"temperature": 0.2}, RelaxedOrderedMask: {"temperature": 0.5}}
-each_of_family = pytest.mark.parametrize("cls", OPTIONS)
-each_hard = pytest.mark.parametrize("cls", [OrderedMask, OrderedMaskStraightThrough])
+from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
 
 PARAMETERS = {
     "one unit": {"logits": [0.7]},
@@ -31,25 +28,26 @@ def tensors(parameter: dict[str, list[float]]) -> tuple[dict[str, Tensor], Tenso
     return {name: value}, (value / value.sum() if name == "probs" else value.softmax(-1))
 
 
-@each_of_family
+@each(LENGTH_CASES)
 @each_law
-def test_law_of_the_length(cls, parameter):
+def test_law_of_the_length(case, parameter):
     arguments, probs = tensors(parameter)
-    law = cls(**arguments, **OPTIONS[cls])
-    torch.testing.assert_close(law.probs, probs)
-    torch.testing.assert_close(law.logits, probs.log())
-    assert torch.equal(law.length_probs, law.probs)
+    law = case.with_lengths(**arguments)
+    lengths = law if case in MASK_CASES else law.mask_law
+    torch.testing.assert_close(lengths.probs, probs)
+    torch.testing.assert_close(lengths.logits, probs.log())
+    assert torch.equal(law.length_probs, lengths.probs)
     torch.testing.assert_close(law.keep_probs, oracles.mean(probs))
     mean, stddev = oracles.length_moments(probs)
     assert law.mean_length.item() == pytest.approx(mean)
-    assert law.stddev_length.item() == pytest.approx(stddev, abs=1e-6)
+    assert lengths.stddev_length.item() == pytest.approx(stddev, abs=1e-6)
 
 
-@each_hard
+@each(HARD_CASES)
 @each_law
-def test_moments_of_the_mask(cls, parameter):
+def test_moments_of_the_mask(case, parameter):
     arguments, probs = tensors(parameter)
-    law = cls(**arguments, **OPTIONS[cls])
+    law = case.with_lengths(**arguments)
     torch.testing.assert_close(law.mean, oracles.mean(probs))
     torch.testing.assert_close(law.covariance_matrix, oracles.covariance(probs))
     torch.testing.assert_close(law.variance, oracles.covariance(probs).diagonal())
@@ -57,11 +55,11 @@ def test_moments_of_the_mask(cls, parameter):
     assert torch.equal(law.mode, oracles.all_masks(len(probs))[probs.argmax()])
 
 
-@each_hard
+@each(HARD_CASES)
 @each_law
-def test_log_prob_of_every_mask(cls, parameter):
+def test_log_prob_of_every_mask(case, parameter):
     arguments, probs = tensors(parameter)
-    law = cls(**arguments, **OPTIONS[cls])
+    law = case.with_lengths(**arguments)
     masks = oracles.all_masks(len(probs))
     if law.has_enumerate_support:
         assert torch.equal(law.enumerate_support(), masks)
@@ -76,11 +74,11 @@ def test_variance_near_one_and_zero_does_not_cancel():
 
 
 @pytest.mark.parametrize("chain", [[], [0.0], [1.0, -2.0, 0.5], [3.0] * 20])
-@each_of_family
-def test_chain_logits(cls, chain):
+@each(MASK_CASES)
+def test_chain_logits(case, chain):
     chain = torch.tensor(chain)
-    law = cls.from_chain_logits(chain, **OPTIONS[cls])
-    assert type(law) is cls
+    law = case.cls.from_chain_logits(chain, **(case.options | dict.fromkeys(case.batch, 0.5)))
+    assert type(law) is case.cls
     torch.testing.assert_close(law.probs, oracles.chain_probs(chain))
     # Each keep probability is the product of the steps taken.
     torch.testing.assert_close(law.keep_probs[1:], chain.sigmoid().cumprod(-1))

@@ -7,7 +7,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.func import grad, jacrev, vmap
 
 from pyro_vnd.distributions import NestedNormal
-from pyro_vnd.distributions._fast.normal_kl import normal_kl
+from pyro_vnd.distributions._fast.normals import normal_kl
 
 
 def parameters(*shape: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -3,14 +3,11 @@
 import oracles
 import pytest
 import torch
+from cases import LENGTH_CASES, each
 
-from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough, RelaxedOrderedMask
+from pyro_vnd.distributions import OrderedMask, RelaxedOrderedMask
 
-LAWS = {
-    "logistic": lambda probs: OrderedMaskStraightThrough(0.2, probs=probs),
-    "gumbel": lambda probs: OrderedMaskStraightThrough(0.2, probs=probs, noise="gumbel"),
-    "nested normal": lambda probs: NestedNormal(torch.ones(1), torch.ones(1), probs=probs),
-}
+LAWS = [case for case in LENGTH_CASES if case.moments and case.reparameterised]
 ZEROS = [[0.0, 0.5, 0.5], [0.4, 0.0, 0.0, 0.6], [0.7, 0.3, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0]]
 FUNCTIONS = {
     "log_prob": lambda law: law.log_prob(law.sample((20,))).sum(),
@@ -22,11 +19,11 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-@pytest.mark.parametrize("law_of", LAWS.values(), ids=LAWS)
+@each(LAWS)
 @pytest.mark.parametrize("probs", ZEROS)
-def test_gradients_are_finite(probs, law_of, function):
+def test_gradients_are_finite(probs, case, function):
     probs = torch.tensor(probs, requires_grad=True)
-    function(law_of(probs)).backward()
+    function(case.with_lengths(probs=probs)).backward()
     assert torch.isfinite(probs.grad).all()
 
 

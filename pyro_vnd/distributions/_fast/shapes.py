@@ -2,9 +2,11 @@
 
 import torch
 
-__all__ = ["broadcast_shapes"]
+__all__ = ["broadcast_shapes", "plain_broadcast_shapes"]
+
+plain_broadcast_shapes = torch.broadcast_shapes
 
 
 def broadcast_shapes(shape: torch.Size, *others: torch.Size) -> torch.Size:
     """Do what `torch.broadcast_shapes` does, at once where there is nothing to do."""
-    return shape if all(other == shape for other in others) else torch.broadcast_shapes(shape, *others)
+    return shape if all(other == shape for other in others) else plain_broadcast_shapes(shape, *others)

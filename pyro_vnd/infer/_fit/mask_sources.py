@@ -8,8 +8,9 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_vnd.distributions import NestedLaw, OrderedMask
+from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.masks import Cut
+from pyro_vnd.distributions.nested import NestedLaw
 from pyro_vnd.infer._fit.handlers import EvaluationRecord
 from pyro_vnd.infer.guides import AutoMask
 from pyro_vnd.infer.result import LearnedLaw

@@ -1,0 +1,100 @@
+"""Operations of nested layers on large arrays, with one array in the backward pass each."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from pyro_vnd.distributions._fast.dispatch import fast_or_plain, plain_gradients
+
+__all__ = ["leading_block", "noisy", "plain_leading_block", "plain_noisy", "plain_square", "square"]
+
+
+def square(x: Tensor) -> Tensor:
+    """Return x^2."""
+    return cast(Tensor, fast_or_plain(_Square, plain_square, x))
+
+
+def plain_square(x: Tensor) -> Tensor:
+    """Do what `square` does."""
+    return x.square()
+
+
+class _Square(torch.autograd.Function):
+    """Torch's own takes three arrays in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return (grad * x).mul_(2)
+
+
+def noisy(mean: Tensor, variance: Tensor, noise: Tensor) -> Tensor:
+    r"""Return $y = m + \sqrt{v} \, \epsilon$, with $dy = dm + \epsilon / (2 \sqrt{v}) \, dv$; noise has no gradient."""
+    return cast(Tensor, fast_or_plain(_Noisy, plain_noisy, mean, variance, noise))
+
+
+def plain_noisy(mean: Tensor, variance: Tensor, noise: Tensor) -> Tensor:
+    """Do what `noisy` does, but for the slope where a variance is zero."""
+    return torch.addcmul(mean, variance.clamp_min(_least_variance(variance)).sqrt(), noise)
+
+
+def _least_variance(variance: Tensor) -> float:
+    """Inputs of a row may all be zero; the root has no slope there."""
+    return float(torch.finfo(variance.dtype).tiny ** 0.5)
+
+
+class _Noisy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, variance: Tensor, noise: Tensor) -> Tensor:
+        deviation = variance.clamp_min(_least_variance(variance)).sqrt_()
+        ctx.save_for_backward(mean, variance, noise, torch.div(noise, deviation).mul_(0.5))
+        return torch.addcmul(mean, deviation, noise)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return plain_gradients(plain_noisy, inputs, ctx.needs_input_grad, grad)
+        return grad, grad * slope, None
+
+
+def leading_block(x: Tensor, lengths: Mapping[int, int]) -> Tensor:
+    """Return the leading block of an array.
+
+    Args:
+        x: The array.
+        lengths: Entries that are kept, by dimension.
+    """
+    return cast(Tensor, fast_or_plain(_LeadingBlock, plain_leading_block, x, lengths))
+
+
+def plain_leading_block(x: Tensor, lengths: Mapping[int, int]) -> Tensor:
+    """Do what `leading_block` does."""
+    for dim, length in lengths.items():
+        x = x.narrow(dim, 0, length)
+    return x
+
+
+class _LeadingBlock(torch.autograd.Function):
+    """Slices have an array each in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: Mapping[int, int]) -> Tensor:
+        ctx.shape, ctx.lengths = x.shape, lengths
+        return plain_leading_block(x, lengths)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        whole = part = grad.new_empty(ctx.shape)
+        for dim, length in ctx.lengths.items():
+            part.narrow(dim, length, part.shape[dim] - length).zero_()
+            part = part.narrow(dim, 0, length)
+        part.copy_(grad)
+        return whole, None

@@ -1,0 +1,37 @@
+"""What follows from the parameters of a law: computed on demand, once, and left out of copies and pickles."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["KeepsDerived", "derived"]
+
+_KEPT = "_kept"  # where in its __dict__ a law keeps all of it
+
+
+class derived:
+    """Attribute of a law that is computed once, with its gradient even where none is recorded at the time."""
+
+    def __init__(self, compute: Callable[[Any], Any]) -> None:
+        self._compute, self._name, self.__doc__ = compute, compute.__name__, compute.__doc__
+
+    def __get__(self, law: Any, owner: type | None = None) -> Any:
+        if law is None:
+            return self
+        kept = law.__dict__.setdefault(_KEPT, {})
+        if self._name not in kept:
+            with torch.inference_mode(False), torch.enable_grad():
+                kept[self._name] = self._compute(law)
+        return kept[self._name]
+
+
+class KeepsDerived:
+    """Base of laws with attributes that are `derived`."""
+
+    def _share_derived(self, other: Any) -> None:
+        """Keep what is derived in common with a law of the same parameters, whichever computes it first."""
+        self.__dict__[_KEPT] = other.__dict__.setdefault(_KEPT, {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != _KEPT}
