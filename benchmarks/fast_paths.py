@@ -3,7 +3,7 @@
     python -m benchmarks.fast_paths [--json FILE] [--seconds S] [--only NAME ...]
     python -m benchmarks.fast_paths --table FILE
 
-A path stays in the library where it takes at most .9 of the time of the plain code at the size it is for, which is the
+A path is in the library where it takes at most .9 of the time of the plain code at the size it is for, which is the
 last of its sizes here. Medians of interleaved blocks in one process: CPU time, float32, one torch thread, argument
 validation off. "Forward and backward" is one evaluation and the gradients of all that has one. Fast paths are no public
 interface, so that this benchmark, unlike the others, looks behind it.
@@ -11,10 +11,9 @@ interface, so that this benchmark, unlike the others, looks behind it.
 
 import argparse
 import json
-import operator
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,10 +173,6 @@ def completion(rows: int, num_units: int) -> Pair:
     return of(mask), of(mask.clone())
 
 
-def sum_of_terms(count: int) -> Pair:
-    return both(lambda *terms: reduce(operator.add, terms), lambda *terms: sum(terms), *(leaf() for _ in range(count)))
-
-
 def isotropic_normal(rows: int, pixels: int) -> Pair:
     value = torch.rand(rows, pixels)
     return both(
@@ -205,7 +200,6 @@ PATHS: dict[str, tuple[Callable[..., Pair], str, tuple[tuple[int, ...], ...]]] =
     "KL of laws cut alike": (kl_of_cut_laws, "random rows alone, forward and backward", (CODES,)),
     "MaskSchedule.draw": (draw_schedule, "numpy rather than torch", (CODES,)),
     "Completion": (completion, "whole codes passed by, forward and backward", (CODES,)),
-    "sum of an ELBO": (sum_of_terms, "terms without a zero to start from, forward and backward", ((6,),)),
     "IsotropicNormal": (isotropic_normal, "log-density of images, forward and backward", ((256, 784),)),
 }
 

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import (
     demo_report,
+    fast_paths,
     masks,
     matryoshka,
     nested_nets_report,
@@ -71,6 +72,7 @@ PAGES = {
     "ordered_speed": _page(
         "ordered_speed", "ordered_speed", "ordered_speed_two_threads", tables=ordered_speed.markdown
     ),
+    "fast_paths": _page("fast_paths", tables=fast_paths.markdown),
     "matryoshka": _page("matryoshka", tables=matryoshka.markdown),
     "demo": _page("demo", "demo_digits", tables=demo_report.markdown),
     "README": Page(ROOT / "README.md", ("nested_nets",), nested_nets_report.summary),

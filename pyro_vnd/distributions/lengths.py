@@ -43,7 +43,7 @@ class LengthLaw(KeepsDerived, TorchDistribution):
         "logits": constraints.real_vector,
     }
     support: ClassVar[constraints.Constraint]
-    has_temperature: ClassVar[bool] = False
+    _has_temperature: ClassVar[bool] = False
 
     temperature: Any
     _param: Tensor
@@ -68,7 +68,7 @@ class LengthLaw(KeepsDerived, TorchDistribution):
         if validate_args:
             self._check_values(self._param)
         batch_shape = self._param.shape[:-1]
-        if self.has_temperature:
+        if self._has_temperature:
             self.temperature, batch_shape = self._check_temperature(temperature, batch_shape, validate_args)
         super().__init__(batch_shape, self._param.shape[-1:], validate_args=False)
         self._validate_args = validate_args
@@ -205,7 +205,7 @@ class LengthLaw(KeepsDerived, TorchDistribution):
         """Return a law that differs in its parameter and batch shape alone; the new parameter is not checked."""
         new = self._get_checked_instance(type(self), _instance)
         new._param, new._is_logits = param, self._is_logits
-        if self.has_temperature:
+        if self._has_temperature:
             new.temperature = self.temperature
         TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
@@ -250,7 +250,7 @@ class LengthLaw(KeepsDerived, TorchDistribution):
         facts = [*batch_facts(self), f"K = {self.num_units}"]
         facts += span("mean length", lambda: self.mean_length, ".1f")
         facts += span("mode", lambda: self._log_probs.argmax(-1) + 1, "d")
-        return facts + (span("temperature", lambda: self.temperature) if self.has_temperature else [])
+        return facts + (span("temperature", lambda: self.temperature) if self._has_temperature else [])
 
     @classmethod
     def from_chain_logits(cls, chain_logits: Tensor, **kwargs: Any) -> Self:

@@ -193,7 +193,7 @@ class OrderedMask(LengthLaw):
 
         param = self._param if self._param.dim() == 1 else take(self._param, self.event_shape)
         new = self._with(param, rows.shape)
-        if self.has_temperature and isinstance(self.temperature, Tensor) and self.temperature.dim():
+        if self._has_temperature and isinstance(self.temperature, Tensor) and self.temperature.dim():
             new.temperature = take(self.temperature, torch.Size())
         return new
 

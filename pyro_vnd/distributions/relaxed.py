@@ -55,7 +55,7 @@ class RelaxedOrderedMask(LengthLaw):
 
     support = ordered_mask
     has_rsample = True
-    has_temperature = True
+    _has_temperature = True
 
     def __init__(
         self,

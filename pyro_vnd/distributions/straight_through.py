@@ -61,7 +61,7 @@ class OrderedMaskStraightThrough(OrderedMask):
 
     has_rsample = True
     has_enumerate_support = False
-    has_temperature = True
+    _has_temperature = True
 
     def __init__(
         self,

@@ -1,8 +1,6 @@
 """The ELBO with exact KL divergences, and its parts."""
 
-from collections.abc import Iterable, Iterator
-from functools import reduce
-from operator import add
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -81,7 +79,7 @@ class NestedELBO(TraceMeanField_ELBO):
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return the negative ELBO with its gradient; unlike Pyro's, it never waits for the device to look at it."""
         traces = self._get_traces(model, guide, args, kwargs)
-        loss = _sum(self._differentiable_loss_particle(*pair)[1] for pair in traces)
+        loss: Any = sum(self._differentiable_loss_particle(*pair)[1] for pair in traces)
         return self._mean(loss)
 
     def _mean(self, total: Tensor) -> Tensor:
@@ -137,10 +135,10 @@ class NestedELBO(TraceMeanField_ELBO):
                 assert site["infer"].get("is_auxiliary"), f"site {name!r} of the guide is not in the model"
                 divergences.append(self._weighted_kl(name, site))
         if likelihoods:
-            likelihood = _sum(likelihoods)
+            likelihood: Any = sum(likelihoods)
             self.log_likelihood = self.log_likelihood + self._mean(likelihood.detach())
             divergences.append(-likelihood)
-        loss = _sum(divergences)
+        loss: Any = sum(divergences)
         return loss.detach(), loss
 
     def _weighted_kl(self, name: str, guide_site: Any, model_site: Any = None) -> Tensor:
@@ -158,12 +156,8 @@ class NestedELBO(TraceMeanField_ELBO):
         infer = guide_site["infer"]
         weights = [infer.get(key, infer.get("kl_weight", 1.0)) for key in parts]
         pairs = zip(weights, parts.values(), strict=True)
-        return _sum(part if weight == 1 else weight * part for weight, part in pairs)
-
-
-def _sum(terms: Iterable[Tensor]) -> Tensor:
-    """Do what `sum` does, which adds the first of them to zero."""
-    return reduce(add, terms)
+        weighted: Any = sum(part if weight == 1 else weight * part for weight, part in pairs)
+        return weighted
 
 
 def _keep_exact_kl(model_trace: Any, guide_trace: Any) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributions import Normal
 from torch.func import grad, vmap
 
-from pyro_vnd.distributions import Gated
+from pyro_vnd._compat import only_plain_code
+from pyro_vnd.distributions import Gated, OrderedMaskStraightThrough
 from pyro_vnd.distributions._fast import arrays, gated_kl, log_uniform, masks, normals
 from pyro_vnd.distributions._fast.shapes import broadcast_shapes
 from pyro_vnd.distributions.weights import LogScaleNormal
@@ -198,3 +199,34 @@ def test_noise_of_no_variance_has_no_slope_beyond_bounds():
     y.sum().backward()
     torch.testing.assert_close(y, torch.ones(3))
     assert torch.isfinite(variance.grad).all()
+
+
+def test_plain_code_takes_over_where_torch_traces_operations_and_nowhere_else():
+    seen = []
+
+    def look(x):
+        seen.append(only_plain_code())
+        return x.sum()
+
+    look(torch.ones(3))
+    vmap(look)(torch.ones(2, 3))
+    grad(look)(torch.ones(3))
+    vmap(grad(look))(torch.ones(2, 3))
+    with torch.inference_mode():
+        look(torch.ones(3))
+    assert seen == [False, True, True, True, False]
+
+
+def test_a_draw_and_its_gradient_compile_to_one_graph():
+    def total(logits):
+        law = OrderedMaskStraightThrough(0.2, logits=logits, validate_args=False)
+        return (law.rsample((8,)) * torch.arange(16.0)).sum()
+
+    found = []
+    for function in (total, torch.compile(total, backend="aot_eager", fullgraph=True)):
+        logits = torch.linspace(-1, 1, 16, requires_grad=True)
+        torch.manual_seed(0)
+        value = function(logits)
+        value.backward()
+        found.append((value, logits.grad))
+    torch.testing.assert_close(*found)
