@@ -119,7 +119,7 @@ class OrderedMaskStraightThrough(OrderedMask):
 
         Example:
             >>> law = OrderedMaskStraightThrough(0.2, logits=torch.zeros(4, 3)).cut(torch.tensor([3, 1, 0, 3]))
-            >>> law.partial_rows(law.rsample())
+            >>> OrderedMaskStraightThrough.partial_rows(law.rsample())
             tensor([1, 2])
         """
         cut = recall(mask)
