@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from models.report import versions
+from models.output import versions
 
 __all__ = ["header", "markdown_table", "rounded", "write_json"]
 

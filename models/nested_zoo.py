@@ -18,7 +18,7 @@ from models.datasets import Dataset, load
 from models.nets import build
 from models.nets.build import Size
 from models.ood import ood_sets
-from models.report import atomic_folder, print_table, versions
+from models.output import atomic_folder, print_table, versions
 from pyro_vnd.diagnostics import (
     evaluate,
     evaluate_learned,

@@ -1,30 +1,24 @@
-"""A report as one self-contained HTML page, and the folder, tables and versions of all commands."""
+"""A report as one self-contained HTML page."""
 
 import base64
 import html
 import json
-import os
-import platform
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import pyro
-import torch
-from matplotlib.figure import Figure
-
-import pyro_vnd
+from matplotlib.figure import Figure, SubFigure
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem; }
+h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem 1rem; text-align: right; border-bottom: 1px solid #eee; }
+th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #eee; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th { border-bottom: 2px solid #888; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1rem; }
+dt { font-weight: 600; } dd { margin: 0; }
 figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption { color: #555; font-size: .9rem; }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 """
@@ -47,9 +41,18 @@ class Report:
         self.parts.append(f"<h2>{html.escape(title)}</h2>")
         self.text(text)
 
+    def subsection(self, title: str) -> None:
+        """Start a part of a section."""
+        self.parts.append(f"<h3>{html.escape(title)}</h3>")
+
     def text(self, text: str) -> None:
         """Add a paragraph."""
         self.parts.append(f"<p>{html.escape(text)}</p>")
+
+    def terms(self, meanings: Mapping[str, str]) -> None:
+        """Say what each of some words means."""
+        lines = (f"<dt>{html.escape(term)}</dt><dd>{html.escape(text)}</dd>" for term, text in meanings.items())
+        self.parts.append("<dl>" + "\n".join(lines) + "</dl>")
 
     def pre(self, text: str) -> None:
         """Add text whose line breaks and spaces stay."""
@@ -60,13 +63,13 @@ class Report:
         lines = [_row("th", header), *(_row("td", row) for row in rows)]
         self.parts.append("<table>" + "\n".join(lines) + "</table>")
 
-    def figure(self, figure: Figure, name: str, caption: str) -> None:
+    def figure(self, figure: Figure | SubFigure, name: str, caption: str) -> None:
         """Add a figure, embedded and as the file `name`.png, with its caption for eyes and screen readers."""
-        path = self.folder / f"{name}.png"
-        figure.savefig(path, dpi=150)
-        plt.close(figure)
+        path, root = self.folder / f"{name}.png", figure.figure
+        root.savefig(path, dpi=150)
+        plt.close(root)
         data = base64.b64encode(path.read_bytes()).decode()
-        width = round(figure.get_size_inches()[0] * 100)
+        width = round(root.get_size_inches()[0] * 100)
         text = html.escape(caption)
         self.parts.append(
             f'<figure><img width="{width}" alt="{text}" src="data:image/png;base64,{data}">'
@@ -89,36 +92,3 @@ class Report:
 
 def _row(tag: str, cells: Sequence[str]) -> str:
     return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-
-@contextmanager
-def atomic_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `out`, whose files move there at the end, or vanish if anything fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
-        raise OSError(f"cannot write results to {out}: not a writable folder")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield temporary
-        out.mkdir(exist_ok=True)
-        for path in temporary.iterdir():
-            path.replace(out / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print cells that are formatted already, aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that results depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pyro": pyro.__version__,
-        "pyro_vnd": pyro_vnd.__version__,
-    }

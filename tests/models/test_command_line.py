@@ -24,7 +24,7 @@ def demo(tmp_path_factory):
 
 def test_demo_writes_its_files_and_nothing_else(demo):
     out, _ = demo
-    figures = ("elbo_classifier", "elbo_vae", "keep_probs_classifier", "keep_probs_vae", "prefixes", "widths")
+    figures = ("elbo_classifier", "elbo_vae", "errors", "keep_probs_classifier", "keep_probs_vae", "prefixes", "widths")
     assert {path.name for path in out.iterdir()} == {
         *(f"{name}.png" for name in figures),
         "metrics.json",
@@ -52,16 +52,31 @@ def test_demo_metrics_agree_with_the_table(demo):
     assert f"1.000     {row['accuracy']:.3f}" in done.stdout
     assert len(metrics["classifier"]["keep_probs"]["mask1"]) == 64
     assert set(metrics["vae"]["mse"]) >= {"1", "16"}
+    for method, rows in metrics["classifier"]["baselines"].items():
+        assert f"accuracy, {method}  {rows[0]['accuracy']:.3f}" in done.stdout
+    errors = [1000 * metrics["vae"]["mse"]["16"], 1000 * metrics["vae"]["baselines"]["PCA"]["16"]]
+    assert ["16", *(f"{error:.1f}" for error in errors)] in [line.split() for line in done.stdout.splitlines()]
     assert metrics["header"]["command"].startswith("python -m models demo")
 
 
 def test_demo_report_is_self_contained(demo):
     out, _ = demo
     page = (out / "report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == 6
+    assert page.count('src="data:image/png;base64,') == 7
     assert 'src="http' not in page
     assert "<link" not in page
-    assert page.count("<tr>") == 9 + 9
+    # Measures by method; laws of two masks and their prior; errors by length; the law of the code and its prior.
+    assert page.count("<tr>") == (1 + 3 * 4) + (1 + 3) + (1 + 8) + (1 + 2)
+
+
+def test_demo_report_says_what_the_laws_have_learned(demo):
+    out, _ = demo
+    page, metrics = (out / "report.html").read_text(), json.loads((out / "metrics.json").read_text())
+    for law in (*metrics["classifier"]["laws"].values(), *metrics["vae"]["laws"].values()):
+        assert f"Total variation to the prior {law['total_variation']:.2f}; the law " in page
+        assert f"<td>{law['mean']:.1f}</td><td>{law['stddev']:.1f}</td><td>{law['entropy']:.2f}</td>" in page
+    for measure in ("accuracy", "NLL", "ECE", "MSE x 1000", "E[L], sd[L]", "entropy", "total variation"):
+        assert f"<dt>{measure}</dt><dd>" in page
 
 
 def test_demo_posterior_opens_in_arviz(demo):
