@@ -29,7 +29,7 @@ bench: .venv/installed  ## Measure the masks against their peers
 
 notebooks: .venv/installed  ## Run the notebooks from their scripts and keep the outputs
 	$(RUN) -m jupytext --quiet --update --to ipynb notebooks/*.py
-	env -u PYRO_VND_SMOKE OMP_NUM_THREADS=1 $(RUN) -m nbconvert --log-level ERROR --to notebook --inplace --execute \
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(RUN) -m nbconvert --log-level ERROR --to notebook --inplace --execute \
 		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 	$(RUN) -m nbconvert --log-level ERROR --to notebook --inplace --coalesce-streams notebooks/*.ipynb
 

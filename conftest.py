@@ -9,7 +9,6 @@ import torch
 
 # An environment variable, as importing matplotlib here would hide that pyro_vnd must not import it.
 os.environ["MPLBACKEND"] = "Agg"
-os.environ["PYRO_VND_SMOKE"] = "1"  # the notebooks run with few epochs and small data
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

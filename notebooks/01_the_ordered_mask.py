@@ -11,9 +11,10 @@
 # %% [markdown]
 # # The ordered mask
 #
-# A mask over K ordered units keeps a random prefix: $z_i = 1[i \le L]$ with a random length $L \in \{1, \dots, K\}$.
-# `OrderedMask` is its exact law; `OrderedMaskStraightThrough` draws the same masks with a gradient to the parameters.
-# This notebook looks at the law, at the gradient, and at a mistake that makes a learned law useless.
+# A mask over K ordered units keeps a random prefix: $z_i = 1[i \le L]$ with a random length $L \in
+# \{1, \dots, K\}$. `OrderedMask` is its exact law; `OrderedMaskStraightThrough` draws the same
+# masks with a gradient to the parameters. This notebook looks at the law, at the gradient, and at
+# a mistake that makes a learned law useless.
 
 # %%
 import matplotlib.pyplot as plt
@@ -27,27 +28,29 @@ plt.rcParams["figure.constrained_layout.use"] = True
 # %% [markdown]
 # ## The law
 #
-# The parameters are the probabilities $p_k$ of the lengths, as `probs` or as `logits`; the keep probability of unit $i$
-# is $S_i = \sum_{j \ge i} p_j$. A sample is a row of ones, then zeros.
+# The parameters are the probabilities $p_k$ of the lengths, as `probs` or as `logits`; the keep
+# probability of unit $i$ is $S_i = \sum_{j \ge i} p_j$. A sample is a row of ones, then zeros.
 
 # %%
 law = OrderedMask.geometric(0.9, 16)
 masks = law.sample((12,))
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8))
-left.imshow(masks, cmap="Blues", aspect="auto")
+left.imshow(masks, cmap="Blues", aspect="auto", extent=(0.5, 16.5, 12.5, 0.5))
 left.set(xlabel="unit", ylabel="draw", title="twelve masks")
+left.set(xticks=[1, 4, 8, 12, 16], yticks=[1, 4, 8, 12])
 right.bar(range(1, 17), law.probs, label="$p_k$")
 right.plot(range(1, 17), law.keep_probs, "o-", color="tab:orange", label="$S_k$")
-right.set(xlabel="length or unit", title="lengths and keep probabilities")
+right.set(xlabel="length, or unit", ylabel="probability", title="lengths and keep probabilities")
 right.legend()
 plt.show()
 
 # %% [markdown]
 # ## The gradient
 #
-# The straight-through law draws one uniform number $u$ a mask and keeps the units with $u < S_i$. Its backward pass
-# pretends that the mask was $\sigma((\mathrm{logit} S_i - \mathrm{logit} u) / \tau)$. How good is that? Compare it with
-# the exact gradient of $E f(z)$, a sum over all K lengths, for a nonlinear $f$.
+# The straight-through law draws one uniform number $u$ a mask and keeps the units with $u < S_i$.
+# Its backward pass pretends that the mask was $\sigma((\mathrm{logit} S_i - \mathrm{logit} u) /
+# \tau)$. How good is that? Compare it with the exact gradient of $E f(z)$, a sum over all K
+# lengths, for a nonlinear $f$.
 
 # %%
 K = 16
@@ -65,10 +68,19 @@ all_masks = OrderedMask(logits=logits).enumerate_support()
 figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), sharey=True)
 for ax, noise in zip(axes, ("logistic", "gumbel"), strict=True):
     guide = OrderedMaskStraightThrough(0.2, logits=logits, noise=noise)
-    estimates = torch.stack([torch.autograd.grad(objective(guide.rsample((4,))).mean(), logits)[0] for _ in range(500)])
+    estimates = torch.stack(
+        [torch.autograd.grad(objective(guide.rsample((4,))).mean(), logits)[0] for _ in range(500)]
+    )
     units = torch.arange(1, K + 1)
     ax.plot(units, exact, "k.-", label="exact")
-    ax.errorbar(units, estimates.mean(0), estimates.std(0), fmt="o", alpha=0.6, label="4 draws: mean and deviation")
+    ax.errorbar(
+        units,
+        estimates.mean(0),
+        estimates.std(0),
+        fmt="o",
+        alpha=0.6,
+        label="4 draws: mean and deviation",
+    )
     ax.set(title=f"noise {noise!r}", xlabel="length")
 axes[0].set(ylabel="gradient to the logit")
 axes[0].legend()
@@ -77,9 +89,9 @@ plt.show()
 # %% [markdown]
 # ## Why it matters what is a logit
 #
-# `gumbel_softmax` expects log-probabilities. Handed probabilities, which lie between 0 and 1, it samples from
-# $\mathrm{softmax}(p)$: nearly uniform, whatever was learned. With keyword-only `probs` and `logits` the mistake is
-# hard to make here, and this is what it looks like.
+# `gumbel_softmax` expects log-probabilities. Handed probabilities, which lie between 0 and 1, it
+# samples from $\mathrm{softmax}(p)$: nearly uniform, whatever was learned. With keyword-only
+# `probs` and `logits` the mistake is hard to make here, and this is what it looks like.
 
 # %%
 peaked = torch.tensor([0.01, 0.02, 0.02, 0.9, 0.02, 0.01, 0.01, 0.01])
@@ -87,7 +99,12 @@ right_lengths = OrderedMask(probs=peaked).sample((20_000,)).sum(-1)
 wrong_lengths = OrderedMask(logits=peaked).sample((20_000,)).sum(-1)
 figure, ax = plt.subplots(figsize=(5, 2.8))
 bins = torch.arange(0.5, 9.5)
-ax.hist([right_lengths, wrong_lengths], bins=bins, density=True, label=["probs=p", "logits=p, the mistake"])
+ax.hist(
+    [right_lengths, wrong_lengths],
+    bins=bins,
+    density=True,
+    label=["probs=p", "logits=p, the mistake"],
+)
 ax.plot(range(1, 9), peaked, "k_", markersize=14, label="$p_k$")
 ax.set(xlabel="length", ylabel="share of draws")
 ax.legend()
@@ -96,9 +113,10 @@ plt.show()
 # %% [markdown]
 # ## Learning a law
 #
-# Gradient ascent on $E f(z) - \mathrm{KL}(q \| p)$ has a known answer: $q_k \propto p_k e^{f_k}$, with $f_k$ the value
-# of the mask of length k. The straight-through gradient comes close to it. What is left is its bias: it looks at
-# neighbouring lengths and smooths sharp peaks. Where the law itself is the result, enumerate instead.
+# Gradient ascent on $E f(z) - \mathrm{KL}(q \| p)$ has a known answer: $q_k \propto p_k e^{f_k}$,
+# with $f_k$ the value of the mask of length k. The straight-through gradient comes close to it.
+# What is left is its bias: it looks at neighbouring lengths and smooths sharp peaks. Where the law
+# itself is the result, enumerate instead.
 
 # %%
 prior = OrderedMask.uniform(K)
@@ -106,7 +124,10 @@ q_logits = torch.zeros(K, requires_grad=True)
 optimizer = torch.optim.Adam([q_logits], lr=0.02)
 for _ in range(1500):
     guide = OrderedMaskStraightThrough(0.2, logits=q_logits)
-    loss = torch.distributions.kl_divergence(guide, prior) - 2 * objective(guide.rsample((16,))).mean()
+    loss = (
+        torch.distributions.kl_divergence(guide, prior)
+        - 2 * objective(guide.rsample((16,))).mean()
+    )
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -11,18 +11,17 @@
 # %% [markdown]
 # # An ordered VAE
 #
-# A variational autoencoder whose code comes in order: the first number says most, the next ones add detail, and the
-# code may be cut anywhere. How many numbers an image is worth is a latent variable, too: its law $q(L \mid x)$ is
-# learned together with everything else.
+# A variational autoencoder whose code comes in order: the first number says most, the next ones
+# add detail, and the code may be cut anywhere. How many numbers an image is worth is a latent
+# variable, too: its law $q(L \mid x)$ is learned together with everything else.
+#
+# The images come by a loader of the repository, `models`: start Jupyter in its root, by
+# `PYTHONPATH=$PWD jupyter lab`.
 
 # %%
-import os
-import sys
-
 import matplotlib.pyplot as plt
 import torch
 
-sys.path.insert(0, "..")  # `models` lies beside this folder
 from models.datasets import load
 from pyro_vnd.autoencoders import Bodies, GaussianLikelihood, OrderedVAE, full_width, mlp_bodies
 from pyro_vnd.diagnostics import (
@@ -36,20 +35,20 @@ from pyro_vnd.diagnostics import (
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit, linear
 
-QUICK = "PYRO_VND_SMOKE" in os.environ  # the tests want to know only whether all of this runs
-name, num_epochs, num_rows = ("digits", 2, 200) if QUICK else ("fashion-mnist", 10, 20_000)
+name, num_epochs, num_rows = "fashion-mnist", 10, 20_000
 _ = torch.manual_seed(0)
 plt.rcParams["figure.constrained_layout.use"] = True
 
 # %% [markdown]
 # ## The model
 #
-# $$L \sim p, \qquad z_i \sim N(0, 1) \text{ for } i \le L, \text{ else } 0, \qquad x \sim N(f(z, L), \sigma_L^2).$$
+# $$L \sim p, \qquad z_i \sim N(0, 1) \text{ for } i \le L, \text{ else } 0, \qquad
+#   x \sim N(f(z, L), \sigma_L^2).$$
 #
-# One Pyro site, a `NestedNormal`, carries the length and the latents. What is dropped from a code can partly be told
-# from what is kept, so a small net completes codes before the decoder sees them (`tail="completion"`); and short codes
-# explain an image less well, so each length has a noise of its own (`noise="by_length"`). Beside it an ordinary VAE:
-# the same nets, all latents always.
+# One Pyro site, a `NestedNormal`, carries the length and the latents. What is dropped from a code
+# can partly be told from what is kept, so a small net completes codes before the decoder sees them
+# (`tail="completion"`); and short codes explain an image less well, so each length has a noise of
+# its own (`noise="by_length"`). Beside it an ordinary VAE: the same nets, all latents always.
 
 # %%
 data = load(name)
@@ -62,17 +61,25 @@ def bodies() -> Bodies:
     return mlp_bodies(shape, hidden=(256, 128))
 
 
-ordered = OrderedVAE(shape, K, bodies=bodies(), likelihood=GaussianLikelihood(K, noise="by_length"), tail="completion")
-ordinary = OrderedVAE(shape, K, bodies=bodies(), prior_lengths=full_width(K), posterior_lengths="prior")
+ordered = OrderedVAE(
+    shape,
+    K,
+    bodies=bodies(),
+    likelihood=GaussianLikelihood(K, noise="by_length"),
+    tail="completion",
+)
+ordinary = OrderedVAE(
+    shape, K, bodies=bodies(), prior_lengths=full_width(K), posterior_lengths="prior"
+)
 
 # %% [markdown]
 # ## Training
 #
-# Left alone, $q(L \mid x)$ settles on the length that does best now, and other prefixes are no longer trained. A
-# `MaskSchedule` draws a quarter of the lengths from q, four tenths from a law of budgets, and the rest at full length.
-# The weight of the latents' KL rises from zero, or the last latents would be switched off before the decoder uses them.
-# The KL of the lengths weighs three times as much (`length_weight=3`), so that q stays wide where lengths do about
-# equally well.
+# Left alone, $q(L \mid x)$ settles on the length that does best now, and other prefixes are no
+# longer trained. A `MaskSchedule` draws a quarter of the lengths from q, four tenths from a law of
+# budgets, and the rest at full length. The weight of the latents' KL rises from zero, or the last
+# latents would be switched off before the decoder uses them. The KL of the lengths weighs three
+# times as much (`length_weight=3`), so that q stays wide where lengths do about equally well.
 
 # %%
 budgets = OrderedMask(probs=1 / (torch.arange(1.0, K + 1) + 0.5))
@@ -104,19 +111,23 @@ train("ordinary", ordinary, None)
 # %% [markdown]
 # ## What is a prefix worth?
 #
-# Test images, one a class, and what the mean code of each length keeps of them. One number tells tops from shoes, and
-# dark from light; with two, trousers are trousers and a sandal is one; letters on a jumper are beyond all sixteen.
+# Test images, one a class, and what the mean code of each length keeps of them. One number tells
+# tops from shoes, and dark from light; with two, trousers are trousers and a sandal is one;
+# letters on a jumper are beyond all sixteen.
 
 # %%
 test = data.test
-shown = test.images[torch.stack([(test.labels == label).nonzero()[0, 0] for label in test.labels.unique()])]
+shown = test.images[
+    torch.stack([(test.labels == label).nonzero()[0, 0] for label in test.labels.unique()])
+]
 plot_prefixes(shown[:, 0], {k: ordered.reconstruct(shown, k)[:, 0] for k in lengths})
 plt.show()
 
 # %% [markdown]
-# The yardstick is principal components, which come in order, too. The ordered VAE is better at every length, by a fifth
-# with one number and more than a third with four. Prefixes of the ordinary VAE are worth little, as its numbers come in
-# no order; but with all of them it is better than the ordered one. That is the price, if nothing is ever cut.
+# The yardstick is principal components, which come in order, too. The ordered VAE is better at
+# every length, by a fifth with one number and more than a third with four. Prefixes of the
+# ordinary VAE are worth little, as its numbers come in no order; but with all of them it is better
+# than the ordered one. That is the price, if nothing is ever cut.
 
 # %%
 centre = images.flatten(1).mean(0)
@@ -127,7 +138,9 @@ for k in lengths:
     projected = centred @ components[:, :k] @ components[:, :k].T
     errors["PCA"].append((projected - centred).square().mean().item() * 1000)
     for method, vae in vaes.items():
-        errors[method].append((vae.reconstruct(test.images, k) - test.images).square().mean().item() * 1000)
+        errors[method].append(
+            (vae.reconstruct(test.images, k) - test.images).square().mean().item() * 1000
+        )
 figure, ax = plt.subplots(figsize=(5, 3))
 print("squared error of a pixel x 1000, by length", *lengths)
 for method, values in errors.items():
@@ -142,60 +155,74 @@ plt.show()
 # %% [markdown]
 # ## Which images need long codes?
 #
-# `evaluate_prefixes` scores a model at each length, and has the learned law averaged over the images of a class. Eight
-# numbers are worth their cost for every image; then trousers stop first, and coats last.
+# `evaluate_prefixes` scores a model at each length, and has the learned law averaged over the
+# images of a class. Eight numbers are worth their cost for every image; then trousers stop first,
+# and coats last.
 
 # %%
 scores = {
-    method: evaluate_prefixes(vae, test, lengths, num_importance=0, progress=False) for method, vae in vaes.items()
+    method: evaluate_prefixes(vae, test, lengths, num_importance=0, progress=False)
+    for method, vae in vaes.items()
 }
 plot_class_lengths(scores["ordered"], data.class_names, figsize=(7, 3.5))
 plt.show()
 
 # %% [markdown]
-# Is that right? With 16 lengths the best law can be had by enumeration: $q^*(L \mid x) \propto p(L) \, e^{b_L(x) / 3}$,
-# where $b_L(x)$ is the ELBO at length L and 3 is the weight. By class the learned law is in line with the best one,
-# with longer codes; image by image it is rough. Where the lengths themselves are the result, enumerate.
+# Is that right? With 16 lengths the best law can be had by enumeration: $q^*(L \mid x) \propto
+# p(L) \, e^{b_L(x) / 3}$, where $b_L(x)$ is the ELBO at length L and 3 is the weight. By class the
+# learned law is in line with the best one, with longer codes; image by image it is rough. Where
+# the lengths themselves are the result, enumerate.
 
 # %%
 with torch.no_grad():
-    bounds = torch.stack([ordered.elbo(test.images, k, num_samples=4).elbo for k in range(1, K + 1)], -1)
+    bounds = torch.stack(
+        [ordered.elbo(test.images, k, num_samples=4).elbo for k in range(1, K + 1)], -1
+    )
     best = OrderedMask(logits=bounds / 3).mean_length
     learned = ordered.encode(test.images).mean_length
-means = torch.tensor([[values[test.labels == c].mean() for values in (best, learned)] for c in test.labels.unique()])
+means = torch.tensor(
+    [[values[test.labels == c].mean() for values in (best, learned)] for c in test.labels.unique()]
+)
 print("mean length    best  learned")
 for c in means[:, 0].argsort().tolist():
     print(f"{data.class_names[c]:12} {means[c, 0]:6.1f} {means[c, 1]:8.1f}")
-by_class, by_image = (pairs.corrcoef()[0, 1].item() for pairs in (means.T, torch.stack([best, learned])))
+by_class, by_image = (
+    pairs.corrcoef()[0, 1].item() for pairs in (means.T, torch.stack([best, learned]))
+)
 print(f"correlation over classes {by_class:.2f}, over images {by_image:.2f}")
 
 # %% [markdown]
 # ## Rate and distortion
 #
-# What a code costs, in nats, against the error that it leaves: lower and further to the left is better. Half of the
-# ordered numbers get most of what all get; prefixes of the ordinary code cost hardly less and explain little. Stars are
-# at the lengths of the posterior.
+# What a code costs, in nats, against the error that it leaves: lower and further to the left is
+# better. Half of the ordered numbers get most of what all get; prefixes of the ordinary code cost
+# hardly less and explain little. Stars are at the lengths of the posterior.
 
 # %%
-plot_rate_distortion(scores, figsize=(6, 4))
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+plot_rate_distortion(scores, ax=left)
+plot_rate_distortion({"ordered": scores["ordered"]}, ax=right)
+left.set_title("both")
+right.set_title("the ordered one alone")
 plt.show()
 
 # %% [markdown]
 # ## Samples by length
 #
-# Each row has the same random numbers: a column is one code, cut at growing lengths. Short codes are blurred, and
-# longer ones fill the same shape in, not always with a garment: the later numbers of real codes repeat part of what the
-# earlier ones say, and independent draws do not.
+# Each row has the same random numbers: a column is one code, cut at growing lengths. Short codes
+# are blurred, and longer ones fill the same shape in, not always with a garment: the later numbers
+# of real codes repeat part of what the earlier ones say, and independent draws do not.
 
 # %%
 plot_samples(ordered, lengths, 12)
 plt.show()
 
 # %% [markdown]
-# The prior can be learned with the rest: each number given those before it (`prior_latents="autoregressive"`). It is
-# one prior for all lengths, as that of a code that is cut is that of whole codes, cut. The bound is higher, and most
-# samples are garments now, at every length. Lengths are drawn from their prior here, rather than learned: the last
-# numbers cost so little that q would keep nearly all of them for every image.
+# The prior can be learned with the rest: each number given those before it
+# (`prior_latents="autoregressive"`). It is one prior for all lengths, as that of a code that is
+# cut is that of whole codes, cut. The bound is higher, and most samples are garments now, at every
+# length. Lengths are drawn from their prior here, rather than learned: the last numbers cost so
+# little that q would keep nearly all of them for every image.
 
 # %%
 learned_prior = OrderedVAE(
@@ -218,8 +245,8 @@ plt.show()
 # %% [markdown]
 # ## What does each number say?
 #
-# One image, and one number of its code after the other moved from -2.5 to 2.5. The first one makes a shirt light or
-# dark; the last ones hardly show.
+# One image, and one number of its code after the other moved from -2.5 to 2.5. The first one makes
+# a shirt light or dark; the last ones hardly show.
 
 # %%
 plot_traversals(ordered, shown[0], [1, 2, 3, 4, 8, 12, 16])
@@ -228,10 +255,13 @@ plt.show()
 # %% [markdown]
 # ## A plain encoder and decoder for four numbers
 #
-# `narrow` cuts the nets to a length; what comes out is torch, without Pyro and without this library.
+# `narrow` cuts the nets to a length; what comes out is torch, without Pyro and without this
+# library.
 
 # %%
 encoder, decoder = ordered.narrow(4)
 codes = encoder(shown)
 print(f"{tuple(shown.shape)} -> {tuple(codes.shape)} -> {tuple(decoder(codes).shape)}")
-print(f"largest difference {(decoder(codes) - ordered.reconstruct(shown, 4)).abs().max().item():.0e}")
+print(
+    f"largest difference {(decoder(codes) - ordered.reconstruct(shown, 4)).abs().max().item():.0e}"
+)
