@@ -43,7 +43,7 @@ plt.rcParams["figure.constrained_layout.use"] = True
 # ## The model
 #
 # $$L \sim p, \qquad z_i \sim N(0, 1) \text{ for } i \le L, \text{ else } 0, \qquad
-#   x \sim N(f(z, L), \sigma_L^2).$$
+# x \sim N(f(z, L), \sigma_L^2).$$
 #
 # One Pyro site, a `NestedNormal`, carries the length and the latents. What is dropped from a code
 # can partly be told from what is kept, so a small net completes codes before the decoder sees them
