@@ -202,8 +202,8 @@ print(f"correlation over classes {by_class:.2f}, over images {by_image:.2f}")
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
 plot_rate_distortion(scores, ax=left)
 plot_rate_distortion({"ordered": scores["ordered"]}, ax=right)
-left.set_title("both")
-right.set_title("the ordered one alone")
+left.set(title="both", xmargin=0.1, ymargin=0.1)
+right.set(title="the ordered one alone", xmargin=0.1, ymargin=0.1)
 plt.show()
 
 # %% [markdown]
