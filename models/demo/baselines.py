@@ -35,7 +35,8 @@ class Perceptron(nn.Module):
                 x = x * (torch.arange(x.shape[-1]) < max(1, round(width * x.shape[-1])))
             elif self.training and self.law is not None:
                 x = x * self.law.sample(x.shape[:1]).to(x)
-        return self.layers[-1](x)
+        logits: Tensor = self.layers[-1](x)
+        return logits
 
 
 def classifiers(data: Dataset, settings: Settings, law: OrderedMask, seed: int) -> dict[str, list[dict[str, float]]]:
