@@ -37,14 +37,14 @@ from models.ood import Part
 from pyro_vnd.autoencoders import (
     GaussianLikelihood,
     LinearGaussianVAE,
-    OrderedAutoencoder,
     OrderedVAE,
     OrderedVQVAE,
     OrderedWAE,
-    PriorLatents,
     full_width,
     mlp_bodies,
 )
+from pyro_vnd.autoencoders.base import OrderedAutoencoder
+from pyro_vnd.autoencoders.vae import PriorLatents
 from pyro_vnd.diagnostics import evaluate_prefixes
 from pyro_vnd.diagnostics.metrics.generative import weights_hash
 from pyro_vnd.distributions import OrderedMask

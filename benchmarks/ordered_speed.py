@@ -19,7 +19,7 @@ from torch.distributions import Normal, kl_divergence
 from benchmarks.ordered_latents import RECIPE, build, fit_arguments
 from benchmarks.record import header, markdown_table, rounded, write_json
 from benchmarks.timing import interleaved_medians, peak_bytes
-from pyro_vnd.autoencoders import PriorLatents
+from pyro_vnd.autoencoders.vae import PriorLatents
 from pyro_vnd.infer import fit
 
 RESULTS = Path(__file__).parent / "results" / "ordered_speed.json"

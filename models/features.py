@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from models.datasets import Dataset, Split
-from models.nets.sizes import check_sizes
+from pyro_vnd._sizes import check_sizes
 
 __all__ = ["FOLDER", "FeatureNet", "FeatureRecipe", "TrainedFeatures", "train_features"]
 
@@ -68,7 +68,8 @@ class FeatureNet(nn.Module):
         num_features: int = 64,
     ) -> None:
         super().__init__()
-        check_sizes(image_shape=image_shape, num_classes=num_classes, channels=channels, num_features=num_features)
+        check_sizes("FeatureNet", image_shape=image_shape, num_classes=num_classes)
+        check_sizes("FeatureNet", channels=channels, num_features=num_features)
         self.image_shape, self.num_features = image_shape, num_features
         (depth, height, width), dtype = image_shape, torch.float32
         layers: list[nn.Module] = []
@@ -129,7 +130,7 @@ def train_features(
         (torch.Size([2, 64]), True)
     """
     recipe = FeatureRecipe() if recipe is None else replace(recipe, channels=tuple(recipe.channels))
-    check_sizes(num_epochs=recipe.num_epochs, batch_size=recipe.batch_size)
+    check_sizes("train_features", num_epochs=recipe.num_epochs, batch_size=recipe.batch_size)
     if not 0 < recipe.lr < float("inf"):
         raise ValueError(f"train_features: `recipe` must have a finite `lr` > 0; got {recipe.lr}")
     path = None if folder is None else folder / f"{data.name}-{_key(data, recipe)}.pt"

@@ -12,7 +12,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from models.nets.sizes import check_sizes
+from pyro_vnd._sizes import check_sizes
 from pyro_vnd.autoencoders import mlp_bodies
 from pyro_vnd.autoencoders.likelihoods import ImageCheck
 from pyro_vnd.distributions import OrderedMask
@@ -29,7 +29,7 @@ def octaves(num_dims: int) -> OrderedMask:
         tensor([[0.6667, 0.3333, 0.0000, 0.0000],
                 [0.0000, 0.0000, 0.5714, 0.4286]])
     """
-    check_sizes(num_dims=num_dims)
+    check_sizes("octaves", num_dims=num_dims)
     ends = [0, *(2**j for j in range(1, num_dims.bit_length()) if 2**j < num_dims), num_dims]
     lengths = torch.arange(1, num_dims + 1)
     return OrderedMask(probs=torch.stack([((lengths > a) & (lengths <= b)) / lengths for a, b in pairwise(ends)]))
@@ -80,13 +80,14 @@ class MatryoshkaEmbedding(PyroModule):
         num_features: int = 256,
     ) -> None:
         super().__init__()
-        check_sizes(image_shape=image_shape, num_classes=num_classes, num_dims=num_dims, num_features=num_features)
+        check_sizes("MatryoshkaEmbedding", image_shape=image_shape, num_classes=num_classes)
+        check_sizes("MatryoshkaEmbedding", num_dims=num_dims, num_features=num_features)
         lengths = octaves(num_dims) if lengths is None else lengths
         if not isinstance(lengths, OrderedMask) or len(lengths.batch_shape) > 1 or lengths.num_units != num_dims:
             raise ValueError(
                 f"argument `lengths` must be an OrderedMask of {num_dims} units of shape () or (V,); got {lengths!r}"
             )
-        self.num_dims, self.check_images = num_dims, ImageCheck(tuple(image_shape), "", bounded=False)
+        self.num_dims, self.check_images = num_dims, ImageCheck("MatryoshkaEmbedding", tuple(image_shape))
         self.body = mlp_bodies(image_shape, (512, num_features)).encoder if body is None else body
         self.head = nn.Linear(num_features, num_dims)
         self.proxies = nn.Linear(num_dims, num_classes, bias=False)  # a bias has norms tell what cosines cannot see

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from models.nets.sizes import check_sizes
+from pyro_vnd._sizes import check_sizes
 
 
 def lenet(
@@ -35,9 +35,11 @@ def lenet(
         >>> lenet(channels=(8, 16), hidden=32, image_size=8)(torch.zeros(5, 1, 8, 8)).shape
         torch.Size([5, 10])
     """
-    check_sizes(in_channels=in_channels, num_classes=num_classes, channels=channels, hidden=hidden)
+    check_sizes("lenet", in_channels=in_channels, num_classes=num_classes, channels=channels, hidden=hidden)
     if image_size < 4:
-        raise ValueError(f"`image_size` must be at least 4, which pooling twice leaves one of; got {image_size}")
+        raise ValueError(
+            f"lenet: argument `image_size` must be at least 4, which pooling twice leaves one of; got {image_size}"
+        )
     padding = 2 if image_size < 16 else 0
     lost = 4 - 2 * padding  # by each convolution, at the borders
     side = ((image_size - lost) // 2 - lost) // 2

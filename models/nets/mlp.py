@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from models.nets.sizes import check_sizes
+from pyro_vnd._sizes import check_sizes
 
 
 def mlp(num_inputs: int = 784, num_classes: int = 10, hidden: Sequence[int] = (512, 512)) -> nn.Sequential:
@@ -27,7 +27,7 @@ def mlp(num_inputs: int = 784, num_classes: int = 10, hidden: Sequence[int] = (5
         >>> mlp(64, hidden=(32,))(torch.zeros(5, 1, 8, 8)).shape
         torch.Size([5, 10])
     """
-    check_sizes(num_inputs=num_inputs, num_classes=num_classes, hidden=hidden)
+    check_sizes("mlp", num_inputs=num_inputs, num_classes=num_classes, hidden=hidden)
     layers: list[nn.Module] = [nn.Flatten()]
     for fan_in, fan_out in pairwise((num_inputs, *hidden)):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]

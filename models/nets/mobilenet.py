@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from models.nets.residual import Residual, classifier, conv_norm
-from models.nets.sizes import check_sizes
+from pyro_vnd._sizes import check_sizes
 
 
 class Stage(NamedTuple):
@@ -67,11 +67,12 @@ def mobilenet_v2(
         >>> net(torch.zeros(5, 3, 32, 32)).shape
         torch.Size([5, 10])
     """
-    check_sizes(in_channels=in_channels, num_classes=num_classes, width=width, last_channels=last_channels)
+    check_sizes("mobilenet_v2", in_channels=in_channels, num_classes=num_classes)
+    check_sizes("mobilenet_v2", width=width, last_channels=last_channels)
     channels = _round_to_eight(32 * width)
     layers: list[nn.Module] = [*conv_norm(in_channels, channels, kernel=3), nn.ReLU6()]
     for stage in map(Stage._make, stages):
-        check_sizes(**stage._asdict())
+        check_sizes("mobilenet_v2", **stage._asdict())
         out_channels = _round_to_eight(stage.channels * width)
         for block in range(stage.num_blocks):
             layers.append(_block(channels, out_channels, stage.stride if block == 0 else 1, stage.expansion))

@@ -3,7 +3,7 @@
 from torch import nn
 
 from models.nets.residual import Residual, classifier, conv_norm, projection
-from models.nets.sizes import check_sizes
+from pyro_vnd._sizes import check_sizes
 
 
 def resnet18(in_channels: int = 3, num_classes: int = 10, base: int = 64) -> nn.Sequential:
@@ -27,7 +27,7 @@ def resnet18(in_channels: int = 3, num_classes: int = 10, base: int = 64) -> nn.
         >>> resnet18(base=8)(torch.zeros(5, 3, 32, 32)).shape
         torch.Size([5, 10])
     """
-    check_sizes(in_channels=in_channels, num_classes=num_classes, base=base)
+    check_sizes("resnet18", in_channels=in_channels, num_classes=num_classes, base=base)
     layers: list[nn.Module] = [*conv_norm(in_channels, base, kernel=3), nn.ReLU()]
     channels = base
     for stage in range(4):

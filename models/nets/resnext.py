@@ -3,7 +3,7 @@
 from torch import nn
 
 from models.nets.residual import Residual, classifier, conv_norm, projection
-from models.nets.sizes import check_sizes
+from pyro_vnd._sizes import check_sizes
 
 
 def resnext29(
@@ -38,12 +38,13 @@ def resnext29(
         >>> resnext29(cardinality=4, base_width=4, depth=11, base=8)(torch.zeros(5, 3, 32, 32)).shape
         torch.Size([5, 10])
     """
-    check_sizes(
-        in_channels=in_channels, num_classes=num_classes, cardinality=cardinality, base_width=base_width, base=base
-    )
+    check_sizes("resnext29", in_channels=in_channels, num_classes=num_classes)
+    check_sizes("resnext29", cardinality=cardinality, base_width=base_width, base=base)
     num_blocks, left = divmod(depth - 2, 9)
     if num_blocks < 1 or left:
-        raise ValueError(f"`depth` must be 9 b + 2 for b blocks a stage, as 11, 20 and 29 are; got {depth}")
+        raise ValueError(
+            f"resnext29: argument `depth` must be 9 b + 2 for b blocks a stage, as 11, 20 and 29 are; got {depth}"
+        )
     layers: list[nn.Module] = [*conv_norm(in_channels, base, kernel=3), nn.ReLU()]
     channels = base
     for stage in range(3):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from models.nets.residual import conv_norm
-from models.nets.sizes import check_sizes
+from pyro_vnd._sizes import check_sizes
 
 STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))  # channels of the convolutions before each pooling
 
@@ -41,7 +41,8 @@ def vgg11(
         >>> vgg11(width=1 / 16)(torch.zeros(5, 3, 32, 32)).shape
         torch.Size([5, 10])
     """
-    check_sizes(in_channels=in_channels, num_classes=num_classes, width=width, hidden=hidden, image_size=image_size)
+    check_sizes("vgg11", in_channels=in_channels, num_classes=num_classes)
+    check_sizes("vgg11", width=width, hidden=hidden, image_size=image_size)
     layers: list[nn.Module] = []
     for stage in STAGES:
         for base in stage:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from models.nets.sizes import check_sizes
+from pyro_vnd._sizes import check_sizes
 
 
 class PatchEmbedding(nn.Module):
@@ -98,10 +98,10 @@ def vit(
         >>> vit(1, image_size=8, dim=32, depth=2, heads=4)(torch.zeros(5, 1, 8, 8)).shape
         torch.Size([5, 10])
     """
-    check_sizes(in_channels=in_channels, num_classes=num_classes, image_size=image_size, patch=patch)
-    check_sizes(dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio)
+    check_sizes("vit", in_channels=in_channels, num_classes=num_classes, image_size=image_size, patch=patch)
+    check_sizes("vit", dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio)
     if image_size % patch:
-        raise ValueError(f"`patch` must divide the image's size, {image_size}; got {patch}")
+        raise ValueError(f"vit: argument `patch` must divide the image's size, {image_size}; got {patch}")
     if dim % heads:
         raise ValueError(f"`heads` must divide `dim`, {dim}; got {heads}")
     return nn.Sequential(

@@ -1,5 +1,6 @@
 """What all autoencoders with an ordered code have in common."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from functools import cached_property
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from pyro_vnd._compat import QuietModule
 from pyro_vnd.autoencoders.bodies import Bodies, mlp_bodies
-from pyro_vnd.autoencoders.codes import CodeDecoder, CodeEncoder, LengthPosterior, Tail, check_lengths
+from pyro_vnd.autoencoders.codes import CodeDecoder, CodeEncoder, Tail
+from pyro_vnd.autoencoders.lengths import LengthEncoder, LengthSource, check_lengths
 from pyro_vnd.autoencoders.likelihoods import GaussianLikelihood, ImageCheck, Likelihood
 from pyro_vnd.distributions import NestedNormal, OrderedMask
 from pyro_vnd.distributions.nested import NestedLaw
@@ -24,7 +26,7 @@ class OrderedAutoencoder(QuietModule):
 
     $$L \sim p, \qquad z_i \sim N(0, 1) \text{ for } i \le L, \text{ else } 0, \qquad x \sim p(x \mid f(z, L)).$$
 
-    The law of the lengths is an argument. With a `prior_lengths` of one's choice and posterior_lengths="prior" the rate
+    The law of lengths is an argument. With a `prior_lengths` of one's choice and posterior_lengths="prior" the rate
     is prescribed, as in nested dropout; with `full_width(K)` the model is an ordinary autoencoder; otherwise q(L | x)
     is learned.
 
@@ -34,13 +36,17 @@ class OrderedAutoencoder(QuietModule):
         bodies: Encoder and decoder without what touches the code; `mlp_bodies(image_shape)` by default.
         likelihood: Law of an image given what the decoder puts out; `GaussianLikelihood(num_latents)` by default.
         prior_lengths: Law of the lengths a priori; uniform by default.
-        posterior_lengths: "prior", "global" or "amortised", see `CodeEncoder`.
+        posterior_lengths: "prior", "global" or "amortised", see `LengthEncoder`.
         tail: What the decoder has in place of dropped latents: "zeros", "filler", "mask" or "completion", see
             `CodeDecoder`.
+        make_encoder: Makes the encoder from bodies, law of the lengths a priori and source of the learned one.
+        make_decoder: Makes the decoder from bodies, number of latents and tail.
 
     Raises:
         ValueError: If an argument is invalid.
     """
+
+    prior_probs: Tensor
 
     def __init__(
         self,
@@ -50,18 +56,22 @@ class OrderedAutoencoder(QuietModule):
         bodies: Bodies | None = None,
         likelihood: Likelihood | None = None,
         prior_lengths: OrderedMask | None = None,
-        posterior_lengths: LengthPosterior = "amortised",
+        posterior_lengths: LengthSource = "amortised",
         tail: Tail = "zeros",
+        make_encoder: Callable[[Bodies, OrderedMask, LengthSource], LengthEncoder] = CodeEncoder,
+        make_decoder: Callable[[Bodies, int, Tail], CodeDecoder] = CodeDecoder,
     ) -> None:
         super().__init__()
         prior_lengths = OrderedMask.uniform(num_latents) if prior_lengths is None else prior_lengths
-        check_lengths(prior_lengths, num_latents, posterior_lengths)
+        name = type(self).__name__
+        check_lengths(name, prior_lengths, num_latents, posterior_lengths)
         bodies = mlp_bodies(image_shape) if bodies is None else bodies
         self.image_shape, self.num_latents = tuple(image_shape), num_latents
-        self.encoder = CodeEncoder(bodies.encoder, bodies.num_features, prior_lengths, posterior_lengths)
-        self.decoder = CodeDecoder(bodies.decoder, bodies.num_inputs, num_latents, tail)
-        self.likelihood = GaussianLikelihood(num_latents) if likelihood is None else likelihood
-        self.check_images = ImageCheck.of(image_shape, self.likelihood)
+        self.encoder = make_encoder(bodies, prior_lengths, posterior_lengths)
+        self.decoder = make_decoder(bodies, num_latents, tail)
+        self.likelihood: Likelihood = GaussianLikelihood(num_latents) if likelihood is None else likelihood
+        bounded_by = type(self.likelihood).__name__ if self.likelihood.bounded else None
+        self.check_images = ImageCheck(name, self.image_shape, bounded_by)
         self.register_buffer("prior_probs", prior_lengths.probs.detach().clone())
 
     def forward(self, x: Tensor) -> Any:
@@ -112,7 +122,10 @@ class OrderedAutoencoder(QuietModule):
             return code
         lengths = self._length(length)
         if lengths.dim() and lengths.shape != (len(x),):
-            raise ValueError(f"argument `length` must be one for each of {len(x)} images; got {tuple(lengths.shape)}")
+            raise ValueError(
+                f"{type(self).__name__}: argument `length` must be one for each of {len(x)} images; "
+                f"got {tuple(lengths.shape)}"
+            )
         return code.cut(lengths)
 
     def decode(self, z: Tensor) -> Tensor:
@@ -129,7 +142,8 @@ class OrderedAutoencoder(QuietModule):
         """
         if z.shape[-1:] != (self.num_latents,) or not torch.isfinite(z).all():
             raise ValueError(
-                f"argument `z` must be finite codes of shape (..., {self.num_latents}); got {tuple(z.shape)}"
+                f"{type(self).__name__}: argument `z` must be finite codes of shape (..., {self.num_latents}); "
+                f"got {tuple(z.shape)}"
                 f"{'' if torch.isfinite(z).all() else ' with NaN or inf'}"
             )
         return self.likelihood.mean(self.decoder(z, NestedNormal.mask_of(z)))
@@ -212,7 +226,9 @@ class OrderedAutoencoder(QuietModule):
             lengths.dtype not in (torch.int64, torch.int32)
             or not ((lengths >= 1) & (lengths <= self.num_latents)).all()
         ):
-            raise ValueError(f"argument `length` must be integers from 1 to {self.num_latents}; got {length}")
+            raise ValueError(
+                f"{type(self).__name__}: argument `length` must be integers from 1 to {self.num_latents}; got {length}"
+            )
         return lengths
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from pyro_vnd._sizes import check_sizes
+
 __all__ = ["Bodies", "conv_bodies", "linear_bodies", "mlp_bodies"]
 
 
@@ -47,7 +49,7 @@ def mlp_bodies(
         >>> bodies.encoder(torch.zeros(5, 1, 8, 8)).shape, bodies.decoder(torch.zeros(5, 16)).shape
         (torch.Size([5, 16]), torch.Size([5, 1, 8, 8]))
     """
-    check_sizes(image_shape=image_shape, hidden=hidden)
+    check_sizes("mlp_bodies", image_shape=image_shape, hidden=hidden)
     down: list[nn.Module] = [nn.Flatten()]
     up: list[nn.Module] = []
     for n_in, n_out in zip([prod(image_shape), *hidden[:-1]], hidden, strict=True):
@@ -78,7 +80,7 @@ def conv_bodies(image_shape: Sequence[int], channels: Sequence[int] = (32, 64), 
         >>> bodies.encoder(torch.zeros(5, 1, 8, 8)).shape, bodies.decoder(torch.zeros(5, 16)).shape
         (torch.Size([5, 16]), torch.Size([5, 1, 8, 8]))
     """
-    check_sizes(image_shape=image_shape, channels=channels, hidden=hidden)
+    check_sizes("conv_bodies", image_shape=image_shape, channels=channels, hidden=hidden)
     factor = 2 ** len(channels)
     if len(image_shape) != 3 or image_shape[1] % factor or image_shape[2] % factor:
         raise ValueError(
@@ -107,13 +109,9 @@ def linear_bodies(image_shape: Sequence[int]) -> Bodies:
 
     Returns:
         The bodies.
+
+    Raises:
+        ValueError: If a size is not positive.
     """
-    check_sizes(image_shape=image_shape)
+    check_sizes("linear_bodies", image_shape=image_shape)
     return Bodies(nn.Flatten(), prod(image_shape), nn.Unflatten(-1, tuple(image_shape)), prod(image_shape))
-
-
-def check_sizes(**sizes: float | Sequence[float]) -> None:
-    """Raises a ValueError that names the first argument with a size that is not positive."""
-    for name, size in sizes.items():
-        if any(each <= 0 for each in (size if isinstance(size, Sequence) else (size,))):
-            raise ValueError(f"`{name}` must be positive; got {size}")

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.fx import symbolic_trace
@@ -106,7 +106,7 @@ class IsotropicNormal(TorchDistribution):
 
 
 class Likelihood(nn.Module):
-    """Base of the laws of pixels.
+    """Base of the laws of images given what a decoder puts out.
 
     Attributes:
         bounded: Whether pixels must lie in [0, 1].
@@ -156,6 +156,7 @@ class GaussianLikelihood(Likelihood):
     """
 
     bounded = False
+    steps: Tensor
 
     def __init__(
         self,
@@ -251,29 +252,27 @@ class ImageCheck:
     """A check of images, which a model shares with its guide: under inference that one sees them first.
 
     Attributes:
+        model: Name of the model, for messages.
         shape: Shape of an image.
-        law: Name of the law of the pixels.
-        bounded: Whether pixels must lie in [0, 1].
+        bounded_by: Name of the likelihood that wants pixels in [0, 1], None if they are free.
     """
 
+    model: str
     shape: tuple[int, ...]
-    law: str
-    bounded: bool
-
-    @classmethod
-    def of(cls, shape: tuple[int, ...], likelihood: Likelihood) -> "ImageCheck":
-        """Return the check of a shape and a law of pixels."""
-        return cls(tuple(shape), type(likelihood).__name__, likelihood.bounded)
+    bounded_by: str | None = None
 
     def __call__(self, x: Tensor) -> None:
         """Raise a ValueError if images have the wrong shape or pixels."""
+        argument = f"{self.model}: argument `x`"
         if not isinstance(x, Tensor) or x.shape[1:] != self.shape or x.dim() != 1 + len(self.shape):
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"argument `x` must be images of shape (N, {', '.join(map(str, self.shape))}); got {got}")
+            raise ValueError(f"{argument} must be images of shape (N, {', '.join(map(str, self.shape))}); got {got}")
         if not len(x):
             return
         low, high = (bound.item() for bound in x.aminmax())
         if not (low > -torch.inf and high < torch.inf):  # NaN is in neither
-            raise ValueError("argument `x` must be finite images; got NaN or inf")
-        if self.bounded and not (low >= 0 and high <= 1):
-            raise ValueError(f"argument `x` must have pixels in [0, 1] for {self.law}; got {low:.4g} to {high:.4g}")
+            raise ValueError(f"{argument} must be finite images; got NaN or inf")
+        if self.bounded_by is not None and not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"{argument} must have pixels in [0, 1] for {self.bounded_by}; got {low:.4g} to {high:.4g}"
+            )

@@ -1,5 +1,6 @@
 """A linear variational autoencoder: probabilistic principal components with a learned order."""
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -7,10 +8,10 @@ from torch import Tensor
 from torch.distributions import LowRankMultivariateNormal
 
 from pyro_vnd.autoencoders.bodies import linear_bodies
-from pyro_vnd.autoencoders.codes import CodeEncoder, LengthPosterior
+from pyro_vnd.autoencoders.codes import CodeEncoder
+from pyro_vnd.autoencoders.lengths import LengthSource
 from pyro_vnd.autoencoders.likelihoods import GaussianLikelihood
 from pyro_vnd.autoencoders.vae import OrderedVAE
-from pyro_vnd.distributions import OrderedMask
 
 __all__ = ["LinearGaussianVAE"]
 
@@ -34,11 +35,10 @@ class LinearGaussianVAE(OrderedVAE):
     Args:
         image_shape: Shape of an image, (D,) or (C, H, W).
         num_latents: K.
-        prior_lengths: Law of the lengths a priori; uniform by default.
-        posterior_lengths: "prior", "global" or "amortised", see `CodeEncoder`.
+        posterior_lengths: "prior", "global" or "amortised", see `LengthEncoder`.
         noise: "shared", or "by_length" for a sigma for each length.
         scale: Where sigma starts.
-        **kwargs: As in `OrderedVAE`, without `bodies` and `likelihood`; `tail` without "completion", `prior_latents`
+        **kwargs: As in `OrderedVAE`, without nets and likelihood; `tail` without "completion", `prior_latents`
             without "autoregressive".
 
     Raises:
@@ -58,8 +58,7 @@ class LinearGaussianVAE(OrderedVAE):
         image_shape: tuple[int, ...],
         num_latents: int = 8,
         *,
-        prior_lengths: OrderedMask | None = None,
-        posterior_lengths: LengthPosterior = "global",
+        posterior_lengths: LengthSource = "global",
         noise: Literal["shared", "by_length"] = "shared",
         scale: float = 0.3,
         **kwargs: Any,
@@ -68,18 +67,15 @@ class LinearGaussianVAE(OrderedVAE):
             raise ValueError("LinearGaussianVAE: argument `tail` must not be 'completion', which is not linear")
         if kwargs.get("prior_latents", "independent") != "independent":
             raise ValueError("LinearGaussianVAE: argument `prior_latents` must be 'independent', or it is not Gaussian")
-        bodies = linear_bodies(image_shape)
-        prior = OrderedMask.uniform(num_latents) if prior_lengths is None else prior_lengths
         super().__init__(
             image_shape,
             num_latents,
-            bodies=bodies,
+            bodies=linear_bodies(image_shape),
             likelihood=GaussianLikelihood(num_latents, noise, scale),
-            prior_lengths=prior,
             posterior_lengths=posterior_lengths,
+            make_encoder=partial(CodeEncoder, shared_scale=True),
             **kwargs,
         )
-        self.encoder = CodeEncoder(bodies.encoder, bodies.num_features, prior, posterior_lengths, shared_scale=True)
 
     def components(self, length: int | None = None) -> Tensor:
         """Return the first columns of W.
@@ -118,8 +114,8 @@ class LinearGaussianVAE(OrderedVAE):
 
     def _marginal(self, x: Tensor, length: int) -> Tensor:
         code = self.prior_probs.new_zeros(self.num_latents)
-        pixels = self.likelihood_given(code, self.prior(length).keep_probs)  # at z = 0 its mean is b, whatever the tail
+        given = self.likelihood_given(code, self.prior(length).keep_probs)  # at z = 0 its mean is b, whatever the tail
         law = LowRankMultivariateNormal(
-            pixels.mean.flatten(), self.components(length), pixels.variance.flatten(), validate_args=False
+            given.mean.flatten(), self.components(length), given.variance.flatten(), validate_args=False
         )
         return law.log_prob(x.flatten(1))

@@ -11,7 +11,8 @@ from torch.nn.functional import embedding
 from torch.types import _size
 
 from pyro_vnd.autoencoders.bodies import Bodies
-from pyro_vnd.autoencoders.codes import CodeDecoder, LengthEncoder, LengthPosterior, Tail
+from pyro_vnd.autoencoders.codes import CodeDecoder, Tail
+from pyro_vnd.autoencoders.lengths import LengthEncoder, LengthSource
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
 
 __all__ = ["BlockDecoder", "Blocks", "LookUp", "Nearest", "Quantiser", "TokenEncoder", "TokenPrior"]
@@ -171,10 +172,17 @@ class TokenPrior(TorchDistribution):
 
 
 class TokenEncoder(LengthEncoder):
-    """Unquantised flat codes of images, and the law of the masks over their blocks."""
+    """Unquantised flat codes of images, and the law of the masks over their blocks.
 
-    def __init__(self, bodies: Bodies, prior: OrderedMask, posterior: LengthPosterior, blocks: Blocks) -> None:
-        super().__init__(bodies.encoder, bodies.num_features, blocks.num_blocks * blocks.size, prior, posterior)
+    Args:
+        bodies: As in `LengthEncoder`.
+        prior: As in `LengthEncoder`.
+        source: As in `LengthEncoder`.
+        block_size: Numbers of a block.
+    """
+
+    def __init__(self, bodies: Bodies, prior: OrderedMask, source: LengthSource, *, block_size: int) -> None:
+        super().__init__(bodies, prior.num_units * block_size, prior, source)
 
     def forward(self, x: Tensor) -> tuple[Tensor, OrderedMaskStraightThrough]:
         """Return values, shape (N, T * D), and the law, batch shape (N,) or none where images share it."""
@@ -183,23 +191,32 @@ class TokenEncoder(LengthEncoder):
 
 
 class BlockDecoder(CodeDecoder):
-    """Decoder of codes whose units are blocks of numbers."""
+    """Decoder of codes that are kept or dropped in blocks of numbers.
 
-    def __init__(self, bodies: Bodies, blocks: Blocks, tail: Tail) -> None:
-        super().__init__(bodies.decoder, bodies.num_inputs, blocks.num_blocks * blocks.size, tail)
-        self.size = blocks.size
+    Args:
+        bodies: As in `CodeDecoder`.
+        num_blocks: K.
+        tail: As in `CodeDecoder`.
+        block_size: Numbers of a block.
+    """
+
+    def __init__(self, bodies: Bodies, num_blocks: int, tail: Tail, *, block_size: int) -> None:
+        super().__init__(bodies, num_blocks * block_size, tail)
+        self.block_size = block_size
 
     def forward(self, code: Tensor, mask: Tensor) -> Tensor:
         """Return the outputs of flat codes and their masks over blocks, shape (..., K)."""
-        return super().forward(code, mask.repeat_interleave(self.size, -1))
+        return super().forward(code, mask.repeat_interleave(self.block_size, -1))
 
     def narrow(self, length: int) -> nn.Sequential:
         """Return a plain net from the first blocks to the outputs."""
-        return super().narrow(length * self.size)
+        return super().narrow(length * self.block_size)
 
 
 class Nearest(nn.Module):
     """Flat codes of whole blocks to tokens."""
+
+    codebook: Tensor
 
     def __init__(self, codebook: Tensor, num_tokens: int, by_token: bool) -> None:
         super().__init__()
@@ -217,6 +234,8 @@ class Nearest(nn.Module):
 
 class LookUp(nn.Module):
     """Tokens to flat codes of whole blocks."""
+
+    codebook: Tensor
 
     def __init__(self, codebook: Tensor, by_token: bool) -> None:
         super().__init__()

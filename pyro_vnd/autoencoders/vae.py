@@ -89,11 +89,22 @@ class OrderedVAE(OrderedAutoencoder):
     ) -> None:
         super().__init__(image_shape, num_latents, **kwargs)
         if prior_latents not in get_args(PriorLatents):
-            raise ValueError(f"argument `prior_latents` must be one of {get_args(PriorLatents)}; got {prior_latents!r}")
+            raise ValueError(
+                f"{type(self).__name__}: argument `prior_latents` must be one of {get_args(PriorLatents)}; "
+                f"got {prior_latents!r}"
+            )
         if enumerate_lengths and prior_latents != "independent":
-            raise ValueError("argument `enumerate_lengths` needs prior_latents='independent'")
+            raise ValueError(
+                f"{type(self).__name__}: argument `enumerate_lengths` needs prior_latents='independent'; "
+                f"got {prior_latents!r}"
+            )
         self.conditioner = Conditioner(num_latents) if prior_latents == "autoregressive" else None
-        self.enumerate_lengths = enumerate_lengths
+        self._enumerate_lengths = enumerate_lengths
+
+    @property
+    def enumerate_lengths(self) -> bool:
+        """Whether mask and latents are two sites; the guide is made for one or the other, so that it stays."""
+        return self._enumerate_lengths
 
     def _prior(self) -> NestedLaw:
         """Return the prior of a code whose length is random."""
@@ -131,7 +142,9 @@ class OrderedVAE(OrderedAutoencoder):
             ValueError: If an argument is invalid.
         """
         if num_samples < 1:
-            raise ValueError(f"argument `num_samples` must be at least 1; got {num_samples}")
+            raise ValueError(
+                f"{type(self).__name__}.elbo: argument `num_samples` must be at least 1; got {num_samples}"
+            )
         q, p = self.encode(x, length), self.prior(length)
         p = p.expand(q.batch_shape)
         code = q.rsample((num_samples,))
@@ -171,10 +184,13 @@ class OrderedVAE(OrderedAutoencoder):
         """
         if num_samples < 1 or chunk_size < 1:
             raise ValueError(
-                f"arguments `num_samples` and `chunk_size` must be at least 1; got {num_samples} and {chunk_size}"
+                f"{type(self).__name__}.log_likelihood: arguments `num_samples` and `chunk_size` must be at least 1; "
+                f"got {num_samples} and {chunk_size}"
             )
         if unit not in ("nats", "bits_per_dim"):
-            raise ValueError(f"argument `unit` must be 'nats' or 'bits_per_dim'; got {unit!r}")
+            raise ValueError(
+                f"{type(self).__name__}.log_likelihood: argument `unit` must be 'nats' or 'bits_per_dim'; got {unit!r}"
+            )
         q, p = self.encode(x, length), self.prior(length)
         at_once = max(chunk_size // max(len(x), 1), 1)
         log_weights = []

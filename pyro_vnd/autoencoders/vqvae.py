@@ -2,7 +2,7 @@
 
 import math
 from copy import deepcopy
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
 import pyro
@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from torch.fx import symbolic_trace
 from torch.nn.functional import one_hot
 
-from pyro_vnd._compat import QuietModule
-from pyro_vnd.autoencoders.base import OrderedAutoencoder
-from pyro_vnd.autoencoders.bodies import Bodies, check_sizes, mlp_bodies
-from pyro_vnd.autoencoders.codes import LengthPosterior, Tail
+from pyro_vnd._sizes import check_sizes
+from pyro_vnd.autoencoders.base import EncoderGuide, OrderedAutoencoder
 from pyro_vnd.autoencoders.quantiser import BlockDecoder, Blocks, LookUp, Nearest, Quantiser, TokenEncoder, TokenPrior
 from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough
 
@@ -49,12 +47,7 @@ class OrderedVQVAE(OrderedAutoencoder):
         ordered: "tokens" or "dims".
         commitment: Pull of the encoder to the codebook, in nats for a squared distance of one; the usual 0.25 is for a
             squared error without its $1 / 2 \sigma^2$, which is some 20 times as large for images that are told well.
-        bodies: Encoder and decoder without what touches the code; `mlp_bodies(image_shape)` by default.
-        prior_lengths: Law of the lengths a priori, over K = T or D units; uniform by default.
-        posterior_lengths: "prior", "global" or "amortised", see `LengthEncoder`.
-        tail: What the decoder has in place of what is dropped: "zeros", "filler", "mask" or "completion", see
-            `CodeDecoder`.
-        **kwargs: As in `OrderedAutoencoder`.
+        **kwargs: As in `OrderedAutoencoder`; the laws of lengths are over K = T or D.
 
     Raises:
         ValueError: If an argument is invalid.
@@ -70,6 +63,8 @@ class OrderedVQVAE(OrderedAutoencoder):
         (torch.Size([64, 3]), 12.0, torch.Size([64, 1, 8, 8]))
     """
 
+    token_probs: Tensor
+
     def __init__(
         self,
         image_shape: tuple[int, ...],
@@ -79,32 +74,22 @@ class OrderedVQVAE(OrderedAutoencoder):
         *,
         ordered: Ordered = "tokens",
         commitment: float = 5.0,
-        bodies: Bodies | None = None,
-        prior_lengths: OrderedMask | None = None,
-        posterior_lengths: LengthPosterior = "amortised",
-        tail: Tail = "zeros",
         **kwargs: Any,
     ) -> None:
         if ordered not in get_args(Ordered):
             raise ValueError(f"OrderedVQVAE: argument `ordered` must be one of {get_args(Ordered)}; got {ordered!r}")
         if not 0 <= commitment < math.inf:
             raise ValueError(f"OrderedVQVAE: argument `commitment` must be finite and >= 0; got {commitment}")
-        check_sizes(num_tokens=num_tokens, dim=dim, codebook_size=codebook_size)
+        check_sizes("OrderedVQVAE", num_tokens=num_tokens, dim=dim, codebook_size=codebook_size)
         blocks = Blocks(num_tokens, dim, ordered == "tokens")
-        prior = OrderedMask.uniform(blocks.num_blocks) if prior_lengths is None else prior_lengths
-        bodies = mlp_bodies(image_shape) if bodies is None else bodies
         super().__init__(
             image_shape,
             blocks.num_blocks,
-            bodies=bodies,
-            prior_lengths=prior,
-            posterior_lengths=posterior_lengths,
-            tail=tail,
+            make_encoder=partial(TokenEncoder, block_size=blocks.size),
+            make_decoder=partial(BlockDecoder, block_size=blocks.size),
             **kwargs,
         )
         self.blocks, self.codebook_size = blocks, codebook_size
-        self.encoder = TokenEncoder(bodies, prior, posterior_lengths, blocks)
-        self.decoder = BlockDecoder(bodies, blocks, tail)
         self.quantiser = Quantiser(codebook_size, dim, commitment)
         self.register_buffer("token_probs", torch.full((num_tokens, codebook_size), 1 / codebook_size))
 
@@ -199,7 +184,10 @@ class OrderedVQVAE(OrderedAutoencoder):
         """
         size = self.blocks.num_blocks * self.blocks.size
         if z.shape[-1:] != (size,) or not torch.isfinite(z).all():
-            raise ValueError(f"argument `z` must be finite codes of shape (..., {size}); got {tuple(z.shape)}")
+            raise ValueError(
+                f"OrderedVQVAE: argument `z` must be finite codes of shape (..., {size}); got {tuple(z.shape)}"
+                f"{'' if torch.isfinite(z).all() else ' with NaN or inf'}"
+            )
         used = (z.unflatten(-1, (self.blocks.num_blocks, self.blocks.size)) != 0).any(-1)
         return self.likelihood.mean(self.decoder(z, NestedNormal.mask_of(used.to(z.dtype))))
 
@@ -266,7 +254,7 @@ class OrderedVQVAE(OrderedAutoencoder):
         return self.blocks.flat(over_vectors * nn.functional.embedding(index, self.quantiser.codebook))
 
 
-class TokenGuide(QuietModule):
+class TokenGuide(EncoderGuide):
     """Amortised guide of a vector-quantised autoencoder.
 
     Args:
@@ -274,9 +262,8 @@ class TokenGuide(QuietModule):
     """
 
     def __init__(self, model: OrderedVQVAE) -> None:
-        super().__init__()
-        self.encoder, self.quantiser, self.blocks = model.encoder, model.quantiser, model.blocks
-        self.check_images = model.check_images
+        super().__init__(model)
+        self.quantiser, self.blocks = model.quantiser, model.blocks
 
     def forward(self, x: Tensor) -> Tensor:
         """Draw masks and codes of images, shape (N, *image_shape)."""

@@ -64,7 +64,10 @@ class InverseMultiquadratic(Kernel):
             return x.new_ones(len(x))
         y = x if y is None else y
         squares = (x.square().sum(-1, keepdim=True) - 2 * x @ y.T + y.square().sum(-1)).clamp_min(0)
-        return sum(2 * scale / (2 * scale + squares) for scale in self.scales) / len(self.scales)
+        similarity = torch.zeros_like(squares)
+        for scale in self.scales:
+            similarity = similarity + 2 * scale / (2 * scale + squares)
+        return similarity / len(self.scales)
 
 
 def squared_mmd(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
@@ -89,9 +92,12 @@ def squared_mmd(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
     Source: Gretton et al., "A kernel two-sample test", JMLR 13, 2012, lemma 6.
     """
     if x.shape != y.shape or x.dim() != 2 or len(x) < 2:
-        raise ValueError(f"the discrepancy needs two or more pairs of codes; got {tuple(x.shape)}, {tuple(y.shape)}")
+        raise ValueError(
+            "squared_mmd: arguments `x` and `y` must be two or more pairs of codes; "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
     if kernel.input_dim != x.shape[-1]:
-        raise ValueError(f"argument `kernel` is over {kernel.input_dim} numbers; codes have {x.shape[-1]}")
+        raise ValueError(f"squared_mmd: argument `kernel` is over {kernel.input_dim} numbers; codes have {x.shape[-1]}")
     n = len(x)
     kernel = _with_constants(kernel)
     # Under the setting a module needs a store of its own, even one that is made without.
@@ -103,11 +109,12 @@ def squared_mmd(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
 
 def _with_constants(kernel: Kernel) -> Kernel:
     """Turn parameters of a kernel into numbers: Pyro would find those of another kernel under the same name."""
-    if not any(getattr(part, "_pyro_params", None) for part in kernel.modules()):
+    if not list(kernel.parameters()):
         return kernel
     kernel = deepcopy(kernel)
     for part in kernel.modules():
-        for name in list(getattr(part, "_pyro_params", ())):
+        for parameter, _ in list(part.named_parameters(recurse=False)):
+            name = parameter.removesuffix("_unconstrained")  # what a PyroParam is as a parameter of torch
             value = getattr(part, name).detach()
             delattr(part, name)
             setattr(part, name, value)
@@ -198,11 +205,11 @@ class AggregateMMD(Trace_MMD):
         draws = [value.movedim(dims, list(range(len(dims)))) for value in (guide_site["value"], p.rsample())]
         if len(dims) == 1:
             draws = [value.unsqueeze(0) for value in draws]
-        num_rows = draws[0].shape[1]
+        kernels: Any = self.kernel  # by name, whatever was given
+        scales: Any = self.mmd_scale
+        kernel, weight = kernels[name], scale * draws[0].shape[1] * scales[name]
         for codes, others in zip(*(value.flatten(2) for value in draws), strict=True):
-            penalty = penalty + scale * num_rows * self._mmd_scale[name] * squared_mmd(
-                codes, others, self._kernel[name]
-            )
+            penalty = penalty + weight * squared_mmd(codes, others, kernel)
         return penalty
 
 

@@ -98,7 +98,7 @@ def test_without_an_order_only_the_whole_subspace_is(data: str):
 
 def small_vae(**kwargs: Any) -> tuple[LinearGaussianVAE, Tensor]:
     """One of three latents and five pixels that fits nothing, with a guide wide enough for its weights, and images."""
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     prior = OrderedMask(probs=torch.tensor([0.2, 0.5, 0.3]))
     vae = shaken(LinearGaussianVAE((1, 5, 1), 3, prior_lengths=prior, scale=0.8, **kwargs), 0.2)
     with torch.no_grad():

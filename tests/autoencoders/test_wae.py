@@ -14,8 +14,8 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 from models.datasets import load
-from pyro_vnd.autoencoders import AggregateMMD, InverseMultiquadratic, OrderedWAE, full_width, mlp_bodies
-from pyro_vnd.autoencoders.wae import squared_mmd
+from pyro_vnd.autoencoders import OrderedWAE, full_width, mlp_bodies
+from pyro_vnd.autoencoders.wae import AggregateMMD, InverseMultiquadratic, squared_mmd
 from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough
 from pyro_vnd.infer import LengthCollapseWarning, MaskSchedule, fit, module_local_params
 

@@ -1,0 +1,104 @@
+"""Where the lengths of codes come from: their law a priori, and what an encoder says of them."""
+
+from typing import Literal, TypeAlias, TypedDict, get_args
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vnd.autoencoders.bodies import Bodies
+from pyro_vnd.distributions import OrderedMask
+
+__all__ = ["LengthEncoder", "LengthParameters", "LengthSource", "check_lengths", "full_width"]
+
+LengthSource: TypeAlias = Literal["prior", "global", "amortised"]
+
+
+class LengthParameters(TypedDict, total=False):
+    """The one argument that tells a law of lengths.
+
+    Attributes:
+        probs: Probabilities of the lengths, or
+        logits: their logits.
+    """
+
+    probs: Tensor
+    logits: Tensor
+
+
+def full_width(num_latents: int) -> OrderedMask:
+    """Return the law that keeps every latent: with it an ordered model is an ordinary one.
+
+    Args:
+        num_latents: K.
+
+    Returns:
+        The law, all of whose mass is on L = K.
+
+    Example:
+        >>> full_width(3).keep_probs
+        tensor([1., 1., 1.])
+    """
+    return OrderedMask(probs=(torch.arange(num_latents) == num_latents - 1).to(torch.get_default_dtype()))
+
+
+class LengthEncoder(nn.Module):
+    """Numbers for each image and a law of lengths, from one linear map: what encoders of ordered codes share.
+
+    Args:
+        bodies: Whose encoder maps images to features.
+        num_values: Numbers for each image.
+        prior: Law of the lengths a priori.
+        source: Where q(L | x) comes from: "prior" leaves it at the prior, which makes the prior's rate a prescribed
+            one, as in nested dropout; "global" learns one law for all images; "amortised" one for each.
+    """
+
+    length_probs: Tensor
+
+    def __init__(self, bodies: Bodies, num_values: int, prior: OrderedMask, source: LengthSource) -> None:
+        super().__init__()
+        self.body, self.source, self.num_latents, self.num_values = bodies.encoder, source, prior.num_units, num_values
+        self.heads = nn.Linear(bodies.num_features, num_values + (self.num_latents if source == "amortised" else 0))
+        if source == "prior":
+            self.register_buffer("length_probs", prior.probs.detach().clone())
+        elif source == "global":
+            self.length_logits = nn.Parameter(prior.logits.detach().clone())
+        else:
+            with torch.no_grad():  # starts at the prior
+                self.heads.weight[num_values:] = 0
+                self.heads.bias[num_values:] = prior.logits.detach()
+
+    def values_and_lengths(self, x: Tensor) -> tuple[Tensor, LengthParameters]:
+        """Return the numbers, shape (N, num_values), and what tells the law of the lengths."""
+        heads = self.heads(self.body(x))
+        if self.source == "prior":
+            return heads, {"probs": self.length_probs}
+        if self.source == "global":
+            return heads, {"logits": self.length_logits}
+        values, lengths = heads.split([self.num_values, self.num_latents], -1)
+        return values, {"logits": lengths}
+
+    def narrow(self, num_values: int) -> nn.Sequential:
+        """Return a plain net from images to the first numbers."""
+        head = nn.Linear(self.heads.in_features, num_values).to(self.heads.weight)
+        with torch.no_grad():
+            head.weight.copy_(self.heads.weight[:num_values])
+            head.bias.copy_(self.heads.bias[:num_values])
+        return nn.Sequential(self.body, head)
+
+
+def check_lengths(model: str, prior: OrderedMask, num_latents: int, source: str) -> None:
+    """Raise a ValueError if the law of the lengths is not a single one over K, or nobody knows the source."""
+    if not isinstance(prior, OrderedMask) or prior.batch_shape or prior.num_units != num_latents:
+        raise ValueError(
+            f"{model}: argument `prior_lengths` must be an OrderedMask over {num_latents} units without batch shape; "
+            f"got {prior!r}"
+        )
+    if source not in get_args(LengthSource):
+        raise ValueError(
+            f"{model}: argument `posterior_lengths` must be one of {get_args(LengthSource)}; got {source!r}"
+        )
+    if source != "prior" and not (prior.probs > 0).all():
+        raise ValueError(
+            f"{model}: argument `prior_lengths` gives some lengths no probability, so that a learned posterior would "
+            "have an infinite KL; give it positive probabilities, or posterior_lengths='prior'"
+        )
