@@ -118,7 +118,7 @@ def train(method: str, seed: int, data: Dataset, recipe: Recipe) -> tuple[Matryo
         progress=sys.stderr.isatty(),
     )
     seconds = time.thread_time() - started
-    return net.eval(), net.length_law(guide), seconds
+    return net.eval(), net.length_law, seconds
 
 
 def retrieval_accuracy(index: Split, queries: Split, top_k: int = 10, chunk_size: int = 500) -> dict[str, float]:

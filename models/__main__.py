@@ -1,8 +1,9 @@
-"""Command line: `python -m models` lists the models, `demo` and `nest` train them on real images."""
+"""Command line: `python -m models` lists the models, `demo` and `nest` train some of them on real images."""
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -10,18 +11,18 @@ from models import datasets, demo, nested_zoo
 from models.nets import NETS
 from pyro_vnd.infer import NonFiniteLossError
 
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # it has no public name
+
 MODELS = {
-    "MaskedPerceptron": "Bayesian classifier that can be cut to any width, written out (models/masked_perceptron.py)",
-    "OrderedVAE": "variational autoencoder whose code can be cut at any length (pyro_vnd/autoencoders)",
-    "OrderedWAE": "the same with a maximum mean discrepancy in place of the KL",
-    "OrderedVQVAE": "the same with quantised codes, tokens or their dimensions in order",
-    "LinearGaussianVAE": "probabilistic principal components in their order",
+    "demo": "a Bayesian classifier of any width and an OrderedVAE, trained and compared (models/demo)",
+    "nest": f"an ordinary net made Bayesian and cuttable (models/nested_zoo.py): {', '.join(NETS)}",
+    "MaskedPerceptron": "Bayesian classifier of any width, its masks written out (models/masked_perceptron.py)",
     "OrderedRegression": "order of a regression: exact, NUTS, enumerated, straight-through (models/order_selection.py)",
     "GaussianMixture": "mixture whose number of components is learned (models/mixture.py)",
     "Autoregression": "autoregression whose order is learned (models/autoregression.py)",
     "FactorModel": "Bayesian principal components whose rank is learned (models/factor_model.py)",
     "MatryoshkaEmbedding": "embedding of images that can be cut anywhere (models/matryoshka.py)",
-    "nets": f"ordinary nets that `nest` makes Bayesian and cuttable (models/nets): {', '.join(NETS)}",
+    "data_parallel": "a nested net trained by several processes (models/data_parallel.py)",
 }
 
 
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _add_demo(commands: argparse._SubParsersAction) -> None:
+def _add_demo(commands: Commands) -> None:
     command = commands.add_parser("demo", help="train both models on real images and write a report")
     command.add_argument("--data", default="digits", metavar="NAME", help=f"one of {', '.join(demo.SETTINGS)}")
     command.add_argument("--out", type=Path, default=Path("results/demo"), metavar="DIR", help="default: %(default)s")
@@ -60,7 +61,7 @@ def _run_demo(options: argparse.Namespace) -> None:
     demo.run(options.data, options.out, seed=options.seed, quick=options.quick)
 
 
-def _add_nest(commands: argparse._SubParsersAction) -> None:
+def _add_nest(commands: Commands) -> None:
     command = commands.add_parser("nest", help="nest a net, train it on real images, score and narrow it")
     command.add_argument("net", metavar="NET", help=f"one of {', '.join(NETS)}")
     command.add_argument("--data", default="digits", metavar="NAME", help=f"one of {', '.join(datasets.NAMES)}")

@@ -58,9 +58,7 @@ class Autoregression:
         past = lags(y, k)
         mask = pyro.sample("mask", OrderedMask.geometric(y.new_tensor(self.keep), k))
         coefficients = pyro.sample("coefficients", dist.Normal(y.new_zeros(k), self.coefficient_scale).to_event(1))
-        noise = self.noise
-        if noise is None:
-            noise = pyro.sample("noise", dist.LogNormal(y.new_zeros(()), 1.0))
+        noise = pyro.sample("noise", dist.LogNormal(y.new_zeros(()), 1.0)) if self.noise is None else self.noise
         with pyro.plate("time", len(past)):
             # No matrix product: enumeration puts the masks to the left of the plate.
             pyro.sample("y", dist.Normal((past * (mask * coefficients)).sum(-1), noise), obs=y[k:])

@@ -9,8 +9,8 @@ Every process writes the net that it ends with, rank0.pt and so on, and the firs
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -84,7 +84,7 @@ def train(num_epochs: int, batch_size: int = 128, seed: int = 0) -> tuple[Nested
         optimizer = torch.optim.Adam(objective.parameters(), lr=0.01)
         torch.manual_seed(seed + 1 + rank)  # from here on each draws its own masks and weights
         rows, share = TensorDataset(*data), batch_size // num_processes
-        sampler = DistributedSampler(rows, num_processes, rank, seed=seed, drop_last=True)
+        sampler: DistributedSampler[Any] = DistributedSampler(rows, num_processes, rank, seed=seed, drop_last=True)
         loader = DataLoader(rows, share, sampler=sampler, drop_last=True)
         for epoch in range(num_epochs):
             sampler.set_epoch(epoch)
@@ -115,4 +115,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

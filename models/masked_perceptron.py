@@ -1,13 +1,13 @@
 """A Bayesian neural classifier that can be cut to any width."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuide, AutoNormal, init_to_sample
+from pyro.infer.autoguide import AutoNormal, init_to_sample
 from torch import Tensor
 from torch.nn.functional import relu
 
@@ -59,21 +59,14 @@ class MaskedPerceptron:
     @cached_property
     def guide(self) -> AutoNested:
         """A mean-field guide in which all images share the law of each mask."""
-
-        def normal(model: object) -> AutoGuide:
-            return AutoNormal(model, init_loc_fn=init_to_sample, init_scale=0.02)
-
-        def data_plate(x: Tensor, y: Tensor | None = None) -> pyro.plate:
-            return pyro.plate("data", len(x))
-
-        return AutoNested(self, shared_plates=["data"], base=normal, create_plates=data_plate)
+        normal = partial(AutoNormal, init_loc_fn=init_to_sample, init_scale=0.02)
+        return AutoNested(self, shared_plates=["data"], base=normal, create_plates=_data_plate)
 
     @torch.no_grad()
-    def predict(self, guide: AutoNested, x: Tensor, widths: Sequence[float], num_samples: int = 50) -> Tensor:
-        """Return class probabilities of posterior draws at given widths.
+    def predict(self, x: Tensor, widths: Sequence[float], num_samples: int = 50) -> Tensor:
+        """Return class probabilities of draws of the guide at given widths.
 
         Args:
-            guide: A trained guide.
             x: Flattened images, shape (N, num_inputs).
             widths: Fractions of the hidden units to keep, in (0, 1].
             num_samples: Number of draws of the weights; all widths use the same ones.
@@ -86,11 +79,11 @@ class MaskedPerceptron:
         """
         bad = [width for width in widths if not 0 < width <= 1]
         if bad:
-            raise ValueError(f"argument `widths` must be fractions in (0, 1]; got {bad}")
+            raise ValueError(f"MaskedPerceptron.predict: argument `widths` must be fractions in (0, 1]; got {bad}")
         draws = []
-        with module_local_params(guide):
+        with module_local_params(self.guide):
             for _ in range(num_samples):
-                trace = poutine.trace(guide).get_trace(x)
+                trace = poutine.trace(self.guide).get_trace(x)
                 draws.append([self._at_width(trace, x, width).softmax(-1) for width in widths])
         return torch.stack([torch.stack(draw) for draw in zip(*draws, strict=True)])
 
@@ -100,3 +93,7 @@ class MaskedPerceptron:
             for name, size in zip(self.mask_names, self.sizes[1:], strict=False)
         }
         return poutine.condition(poutine.replay(self, trace), data=masks)(x)
+
+
+def _data_plate(x: Tensor, y: Tensor | None = None) -> pyro.plate:
+    return pyro.plate("data", len(x))

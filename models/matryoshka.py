@@ -69,6 +69,8 @@ class MatryoshkaEmbedding(PyroModule):
         (torch.Size([5, 3]), torch.Size([5, 3]))
     """
 
+    length_probs: Tensor
+
     def __init__(
         self,
         image_shape: tuple[int, ...],
@@ -85,7 +87,7 @@ class MatryoshkaEmbedding(PyroModule):
         lengths = octaves(num_dims) if lengths is None else lengths
         if not isinstance(lengths, OrderedMask) or len(lengths.batch_shape) > 1 or lengths.num_units != num_dims:
             raise ValueError(
-                f"argument `lengths` must be an OrderedMask of {num_dims} units of shape () or (V,); got {lengths!r}"
+                f"MatryoshkaEmbedding: argument `lengths` must be an OrderedMask of {num_dims} units of shape () or (V,); got {lengths!r}"
             )
         self.num_dims, self.check_images = num_dims, ImageCheck("MatryoshkaEmbedding", tuple(image_shape))
         self.body = mlp_bodies(image_shape, (512, num_features)).encoder if body is None else body
@@ -113,9 +115,11 @@ class MatryoshkaEmbedding(PyroModule):
         model = poutine.block(self, hide=["label"])  # so that the guide does without labels
         return AutoNested(model, shared_plates=["data"], create_plates=self._plates)
 
-    def length_law(self, guide: AutoNested) -> OrderedMask:
-        """Return the law of lengths that a guide has learned, the mean over views, with `keep_probs`, `mean_length`."""
-        return OrderedMask(probs=guide.laws["mask"].probs.mean((0, 1)))
+    @property
+    def length_law(self) -> OrderedMask:
+        """The learned law of lengths, the mean over views; before the first call of the guide, the law a priori."""
+        laws = self.guide.laws
+        return OrderedMask(probs=(laws["mask"].probs if laws else self.length_probs).mean((0, 1)))
 
     def embed(self, x: Tensor, length: int | None = None) -> Tensor:
         """Return the first numbers of the embeddings of images, each row of norm one, shape (N, length).
@@ -148,5 +152,7 @@ class MatryoshkaEmbedding(PyroModule):
 
     def _length(self, length: int) -> int:
         if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length <= self.num_dims:
-            raise ValueError(f"argument `length` must be an integer from 1 to {self.num_dims}; got {length!r}")
+            raise ValueError(
+                f"MatryoshkaEmbedding: argument `length` must be an integer from 1 to {self.num_dims}; got {length!r}"
+            )
         return length

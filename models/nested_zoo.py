@@ -11,10 +11,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 import xarray as xr
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from torch import Tensor, nn
 
-from models.datasets import Dataset, load
+from models.datasets import Dataset, Split, load
 from models.nets import build
 from models.nets.build import Size
 from models.ood import ood_sets
@@ -107,7 +107,7 @@ def run(
     data = load(data_name)
     recipe = RECIPES[data_name] if epochs is None else replace(RECIPES[data_name], epochs=epochs)
     net = make(net_name, data.image_shape, len(data.class_names), size, recipe.num_blocks, seed).to(device)
-    data = replace(data, train=data.train._make(rows.to(device) for rows in data.train))
+    data = replace(data, train=Split(*(rows.to(device) for rows in data.train)))
     for width in widths:  # before an hour goes into the fit
         with net.cut(width, rounding="nearest"):
             pass
@@ -148,6 +148,9 @@ class Standardize(nn.Module):
         num_channels: Channels of an image.
     """
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, num_channels: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(num_channels, 1, 1))
@@ -175,7 +178,9 @@ def make(
 
 def train(net: NestedNet, data: Dataset, recipe: Recipe, seed: int = 0) -> FitResult:
     """Fit a nested net so that every width is trained, whatever law of widths it learns."""
-    net.get_submodule("net.pixels").measure(data.train.images)
+    pixels = net.get_submodule("net.pixels")
+    assert isinstance(pixels, Standardize)
+    pixels.measure(data.train.images)
     return fit(
         NestedClassifier(net),
         net.guide,
@@ -284,7 +289,7 @@ def _numbers(result: xr.Dataset) -> dict[str, Any]:
 
 
 def _write_figures(folder: Path, net: NestedNet, result: FitResult, scores: xr.Dataset) -> None:
-    figures: dict[str, Figure] = {
+    figures: dict[str, Figure | SubFigure] = {
         "metrics": plot_widths(scores)[0].figure,
         "reliability": plot_reliability(scores)[0].figure,
         "laws": plot_laws(net.laws, figsize=(7, 4)).figure,
@@ -293,5 +298,6 @@ def _write_figures(folder: Path, net: NestedNet, result: FitResult, scores: xr.D
     if "auroc" in scores:
         figures["ood"] = plot_ood(scores)[0].figure
     for name, figure in figures.items():
+        assert isinstance(figure, Figure)
         figure.savefig(folder / f"{name}.png", dpi=150)
         plt.close(figure)

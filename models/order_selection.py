@@ -9,9 +9,8 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, TraceEnum_ELBO, config_enumerate
-from pyro.nn import PyroModule, PyroParam
-from torch import Tensor
-from torch.distributions import constraints
+from pyro.nn import PyroModule
+from torch import Tensor, nn
 
 from pyro_vnd.distributions import NestedNormal, OrderedMask
 from pyro_vnd.infer import AutoNested, NestedELBO, cosine_to_zero, fit
@@ -163,14 +162,18 @@ class _Parameters(PyroModule):
     def __init__(self, model: OrderedRegression) -> None:
         super().__init__()
         self.prior_scales = model.scales
-        self.logits = PyroParam(model.prior.logits.clamp_min(-1e3))
-        self.loc = PyroParam(torch.zeros_like(model.scales))
+        self.logits = nn.Parameter(model.prior.logits.clamp_min(-1e3))
+        self.loc = nn.Parameter(torch.zeros_like(model.scales))
         # Narrow: wide draws of weights not learned yet would rule out the long orders, which come back slowly.
-        self.scale = PyroParam(0.1 * model.scales, constraints.positive)
+        self.log_scale = nn.Parameter((0.1 * model.scales).log())
 
     @property
     def order(self) -> OrderedMask:
         return OrderedMask(logits=self.logits)
+
+    @property
+    def scale(self) -> Tensor:
+        return self.log_scale.exp()
 
 
 class _EnumeratedGuide(_Parameters):
@@ -182,10 +185,10 @@ class _EnumeratedGuide(_Parameters):
 
     def forward(self, features: Tensor, y: Tensor) -> None:
         mask = pyro.sample("mask", self.order, infer={"enumerate": "parallel"})
-        loc, scale = self.loc, self.scale
+        weights = dist.Normal(self.loc, self.scale)
         if self.conditional:
-            loc, scale = mask * loc, torch.where(mask == 1, scale, self.prior_scales)
-        pyro.sample("w", dist.Normal(loc, scale).to_event(1))
+            weights = dist.Normal(mask * self.loc, torch.where(mask == 1, self.scale, self.prior_scales))
+        pyro.sample("w", weights.to_event(1))
 
 
 class _NestedGuide(_Parameters):

@@ -43,7 +43,7 @@ def run(data: Dataset, settings: Settings, seed: int, report: Report) -> dict[st
     )
     print(result)
     torch.manual_seed(seed)
-    probs = model.predict(guide, data.test.images, WIDTHS, settings.num_samples).mean(1)
+    probs = model.predict(data.test.images, WIDTHS, settings.num_samples).mean(1)
     rows = [{"width": w, **classification_metrics(p, data.test.labels)} for w, p in zip(WIDTHS, probs, strict=True)]
     header = ("width", *MEASURES.values())
     print_table(header, [[f"{row['width']:.3f}", *(f"{row[name]:.3f}" for name in MEASURES)] for row in rows])

@@ -1,5 +1,6 @@
 """An automatic guide for models with ordered masks, and parameters that belong to their modules."""
 
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
@@ -109,6 +110,20 @@ class AutoNested(AutoGuideList):
                     self._shared_plates,
                 )
             )
+
+    # Pyro's guides forget their model when they are copied, the original's too, and its parts forget their guide.
+
+    def __getstate__(self) -> dict[str, Any]:
+        model = self._model
+        state = super().__getstate__()
+        self._model = model
+        return {**state, "_model": model}
+
+    def _create_plates(self, *args: Any, **kwargs: Any) -> Any:
+        parts: Any = self
+        for part in parts:
+            part.master = weakref.ref(self)
+        return super()._create_plates(*args, **kwargs)
 
     def _only(self, names: list[str]) -> Callable[..., Any]:
         return poutine.block(self.model, expose=names)

@@ -25,7 +25,7 @@ def untrained():
 def test_a_width_equals_the_net_that_is_physically_cut(width, untrained):
     model, guide, x = untrained
     torch.manual_seed(1)
-    probs = model.predict(guide, x, [width], num_samples=1)[0, 0]
+    probs = model.predict(x, [width], num_samples=1)[0, 0]
     torch.manual_seed(1)
     with module_local_params(guide), torch.no_grad():
         w = {name: site["value"] for name, site in poutine.trace(guide).get_trace(x).iter_stochastic_nodes()}
@@ -52,7 +52,7 @@ def test_learns_real_digits_at_every_width():
     result = fit(model, guide, train, num_epochs=40, batch_size=128, lr=0.02, kl_weight=0.05, progress=False)
     assert result.elbo[-1] > result.elbo[0]
     torch.manual_seed(0)
-    probs = model.predict(guide, test[0], [0.25, 1.0], num_samples=10).mean(1)
+    probs = model.predict(test[0], [0.25, 1.0], num_samples=10).mean(1)
     narrow, full = (classification_metrics(p, test[1])["accuracy"] for p in probs)
     assert narrow > 0.75  # chance is .1
     assert full > 0.9
@@ -66,4 +66,4 @@ def test_learns_real_digits_at_every_width():
 def test_widths_are_checked(width, untrained):
     model, guide, x = untrained
     with pytest.raises(ValueError, match=r"`widths` must be fractions in \(0, 1\]; got \["):
-        model.predict(guide, x, [0.5, width])
+        model.predict(x, [0.5, width])

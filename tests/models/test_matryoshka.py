@@ -101,7 +101,7 @@ def test_views_are_drawn_from_their_octaves(data):
         possible = probs > 0
         assert chisquare(row[possible], len(x) * probs[possible]).pvalue > 0.001
         assert chisquare(row[possible]).pvalue < 1e-10  # lengths of equal probability are told apart
-    torch.testing.assert_close(net.length_law(guide).probs, octaves(K).probs.mean(0))
+    torch.testing.assert_close(net.length_law.probs, octaves(K).probs.mean(0))
 
 
 def test_a_law_on_one_size_stays_there(data):
@@ -149,7 +149,7 @@ def fitted(x, y, num_classes, masks):
     )
     guide = net.guide
     fit(net, guide, [x, y], num_epochs=40, batch_size=128, lr=0.02, length_weight=0.05, schedule=masks, progress=False)
-    return net, net.length_law(guide)
+    return net, net.length_law
 
 
 def neighbours_of_the_class(net, x, y, length):
