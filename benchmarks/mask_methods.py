@@ -94,7 +94,7 @@ def timing_rows(what: str, law: str, batch: int, units: int, *, seconds: float, 
         step = _draw_backward if what == "draw_backward" else _draw
         reference, functions = REFERENCE, {name: step(draw, logits, shape) for name, draw in draws.items()}
     medians = interleaved_medians(functions, seconds=seconds, min_rounds=min_rounds)
-    rows = [
+    rows: list[Row] = [
         {
             "what": what,
             "shape": [batch, units],
@@ -187,6 +187,7 @@ def _is_finite(draw: Draw, logits: Tensor, shape: torch.Size) -> bool:
         leaf = value.clone().requires_grad_()
         mask = draw(leaf, shape)
         mask.backward(torch.randn_like(mask))
+        assert leaf.grad is not None
         if not (mask.isfinite().all() and leaf.grad.isfinite().all()):
             return False
     return True

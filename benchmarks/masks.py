@@ -9,7 +9,6 @@ mean something.
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -80,10 +79,10 @@ QUICK = Settings(shapes=((1, 32), (256, 64), (4096, 128)), seconds=0.4, min_roun
 def run(settings: Settings) -> Result:
     """Measure everything and return what goes into the JSON file."""
     jobs: list[tuple[str, str, Callable[[], list[dict[str, Any]]]]] = []
-    timing = {"seconds": settings.seconds, "min_rounds": settings.min_rounds}
+    time_rows = partial(timing_rows, seconds=settings.seconds, min_rounds=settings.min_rounds)
     for batch, units in settings.shapes:
         for what, law in OPERATIONS:
-            jobs.append(("rows", f"{what} {batch} x {units}", partial(timing_rows, what, law, batch, units, **timing)))
+            jobs.append(("rows", f"{what} {batch} x {units}", partial(time_rows, what, law, batch, units)))
         for law in ("per_row", "shared"):
             jobs.append(("memory", f"memory {batch} x {units}", partial(memory_rows, law, batch, units)))
     for objective in OBJECTIVES:
@@ -252,4 +251,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -111,7 +111,7 @@ RECIPES = {
 class ProbsAsLogits(OrderedMaskStraightThrough):
     """A mask drawn as the published code draws it: probabilities handed to a sampler that wants logits."""
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = torch.Size()) -> Tensor:
         """Draw from softmax(p) rather than p, with Gumbel noise."""
         return OrderedMaskStraightThrough(self.temperature, logits=self.probs, noise="gumbel").rsample(sample_shape)
 
@@ -267,7 +267,7 @@ def train(method: str, arch: str, seed: int, data: Data, recipe: Recipe, width: 
     laws = {id(group.logits) for group in net.widths.values()}
 
     def adam(parameters: list[Tensor], lr: float) -> torch.optim.Adam:
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters if id(p) not in laws]},
             {"params": [p for p in parameters if id(p) in laws], "lr": recipe.law_lr * lr},
         ]
@@ -373,4 +373,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

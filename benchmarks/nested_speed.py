@@ -6,7 +6,6 @@ to the deterministic dense net's step, with the same fused Adam; "by hand" is a 
 
 import argparse
 import math
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -214,4 +213,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

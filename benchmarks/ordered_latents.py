@@ -45,6 +45,7 @@ from pyro_vnd.autoencoders import (
 )
 from pyro_vnd.autoencoders.base import OrderedAutoencoder
 from pyro_vnd.autoencoders.vae import PriorLatents
+from pyro_vnd.autoencoders.vqvae import Ordered
 from pyro_vnd.diagnostics import evaluate_prefixes
 from pyro_vnd.diagnostics.metrics.generative import weights_hash
 from pyro_vnd.distributions import OrderedMask
@@ -132,7 +133,7 @@ def build(
         "likelihood": GaussianLikelihood(num_latents, noise="by_length" if our_parts else "shared"),
     }
     if model.startswith("vqvae"):
-        ordered = model.removeprefix("vqvae_")
+        ordered: Ordered = "tokens" if model == "vqvae_tokens" else "dims"
         num_tokens, dim = (num_latents, recipe.token_dim) if ordered == "tokens" else (recipe.num_tokens, num_latents)
         return OrderedVQVAE(shape, num_tokens, dim, recipe.codebook_size, ordered=ordered, **lengths)
     if model == "wae":
@@ -296,4 +297,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

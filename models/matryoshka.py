@@ -87,7 +87,8 @@ class MatryoshkaEmbedding(PyroModule):
         lengths = octaves(num_dims) if lengths is None else lengths
         if not isinstance(lengths, OrderedMask) or len(lengths.batch_shape) > 1 or lengths.num_units != num_dims:
             raise ValueError(
-                f"MatryoshkaEmbedding: argument `lengths` must be an OrderedMask of {num_dims} units of shape () or (V,); got {lengths!r}"
+                f"MatryoshkaEmbedding: argument `lengths` must be an OrderedMask of {num_dims} units of shape () or "
+                f"(V,); got {lengths!r}"
             )
         self.num_dims, self.check_images = num_dims, ImageCheck("MatryoshkaEmbedding", tuple(image_shape))
         self.body = mlp_bodies(image_shape, (512, num_features)).encoder if body is None else body

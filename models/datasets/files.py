@@ -50,7 +50,7 @@ class Source:
 
     def _download(self) -> Path:
         try:
-            import pooch
+            import pooch  # type: ignore[import-untyped]
 
             folder = Path(pooch.os_cache("pyro_vnd")) / self.name
             for name, sha256 in self.sha256.items():

@@ -31,7 +31,7 @@ def load() -> Dataset:
 
 
 def _read_part(path: Path) -> Split:
-    from scipy.io import loadmat
+    from scipy.io import loadmat  # type: ignore[import-untyped]
 
     content = io.BytesIO(path.read_bytes())
     try:

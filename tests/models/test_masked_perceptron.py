@@ -64,6 +64,6 @@ def test_learns_real_digits_at_every_width():
 
 @pytest.mark.parametrize("width", [0.0, 1.5, -1.0])
 def test_widths_are_checked(width, untrained):
-    model, guide, x = untrained
+    model, _, x = untrained
     with pytest.raises(ValueError, match=r"`widths` must be fractions in \(0, 1\]; got \["):
         model.predict(x, [0.5, width])
