@@ -13,7 +13,6 @@ from pyro.nn import PyroModule
 from torch import nn
 from torch.distributions import kl_divergence
 
-from models.datasets import load
 from pyro_vnd.autoencoders import OrderedWAE, full_width, mlp_bodies
 from pyro_vnd.autoencoders.wae import AggregateMMD, InverseMultiquadratic, squared_mmd
 from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough
@@ -29,13 +28,8 @@ def small(**kwargs):
 
 
 @pytest.fixture
-def x():
-    return load("digits").train.images[:N].double()
-
-
-@pytest.fixture
-def images():
-    return load("digits").train.images.double()
+def x(images):
+    return images[:N]
 
 
 def slow_mmd(x, y, k):

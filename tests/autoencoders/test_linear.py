@@ -69,7 +69,7 @@ def angles(vae: LinearGaussianVAE, x: Tensor) -> list[float]:
 
 @pytest.mark.parametrize(
     ("data", "posterior", "num_epochs"),
-    [("synthetic", "global", 500), ("synthetic", "prior", 500), ("digits", "global", 700)],
+    [("synthetic", "global", 250), ("synthetic", "prior", 250), ("digits", "global", 600)],
 )
 def test_every_prefix_is_the_principal_subspace(data: str, posterior: str, num_epochs: int):
     x = DATA[data]()
@@ -87,7 +87,7 @@ def test_without_an_order_only_the_whole_subspace_is(data: str):
     """The power test of the one above: the ordinary model has the span of all K components, in no order."""
     x = DATA[data]()
     vae = make_vae(x, posterior_lengths="prior", prior_lengths=full_width(K))
-    train(vae, x, 800, 0.1)
+    train(vae, x, 650, 0.1)
     found = angles(vae, x)
     assert found[-1] < 0.8
     assert max(found) > 30

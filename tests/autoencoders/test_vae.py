@@ -15,7 +15,6 @@ from shaken import shaken
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from models.datasets import load
 from pyro_vnd.autoencoders import GaussianLikelihood, OrderedVAE, full_width, mlp_bodies
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
 from pyro_vnd.infer import NestedELBO, fit
@@ -105,6 +104,33 @@ def test_a_fit_has_the_terms_of_the_bound(x: Tensor):
     result = fit(vae, vae.guide, x, num_epochs=1, lr=1e-9, progress=False)
     assert result.kl_latents[0] == pytest.approx(terms.kl_latents.mean().item(), rel=1e-6)
     assert result.kl_lengths[0] == pytest.approx(terms.kl_lengths.mean().item(), rel=1e-6)
+
+
+def test_bits_per_dim_and_chunks(x: Tensor):
+    """Chunks change which numbers are drawn together and not which numbers, here where nothing is random but z."""
+    vae = make_vae(posterior_lengths="prior", prior_lengths=full_width(K))
+    with torch.no_grad():
+        vae.decoder.entry.weight.zero_()  # the likelihood ignores z,
+        vae.encoder.heads.weight.zero_()  # and q is p: each weight is the likelihood
+        vae.encoder.heads.bias[:K] = 0
+        vae.encoder.heads.bias[K:] = torch.tensor(1 - 1e-4).expm1().log()
+    nats = vae.log_likelihood(x, 7, chunk_size=N * 2)
+    expected = vae.likelihood_given(torch.zeros(K), torch.ones(K)).log_prob(x)
+    torch.testing.assert_close(nats, expected)
+    bits = vae.log_likelihood(x, 1, unit="bits_per_dim")
+    torch.testing.assert_close(bits * D * torch.tensor(2.0).log(), -expected)
+
+
+def test_numbers_and_units_are_checked(x: Tensor):
+    vae = make_vae()
+    with pytest.raises(ValueError, match="`num_samples` and `chunk_size` must be at least 1; got 0 and 10000"):
+        vae.log_likelihood(x, 0)
+    with pytest.raises(ValueError, match="must be at least 1; got 1 and 0"):
+        vae.log_likelihood(x, 1, chunk_size=0)
+    with pytest.raises(ValueError, match="`num_samples` must be at least 1; got 0"):
+        vae.elbo(x, num_samples=0)
+    with pytest.raises(ValueError, match="`unit` must be 'nats' or 'bits_per_dim'; got 'bits'"):
+        vae.log_likelihood(x, unit="bits")
 
 
 # Gradients.
@@ -226,10 +252,10 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_svi_trains_every_parameter(name: str):
+def test_svi_trains_every_parameter(name: str, images: Tensor):
     """Forty steps on digits improve the bound by more than 20 nats, and each parameter has a gradient."""
     torch.manual_seed(0)
-    x = load("digits", flatten=True).train.images[:256].double()
+    x = images[:256].flatten(1)
     vae = OrderedVAE((64,), 6, bodies=mlp_bodies((64,), hidden=(32,)), tail="mask")
     guide = vae.guide
     before = vae.log_likelihood(x, 20).mean()

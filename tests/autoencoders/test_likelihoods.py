@@ -1,4 +1,4 @@
-"""One scale for many pixels: the law of torch's independent Normals, scored without an array of scales."""
+"""Laws of images: one scale for many pixels, a scale for each length, and pixels that must be in [0, 1]."""
 
 import pyro.distributions as dist
 import pytest
@@ -6,9 +6,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from pyro_vnd.autoencoders import BernoulliLikelihood, ContinuousBernoulliLikelihood, GaussianLikelihood, OrderedVAE
 from pyro_vnd.autoencoders.likelihoods import IsotropicNormal
 
 SHAPE = (2, 3)
+
+
+# One scale for many pixels: the law of torch's independent Normals, scored without an array of scales.
 
 
 def laws(loc: Tensor, scale: Tensor) -> tuple[IsotropicNormal, dist.Independent]:
@@ -66,3 +70,33 @@ def test_values_are_checked():
     message = r"`value` must have a shape that broadcasts with \(5, 2, 3\); got \(4, 2, 3\)"
     with pytest.raises(ValueError, match=message):
         IsotropicNormal(torch.zeros(5, *SHAPE), torch.ones(5), 2).log_prob(torch.zeros(4, *SHAPE))
+
+
+# Likelihoods.
+
+
+def test_noise_by_length_is_the_shared_one_at_full_width():
+    shared, by_length = GaussianLikelihood(4), GaussianLikelihood(4, noise="by_length")
+    with torch.no_grad():
+        shared.log_scale.fill_(-1.2)
+        by_length.log_scale.copy_(torch.tensor([0.5, 0.2, -0.3, -1.2]))
+    outputs, x = torch.randn(3, *SHAPE), torch.rand(3, *SHAPE)
+    scores = [likelihood.law(outputs, torch.ones(3, 4), 2).log_prob(x) for likelihood in (shared, by_length)]
+    torch.testing.assert_close(*scores)
+    law = by_length.law(outputs, (torch.arange(4) < 3).double().expand(3, 4), 2)
+    torch.testing.assert_close(law.stddev.log(), torch.full(x.shape, -0.3))
+
+
+@pytest.mark.parametrize(("option", "value"), [("noise", "none"), ("mean", "tanh"), ("scale", 0.0)])
+def test_options_are_checked(option: str, value: object):
+    with pytest.raises(ValueError, match=f"GaussianLikelihood: argument `{option}` must be .*; got "):
+        GaussianLikelihood(4, **{option: value})
+
+
+@pytest.mark.parametrize("scale", [-0.1, 1.1])
+def test_bounded_pixels_are_checked(scale: float):
+    x = torch.rand(3, *SHAPE)
+    for law in (BernoulliLikelihood, ContinuousBernoulliLikelihood):
+        with pytest.raises(ValueError, match=rf"`x` must have pixels in \[0, 1\] for {law.__name__}; got "):
+            OrderedVAE(SHAPE, 4, likelihood=law()).encode(x / x.max() * scale)
+    OrderedVAE(SHAPE, 4).encode(x * scale)  # those of a Gaussian are free

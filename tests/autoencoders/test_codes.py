@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.datasets import load
+from models.datasets import Dataset
 from pyro_vnd.autoencoders import GaussianLikelihood, OrderedVAE, mlp_bodies
 from pyro_vnd.autoencoders.codes import Completion
 from pyro_vnd.distributions import NestedNormal, OrderedMaskStraightThrough
@@ -99,9 +99,8 @@ def test_it_learns_what_is_a_function_of_the_rest_and_nothing_else():
 
 
 @pytest.fixture(scope="module")
-def trained() -> tuple[OrderedVAE, OrderedVAE, Tensor]:
+def trained(digits: Dataset) -> tuple[OrderedVAE, OrderedVAE, Tensor]:
     """Two VAEs of real digits with the same shares, the first of which completes its codes."""
-    digits = load("digits")
     vaes = []
     for tail in ("completion", "zeros"):
         torch.manual_seed(0)
@@ -111,7 +110,7 @@ def trained() -> tuple[OrderedVAE, OrderedVAE, Tensor]:
         ).float()
         arguments = {"lr": 0.004, "lr_schedule": cosine_to_zero(), "local_kl_weight": linear(0, 1), "progress": False}
         images = digits.train.images.float()
-        fit(vae, vae.guide, images, num_epochs=100, batch_size=64, schedule=MaskSchedule(0.1, 0.6, 0.3), **arguments)
+        fit(vae, vae.guide, images, num_epochs=40, batch_size=64, schedule=MaskSchedule(0.1, 0.6, 0.3), **arguments)
         vaes.append(vae)
     return vaes[0], vaes[1], digits.validation.images.float()
 
@@ -147,3 +146,8 @@ def test_lengths_learn_through_it(trained: tuple[OrderedVAE, OrderedVAE, Tensor]
     assert cosine(found, expected) > 0.98
     assert cosine(found, expected.roll(4)) < 0.9
     assert 0.6 < found.norm() / expected.norm() < 1.4  # straight through, at a temperature: not without bias
+
+
+def test_tails_are_checked():
+    with pytest.raises(ValueError, match=r"CodeDecoder: argument `tail` must be one of .*; got 'ones'"):
+        OrderedVAE((5,), K, tail="ones")
