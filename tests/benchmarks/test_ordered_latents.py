@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from functools import partial
 
 import matplotlib.pyplot as plt
 import pytest
@@ -9,6 +10,7 @@ from benchmarks import ordered_latents
 from benchmarks.ordered_latents import METHODS, MODELS, RECIPE, PrincipalComponents, build, main, uses
 from benchmarks.ordered_latents_report import LABELS, PANELS, figures, markdown, targets, targets_table
 from benchmarks.tables import Rows
+from models.features import FeatureRecipe, train_features
 
 PREFIXES = [1, 2, 4]
 
@@ -23,6 +25,8 @@ def result(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # weights of the features go to results/
         patch.setattr(ordered_latents, "RECIPE", recipe)
+        small = FeatureRecipe(channels=(8, 16), num_features=16, num_epochs=2)
+        patch.setattr(ordered_latents, "train_features", partial(train_features, recipe=small))
         for _ in range(2):
             main(["--data", "digits", "--seeds", "1", "--json", str(folder / "rows.json")])
             patch.setattr(ordered_latents, "train", None)

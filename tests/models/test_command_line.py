@@ -1,25 +1,27 @@
 """`python -m models` as a person runs it: the files it makes, and one line where the request is wrong."""
 
 import json
-import subprocess
+import runpy
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import arviz as az
 import pytest
 
 from models.__main__ import main
 
-ROOT = Path(__file__).parents[2]
+COMMAND = Path(__file__).parents[2] / "models" / "__main__.py"
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("results") / "demo"
-    command = [sys.executable, "-m", "models", "demo", "--quick", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return out, done
+    with redirect_stdout(StringIO()) as stdout, redirect_stderr(StringIO()) as stderr:
+        assert main(["demo", "--quick", "--out", str(out)]) == 0
+    return out, SimpleNamespace(stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 
 def test_demo_writes_its_files_and_nothing_else(demo):
@@ -85,8 +87,11 @@ def test_demo_posterior_opens_in_arviz(demo):
     assert float(posterior["mask2_length"].min()) >= 1
 
 
-def test_without_a_command_the_models_are_listed(capsys):
-    assert main([]) == 0
+def test_without_a_command_the_models_are_listed(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["models"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(COMMAND), run_name="__main__")
+    assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert "MaskedPerceptron" in shown
     assert "OrderedVAE" in shown

@@ -107,8 +107,12 @@ def test_order_given_weights_is_bayes_rule(data: Data):
         torch.testing.assert_close(row, expected.softmax(-1))
 
 
-def test_nuts(data: Data):
+@pytest.mark.parametrize(
+    "name", [pytest.param("order-5-uniform", marks=pytest.mark.slow), "order-3-geometric"]
+)  # one chain shows what it can; the other prior is another twelve seconds
+def test_nuts(name: str):
     pyro.set_rng_seed(0)
+    data = DATA[name]
     features, y = data.draw()
     law = order_by_nuts(data.model, features, y)
     assert total_variation(law, data.model.order_posterior(features, y)) <= 0.02  # .005 to .012 over three seeds
@@ -117,15 +121,15 @@ def test_nuts(data: Data):
 def test_enumeration(data: Data):
     features, y = data.draw()
     truth = data.model.order_posterior(features, y)
-    law = order_by_enumeration(data.model, features, y, num_steps=500)
-    assert total_variation(law, truth) <= 0.02  # .005, .007
+    law = order_by_enumeration(data.model, features, y, num_steps=300)
+    assert total_variation(law, truth) <= 0.02  # .011, .010
 
 
 def test_straight_through(data: Data):
     features, y = data.draw()
     truth = data.model.order_posterior(features, y)
-    law = order_by_straight_through(data.model, features, y, num_steps=500)
-    assert total_variation(law, truth) <= 0.15  # .011, .011
+    law = order_by_straight_through(data.model, features, y, num_steps=300)
+    assert total_variation(law, truth) <= 0.15  # .024, .026
 
 
 def test_mean_field_and_not_the_gradient_is_what_fails_on_sharp_evidence():
@@ -133,7 +137,7 @@ def test_mean_field_and_not_the_gradient_is_what_fails_on_sharp_evidence():
     features, y = SHARP.draw()
     truth = SHARP.model.order_posterior(features, y)
     distances = [
-        [total_variation(method(SHARP.model, features, y, conditional=c, num_steps=500), truth) for c in (True, False)]
+        [total_variation(method(SHARP.model, features, y, conditional=c, num_steps=300), truth) for c in (True, False)]
         for method in (order_by_enumeration, order_by_straight_through)
     ]
     (enumerated, mean_field), (straight_through, autoguide) = distances
@@ -146,7 +150,7 @@ def test_mean_field_and_not_the_gradient_is_what_fails_on_sharp_evidence():
 def test_a_high_temperature_biases_straight_through():
     data = DATA["order-5-uniform"]
     features, y = data.draw()
-    law = order_by_straight_through(data.model, features, y, temperature=1.0, num_steps=500)
+    law = order_by_straight_through(data.model, features, y, temperature=1.0, num_steps=300)
     assert total_variation(law, data.model.order_posterior(features, y)) > 0.15  # .18; .01 to .02 at .1
 
 
