@@ -232,7 +232,7 @@ def test_orders_codes_of_real_digits_that_follow_the_prior(images):
     for mmd_scale in (0.0, 100.0):
         torch.manual_seed(0)
         wae = OrderedWAE((1, 8, 8), 6, bodies=mlp_bodies((1, 8, 8), (64,)))
-        arguments = {"num_epochs": 20, "batch_size": 64, "lr": 0.005, "schedule": MaskSchedule(), "progress": False}
+        arguments = {"num_epochs": 12, "batch_size": 64, "lr": 0.005, "schedule": MaskSchedule(), "progress": False}
         result = fit(wae, wae.guide, images, elbo=wae.objective(mmd_scale), **arguments)
         fitted[mmd_scale] = wae
         assert result.elbo[-1] > result.elbo[0] + 20

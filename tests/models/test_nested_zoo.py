@@ -96,7 +96,7 @@ def test_nets_of_the_published_sizes_are_nested_and_narrowed(name):
 
 def test_lenet_learns_real_digits_at_every_width(digits):
     net = make("lenet", digits.image_shape, 10, "small", num_blocks=16)
-    train(net, digits, Recipe(epochs=30, batch_size=128, lr=0.02))
+    train(net, digits, Recipe(epochs=20, batch_size=128, lr=0.02))
     scores = evaluate_widths(net, digits.validation, [0.25, 0.5, 1.0], num_samples=5, progress=False).squeeze("seed")
     assert scores["accuracy"].sel(width=0.25) > 0.9  # chance is .1
     assert scores["accuracy"].sel(width=1.0) > 0.95
