@@ -1,33 +1,36 @@
 # Needs make and Python >= 3.11 with its venv module; everything else goes into .venv, at the versions of constraints.txt.
 PYTHON ?= python3
 RUN := .venv/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # One torch thread in each test process: with more they wait for each other.
 PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
+# Modules are compiled when they are first imported (pip would compile all, in half of its time), and that once.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test lint format bench notebooks docs clean
+.PHONY: help demo test lint format bench notebooks docs matrix wheel clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-demo: .venv/installed  ## Fit a nested classifier and an ordered VAE to real digits; the report lands in results/demo
+demo: .venv/installed-bench  ## Fit a nested classifier and an ordered VAE to real digits; the report lands in results/demo
 	$(RUN) -m models demo
 
-test: .venv/installed  ## Run the tests and the doctests
+test: .venv/installed-dev  ## Run the tests and the doctests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS)
 
-lint: .venv/installed  ## Check style, format and types
+lint: .venv/installed-dev  ## Check style, format and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-format: .venv/installed  ## Format the code and repair what ruff can
+format: .venv/installed-dev  ## Format the code and repair what ruff can
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-bench: .venv/installed  ## Measure the masks against their peers
+bench: .venv/installed-bench  ## Measure the masks against their peers
 	$(RUN) -m benchmarks.masks
 
-notebooks: .venv/installed  ## Run the notebooks from their scripts and keep the outputs
+notebooks: .venv/installed-notebooks  ## Run the notebooks from their scripts and keep the outputs
 	$(RUN) -m jupytext --quiet --update --to ipynb notebooks/*.py
 	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(RUN) -m nbconvert --log-level ERROR --to notebook --inplace --execute \
 		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
@@ -38,21 +41,28 @@ docs: .venv/installed-docs  ## Build the documentation into site; a warning is a
 	@cp site/README.html site/index.html
 	@echo "The documentation begins at site/index.html"
 
+matrix: .venv/installed-dev  ## Test the core and the diagnostics with their lowest and newest dependencies
+	.ci/matrix
+
+wheel: .venv/installed-dev  ## Build the wheel and run the examples of README.md in empty environments that have it
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow tests/test_wheel.py
+
 clean:  ## Remove .venv, caches and build outputs; results/ stays
 	rm -rf .venv build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A stamp: older than either file means that the environment is out of date.
-.venv/installed: pyproject.toml constraints.txt
+# Stamps, one for each extra: older than either file means that the environment is out of date.
+.venv/made: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 		|| { echo "$(PYTHON) is missing or older than 3.11; name another one: make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
 		|| { echo "$(PYTHON) has no venv module; on Debian install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
-	@echo "Installing into .venv, which takes a few minutes the first time"
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,dev,notebooks]'
 	@touch $@
 
-.venv/installed-docs: .venv/installed
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+.venv/installed-%: .venv/made
+	@echo "Installing into .venv, which takes a minute or two the first time"
+	$(PIP) --no-compile -e '.[$*]'
 	@touch $@
+
+.PRECIOUS: .venv/installed-%

@@ -1,13 +1,18 @@
 """Importing the library changes nothing for anybody else, and loads nothing heavy."""
 
 import json
+import pkgutil
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import pyro_vnd
+
 SCRIPT = """
-import json, os, pkgutil, random, sys, warnings
+import json, os, pathlib, random, sys, warnings
 import numpy, torch, pyro, pyro.distributions, pyro.infer, pyro.infer.autoguide, pyro.settings
 
 def state():
@@ -35,9 +40,11 @@ def differences(before, after):
 
 before = state()
 import pyro_vnd
-for package in pkgutil.iter_modules(pyro_vnd.__path__):
-    if package.name != "diagnostics":  # the one that plots
-        __import__(f"pyro_vnd.{package.name}")
+root = pathlib.Path(pyro_vnd.__path__[0])
+for path in sorted(root.rglob("*.py")):
+    parts = path.relative_to(root.parent).with_suffix("").parts
+    if "diagnostics" not in parts:  # what plots
+        __import__(".".join(parts).removesuffix(".__init__"))
 changed, modules = differences(before, state()), sorted(sys.modules)
 
 # The comparison itself would see a change.
@@ -73,7 +80,46 @@ def test_global_state_stays_as_it_was(report):
     } <= set(report["seen"])
 
 
-@pytest.mark.parametrize("heavy", ["arviz", "matplotlib", "sklearn", "xarray", "pooch", "torchvision", "IPython"])
-def test_heavy_modules_stay_unloaded(report, heavy):
-    assert "pyro_vnd.distributions" in report["modules"]
-    assert heavy not in {name.partition(".")[0] for name in report["modules"]}
+HEAVY = {
+    "IPython",
+    "arviz",
+    "h5netcdf",
+    "h5py",
+    "matplotlib",
+    "pandas",
+    "pooch",
+    "scipy",
+    "sklearn",
+    "torchmetrics",
+    "torchvision",
+    "xarray",
+}
+
+
+def test_heavy_modules_stay_unloaded(report):
+    assert {"pyro_vnd.autoencoders.vae", "pyro_vnd.infer.fit"} <= set(report["modules"])
+    assert HEAVY & {name.partition(".")[0] for name in report["modules"]} == set()
+
+
+def test_packages_are_imported_when_they_are_used():
+    code = """
+import sys
+import pyro_vnd
+assert not {"torch", "pyro"} & set(sys.modules)
+assert set(pyro_vnd.__all__) <= set(dir(pyro_vnd))
+assert pyro_vnd.nn.narrow.__module__ == "pyro_vnd.nn.narrow"
+assert "pyro_vnd.autoencoders" not in sys.modules
+assert pyro_vnd.autoencoders.OrderedVAE
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+
+
+def test_every_package_has_a_name_and_only_those():
+    assert set(pyro_vnd.__all__) == {entry.name for entry in pkgutil.iter_modules(pyro_vnd.__path__) if entry.ispkg}
+    with pytest.raises(AttributeError, match="module 'pyro_vnd' has no attribute 'models'"):
+        pyro_vnd.models
+
+
+def test_version_is_that_of_the_newest_entry_of_the_changelog():
+    changelog = (Path(__file__).parents[1] / "CHANGELOG.md").read_text()
+    assert re.search(r"^## \[(\d[^]]*)\]", changelog, re.MULTILINE)[1] == pyro_vnd.__version__
