@@ -42,7 +42,7 @@ docs: .venv/installed-docs  ## Build the documentation into site; a warning is a
 	@echo "The documentation begins at site/index.html"
 
 matrix: .venv/installed-dev  ## Test the core and the diagnostics with their lowest and newest dependencies
-	.ci/matrix
+	$(RUN) .ci/matrix.py
 
 wheel: .venv/installed-dev  ## Build the wheel and run the examples of README.md in empty environments that have it
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow tests/test_wheel.py

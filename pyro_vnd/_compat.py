@@ -1,10 +1,34 @@
-"""What we use of torch and Pyro that they do not promise.
+"""What we use of torch and Pyro that they do not promise: all of it is listed or wrapped here.
 
-Beside what is here we override or call protected methods and attributes of base classes of Pyro:
+Of torch. Its distributions are made to be subclassed, by these names; another name breaks every law:
 
-- `AutoGuide._setup_prototype`, `_create_plates`, `_prototype_frames`, `prototype_trace` (`AutoNested`);
-- `ELBO._get_traces`, `_get_trace`, `TraceMeanField_ELBO._differentiable_loss_particle` (`NestedELBO`);
-- the keys `_enumerate_dim` and `enumerate` of `infer` in the message of a site (`fit`, `AutoNested`).
+- `torch.distributions.Distribution._validate_args`, `torch.distributions.Distribution._batch_shape`,
+  `torch.distributions.Distribution._extended_shape`, `torch.distributions.Distribution._validate_sample`,
+  `torch.distributions.Distribution._get_checked_instance`: as in torch's own laws.
+- `torch.distributions.Transform._call`, `torch.distributions.Transform._inverse`: what a transform defines.
+- `torch.types._size`: the type of a sample shape, in annotations only.
+- `torch.Tensor._version`: grows with each change in place, by which `recall` knows that a sample is no longer its own.
+- `torch.nn.Module._modules`, `torch.nn.Module._parameters`, `torch.nn.Module._buffers`: what a module holds, under each
+  of its names; the public walks leave out repeats, and cannot replace.
+- `torch.nn.Conv2d._reversed_padding_repeated_twice`: the padding of a convolution in the order that `F.pad` takes, for
+  those that do not pad with zeros.
+
+Of Pyro. Objectives, guides and handlers are extended by the methods that its own override:
+
+- `pyro.infer.Trace_ELBO._get_trace`, `pyro.infer.Trace_ELBO._get_traces`: pairs of traces, one for each particle.
+- `pyro.infer.TraceMeanField_ELBO._differentiable_loss_particle`: the loss of a pair of traces.
+- `pyro.infer.Trace_MMD._differentiable_loss_parts`, `pyro.infer.Trace_MMD._kernel`, `pyro.infer.Trace_MMD._mmd_scale`:
+  the terms of the Wasserstein autoencoder's objective.
+- `pyro.infer.trace_mean_field_elbo._check_mean_field_requirement`: warns of a guide that draws in another order.
+- `pyro.infer.autoguide.AutoGuide._setup_prototype`, `pyro.infer.autoguide.AutoGuide._prototype_frames`,
+  `pyro.infer.autoguide.AutoGuide._create_plates`: what a guide learns of its model when it is first called.
+- `pyro.poutine.messenger.Messenger._reset`: forgets what a handler has from an earlier run.
+- `pyro.nn.PyroModule._pyro_params`: the names of a module's own parameters.
+- `pyro.nn.PyroModule._pyro_context.param_state`: where a module keeps them under `module_local_params`.
+- `pyro.distributions.MaskedDistribution._mask`: the rows that count.
+
+Beside names: of the message of a site the keys `infer["enumerate"]` and `infer["_enumerate_dim"]`, which enumeration
+reads and writes. What is used of ArviZ is in `pyro_vnd.diagnostics.posterior._arviz`, for both of its lines.
 """
 
 from collections.abc import Iterator

@@ -117,7 +117,7 @@ assert pyro_vnd.autoencoders.OrderedVAE
 def test_every_package_has_a_name_and_only_those():
     assert set(pyro_vnd.__all__) == {entry.name for entry in pkgutil.iter_modules(pyro_vnd.__path__) if entry.ispkg}
     with pytest.raises(AttributeError, match="module 'pyro_vnd' has no attribute 'models'"):
-        pyro_vnd.models
+        _ = pyro_vnd.models
 
 
 def test_version_is_that_of_the_newest_entry_of_the_changelog():

@@ -1,0 +1,129 @@
+"""What the library uses of torch and Pyro that they do not promise is listed, is there, and does what we use it for."""
+
+import ast
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.contrib.gp.kernels import RBF
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroParam
+from torch import nn
+
+from pyro_vnd import _compat
+from pyro_vnd._compat import recall, remember, replace_modules
+
+ROOT = Path(__file__).parents[1]
+LISTED = sorted(set(re.findall(r"`((?:torch|pyro)\.[\w.]+)`", _compat.__doc__)))
+VERSIONS = f"torch {torch.__version__}, Pyro {pyro.__version__}"
+HELP = f"under {VERSIONS}: see what pyro_vnd/_compat.py says of it, and where `git grep` finds it in pyro_vnd"
+
+
+def guide():
+    made = AutoNormal(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
+    made()
+    return made
+
+
+def local_module():
+    with pyro.settings.context(module_local_params=True):
+        module = PyroModule()
+        module.p = PyroParam(torch.zeros(1))
+    return module
+
+
+# Objects that have what is no attribute of their classes.
+EXAMPLES = {
+    "pyro.distributions.MaskedDistribution": lambda: dist.Normal(0.0, 1.0).mask(True),
+    "pyro.infer.autoguide.AutoGuide": guide,
+    "pyro.infer.Trace_MMD": lambda: pyro.infer.Trace_MMD(RBF(1)),
+    "pyro.nn.PyroModule": local_module,
+    "torch.distributions.Distribution": lambda: dist.Normal(0.0, 1.0),
+    "torch.nn.Conv2d": lambda: nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular"),
+    "torch.nn.Module": lambda: nn.Linear(1, 1),
+}
+
+
+@pytest.mark.parametrize("path", LISTED)
+def test_what_is_listed_is_there(path):
+    owner, _, name = path.rpartition(".")
+    for example, make in EXAMPLES.items():
+        if path.startswith(f"{example}._"):
+            found = make()
+            for part in path.removeprefix(f"{example}.").split("."):
+                assert hasattr(found, part), f"`{path}` is gone {HELP}"
+                found = getattr(found, part)
+            return
+    assert hasattr(pkgutil.resolve_name(owner), name), f"`{path}` is gone {HELP}"
+
+
+def test_a_sample_keeps_what_was_attached_to_it_until_it_changes():
+    sample = remember(torch.zeros(2), "how it was made")
+    assert recall(sample) == "how it was made"
+    assert recall(sample.clone()) is recall(torch.zeros(2)) is None
+    sample.add_(1.0)
+    assert recall(sample) is None, f"`torch.Tensor._version` no longer counts changes in place {HELP}"
+
+
+def test_modules_are_replaced_under_all_of_their_names():
+    old, new = nn.Linear(1, 1), nn.Identity()
+    net = nn.Sequential(old, nn.Sequential(old))
+    assert replace_modules(net, {old: new}) is net
+    assert net[0] is net[1][0] is new, f"`torch.nn.Module._modules` no longer holds the parts of a module {HELP}"
+    assert replace_modules(old, {old: new}) is new
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def own_names(tree):
+    """Private names that a file defines: functions, variables, fields, and attributes of `self` or of a new object."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+
+
+def used_names(tree):
+    """Private attributes and imports that a file uses."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.ImportFrom) and not node.module.startswith("pyro_vnd"):
+            yield from (alias.name for alias in node.names)
+            yield from node.module.split(".")
+
+
+def inherited_names(namespace):
+    """Private names that the classes of a module share with the classes of torch and Pyro from which they are made."""
+    for cls in namespace.values():
+        if inspect.isclass(cls) and cls.__module__ == namespace["__name__"]:
+            own = set(re.findall(r"\b_\w+", inspect.getsource(cls)))
+            bases = [base for base in cls.__mro__ if base.__module__.startswith(("torch.", "pyro."))]
+            for base in (base for base in bases if not base.__module__.startswith("torch._C")):
+                attributes = re.findall(r"self\.(_\w+)\b[^=\n]*=", inspect.getsource(base))
+                yield from own & {*vars(base), *attributes}
+
+
+def test_what_is_used_is_listed():
+    files = sorted((ROOT / "pyro_vnd").rglob("*.py"))
+    trees = {path: ast.parse(path.read_text()) for path in files}
+    own = {name for tree in trees.values() for name in own_names(tree)}
+    used = {}
+    for path, tree in trees.items():
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        foreign = set(used_names(tree)) - own | set(inherited_names(vars(pkgutil.resolve_name(module))))
+        used |= {name: path.relative_to(ROOT).as_posix() for name in foreign if is_private(name)}
+    listed = {part for path in LISTED for part in path.split(".")}
+    missing = {name: path for name, path in sorted(used.items()) if name not in listed}
+    assert not missing, f"private names of torch or Pyro that are not in the list of pyro_vnd/_compat.py: {missing}"
+    text = "".join(path.read_text().replace(_compat.__doc__, "") for path in files)
+    stale = [path for path in LISTED if not re.search(rf"\b{path.rpartition('.')[2]}\b", text)]
+    assert not stale, f"listed in pyro_vnd/_compat.py, and used nowhere: {stale}"
