@@ -120,6 +120,10 @@ def test_every_package_has_a_name_and_only_those():
         _ = pyro_vnd.models
 
 
-def test_version_is_that_of_the_newest_entry_of_the_changelog():
-    changelog = (Path(__file__).parents[1] / "CHANGELOG.md").read_text()
-    assert re.search(r"^## \[(\d[^]]*)\]", changelog, re.MULTILINE)[1] == pyro_vnd.__version__
+def test_version_is_that_of_the_newest_entry_of_the_changelog_and_of_the_citation():
+    root = Path(__file__).parents[1]
+    version, date = re.search(r"^## \[(\d[^]]*)\] - (.+)$", (root / "CHANGELOG.md").read_text(), re.MULTILINE).groups()
+    assert version == pyro_vnd.__version__
+    citation = (root / "CITATION.cff").read_text()
+    assert f"\nversion: {version}\n" in citation
+    assert f"\ndate-released: {date}\n" in citation
