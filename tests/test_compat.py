@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
+import pyro.poutine as poutine
 import pytest
 import torch
 from pyro.contrib.gp.kernels import RBF
@@ -16,7 +17,14 @@ from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
 from pyro_vnd import _compat
-from pyro_vnd._compat import recall, remember, replace_modules
+from pyro_vnd._compat import (
+    QuietModule,
+    check_mean_field_requirement,
+    give_local_params,
+    quiet_lookups,
+    recall,
+    remember,
+)
 
 ROOT = Path(__file__).parents[1]
 LISTED = sorted(set(re.findall(r"`((?:torch|pyro)\.[\w.]+)`", _compat.__doc__)))
@@ -70,16 +78,51 @@ def test_a_sample_keeps_what_was_attached_to_it_until_it_changes():
     assert recall(sample) is None, f"`torch.Tensor._version` no longer counts changes in place {HELP}"
 
 
-def test_modules_are_replaced_under_all_of_their_names():
-    old, new = nn.Linear(1, 1), nn.Identity()
-    net = nn.Sequential(old, nn.Sequential(old))
-    assert replace_modules(net, {old: new}) is net
-    assert net[0] is net[1][0] is new, f"`torch.nn.Module._modules` no longer holds the parts of a module {HELP}"
-    assert replace_modules(old, {old: new}) is new
+def test_a_module_given_a_store_keeps_its_parameters_to_itself():
+    module = PyroModule()
+    give_local_params(module)
+    with pyro.settings.context(module_local_params=True):
+        module.p = PyroParam(torch.zeros(1))
+        assert module.p == 0
+    message = f"`pyro.nn.PyroModule._pyro_context.param_state` is no longer where a module keeps its own {HELP}"
+    assert list(pyro.get_param_store()) == [], message
+
+
+def test_a_quiet_module_hands_out_its_nets_without_a_word():
+    class Holder(QuietModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(1, 1)
+
+        def forward(self):
+            return self.net.in_features
+
+    module = Holder()
+    loud = poutine.trace(module).get_trace()
+    with quiet_lookups():
+        quiet = poutine.trace(module).get_trace()
+    assert loud.param_nodes == ["net$$$weight", "net$$$bias"]
+    assert quiet.param_nodes == [], f"`pyro.nn.PyroModule.__getattr__` finds its nets elsewhere {HELP}"
+    assert quiet.nodes["_RETURN"]["value"] == 1
+
+
+def test_the_warning_of_another_order_is_given():
+    def model():
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(0.0, 1.0))
+
+    def reversed_guide():
+        pyro.sample("b", dist.Normal(0.0, 1.0))
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+
+    traces = [poutine.trace(part).get_trace() for part in (model, reversed_guide)]
+    with pytest.warns(UserWarning, match="Failed to verify mean field restriction"):
+        check_mean_field_requirement(*traces)
 
 
 def is_private(name):
-    return name.startswith("_") and not name.startswith("__")
+    promised = {"_asdict", "_fields", "_make", "_replace"}  # of named tuples, by Python
+    return name.startswith("_") and not name.startswith("__") and name not in promised
 
 
 def own_names(tree):
