@@ -8,10 +8,7 @@ Of torch. Its distributions are made to be subclassed, by these names; another n
 - `torch.distributions.Transform._call`, `torch.distributions.Transform._inverse`: what a transform defines.
 - `torch.types._size`: the type of a sample shape, in annotations only.
 - `torch.Tensor._version`: grows with each change in place, by which `recall` knows that a sample is no longer its own.
-- `torch.nn.Module._modules`, `torch.nn.Module._parameters`, `torch.nn.Module._buffers`: what a module holds, under each
-  of its names; the public walks leave out repeats, and cannot replace.
-- `torch.nn.Conv2d._reversed_padding_repeated_twice`: the padding of a convolution in the order that `F.pad` takes, for
-  those that do not pad with zeros.
+- `torch.nn.Module._modules`: where a module has its parts, for lookups that Pyro is not to hear of.
 
 Of Pyro. Objectives, guides and handlers are extended by the methods that its own override:
 

@@ -21,6 +21,7 @@ from pyro_vnd._compat import (
     QuietModule,
     check_mean_field_requirement,
     give_local_params,
+    mask_of_rows,
     quiet_lookups,
     recall,
     remember,
@@ -52,7 +53,6 @@ EXAMPLES = {
     "pyro.infer.Trace_MMD": lambda: pyro.infer.Trace_MMD(RBF(1)),
     "pyro.nn.PyroModule": local_module,
     "torch.distributions.Distribution": lambda: dist.Normal(0.0, 1.0),
-    "torch.nn.Conv2d": lambda: nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular"),
     "torch.nn.Module": lambda: nn.Linear(1, 1),
 }
 
@@ -104,6 +104,12 @@ def test_a_quiet_module_hands_out_its_nets_without_a_word():
     assert loud.param_nodes == ["net$$$weight", "net$$$bias"]
     assert quiet.param_nodes == [], f"`pyro.nn.PyroModule.__getattr__` finds its nets elsewhere {HELP}"
     assert quiet.nodes["_RETURN"]["value"] == 1
+
+
+def test_the_rows_that_count_are_found():
+    rows = torch.tensor([True, True, False])
+    law = dist.Normal(torch.zeros(3), 1.0).mask(rows)
+    assert mask_of_rows(law) is rows, f"`pyro.distributions.MaskedDistribution._mask` is no longer the mask {HELP}"
 
 
 def test_the_warning_of_another_order_is_given():
