@@ -86,7 +86,7 @@ def test_few_draws_give_no_khat():
 def test_it_is_the_khat_of_to_arviz_and_needs_its_scores():
     data = drawn([guide_at(shift=0.2), guide_at(scale=0.5)], num_samples=200)
     np.testing.assert_allclose(khat(data), data.sample_stats["khat"])
-    tree = as_tree(data)
+    tree = as_tree(data).copy()  # under ArviZ 1.x it is the data themselves
     np.testing.assert_array_equal(khat(tree), khat(data))
     tree["sample_stats"] = xr.DataTree(tree["sample_stats"].to_dataset().drop_vars("log_q"))
     with pytest.raises(ValueError, match=r"must have log_p and log_q; it lacks \['log_q'\]"):
