@@ -2,12 +2,13 @@
 
 Of torch. Its distributions are made to be subclassed, by these names; another name breaks every law:
 
-- `torch.distributions.Distribution._validate_args`, `torch.distributions.Distribution._batch_shape`,
-  `torch.distributions.Distribution._extended_shape`, `torch.distributions.Distribution._validate_sample`,
-  `torch.distributions.Distribution._get_checked_instance`: as in torch's own laws.
+- `torch.distributions.Distribution._validate_args`, `torch.distributions.Distribution._validate_sample`,
+  `torch.distributions.Distribution._extended_shape`, `torch.distributions.Distribution._get_checked_instance`: as in
+  torch's own laws.
 - `torch.distributions.Transform._call`, `torch.distributions.Transform._inverse`: what a transform defines.
 - `torch.types._size`: the type of a sample shape, in annotations only.
 - `torch.Tensor._version`: grows with each change in place, by which `recall` knows that a sample is no longer its own.
+- `torch._C._are_functorch_transforms_active`: asked before each hand-written gradient, which `torch.func` cannot use.
 - `torch.nn.Module._modules`: where a module has its parts, for lookups that Pyro is not to hear of.
 
 Of Pyro. Objectives, guides and handlers are extended by the methods that its own override:

@@ -22,6 +22,7 @@ from pyro_vnd._compat import (
     check_mean_field_requirement,
     give_local_params,
     mask_of_rows,
+    only_plain_code,
     quiet_lookups,
     recall,
     remember,
@@ -76,6 +77,14 @@ def test_a_sample_keeps_what_was_attached_to_it_until_it_changes():
     assert recall(sample.clone()) is recall(torch.zeros(2)) is None
     sample.add_(1.0)
     assert recall(sample) is None, f"`torch.Tensor._version` no longer counts changes in place {HELP}"
+
+
+def test_torch_says_when_only_plain_code_will_do():
+    seen = []
+    torch.func.vmap(lambda x: seen.append(only_plain_code()) or x)(torch.zeros(2))
+    torch.func.grad(lambda x: seen.append(only_plain_code()) or x)(torch.tensor(0.0))
+    assert seen == [True, True], f"`torch._C._are_functorch_transforms_active` no longer sees `torch.func` {HELP}"
+    assert not only_plain_code()
 
 
 def test_a_module_given_a_store_keeps_its_parameters_to_itself():
