@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_vnd.distributions._fast.arrays import leading_block
 from pyro_vnd.nn.width import Width
 
-__all__ = ["Axis", "Channels", "Index", "Run", "num_kept", "take"]
+__all__ = ["Axis", "Channels", "Index", "Run", "kept_channels", "take"]
 
 Owner = TypeVar("Owner")
 Index = slice | Tensor | None  # channels along a dimension: leading ones, some, or all
@@ -118,7 +118,7 @@ class Axis:
         return torch.cat(indices)
 
 
-def num_kept(index: Index, size: int) -> int:
+def kept_channels(index: Index, size: int) -> int:
     """Return how many of `size` channels an index keeps."""
     if index is None:
         return size

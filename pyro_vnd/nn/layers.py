@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pyro_vnd.distributions import Gated
 from pyro_vnd.distributions.weights import LogScaleNormal
-from pyro_vnd.nn.axis import Axis, Channels, Index, num_kept, take
+from pyro_vnd.nn.axis import Axis, Channels, Index, kept_channels, take
 from pyro_vnd.nn.width import Width
 
 __all__ = ["AFFINE", "NestedLayer", "Prior", "affine"]
@@ -152,7 +152,9 @@ class NestedLayer(nn.Module):
     def num_parameters(self, name: str, kept: Mapping[str, int]) -> int:
         """Return how many entries of "weight" or "bias" are left when groups keep a number of units."""
         cut = self._along(name, (self.output_axis.index(kept), self.input_axis.index(kept)))
-        return math.prod(num_kept(cut.get(dim), size) for dim, size in enumerate(self.plain.get_parameter(name).shape))
+        return math.prod(
+            kept_channels(cut.get(dim), size) for dim, size in enumerate(self.plain.get_parameter(name).shape)
+        )
 
     def _along(self, name: str, index: tuple[Index, Index]) -> dict[int, Index]:
         """Say along which dimensions of a parameter the kept outputs and inputs lie."""

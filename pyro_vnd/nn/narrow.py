@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from pyro_vnd._data import Rows, batches
 from pyro_vnd._state import module_mode
-from pyro_vnd.nn.axis import num_kept, take
+from pyro_vnd.nn.axis import kept_channels, take
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.norms import BATCH_NORMS, NestedNorm
@@ -125,7 +125,7 @@ def _narrow_layer(layer: NestedLayer, kept: dict[str, int], site: str, draw: Map
         memo[id(mean)] = nn.Parameter(cut, requires_grad=mean.requires_grad)
     plain = copy.deepcopy(layer.plain, memo)
     num_out, num_in = (
-        num_kept(each, axis.size) for each, axis in zip(index, (layer.output_axis, layer.input_axis), strict=True)
+        kept_channels(each, axis.size) for each, axis in zip(index, (layer.output_axis, layer.input_axis), strict=True)
     )
     if isinstance(plain, nn.Linear):
         plain.in_features, plain.out_features = num_in, num_out
@@ -139,7 +139,7 @@ def _narrow_layer(layer: NestedLayer, kept: dict[str, int], site: str, draw: Map
 def _narrow_norm(norm: NestedNorm, kept: dict[str, int]) -> nn.Module:
     index = norm.axis.index(kept)
     plain = copy.deepcopy(norm.plain)
-    size = num_kept(index, norm.axis.size)
+    size = kept_channels(index, norm.axis.size)
     for name, value in [*plain.named_parameters()]:
         setattr(plain, name, nn.Parameter(take(value, {0: index}).clone(), requires_grad=value.requires_grad))
     for name, value in [*plain.named_buffers()]:

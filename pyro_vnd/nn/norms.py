@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_vnd.nn.axis import Axis, Channels, num_kept, take
+from pyro_vnd.nn.axis import Axis, Channels, kept_channels, take
 from pyro_vnd.nn.layers import apply_mask
 from pyro_vnd.nn.width import Width
 
@@ -53,7 +53,7 @@ class NestedNorm(nn.Module):
 
     def num_parameters(self, name: str, kept: Mapping[str, int]) -> int:
         """Return how many entries of "weight" or "bias" are left when groups keep a number of units."""
-        return num_kept(self.axis.index(kept), self.plain.get_parameter(name).numel())
+        return kept_channels(self.axis.index(kept), self.plain.get_parameter(name).numel())
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the kept channels; dropped ones are left to the layers that read them."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyro_vnd.nn import Width
-from pyro_vnd.nn.axis import Axis, Run, num_kept, take
+from pyro_vnd.nn.axis import Axis, Run, kept_channels, take
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_take_keeps_leading_channels_or_chosen_ones_and_its_gradient_is_zero_els
     indices = {0: slice(0, 2), 1: torch.tensor([0, 3]), 2: None}
     kept = take(x, indices)
     assert torch.equal(kept, x[:2][:, [0, 3]])
-    assert [num_kept(index, size) for index, size in zip(indices.values(), x.shape, strict=True)] == [2, 2, 3]
+    assert [kept_channels(index, size) for index, size in zip(indices.values(), x.shape, strict=True)] == [2, 2, 3]
     weight = torch.randn(2, 2, 3)
     (kept * weight).sum().backward()
     expected = torch.zeros(4, 5, 3)

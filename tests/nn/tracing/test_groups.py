@@ -62,18 +62,18 @@ def cut(net, groups, keep):
         layer = net.get_submodule(name)
         rows, columns = (channel_mask(lay, groups, keep) for lay in (channels.outputs, channels.inputs))
         transposed = isinstance(layer, CONVOLUTIONS) and layer.transposed
-        num_groups = getattr(layer, "groups", 1)
+        conv_groups = getattr(layer, "groups", 1)
         first, second = (columns, rows) if transposed else (rows, columns)
         for tensors in (layer._parameters, layer._buffers):
             for key, tensor in tensors.items():
                 if tensor is None or tensor.dim() == 0:
                     continue
                 value = tensor.data[first if key == "weight" else rows]
-                if key == "weight" and value.dim() > 1 and num_groups == 1:
+                if key == "weight" and value.dim() > 1 and conv_groups == 1:
                     value = value[:, second]
                 tensors[key] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
         if isinstance(layer, CONVOLUTIONS):
-            layer.groups = num_groups * int(columns.sum()) // len(columns) if num_groups > 1 else 1
+            layer.groups = conv_groups * int(columns.sum()) // len(columns) if conv_groups > 1 else 1
             layer.in_channels, layer.out_channels = int(columns.sum()), int(rows.sum())
         elif isinstance(layer, nn.GroupNorm):
             layer.num_groups = max(1, layer.num_groups * int(rows.sum()) // len(rows))
