@@ -15,13 +15,12 @@ Of Pyro. Objectives, guides and handlers are extended by the methods that its ow
 
 - `pyro.infer.Trace_ELBO._get_trace`, `pyro.infer.Trace_ELBO._get_traces`: pairs of traces, one for each particle.
 - `pyro.infer.TraceMeanField_ELBO._differentiable_loss_particle`: the loss of a pair of traces.
-- `pyro.infer.Trace_MMD._differentiable_loss_parts`, `pyro.infer.Trace_MMD._kernel`, `pyro.infer.Trace_MMD._mmd_scale`:
-  the terms of the Wasserstein autoencoder's objective.
+- `pyro.infer.Trace_MMD._differentiable_loss_parts`: the terms of the Wasserstein autoencoder's objective.
 - `pyro.infer.trace_mean_field_elbo._check_mean_field_requirement`: warns of a guide that draws in another order.
 - `pyro.infer.autoguide.AutoGuide._setup_prototype`, `pyro.infer.autoguide.AutoGuide._prototype_frames`,
   `pyro.infer.autoguide.AutoGuide._create_plates`: what a guide learns of its model when it is first called.
+- `pyro.infer.autoguide.AutoGuide._model`, which a copy of a guide and its original would forget.
 - `pyro.poutine.messenger.Messenger._reset`: forgets what a handler has from an earlier run.
-- `pyro.nn.PyroModule._pyro_params`: the names of a module's own parameters.
 - `pyro.nn.PyroModule._pyro_context.param_state`: where a module keeps them under `module_local_params`.
 - `pyro.distributions.MaskedDistribution._mask`: the rows that count.
 
