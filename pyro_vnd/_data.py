@@ -135,8 +135,9 @@ def batches(data: Rows, batch_size: int) -> Iterator[Sequence[Tensor]]:
     """Yield the batches of data, each a sequence of tensors that begins with the inputs.
 
     Args:
-        data: Data as of `fit`: a tensor, a tuple or list of tensors with a row for each example, or a mapping of them.
-            Or batches: any other iterable, such as a `DataLoader` or a generator.
+        data: Data as of `fit`: a tensor, a tuple or list of tensors with a row for each example, or a mapping of them,
+            of which "x" comes first and "y" second, where there are such names. Or batches: any other iterable, such
+            as a `DataLoader` or a generator.
         batch_size: Rows of a batch, where data are tensors.
 
     Yields:
@@ -151,7 +152,8 @@ def batches(data: Rows, batch_size: int) -> Iterator[Sequence[Tensor]]:
         [2, 2, 1]
     """
     parts: Iterable[Any] = (data,) if isinstance(data, Tensor) else data
-    parts = tuple(data.values()) if isinstance(data, Mapping) else parts
+    if isinstance(data, Mapping):
+        parts = tuple(data[name] for name in sorted(data, key=lambda name: {"x": 0, "y": 1}.get(name, 2)))
     if isinstance(parts, tuple | list) and all(isinstance(rows, Tensor) for rows in parts):
         if len({len(rows) for rows in parts}) > 1:
             raise ValueError(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_vnd._data import as_arguments, check_rows, map_parts, named_parts, num_rows, shapes, split_rows
+from pyro_vnd._data import as_arguments, batches, check_rows, map_parts, named_parts, num_rows, shapes, split_rows
 
 
 class Pair(NamedTuple):
@@ -77,3 +77,12 @@ BAD = {
 def test_what_is_no_data_is_refused(data, message):
     with pytest.raises(ValueError, match=f"^caller: argument {message}" if message[0] == "`" else message):
         check_rows("caller", data, "rows")
+
+
+@pytest.mark.parametrize("names", [("x", "y"), ("y", "x"), ("weight", "y", "x"), ("images", "labels")])
+def test_batches_of_a_mapping_begin_with_inputs_and_labels(names):
+    x, y = torch.arange(10.0).reshape(5, 2), torch.arange(5)
+    named = {"x": x, "y": y, "images": x, "labels": y, "weight": torch.ones(5)}
+    for (inputs, labels, *_), rows in zip(batches({name: named[name] for name in names}, 2), y.split(2), strict=True):
+        assert torch.equal(labels, rows)
+        assert torch.equal(inputs, x[rows])

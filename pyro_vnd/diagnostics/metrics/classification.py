@@ -73,8 +73,8 @@ def evaluate(
     Args:
         predict: Returns the logits of a batch of inputs, shape (S, N, C), or (N, C) for a single draw. An `nn.Module`
             is run in evaluation mode and then put back.
-        data: Test data, inputs x and labels y: a pair (x, y), a mapping of the two in this order, or an iterable of
-            batches (x, y, ...) such as a `DataLoader`.
+        data: Test data, inputs x and labels y: a pair (x, y), a mapping of the two, or an iterable of batches
+            (x, y, ...) such as a `DataLoader`. In a mapping they are called "x" and "y", or are in this order.
         ood: Test data from outside the domain, by name: as `data`, or inputs alone; only these are used.
         calibrate: Validation data, as `data`: finds the temperature of the averaged probabilities that minimises
             their NLL, and adds `temperature` and, with it, `nll_calibrated`, `brier_calibrated`, `ece_calibrated` and
