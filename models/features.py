@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from models.datasets import Dataset, Split
-from pyro_vnd._sizes import check_sizes
+from models.sizes import check_sizes
 
 __all__ = ["FOLDER", "FeatureNet", "FeatureRecipe", "TrainedFeatures", "train_features"]
 

@@ -12,9 +12,8 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from pyro_vnd._sizes import check_sizes
+from models.sizes import check_sizes
 from pyro_vnd.autoencoders import mlp_bodies
-from pyro_vnd.autoencoders.likelihoods import ImageCheck
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import AutoNested
 
@@ -90,7 +89,7 @@ class MatryoshkaEmbedding(PyroModule):
                 f"MatryoshkaEmbedding: argument `lengths` must be an OrderedMask of {num_dims} units of shape () or "
                 f"(V,); got {lengths!r}"
             )
-        self.num_dims, self.check_images = num_dims, ImageCheck("MatryoshkaEmbedding", tuple(image_shape))
+        self.num_dims, self.image_shape = num_dims, tuple(image_shape)
         self.body = mlp_bodies(image_shape, (512, num_features)).encoder if body is None else body
         self.head = nn.Linear(num_features, num_dims)
         self.proxies = nn.Linear(num_dims, num_classes, bias=False)  # a bias has norms tell what cosines cannot see
@@ -99,7 +98,7 @@ class MatryoshkaEmbedding(PyroModule):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Run the model on images, shape (N, *image_shape), and labels, shape (N,); return labels, shape (V, N)."""
-        self.check_images(x)
+        self._check_images(x)
         embedding, (views, data) = self.head(self.body(x)), self._plates(x)
         with views, data:
             mask = pyro.sample("mask", OrderedMask(probs=self.length_probs))
@@ -132,7 +131,7 @@ class MatryoshkaEmbedding(PyroModule):
         Raises:
             ValueError: If images or length are invalid.
         """
-        self.check_images(x)
+        self._check_images(x)
         length = self._length(self.num_dims if length is None else length)
         return normalize(self.head(self.body(x))[:, :length], dim=-1)
 
@@ -157,3 +156,13 @@ class MatryoshkaEmbedding(PyroModule):
                 f"MatryoshkaEmbedding: argument `length` must be an integer from 1 to {self.num_dims}; got {length!r}"
             )
         return length
+
+    def _check_images(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[1:] != self.image_shape:
+            shape, got = (
+                ", ".join(map(str, self.image_shape)),
+                tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__,
+            )
+            raise ValueError(f"MatryoshkaEmbedding: argument `x` must be images of shape (N, {shape}); got {got}")
+        if not x.isfinite().all():
+            raise ValueError("MatryoshkaEmbedding: argument `x` must be finite images; got NaN or inf")

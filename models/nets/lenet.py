@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from pyro_vnd._sizes import check_sizes
+from models.sizes import check_sizes
 
 
 def lenet(

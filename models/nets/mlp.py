@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from pyro_vnd._sizes import check_sizes
+from models.sizes import check_sizes
 
 
 def mlp(num_inputs: int = 784, num_classes: int = 10, hidden: Sequence[int] = (512, 512)) -> nn.Sequential:

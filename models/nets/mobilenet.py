@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from models.nets.residual import Residual, classifier, conv_norm
-from pyro_vnd._sizes import check_sizes
+from models.sizes import check_sizes
 
 
 class Stage(NamedTuple):

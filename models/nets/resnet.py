@@ -3,7 +3,7 @@
 from torch import nn
 
 from models.nets.residual import Residual, classifier, conv_norm, projection
-from pyro_vnd._sizes import check_sizes
+from models.sizes import check_sizes
 
 
 def resnet18(in_channels: int = 3, num_classes: int = 10, base: int = 64) -> nn.Sequential:

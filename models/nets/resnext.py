@@ -3,7 +3,7 @@
 from torch import nn
 
 from models.nets.residual import Residual, classifier, conv_norm, projection
-from pyro_vnd._sizes import check_sizes
+from models.sizes import check_sizes
 
 
 def resnext29(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from models.nets.residual import conv_norm
-from pyro_vnd._sizes import check_sizes
+from models.sizes import check_sizes
 
 STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))  # channels of the convolutions before each pooling
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pyro_vnd._sizes import check_sizes
+from models.sizes import check_sizes
 
 
 class PatchEmbedding(nn.Module):
