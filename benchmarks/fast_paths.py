@@ -238,7 +238,6 @@ def kept(result: dict[str, Any]) -> Iterator[tuple[str, bool]]:
 
 def markdown(result: dict[str, Any]) -> str:
     """Format a result as a table."""
-    machine, versions = result["header"]["machine"], result["header"]["versions"]
     table = markdown_table(
         ["fast path", "does", "size", "fast, μs", "plain, μs", "fast / plain"],
         [
@@ -256,9 +255,7 @@ def markdown(result: dict[str, Any]) -> str:
     missed = [name for name, good in kept(result) if not good]
     return "\n\n".join(
         [
-            f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} thread used; "
-            f"Python {versions['python']}, torch {versions['torch']}, Pyro {versions['pyro']}. Medians of interleaved "
-            "runs: CPU time, float32, argument validation off.",
+            "Medians of interleaved runs: CPU time, float32, argument validation off.",
             table,
             f"At the last of its sizes each takes at most {LIMIT} of the plain time"
             + (f", but for {', '.join(missed)}." if missed else "."),

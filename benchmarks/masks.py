@@ -150,12 +150,9 @@ def _target(name: str, value: float | None, limit: float) -> Iterator[dict[str, 
 
 def speed_tables(result: Result) -> str:
     """Format times and memory: ratios, which travel between machines better than seconds."""
-    machine, versions = result["header"]["machine"], result["header"]["versions"]
     shapes = list(dict.fromkeys(tuple(row["shape"]) for row in result["rows"]))
     return "\n\n".join(
         [
-            f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} thread used; "
-            f"Python {versions['python']}, torch {versions['torch']}, Pyro {versions['pyro']}.",
             f"Time of a draw / of a draw and its backward pass, relative to {LABELS[REFERENCE]}; Pyro's is followed "
             "by the same tail sum:",
             _ratios(result["rows"], shapes, ("draw", "draw_backward")),

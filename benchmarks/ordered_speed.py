@@ -89,10 +89,11 @@ def run(seconds: float, threads: int) -> dict[str, Any]:
             many = {name: partial(take, STEPS) for name, take in takers.items()}
             times = interleaved_medians(many, seconds=seconds, min_rounds=5, **clock)
             peaks = {name: peak_bytes(partial(take, 2)) / 2**20 for name, take in takers.items()}
+            about = header("benchmarks.ordered_speed")  # which names the threads, so before they change back
     finally:
         torch.set_num_threads(before)
     result: dict[str, Any] = {
-        "header": header("benchmarks.ordered_speed"),
+        "header": about,
         "seconds": {name: rounded(value / STEPS) for name, value in times.items()},
         "peak_mib": {name: rounded(value) for name, value in peaks.items()},
     }

@@ -6,7 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 
 from models.output import versions
 
-__all__ = ["header", "markdown_table", "rounded", "write_json"]
+__all__ = ["header", "markdown_table", "measured", "rounded", "write_json"]
 
 
 def header(module: str) -> dict[str, Any]:
@@ -31,6 +31,22 @@ def header(module: str) -> dict[str, Any]:
         "revision": {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))},
         "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
     }
+
+
+def measured(result: Mapping[str, Any]) -> str:
+    """Say in a sentence when, at which revision and with what a result was measured, as far as its header knows."""
+    about = result["header"]
+    versions = "Python {python}, torch {torch}, Pyro {pyro}".format(**about["versions"])
+    if "revision" not in about:
+        return f"Measured with {versions}; the result names no date, revision or machine."
+    (commit, dirty), machine = about["revision"].values(), about["machine"]
+    where = f"revision {commit[:7]}" if commit else "an unknown revision"
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    return (
+        f"{'Joined' if '--join' in about['command'] else 'Measured'} {about['date'][:10]} at {where}"
+        f"{' with changes that are not committed' if dirty else ''}, {machine['cpu']}, {machine['cores']} cores, "
+        f"{threads}; {versions}."
+    )
 
 
 def rounded(x: float) -> float:

@@ -27,6 +27,7 @@ from benchmarks import (
     ordered_latents_report,
     ordered_speed,
 )
+from benchmarks.record import measured
 
 __all__ = ["PAGES", "Page", "fill"]
 
@@ -45,16 +46,23 @@ class Page:
         results: Names of the committed results that it quotes.
         tables: Makes its tables from them, in Markdown.
         figures: Makes its figures, by name, from the first of them.
+        dated: Whether a line on when and with what each was measured stands before the tables.
     """
 
     path: Path
     results: tuple[str, ...]
     tables: Callable[..., str]
     figures: Callable[[dict[str, Any]], Mapping[str, Figure]] | None = None
+    dated: bool = True
 
     def read_results(self) -> list[dict[str, Any]]:
         """Read the committed results."""
         return [json.loads((RESULTS / f"{name}.json").read_text()) for name in self.results]
+
+    def content(self, *results: dict[str, Any]) -> str:
+        """Return what stands between the marks of the page: where each result is from, and the tables."""
+        lines = [measured(result) for result in results] if self.dated else []
+        return "\n\n".join([*lines, self.tables(*results)])
 
 
 def _page(name: str, *results: str, **makers: Any) -> Page:
@@ -75,7 +83,7 @@ PAGES = {
     "fast_paths": _page("fast_paths", tables=fast_paths.markdown),
     "matryoshka": _page("matryoshka", tables=matryoshka.markdown),
     "demo": _page("demo", "demo_digits", tables=demo_report.markdown),
-    "README": Page(ROOT / "README.md", ("nested_nets",), nested_nets_report.summary),
+    "README": Page(ROOT / "README.md", ("nested_nets",), nested_nets_report.summary, dated=False),
 }
 
 
@@ -103,12 +111,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         if len(args.pages) != 1:
             parser.error("--json FILE needs one page, whose tables are printed")
-        print(PAGES[args.pages[0]].tables(json.loads(args.json.read_text())))
+        print(PAGES[args.pages[0]].content(json.loads(args.json.read_text())))
         return
     for name in args.pages or PAGES:
         page = PAGES[name]
         results = page.read_results()
-        page.path.write_text(fill(page.path.read_text(), page.tables(*results)))
+        page.path.write_text(fill(page.path.read_text(), page.content(*results)))
         for stem, figure in (page.figures(results[0]) if page.figures else {}).items():
             figure.savefig(IMAGES / f"{stem}.png", dpi=150)
             plt.close(figure)

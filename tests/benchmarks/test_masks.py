@@ -7,7 +7,7 @@ import torch
 from benchmarks import report
 from benchmarks.gradient import exact_gradient, gradient_quality, make_problem
 from benchmarks.masks import Settings, gradient_tables, run, speed_tables
-from benchmarks.record import write_json
+from benchmarks.record import measured, write_json
 from benchmarks.timing import interleaved_medians, peak_bytes
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
 
@@ -24,8 +24,9 @@ def test_runs_reports_and_leaves_global_state_alone(tmp_path, capsys):
     write_json(tmp_path / "masks.json", result)
     assert [path.name for path in tmp_path.iterdir()] == ["masks.json"]
     for page, tables in (("masks", speed_tables), ("gradient", gradient_tables)):
+        made = json.loads(json.dumps(result))
         report.main([page, "--json", str(tmp_path / "masks.json")])
-        assert capsys.readouterr().out == tables(json.loads(json.dumps(result))) + "\n"
+        assert capsys.readouterr().out == f"{measured(made)}\n\n{tables(made)}\n"
 
     assert result["header"]["machine"]["threads"] == 1
     reference = [row for row in result["rows"] if row["method"] in ("gumbel_softmax", "categorical")]

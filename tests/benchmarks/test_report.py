@@ -14,7 +14,20 @@ from benchmarks.report import BEGIN, END, PAGES, ROOT, fill, main
 def test_pages_have_the_tables_of_the_results(name):
     page = PAGES[name]
     text = page.path.read_text()
-    assert fill(text, page.tables(*page.read_results())) == text, f"run python -m benchmarks.report {name}"
+    assert fill(text, page.content(*page.read_results())) == text, f"run python -m benchmarks.report {name}"
+
+
+@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if page.dated and name != "demo"])
+def test_pages_say_when_and_at_which_revision_they_were_measured(name):
+    page = PAGES[name]
+    for header in (result["header"] for result in page.read_results()):
+        threads = f"{header['machine']['threads']} thread"
+        (line,) = [line for line in page.path.read_text().splitlines() if "at revision" in line and threads in line]
+        assert line.startswith(("Measured ", "Joined "))
+        assert header["date"][:10] in line
+        assert f"revision {header['revision']['commit'][:7]}" in line
+        assert ("not committed" in line) == header["revision"]["dirty"]
+        assert header["machine"]["cpu"] in line
 
 
 @pytest.mark.parametrize("name", PAGES)
