@@ -16,8 +16,8 @@
 # its weights; `fit` trains both by SVI. We do this on 10,000 images of Fashion-MNIST, beside a net
 # whose law of widths is prescribed, to see what learning buys.
 #
-# The images come by a loader of the repository, `models`: start Jupyter in its root, by
-# `PYTHONPATH=$PWD jupyter lab`.
+# The loaders of the images are examples in `models`, no part of the package. Run this in a
+# checkout, and start Jupyter in its root, by `PYTHONPATH=$PWD jupyter lab`.
 
 # %%
 from collections.abc import Callable
@@ -140,7 +140,7 @@ methods = {
         MaskSchedule(0.25, 0.65, 0.1, law="log-uniform", num_particles=2, sliced=True),
     ),
 }
-for method, (nested, masks) in methods.items():
+for method, (nested, schedule) in methods.items():
     bayesian = (
         {}
         if nested is point
@@ -155,7 +155,7 @@ for method, (nested, masks) in methods.items():
         lr=0.003,
         lr_schedule=cosine_to_zero(),
         optimizer=adam(nested),
-        schedule=masks,
+        schedule=schedule,
         progress=False,
         **bayesian,
     )
@@ -236,7 +236,7 @@ for method, score in (
 # %% [markdown]
 # ## A plain net of a quarter of the width
 #
-# `narrow` cuts a torch net out that needs neither Pyro nor this library. Its outputs are those of
+# `narrow` makes a torch net that needs neither Pyro nor this library. Its outputs are those of
 # the nested net under masks: condition the Pyro program on the same draw of the weights and see.
 
 # %%

@@ -15,8 +15,8 @@
 # add detail, and the code may be cut anywhere. How many numbers an image is worth is a latent
 # variable, too: its law $q(L \mid x)$ is learned together with everything else.
 #
-# The images come by a loader of the repository, `models`: start Jupyter in its root, by
-# `PYTHONPATH=$PWD jupyter lab`.
+# The loader of the images is an example in `models`, no part of the package. Run this in a
+# checkout, and start Jupyter in its root, by `PYTHONPATH=$PWD jupyter lab`.
 
 # %%
 import matplotlib.pyplot as plt
@@ -86,7 +86,7 @@ budgets = OrderedMask(probs=1 / (torch.arange(1.0, K + 1) + 0.5))
 schedule = MaskSchedule(learned=0.25, budget=0.4, full=0.35, law=budgets)
 
 
-def train(method: str, vae: OrderedVAE, masks: MaskSchedule | None) -> None:
+def train(method: str, vae: OrderedVAE, schedule: MaskSchedule | None) -> None:
     """Fit a model and say what came out."""
     result = fit(
         vae,
@@ -98,7 +98,7 @@ def train(method: str, vae: OrderedVAE, masks: MaskSchedule | None) -> None:
         lr_schedule=cosine_to_zero(),
         local_kl_weight=linear(0, 1),
         length_weight=3,
-        schedule=masks,
+        schedule=schedule,
         progress=False,
     )
     print(f"{method}: ELBO {result.elbo[-1]:.0f} nats per image; {result.lengths['code']}")
@@ -255,8 +255,8 @@ plt.show()
 # %% [markdown]
 # ## A plain encoder and decoder for four numbers
 #
-# `narrow` cuts the nets to a length; what comes out is torch, without Pyro and without this
-# library.
+# `narrow` makes smaller nets, for codes of one length. They are torch, without Pyro and without
+# this library.
 
 # %%
 encoder, decoder = ordered.narrow(4)

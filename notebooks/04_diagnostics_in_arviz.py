@@ -243,8 +243,8 @@ diag.compare(scores).round(2)
 # ## Which width is enough?
 #
 # The same for a nested net on digits. Its weights are too many for k-hat to say anything about the
-# whole posterior; predictions can still be scored. `loo_widths` cuts the net at draws of its
-# weights.
+# whole posterior; predictions can still be scored. `loo_widths` narrows the net at draws of
+# its weights.
 
 # %%
 pixels, labels = load_digits(return_X_y=True)

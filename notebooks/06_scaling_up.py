@@ -15,8 +15,8 @@
 # write for each, and a small check that it does what it should. Everything here runs on a CPU;
 # tensors go to a GPU if there is one.
 #
-# Training in several processes is a program of the repository, `models/data_parallel.py`: start
-# Jupyter in its root, by `PYTHONPATH=$PWD jupyter lab`.
+# Training in several processes is an example, `models/data_parallel.py`, no part of the package:
+# run this in a checkout, and start Jupyter in its root, by `PYTHONPATH=$PWD jupyter lab`.
 
 # %%
 import inspect
@@ -169,7 +169,7 @@ print("1,000 draws at once:", {site: tuple(value.shape) for site, value in draws
 # ## Stop and resume
 #
 # `fit(checkpoint=...)` writes parameters, optimiser, schedules and random numbers after each
-# epoch. Here a fit is cut off in its third epoch, in the middle of a step, and a fresh one
+# epoch. Here a fit is interrupted in its third epoch, in the middle of a step, and a fresh one
 # resumes: it ends where a fit that was never interrupted does, to the last bit.
 
 # %%

@@ -136,6 +136,6 @@ def test_other_missing_packages_are_not_taken_for_the_extra(refused):
 def test_a_probe_says_how_to_get_scikit_learn(refused):
     kind, message, package = refused["probe"]
     assert (kind, package) == ("ImportError", "sklearn")
-    assert 'pip install "pyro-vnd[data]"' in message
+    assert 'pip install "pyro-vnd[diagnostics]"' in message
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert any(line.startswith("scikit-learn") for line in extras["data"])
+    assert any(line.startswith("scikit-learn") for line in extras["diagnostics"])

@@ -195,7 +195,7 @@ class LinearProbe:
             from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
             from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
         except ModuleNotFoundError as error:
-            advice = 'pip install "pyro-vnd[data]", or leave out the labels of `train`'
+            advice = 'pip install "pyro-vnd[diagnostics]", or leave out the labels of `train`'
             raise ImportError(f"evaluate_prefixes: a probe needs scikit-learn: {advice}", name="sklearn") from error
         self._classifier: Any = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         some = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:_PROBE_ROWS]
