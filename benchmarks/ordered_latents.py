@@ -40,7 +40,7 @@ from pyro_vnd.autoencoders import (
     OrderedVAE,
     OrderedVQVAE,
     OrderedWAE,
-    full_width,
+    full_length,
     mlp_bodies,
 )
 from pyro_vnd.autoencoders.base import OrderedAutoencoder
@@ -118,7 +118,7 @@ def build(
     shape, num_latents = (1, image_size, image_size), recipe.num_latents
     ours = method == "vnd"
     laws = {
-        "plain": full_width(num_latents),
+        "plain": full_length(num_latents),
         "fixed_geometric": OrderedMask.geometric(recipe.keep, num_latents),
         "fixed_uniform": OrderedMask.uniform(num_latents),
         "vnd": OrderedMask.uniform(num_latents),

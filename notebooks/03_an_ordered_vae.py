@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from models.datasets import load
-from pyro_vnd.autoencoders import Bodies, GaussianLikelihood, OrderedVAE, full_width, mlp_bodies
+from pyro_vnd.autoencoders import Bodies, GaussianLikelihood, OrderedVAE, full_length, mlp_bodies
 from pyro_vnd.diagnostics import (
     evaluate_prefixes,
     plot_class_lengths,
@@ -69,7 +69,7 @@ ordered = OrderedVAE(
     tail="completion",
 )
 ordinary = OrderedVAE(
-    shape, K, bodies=bodies(), prior_lengths=full_width(K), posterior_lengths="prior"
+    shape, K, bodies=bodies(), prior_lengths=full_length(K), posterior_lengths="prior"
 )
 
 # %% [markdown]

@@ -2,7 +2,7 @@
 
 from pyro_vnd.autoencoders.bodies import Bodies, conv_bodies, linear_bodies, mlp_bodies
 from pyro_vnd.autoencoders.conditioner import Conditioner
-from pyro_vnd.autoencoders.lengths import full_width
+from pyro_vnd.autoencoders.lengths import full_length
 from pyro_vnd.autoencoders.likelihoods import (
     BernoulliLikelihood,
     ContinuousBernoulliLikelihood,
@@ -26,7 +26,7 @@ __all__ = [
     "OrderedVQVAE",
     "OrderedWAE",
     "conv_bodies",
-    "full_width",
+    "full_length",
     "linear_bodies",
     "mlp_bodies",
 ]

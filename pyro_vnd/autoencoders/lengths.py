@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pyro_vnd.autoencoders.bodies import Bodies
 from pyro_vnd.distributions import OrderedMask
 
-__all__ = ["LengthEncoder", "LengthParameters", "LengthSource", "check_lengths", "full_width"]
+__all__ = ["LengthEncoder", "LengthParameters", "LengthSource", "check_lengths", "full_length"]
 
 LengthSource: TypeAlias = Literal["prior", "global", "amortised"]
 
@@ -25,7 +25,7 @@ class LengthParameters(TypedDict, total=False):
     logits: Tensor
 
 
-def full_width(num_latents: int) -> OrderedMask:
+def full_length(num_latents: int) -> OrderedMask:
     """Return the law that keeps every latent: with it an ordered model is an ordinary one.
 
     Args:
@@ -35,7 +35,7 @@ def full_width(num_latents: int) -> OrderedMask:
         The law, all of whose mass is on L = K.
 
     Example:
-        >>> full_width(3).keep_probs
+        >>> full_length(3).keep_probs
         tensor([1., 1., 1.])
     """
     return OrderedMask(probs=(torch.arange(num_latents) == num_latents - 1).to(torch.get_default_dtype()))

@@ -29,7 +29,7 @@ class LinearGaussianVAE(OrderedVAE):
 
     This holds for every law of the lengths that gives each length a chance and does not look at the image ("prior",
     "global", or a `MaskSchedule` of budgets only). An amortised law weighs the images differently for each length, and
-    the columns are then those of weighted data. With `full_width(K)` it is the ordinary model, which finds the span of
+    the columns are then those of weighted data. With `full_length(K)` it is the ordinary model, which finds the span of
     all K components but not their order. Centre the data: with a large mean, gradient steps find the order slowly.
 
     Args:

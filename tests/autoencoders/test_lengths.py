@@ -4,7 +4,7 @@ import pytest
 import torch
 from shaken import shaken
 
-from pyro_vnd.autoencoders import OrderedVAE, full_width, mlp_bodies
+from pyro_vnd.autoencoders import OrderedVAE, full_length, mlp_bodies
 from pyro_vnd.autoencoders.lengths import LengthEncoder
 from pyro_vnd.distributions import OrderedMask
 
@@ -31,9 +31,9 @@ def test_each_source_starts_at_the_prior_and_differs_in_what_is_learned(source: 
     torch.testing.assert_close(narrow(x), encoder.values_and_lengths(x)[0][:, :2])
 
 
-def test_full_width_keeps_every_latent():
-    assert torch.equal(full_width(K).keep_probs, torch.ones(K))
-    assert full_width(K).mean_length == K
+def test_full_length_keeps_every_latent():
+    assert torch.equal(full_length(K).keep_probs, torch.ones(K))
+    assert full_length(K).mean_length == K
 
 
 BAD_OPTIONS = {
@@ -42,7 +42,7 @@ BAD_OPTIONS = {
     "batch": ({"prior_lengths": OrderedMask.uniform(K).expand((2,))}, "without batch shape"),
     "kind": ({"prior_lengths": torch.ones(K)}, "`prior_lengths` must be an OrderedMask"),
     "zero global": ({"prior_lengths": NO_LENGTH_ONE, "posterior_lengths": "global"}, "no probability"),
-    "zero amortised": ({"prior_lengths": full_width(K)}, "`prior_lengths` gives some lengths no probability"),
+    "zero amortised": ({"prior_lengths": full_length(K)}, "`prior_lengths` gives some lengths no probability"),
 }
 
 

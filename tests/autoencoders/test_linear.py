@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from models.datasets import load
-from pyro_vnd.autoencoders import LinearGaussianVAE, full_width
+from pyro_vnd.autoencoders import LinearGaussianVAE, full_length
 from pyro_vnd.distributions import NestedNormal, OrderedMask
 from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit
 
@@ -86,7 +86,7 @@ def test_every_prefix_is_the_principal_subspace(data: str, posterior: str, num_e
 def test_without_an_order_only_the_whole_subspace_is(data: str):
     """The power test of the one above: the ordinary model has the span of all K components, in no order."""
     x = DATA[data]()
-    vae = make_vae(x, posterior_lengths="prior", prior_lengths=full_width(K))
+    vae = make_vae(x, posterior_lengths="prior", prior_lengths=full_length(K))
     train(vae, x, 650, 0.1)
     found = angles(vae, x)
     assert found[-1] < 0.8

@@ -15,7 +15,7 @@ from shaken import shaken
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from pyro_vnd.autoencoders import GaussianLikelihood, OrderedVAE, full_width, mlp_bodies
+from pyro_vnd.autoencoders import GaussianLikelihood, OrderedVAE, full_length, mlp_bodies
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
 from pyro_vnd.infer import NestedELBO, fit
 
@@ -108,7 +108,7 @@ def test_a_fit_has_the_terms_of_the_bound(x: Tensor):
 
 def test_bits_per_dim_and_chunks(x: Tensor):
     """Chunks change which numbers are drawn together and not which numbers, here where nothing is random but z."""
-    vae = make_vae(posterior_lengths="prior", prior_lengths=full_width(K))
+    vae = make_vae(posterior_lengths="prior", prior_lengths=full_length(K))
     with torch.no_grad():
         vae.decoder.entry.weight.zero_()  # the likelihood ignores z,
         vae.encoder.heads.weight.zero_()  # and q is p: each weight is the likelihood
@@ -221,7 +221,7 @@ class PlainVAE(nn.Module):
 @pytest.mark.parametrize("noise", ["shared", "by_length"])
 def test_at_full_width_it_is_the_ordinary_vae(noise: str, elbo: Callable[[], Any], x: Tensor):
     """Loss and all gradients with the same noise; with another law of lengths they differ."""
-    laws = {"prior_lengths": full_width(K), "posterior_lengths": "prior", "likelihood": GaussianLikelihood(K, noise)}
+    laws = {"prior_lengths": full_length(K), "posterior_lengths": "prior", "likelihood": GaussianLikelihood(K, noise)}
     vae, other = make_vae(**laws), make_vae(**laws | {"prior_lengths": OrderedMask(probs=torch.tensor([0, 0.2, 0.8]))})
     plain = PlainVAE(vae)
     results = []

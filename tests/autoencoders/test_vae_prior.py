@@ -11,7 +11,7 @@ from torch.distributions import kl_divergence
 
 from models.datasets import Dataset
 from models.features import FeatureRecipe, train_features
-from pyro_vnd.autoencoders import GaussianLikelihood, LinearGaussianVAE, OrderedVAE, full_width, mlp_bodies
+from pyro_vnd.autoencoders import GaussianLikelihood, LinearGaussianVAE, OrderedVAE, full_length, mlp_bodies
 from pyro_vnd.diagnostics import evaluate_prefixes
 from pyro_vnd.diagnostics.metrics.generative import generative_metrics
 from pyro_vnd.distributions import NestedAutoregressive, NestedNormal
@@ -105,7 +105,7 @@ def test_draws_of_the_model_follow_the_prior():
 
 
 def test_with_a_whole_code_it_is_the_plain_model(x: Tensor):
-    pinned = make_vae(prior_lengths=full_width(K), posterior_lengths="prior")
+    pinned = make_vae(prior_lengths=full_length(K), posterior_lengths="prior")
     torch.manual_seed(1)
     whole = pinned.elbo(x)
     torch.manual_seed(1)

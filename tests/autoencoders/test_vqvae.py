@@ -12,7 +12,7 @@ from scipy import stats
 from torch import nn
 from torch.distributions import kl_divergence
 
-from pyro_vnd.autoencoders import OrderedVQVAE, full_width, mlp_bodies
+from pyro_vnd.autoencoders import OrderedVQVAE, full_length, mlp_bodies
 from pyro_vnd.autoencoders.quantiser import TokenPrior
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import LengthCollapseWarning, MaskSchedule, NestedELBO, fit, module_local_params
@@ -83,7 +83,7 @@ def test_rate_of_ordered_dimensions_is_that_of_all_tokens(x):
 @both
 def test_at_full_width_it_is_a_plain_vqvae(ordered, x):
     num_units = T if ordered == "tokens" else D
-    model = small(ordered, prior_lengths=full_width(num_units), posterior_lengths="prior", commitment=0.7).eval()
+    model = small(ordered, prior_lengths=full_length(num_units), posterior_lengths="prior", commitment=0.7).eval()
     guide = model.guide.eval()
     with module_local_params(model, guide):
         loss = NestedELBO().differentiable_loss(model, guide, x)
@@ -112,7 +112,7 @@ def test_mini_batches_and_weights_scale_the_rate(x):
         return torch.optim.SGD(parameters, lr=0.0)
 
     for batch_size in (5, N):
-        model = small(posterior_lengths="prior", prior_lengths=full_width(T))
+        model = small(posterior_lengths="prior", prior_lengths=full_length(T))
         arguments = {"batch_size": batch_size, "num_epochs": 1, "optimizer": still, "progress": False}
         result = fit(model, model.guide, x, local_kl_weight=0.5, **arguments)
         assert result.kl_latents == pytest.approx([T * math.log(V)])

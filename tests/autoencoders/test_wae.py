@@ -13,7 +13,7 @@ from pyro.nn import PyroModule
 from torch import nn
 from torch.distributions import kl_divergence
 
-from pyro_vnd.autoencoders import OrderedWAE, full_width, mlp_bodies
+from pyro_vnd.autoencoders import OrderedWAE, full_length, mlp_bodies
 from pyro_vnd.autoencoders.wae import AggregateMMD, InverseMultiquadratic, squared_mmd
 from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough
 from pyro_vnd.infer import LengthCollapseWarning, MaskSchedule, fit, module_local_params
@@ -104,7 +104,7 @@ def test_objective_is_likelihood_less_discrepancy_and_kl_of_lengths(particles, x
 
 @collapses
 def test_with_full_width_it_is_a_plain_wae(x):
-    wae = small(prior_lengths=full_width(K), posterior_lengths="prior")
+    wae = small(prior_lengths=full_length(K), posterior_lengths="prior")
     guide, kernel = wae.guide, InverseMultiquadratic(K)
     torch.manual_seed(1)
     with module_local_params(wae, guide):
