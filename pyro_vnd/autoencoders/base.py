@@ -27,7 +27,7 @@ class OrderedAutoencoder(QuietModule):
     $$L \sim p, \qquad z_i \sim N(0, 1) \text{ for } i \le L, \text{ else } 0, \qquad x \sim p(x \mid f(z, L)).$$
 
     The law of lengths is an argument. With a `prior_lengths` of one's choice and posterior_lengths="prior" the rate
-    is prescribed, as in nested dropout; with `full_width(K)` the model is an ordinary autoencoder; otherwise q(L | x)
+    is prescribed, as in nested dropout; with `full_length(K)` the model is an ordinary autoencoder; otherwise q(L | x)
     is learned.
 
     Args:
@@ -129,10 +129,10 @@ class OrderedAutoencoder(QuietModule):
         return code.cut(lengths)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Return the mean images of codes; a code ends with its last number that is not zero.
+        """Return the mean images of codes; a code ends with its last latent or block that is not zero.
 
         Args:
-            z: Codes, shape (..., K).
+            z: Codes as `embed` returns them, shape (..., n).
 
         Returns:
             Images, shape (..., *image_shape).
@@ -140,13 +140,20 @@ class OrderedAutoencoder(QuietModule):
         Raises:
             ValueError: If the codes have another length or are not finite.
         """
-        if z.shape[-1:] != (self.num_latents,) or not torch.isfinite(z).all():
+        if z.shape[-1:] != (self._code_size,) or not torch.isfinite(z).all():
             raise ValueError(
-                f"{type(self).__name__}: argument `z` must be finite codes of shape (..., {self.num_latents}); "
+                f"{type(self).__name__}: argument `z` must be finite codes of shape (..., {self._code_size}); "
                 f"got {tuple(z.shape)}"
                 f"{'' if torch.isfinite(z).all() else ' with NaN or inf'}"
             )
-        return self.likelihood.mean(self.decoder(z, NestedNormal.mask_of(z)))
+        return self.likelihood.mean(self.decoder(z, self._mask_of(z)))
+
+    @property
+    def _code_size(self) -> int:
+        return self.num_latents
+
+    def _mask_of(self, code: Tensor) -> Tensor:
+        return NestedNormal.mask_of(code)
 
     def embed(self, x: Tensor, length: int | Tensor | None = None) -> Tensor:
         """Return the mean codes of images, cut to a length.

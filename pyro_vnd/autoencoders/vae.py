@@ -215,7 +215,7 @@ class EnumeratingGuide(EncoderGuide):
         self.check_images(x)
         law = self.encoder(x)
         with pyro.plate("data", len(x)):
-            lengths = OrderedMask(probs=law.length_probs)
-            mask = pyro.sample("mask", lengths, infer={"enumerate": "parallel"})
+            mask_law = OrderedMask(probs=law.length_probs)
+            mask = pyro.sample("mask", mask_law, infer={"enumerate": "parallel"})
             kept = dist.Normal(mask * law.loc, torch.where(mask > 0, law.scale, 1.0))
             return pyro.sample("code", kept.to_event(1))

@@ -170,26 +170,13 @@ class OrderedVQVAE(OrderedAutoencoder):
         self.check_images(x)
         return self._code(self.encoder(x)[0], self._mask(len(x), length))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Return the mean images of flat codes; a code ends with its last block that is not zero.
+    @property
+    def _code_size(self) -> int:
+        return self.blocks.num_blocks * self.blocks.size
 
-        Args:
-            z: Codes, shape (..., T * D).
-
-        Returns:
-            Images, shape (..., *image_shape).
-
-        Raises:
-            ValueError: If the codes have another length or are not finite.
-        """
-        size = self.blocks.num_blocks * self.blocks.size
-        if z.shape[-1:] != (size,) or not torch.isfinite(z).all():
-            raise ValueError(
-                f"OrderedVQVAE: argument `z` must be finite codes of shape (..., {size}); got {tuple(z.shape)}"
-                f"{'' if torch.isfinite(z).all() else ' with NaN or inf'}"
-            )
-        used = (z.unflatten(-1, (self.blocks.num_blocks, self.blocks.size)) != 0).any(-1)
-        return self.likelihood.mean(self.decoder(z, NestedNormal.mask_of(used.to(z.dtype))))
+    def _mask_of(self, code: Tensor) -> Tensor:
+        used = (code.unflatten(-1, (self.blocks.num_blocks, self.blocks.size)) != 0).any(-1)
+        return NestedNormal.mask_of(used.to(code.dtype))
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, length: int | Tensor | None = None) -> Tensor:
