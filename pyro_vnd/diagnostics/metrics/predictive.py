@@ -77,17 +77,17 @@ def average_draws(*, logits: Tensor | None = None, probs: Tensor | None = None) 
         ([[0.5, 0.5]], 0.6931)
     """
     if (logits is None) == (probs is None):
-        raise ValueError("average_draws: give exactly one of `logits` and `probs`")
+        raise ValueError("evaluate: give exactly one of `logits` and `probs`")
     name, draws = ("logits", logits) if logits is not None else ("probs", probs)
     assert draws is not None
     if draws.dim() != 3 or draws.shape[0] == 0 or draws.shape[2] == 0:
-        raise ValueError(f"average_draws: `{name}` must have shape (S, N, C), S and C >= 1; got {tuple(draws.shape)}")
+        raise ValueError(f"evaluate: `{name}` must have shape (S, N, C), S and C >= 1; got {tuple(draws.shape)}")
     # On the CPU, as not every accelerator has float64; what moves are S x C numbers a row.
     draws = draws.detach().to("cpu", torch.float64)
     log_probs = (draws if probs is None else draws.log()).log_softmax(-1)
     if bool(log_probs.isnan().any()):
         bad = int(log_probs.isnan().any(-1).sum())
-        raise ValueError(f"average_draws: `{name}` must hold a distribution in each row; {bad} rows of draws have none")
+        raise ValueError(f"evaluate: `{name}` must hold a distribution in each row; {bad} rows of draws have none")
     expected_entropy = torch.special.entr(log_probs.exp()).sum(-1).mean(0)
     return AveragedPredictive(log_probs.logsumexp(0) - log(len(log_probs)), expected_entropy, len(log_probs))
 
@@ -168,7 +168,7 @@ def predictive_metrics(predictive: AveragedPredictive, labels: Tensor) -> dict[s
         (100.347, 0.347)
     """
     labels = labels.cpu()
-    check_rows("predictive_metrics", "predictive", predictive.log_probs, labels)
+    check_rows("evaluate", "predictive", predictive.log_probs, labels)
     metrics = score_log_probs(predictive.log_probs, labels)
     for name in ("entropy", "mutual_information"):
         values = getattr(predictive, name)

@@ -93,17 +93,16 @@ def channel_groups(
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     if not any(isinstance(value, Tensor) for value in inputs):
         raise ValueError(
-            "channel_groups: argument `example_input` must be a tensor or a tuple with one; got "
-            f"{type(example_input).__name__}"
+            f"nest: argument `example_input` must be a tensor or a tuple with one; got {type(example_input).__name__}"
         )
     if lazy := [name for name, parameter in net.named_parameters() if is_lazy(parameter)]:
-        raise ValueError(f"channel_groups: run the net once before; `{lazy[0]}` has no shape yet")
+        raise ValueError(f"nest: run the net once before; `{lazy[0]}` has no shape yet")
     excluded = _find_excluded(net, exclude)
     with _undisturbed(net, inputs):
         graph = _trace(net, excluded, len(inputs))
         wanted = sum(node.op == "placeholder" for node in graph.nodes)
         if wanted != len(inputs):
-            raise ValueError(f"channel_groups: `example_input` has {len(inputs)} arguments; the net takes {wanted}")
+            raise ValueError(f"nest: `example_input` has {len(inputs)} arguments; the net takes {wanted}")
         clones = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
         interpreter = Interpreter(net, graph, clones, excluded)
         interpreter.run()
@@ -112,7 +111,7 @@ def channel_groups(
     cut = [space for space in spaces if not space.reason]
     if not cut:
         reasons = "".join(f"\n- `{name}`: {reason}" for name, reason in whole.items()) or " it has no layers to cut"
-        raise ValueError(f"channel_groups: no channels of the net can be cut:{reasons}")
+        raise ValueError(f"nest: no channels of the net can be cut:{reasons}")
     layers = {name: LayerChannels(_layout(a), _layout(b)) for name, (a, b) in interpreter.layers.items()}
     return ChannelGroups({space.name: space.atoms for space in cut}, layers, whole)
 
@@ -124,12 +123,12 @@ def _layout(runs: Runs) -> Layout:
 def _find_excluded(net: nn.Module, names: Collection[str]) -> set[int]:
     """Return the ids of the modules to leave alone."""
     if isinstance(names, str):
-        raise ValueError(f"channel_groups: argument `exclude` must be a list of names; got the string {names!r}")
+        raise ValueError(f"nest: argument `exclude` must be a list of names; got the string {names!r}")
     modules = {name: module for name, module in net.named_modules(remove_duplicate=False) if name}
     for name in names:
         if name not in modules:
             close = difflib.get_close_matches(name, modules, cutoff=0.4) or list(modules)[:5]
-            raise ValueError(f"channel_groups: argument `exclude`: the net has no module {name!r}; close are {close}")
+            raise ValueError(f"nest: argument `exclude`: the net has no module {name!r}; close are {close}")
     return {id(module) for name in names for module in modules[name].modules()}
 
 
@@ -158,7 +157,7 @@ def _trace(net: nn.Module, excluded: set[int], num_inputs: int) -> fx.Graph:
         path = tracer.culprit
         where = f"`{path}` ({type(net.get_submodule(path)).__name__})" if path else type(net).__name__
         advice = f'`exclude=["{path}"]` leaves it alone' if path else "put the code into a submodule, to exclude that"
-        raise ValueError(f"channel_groups: torch.fx cannot trace {where}: {error}; {advice}") from error
+        raise ValueError(f"nest: torch.fx cannot trace {where}: {error}; {advice}") from error
 
 
 class _Tracer(fx.Tracer):

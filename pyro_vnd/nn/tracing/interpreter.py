@@ -185,7 +185,7 @@ class Call:
         """Raise the error that says what cannot be followed, and what to do."""
         path = self.interpreter.path(self.node)
         advice = f'`exclude=["{path}"]` leaves that part alone' if path else "put it into a submodule, to exclude that"
-        raise ValueError(f"channel_groups: cannot follow channels through {self.where}; {advice}")
+        raise ValueError(f"nest: cannot follow channels through {self.where}; {advice}")
 
 
 def _narrowed(mark: Mark, value: Any) -> Any:

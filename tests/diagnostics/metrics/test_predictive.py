@@ -82,9 +82,9 @@ def test_zero_probabilities_are_fine():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "exactly one of"),
+        ({}, "evaluate: give exactly one of"),
         ({"logits": torch.zeros(1, 1, 2), "probs": torch.ones(1, 1, 2)}, "exactly one of"),
-        ({"logits": torch.zeros(3, 2)}, r"`logits` must have shape \(S, N, C\).*got \(3, 2\)"),
+        ({"logits": torch.zeros(3, 2)}, r"evaluate: `logits` must have shape \(S, N, C\).*got \(3, 2\)"),
         ({"logits": torch.tensor([[[0.0, math.nan]]])}, "`logits` must hold a distribution.*1 rows"),
         ({"logits": torch.tensor([[[0.0, math.inf]]])}, "`logits` must hold a distribution.*1 rows"),
         ({"probs": torch.zeros(2, 3, 4)}, "`probs` must hold a distribution.*6 rows"),

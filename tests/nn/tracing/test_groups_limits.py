@@ -115,7 +115,7 @@ def test_any_number_of_arguments():
     x = torch.randn(2, 3)
     for count in (1, 3):
         assert channel_groups(Sum(), (x,) * count).names == ("a",)
-    with pytest.raises(ValueError, match="`example_input` has 2 arguments; the net takes 1"):
+    with pytest.raises(ValueError, match="nest: `example_input` has 2 arguments; the net takes 1"):
         channel_groups(mlp()[0], (x, x))
 
 
@@ -225,19 +225,23 @@ def test_layers_of_an_excluded_module_are_left_alone():
 
 def test_bad_arguments():
     net, x = mlp()
-    with pytest.raises(ValueError, match=r"`exclude`: the net has no module 'block.2'; close are \['blocks.2'"):
+    with pytest.raises(
+        ValueError, match=r"nest: argument `exclude`: the net has no module 'block.2'; close are \['blocks.2'"
+    ):
         channel_groups(resnet()[0], x, exclude=["block.2"])
-    with pytest.raises(ValueError, match="must be a list of names; got the string '0'"):
+    with pytest.raises(ValueError, match="nest: argument `exclude` must be a list of names; got the string '0'"):
         channel_groups(net, x, exclude="0")
-    with pytest.raises(ValueError, match="`example_input` must be a tensor or a tuple with one; got list"):
+    with pytest.raises(
+        ValueError, match="nest: argument `example_input` must be a tensor or a tuple with one; got list"
+    ):
         channel_groups(net, [x])
-    with pytest.raises(ValueError, match=r"run the net once before; `weight` has no shape yet"):
+    with pytest.raises(ValueError, match=r"nest: run the net once before; `weight` has no shape yet"):
         channel_groups(nn.LazyLinear(3), x)
 
 
 def test_a_net_that_has_nothing_to_cut_says_why():
     net = nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 4), nn.Softmax(-1), nn.Linear(4, 2))
-    with pytest.raises(ValueError, match="no channels of the net can be cut") as caught:
+    with pytest.raises(ValueError, match="nest: no channels of the net can be cut") as caught:
         channel_groups(net, torch.randn(2, 3))
     lines = str(caught.value).splitlines()[1:]
     assert [line.split(":")[0] for line in lines] == ["- `0`", "- `1`", "- `3`"]
