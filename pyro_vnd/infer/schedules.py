@@ -38,9 +38,10 @@ def linear(start: float, end: float, warmup: float = 1.0) -> Callable[[float], f
         >>> kl_weight = linear(0.0, 1.0, warmup=0.5)
         >>> [kl_weight(t) for t in (0.0, 0.25, 0.5, 1.0)]
         [0.0, 0.5, 1.0, 1.0]
+        >>> kl_weight
+        linear(0.0, 1.0, warmup=0.5)
     """
-    _check_warmup("linear", warmup)
-    return lambda t: start + (end - start) * min(t / warmup, 1.0)
+    return _Transition("linear", start, end, warmup)
 
 
 def cosine(start: float, end: float, warmup: float = 1.0) -> Callable[[float], float]:
@@ -48,24 +49,37 @@ def cosine(start: float, end: float, warmup: float = 1.0) -> Callable[[float], f
 
     $$b + (a - b) \, \tfrac12 (1 + \cos(\pi \min(t / w, 1))).$$
 
-    Args:
-        start: a, the value at t = 0.
-        end: b, the value from t = w on.
-        warmup: w, in (0, 1], a share of all steps.
-
-    Returns:
-        A schedule for `fit`.
-
-    Raises:
-        ValueError: If `warmup` is not in (0, 1].
+    Arguments, result and errors are those of `linear`.
 
     Example:
         >>> temperature = cosine(1.0, 0.2)
         >>> [round(temperature(t), 3) for t in (0.0, 0.5, 1.0)]
         [1.0, 0.6, 0.2]
     """
-    _check_warmup("cosine", warmup)
-    return lambda t: end + (start - end) * (1 + math.cos(math.pi * min(t / warmup, 1.0))) / 2
+    return _Transition("cosine", start, end, warmup)
+
+
+@dataclass(frozen=True, repr=False)
+class _Transition:
+    """What `linear` and `cosine` return, by the name of the function: it can be compared, printed and pickled."""
+
+    function: str
+    start: float
+    end: float
+    warmup: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.warmup <= 1:
+            raise ValueError(f"{self.function}: argument `warmup` must be in (0, 1]; got {self.warmup}")
+
+    def __call__(self, t: float) -> float:
+        done = min(t / self.warmup, 1.0)
+        if self.function == "linear":
+            return self.start + (self.end - self.start) * done
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * done)) / 2
+
+    def __repr__(self) -> str:
+        return f"{self.function}({self.start!r}, {self.end!r}, warmup={self.warmup!r})"
 
 
 def cosine_to_zero(warmup: float = 0.05) -> LRSchedule:
@@ -254,8 +268,3 @@ def schedule_values(name: str, schedule: Schedule, num_steps: int, *, positive: 
             when = f" at t = {step / last:.3g}" if callable(schedule) else ""
             raise ValueError(f"fit: argument `{name}` must be finite and {bound}; got {value}{when}")
     return values if callable(schedule) else values * num_steps
-
-
-def _check_warmup(name: str, warmup: float) -> None:
-    if not 0 < warmup <= 1:
-        raise ValueError(f"{name}: argument `warmup` must be in (0, 1]; got {warmup}")

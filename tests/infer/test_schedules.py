@@ -1,6 +1,7 @@
 """Schedules: their values, what they refuse, and the shares of a MaskSchedule."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -19,6 +20,15 @@ def test_a_schedule_goes_from_start_to_end_and_stays(make):
     assert values[2] == pytest.approx(1.25)
     assert values[4:] == pytest.approx([0.5] * 7)
     assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize("make", [linear, cosine])
+def test_a_schedule_prints_as_the_call_that_made_it_and_can_be_pickled(make):
+    schedule = make(2.0, 0.5, warmup=0.4)
+    assert repr(schedule) == f"{make.__name__}(2.0, 0.5, warmup=0.4)"
+    again = pickle.loads(pickle.dumps(schedule))
+    assert again == schedule
+    assert [again(t / 7) for t in range(8)] == [schedule(t / 7) for t in range(8)]
 
 
 def test_a_cosine_is_level_at_both_ends():
