@@ -1,7 +1,7 @@
 """Normal laws of ordered coordinates, each given those before it, that are zero past a random length."""
 
 from collections.abc import Callable
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.types import _size
 from pyro_vnd._compat import recall, remember
 from pyro_vnd.distributions._fast.shapes import broadcast_shapes
 from pyro_vnd.distributions.nested import NestedLaw, NestedNormal, in_range
-from pyro_vnd.distributions.straight_through import OrderedMaskStraightThrough
+from pyro_vnd.distributions.straight_through import Noise, OrderedMaskStraightThrough
 
 __all__ = ["NestedAutoregressive"]
 
@@ -40,7 +40,7 @@ class NestedAutoregressive(NestedLaw):
 
     Args:
         conditioner: Maps values, shape (..., K), to $\mu$ and $\sigma > 0$, which broadcast to that shape, entry i
-            depending on the entries before it alone: `pyro_vnd.nn.Conditioner`, say.
+            depending on the entries before it alone: `pyro_vnd.autoencoders.Conditioner`, say.
         logits: Unnormalised log-weights of the lengths 1..K, shape (..., K).
         probs: Weights of the lengths, in place of `logits`.
         temperature: Temperature of the straight-through mask, > 0.
@@ -75,7 +75,7 @@ class NestedAutoregressive(NestedLaw):
         *,
         probs: Tensor | None = None,
         temperature: float | Tensor = 0.2,
-        noise: Literal["logistic", "gumbel"] = "logistic",
+        noise: Noise = "logistic",
         validate_args: bool | None = None,
     ) -> None:
         if not callable(conditioner):

@@ -25,10 +25,10 @@ def _kl_ordered_mask(q: OrderedMask, p: OrderedMask) -> Tensor:
 @register_kl(CutMask, CutMask)
 def _kl_cut_mask(q: CutMask, p: CutMask) -> Tensor:
     """Return the same, for the laws that are random still alone where both are cut alike: nothing for the others."""
-    if not q.lengths.are_those_of(p.lengths):
+    if not q.given.are_those_of(p.given):
         return _kl_ordered_mask(q, p)
     kl = kl_divergence(q.random, p.random).unsqueeze(-1)
-    return q.lengths.put(kl, kl.new_zeros(*q.batch_shape, 1)).squeeze(-1)
+    return q.given.put(kl, kl.new_zeros(*q.batch_shape, 1)).squeeze(-1)
 
 
 @register_kl(NestedNormal, NestedNormal)

@@ -257,7 +257,7 @@ class CutMask(OrderedMask):
 
     Args:
         base: The law that is cut.
-        lengths: Where its lengths are given.
+        given: Where its lengths are given.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -265,8 +265,8 @@ class CutMask(OrderedMask):
 
     base: Any
 
-    def __init__(self, base: OrderedMask, lengths: Cut) -> None:
-        self.base, self.lengths = base, lengths
+    def __init__(self, base: OrderedMask, given: Cut) -> None:
+        self.base, self.given = base, given
         TorchDistribution.__init__(self, base.batch_shape, base.event_shape, validate_args=False)
         self._validate_args = base._validate_args
 
@@ -293,23 +293,23 @@ class CutMask(OrderedMask):
     @derived
     def random(self) -> Any:
         """The laws that are random still, batch shape (R,)."""
-        return self.base._rows(self.lengths.rows)
+        return self.base._rows(self.given.rows)
 
     @derived
     def _probs(self) -> Tensor:
-        return self.lengths.put(self.random.probs, tail_difference(self.lengths.masks))
+        return self.given.put(self.random.probs, tail_difference(self.given.masks))
 
     @derived
     def _log_probs(self) -> Tensor:
-        return self.lengths.put(self.random.logits, log_or_minus_infinity(tail_difference(self.lengths.masks)))
+        return self.given.put(self.random.logits, log_or_minus_infinity(tail_difference(self.given.masks)))
 
     @derived
     def _keep_probs(self) -> Tensor:
-        return self.lengths.put(self.random.keep_probs, self.lengths.masks)
+        return self.given.put(self.random.keep_probs, self.given.masks)
 
     @property
     def _like(self) -> Tensor:
-        return self.lengths.masks
+        return self.given.masks
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Draw masks of zeros and ones as the base does, shape sample_shape + batch_shape + (K,)."""
@@ -317,20 +317,20 @@ class CutMask(OrderedMask):
             raise NotImplementedError(f"{type(self.base).__name__} has no reparameterised samples")
         # Noise is drawn for all, so that random numbers are the same whatever is cut.
         masks = self._masks(self._noise(sample_shape))
-        return masks if sample_shape else remember(masks, self.lengths)
+        return masks if sample_shape else remember(masks, self.given)
 
     def _noise(self, sample_shape: _size) -> Tensor:
         return self.base._noise(sample_shape)
 
     def _masks(self, noise: Tensor) -> Tensor:
-        return self.lengths.put(self.random._masks(self.lengths.take(noise)), self.lengths.masks)
+        return self.given.put(self.random._masks(self.given.take(noise)), self.given.masks)
 
     def _hard_masks(self, uniform: Tensor) -> Tensor:
-        return self.lengths.put(self.random._hard_masks(self.lengths.take(uniform)), self.lengths.masks)
+        return self.given.put(self.random._hard_masks(self.given.take(uniform)), self.given.masks)
 
     def _rows(self, rows: Tensor) -> "CutMask":
         base = self.base._rows(rows)
-        return CutMask(base, Cut(self.lengths.lengths.reshape(-1).index_select(0, rows), base))
+        return CutMask(base, Cut(self.given.lengths.reshape(-1).index_select(0, rows), base))
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Return all K masks as the base does; those of other lengths than the given ones have probability zero."""
@@ -339,7 +339,7 @@ class CutMask(OrderedMask):
     def expand(self, batch_shape: _size, _instance: Any = None) -> "CutMask":
         """Return the same law with a larger batch shape; parameters are shared, not copied."""
         base = self.base.expand(batch_shape)
-        return CutMask(base, Cut(self.lengths.length, base))
+        return CutMask(base, Cut(self.given.length, base))
 
     @classmethod
     def infer_shapes(cls, **arg_shapes: Any) -> tuple[torch.Size, torch.Size]:
@@ -350,8 +350,8 @@ class CutMask(OrderedMask):
         return f"{type(self).__name__}({type(self.base).__name__}, {', '.join(self._facts())})"
 
     def _facts(self) -> list[str]:
-        count = self.lengths.lengths.numel()
-        return [*super()._facts(), f"{count - len(self.lengths.rows)} of {count} cut"]
+        count = self.given.lengths.numel()
+        return [*super()._facts(), f"{count - len(self.given.rows)} of {count} cut"]
 
 
 def expectation(probs: Tensor, values: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Normal laws of ordered coordinates that are zero past a random length."""
 
 from copy import copy
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -13,7 +13,7 @@ from pyro_vnd._compat import recall, remember
 from pyro_vnd.distributions._fast.shapes import broadcast_shapes
 from pyro_vnd.distributions.constraints import check_expandable, extremes, nested_vector, tail_sum
 from pyro_vnd.distributions.masks import Cut, OrderedMask
-from pyro_vnd.distributions.straight_through import OrderedMaskStraightThrough
+from pyro_vnd.distributions.straight_through import Noise, OrderedMaskStraightThrough
 
 __all__ = ["NestedLaw", "NestedNormal", "find_mask", "in_range", "innermost"]
 
@@ -198,45 +198,45 @@ class NestedNormal(NestedLaw):
         *,
         probs: Tensor | None = None,
         temperature: float | Tensor = 0.2,
-        noise: Literal["logistic", "gumbel"] = "logistic",
+        noise: Noise = "logistic",
         validate_args: bool | None = None,
     ) -> None:
-        lengths = OrderedMaskStraightThrough(
+        mask_law = OrderedMaskStraightThrough(
             temperature, probs=probs, logits=logits, noise=noise, validate_args=validate_args
         )
         for name, value in (("loc", loc), ("scale", scale)):
-            if not isinstance(value, Tensor) or (value.dim() and value.shape[-1] not in (1, lengths.num_units)):
+            if not isinstance(value, Tensor) or (value.dim() and value.shape[-1] not in (1, mask_law.num_units)):
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(
-                    f"NestedNormal: argument `{name}` must be a tensor that broadcasts to (..., {lengths.num_units}), "
+                    f"NestedNormal: argument `{name}` must be a tensor that broadcasts to (..., {mask_law.num_units}), "
                     f"as many coordinates as lengths; got {got}"
                 )
-            if lengths._validate_args and not in_range(name, value):
+            if mask_law._validate_args and not in_range(name, value):
                 raise ValueError(
                     f"NestedNormal: argument `{name}` of shape {tuple(value.shape)} must be finite"
                     f"{' and > 0' if name == 'scale' else ''}; got values from {value.min().item():.4g} to "
                     f"{value.max().item():.4g}"
                 )
-        self._fill(loc, scale, lengths)
+        self._fill(loc, scale, mask_law)
 
     @classmethod
-    def _of(cls, loc: Tensor, scale: Tensor, lengths: OrderedMask) -> Self:
-        """Return the law with a law of lengths that is at hand, cut perhaps; means and deviations are not checked."""
+    def _of(cls, loc: Tensor, scale: Tensor, mask_law: OrderedMask) -> Self:
+        """Return the law with the law of a mask that is at hand, cut perhaps; means and deviations are not checked."""
         new = cls.__new__(cls)
-        new._fill(loc, scale, lengths)
+        new._fill(loc, scale, mask_law)
         return new
 
-    def _fill(self, loc: Tensor, scale: Tensor, lengths: OrderedMask) -> None:
+    def _fill(self, loc: Tensor, scale: Tensor, mask_law: OrderedMask) -> None:
         try:
-            shape = broadcast_shapes(loc.shape, scale.shape, lengths.batch_shape + lengths.event_shape)
+            shape = broadcast_shapes(loc.shape, scale.shape, mask_law.batch_shape + mask_law.event_shape)
         except RuntimeError:
             raise ValueError(
                 f"NestedNormal: arguments `loc` {tuple(loc.shape)}, `scale` {tuple(scale.shape)} and lengths "
-                f"{tuple(lengths.batch_shape + lengths.event_shape)} do not broadcast"
+                f"{tuple(mask_law.batch_shape + mask_law.event_shape)} do not broadcast"
             ) from None
         TorchDistribution.__init__(self, shape[:-1], shape[-1:], validate_args=False)
-        self._validate_args = lengths._validate_args
-        self.mask_law = lengths if lengths.batch_shape == shape[:-1] else lengths.expand(shape[:-1])
+        self._validate_args = mask_law._validate_args
+        self.mask_law = mask_law if mask_law.batch_shape == shape[:-1] else mask_law.expand(shape[:-1])
         # As given, not expanded: a leaf that can be copied.
         self._loc, self._scale = loc, scale
 

@@ -1,6 +1,6 @@
 """Ordered masks that are hard in the forward pass and soft in the backward pass."""
 
-from typing import Literal, Self
+from typing import Literal, Self, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from pyro_vnd.distributions.constraints import tail_sum
 from pyro_vnd.distributions.lengths import LengthLaw, gumbel_like
 from pyro_vnd.distributions.masks import Cut, OrderedMask
 
-__all__ = ["OrderedMaskStraightThrough"]
+__all__ = ["Noise", "OrderedMaskStraightThrough"]
+
+Noise: TypeAlias = Literal["logistic", "gumbel"]
 
 
 class OrderedMaskStraightThrough(OrderedMask):
@@ -69,11 +71,11 @@ class OrderedMaskStraightThrough(OrderedMask):
         *,
         probs: Tensor | None = None,
         logits: Tensor | None = None,
-        noise: Literal["logistic", "gumbel"] = "logistic",
+        noise: Noise = "logistic",
         validate_args: bool | None = None,
     ) -> None:
         LengthLaw.__init__(self, probs, logits, temperature, validate_args=validate_args)
-        if noise not in ("logistic", "gumbel"):
+        if noise not in get_args(Noise):
             raise ValueError(f"{type(self).__name__}: argument `noise` must be 'logistic' or 'gumbel'; got {noise!r}")
         self.noise = noise
 

@@ -19,7 +19,7 @@ from pyro_vnd.infer._fit.checkpoint import Checkpoint
 from pyro_vnd.infer._fit.data import check_data, first_rows, shuffled_batches
 from pyro_vnd.infer._fit.handlers import ScaleToDataset
 from pyro_vnd.infer._fit.held_out import mean_log_likelihood
-from pyro_vnd.infer._fit.mask_sources import MaskCuts, masks_with_temperature, nested_laws
+from pyro_vnd.infer._fit.mask_sources import MaskCuts, nested_laws, parts_with_temperature
 from pyro_vnd.infer._fit.objective import NonFiniteLossError, Objective
 from pyro_vnd.infer._fit.optimisation import Step
 from pyro_vnd.infer._fit.settings import Settings
@@ -165,17 +165,17 @@ def fit(
         scale = partial(ScaleToDataset, plate, num_data, batch_size, mark=isinstance(elbo, NestedELBO))
         objective = Objective(elbo, model, guide, scale, first_rows(data, batch_size), settings[0].weights)
         cuts = None if schedule is None else MaskCuts(schedule, both, objective.record, plate)
-        masks = [] if temperature is None else masks_with_temperature(both)
+        with_temperature = [] if temperature is None else parts_with_temperature(both)
         made = optimizer(objective.parameters, lr=lr)
         lr_scheduler = None if lr_schedule is None else lr_schedule(made, num_steps)
-        step = Step(objective, made, lr_scheduler, cuts, masks, handlers, clip_norm)
+        step = Step(objective, made, lr_scheduler, cuts, with_temperature, handlers, clip_norm)
         result, file = FitResult(), None
         if checkpoint is not None:
             arguments = {"num_epochs": num_epochs, "batch_size": batch_size, "optimizer": type(made).__name__}
             file = Checkpoint(checkpoint, step, arguments | {"data": shapes(data)}, devices)
             result = file.load() if resume else result
         started -= result.seconds
-        settings[max(result.num_steps - 1, 0)].set_temperature(masks)  # a finished fit, too, has its last one
+        settings[max(result.num_steps - 1, 0)].set_temperature(with_temperature)  # a finished fit has its last one
         stops = _Stops(stop, settled=-(-settings.settled * num_epochs // num_steps))  # in epochs, rounded up
         result.converged = stops(result)
         rest = range(num_epochs if result.converged else len(result.elbo), num_epochs)

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import pyro
 import torch
@@ -19,11 +19,10 @@ from torch.distributions import constraints
 from pyro_vnd._compat import give_local_params
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
 from pyro_vnd.distributions.nested import find_mask
+from pyro_vnd.distributions.straight_through import Noise
 from pyro_vnd.infer.result import LengthSummary
 
 __all__ = ["AutoMask", "AutoNested", "module_local_params"]
-
-Noise = Literal["logistic", "gumbel"]
 
 
 class AutoNested(AutoGuideList):

@@ -58,11 +58,6 @@ class Axis:
         return [run.owner for run in self.runs if run.owner is not None]
 
     @property
-    def is_whole(self) -> bool:
-        """Whether nothing along the axis can be cut."""
-        return not self.widths
-
-    @property
     def is_sliced(self) -> bool:
         """Whether this forward pass computes only part of the channels."""
         return any(width.kept is not None for width in self.widths)

@@ -32,7 +32,7 @@ def narrow(
     *,
     rounding: Rounding | None = None,
 ) -> nn.Module:
-    """Cut a nested net to a width: a plain, physically smaller torch net.
+    """Narrow a nested net to a width: a plain, physically smaller torch net.
 
     Its outputs are those of the masked net up to floating point, and it needs neither Pyro nor this library: its class
     is that of the net that was nested, its layers are torch's own. What was kept of each group is in the attribute
@@ -167,8 +167,8 @@ def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256) 
 
     Args:
         net: A net with BatchNorm layers, such as `narrow` returns.
-        data: Training inputs: a tensor, a tuple or list of tensors that begins with them, or batches, each likewise,
-            from a `DataLoader` or a generator.
+        data: Training inputs: a tensor, a tuple, list or mapping of tensors that begins with them, or batches, each
+            a tensor or a sequence, from a `DataLoader` or a generator.
         batch_size: Rows of a batch, where data are tensors.
 
     Returns:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from pyro_vnd._state import module_mode
 from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.distributions.straight_through import Noise
 from pyro_vnd.nn.axis import Run
 from pyro_vnd.nn.layers import AFFINE, NestedLayer, Prior
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.norms import NestedNorm
 from pyro_vnd.nn.submodules import replace_modules
 from pyro_vnd.nn.tracing import channel_groups, unpack_attention
-from pyro_vnd.nn.width import Noise, Width
+from pyro_vnd.nn.width import Width
 
 __all__ = ["nest"]
 
@@ -81,7 +82,7 @@ def nest(
         >>> plain = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
         >>> net = nest(plain, torch.zeros(1, 8), num_blocks=16)
         >>> net.widths["0"]
-        Width(0, 64 units in 16 blocks, mean length 8.5, mode 1)
+        Width(0, 64 units in 16 blocks, mean blocks kept 8.5, mode 1)
     """
     excluded = tuple(exclude)
     nested = unpack_attention(copy.deepcopy(net), excluded)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["as_html", "as_text", "multiply_adds", "num_parameters"]
 
-HEADER = ("group", "units", "blocks", "mean length", "mode", "layers")
+HEADER = ("group", "units", "blocks", "mean blocks kept", "mode", "layers")
 SHOWN = {"1/4": 0.25, "1/2": 0.5}  # fractions at which a net says what is left
 MAX_NAMES = 6
 

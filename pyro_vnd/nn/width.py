@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
+from pyro_vnd.distributions.straight_through import Noise
 
-__all__ = ["Noise", "Rounding", "Width", "kept_blocks"]
+__all__ = ["Rounding", "Width", "kept_blocks", "nearest"]
 
-Noise = Literal["logistic", "gumbel"]
 Rounding = Literal["nearest", "down", "up"]
+Numbers = TypeVar("Numbers", float, Tensor)
 
 _TOLERANCE = 1e-4  # of a block, for fractions that come from float32
 _HALF = 0.5 + _TOLERANCE  # halves are rounded up, also those that fall just below
@@ -162,8 +163,8 @@ class Width(nn.Module):
             down, up = self._around(float(width))
             if rounding is None:
                 return down if low <= down == up else None
-            nearest = math.floor(float(width) * high + _HALF)
-            return min(high, max(low, {"down": down, "up": up, "nearest": nearest}[rounding]))
+            found = {"down": down, "up": up, "nearest": int(nearest(float(width), high))}
+            return min(high, max(low, found[rounding]))
         raise ValueError(
             f"width {width!r} is invalid for group {self.name!r}: give a fraction in (0.0, 1.0] (a float) or a number "
             f"of blocks from {low} to {high} (an int)"
@@ -183,7 +184,7 @@ class Width(nn.Module):
 
     def prefix(self, fractions: Tensor) -> Tensor:
         """Return the masks of given fractions, shape fractions.shape + (K,), each rounded to the nearest block."""
-        blocks = (fractions.unsqueeze(-1) * self.num_blocks + _HALF).floor().clamp(self.always_kept, self.num_blocks)
+        blocks = nearest(fractions.unsqueeze(-1), self.num_blocks).clamp(self.always_kept, self.num_blocks)
         positions = torch.arange(self.always_kept, self.num_blocks + 1, device=fractions.device)
         return (positions <= blocks).to(self.logits.dtype)
 
@@ -209,7 +210,7 @@ class Width(nn.Module):
         self.mask = self.keep_probs = self.kept = None
 
     def describe_law(self) -> tuple[float, int]:
-        """Return the mean and the mode of the learned number of kept blocks; NaN is no error here."""
+        """Return the mean and the mode of the number of blocks kept, with frozen ones; NaN is no error here."""
         probs = self.logits.detach().cpu().double().softmax(-1)
         blocks = torch.arange(self.always_kept, self.num_blocks + 1)
         return (probs * blocks).sum().item(), int(blocks[probs.argmax()])
@@ -220,8 +221,22 @@ class Width(nn.Module):
         mean, mode = self.describe_law()
         return (
             f"{self.name}, {self.num_units} units in {self.num_blocks} blocks{frozen}, "
-            f"mean length {mean:.4g}, mode {mode}"
+            f"mean blocks kept {mean:.4g}, mode {mode}"
         )
+
+
+def nearest(fractions: Numbers, num_blocks: int) -> Numbers:
+    """Return the whole numbers of blocks nearest to fractions of them; halves go up, also those that fall just below.
+
+    Args:
+        fractions: A number or a tensor, >= 0.
+        num_blocks: The blocks of which they are fractions.
+
+    Example:
+        >>> nearest(torch.tensor([0.1, 0.5, 0.75]), num_blocks=3)
+        tensor([0., 2., 2.])
+    """
+    return (fractions * num_blocks + _HALF) // 1
 
 
 def kept_blocks(wanted: Sequence[tuple[Width, float | int]], rounding: Rounding | None) -> list[int]:

@@ -45,7 +45,7 @@ def test_one_run_is_cut_to_a_slice(widths):
     assert axis.mask() is None
     a.hold(kept_units=4)
     assert axis.index() is None
-    assert Axis(8).is_whole
+    assert Axis(8).widths == []
 
 
 def test_runs_that_do_not_fit_are_errors(widths):

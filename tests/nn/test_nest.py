@@ -83,8 +83,8 @@ def test_layers_that_are_added_share_a_width():
     layers = net.layers
     assert layers["stem"].output_axis.widths == layers["outer"].output_axis.widths == [net.widths["stem"]]
     assert isinstance(net.net.norm, NestedNorm)
-    assert layers["head"].output_axis.is_whole
-    assert layers["stem"].input_axis.is_whole
+    assert layers["head"].output_axis.widths == []
+    assert layers["stem"].input_axis.widths == []
 
 
 def test_weights_given_are_the_starting_means():

@@ -13,9 +13,9 @@ from pyro_vnd.nn.table import multiply_adds, num_parameters
 
 TABLE = """\
 NestedNet(Sequential), one mask for each batch, prefix 'bnn.'
-  group  units  blocks         mean length  mode  layers
-  0      64     16 (2 frozen)  9            2     0, 2
-  2      32     8              1.666        1     2, 4
+  group  units  blocks         mean blocks kept  mode  layers
+  0      64     16 (2 frozen)  9                 2     0, 2
+  2      32     8              1.666             1     2, 4
 2,755 parameters: 11.1% at width 1/4, 31.5% at width 1/2
 2,656 multiply-adds: 10.5% at width 1/4, 30.7% at width 1/2
 whole: 4 (it reaches the net's output)"""

@@ -186,11 +186,11 @@ def test_state_and_dtype():
 
 def test_a_width_says_what_it_has_learned():
     width = make(10, 4, 2, init=OrderedMask(probs=torch.tensor([0.2, 0.5, 0.3])))
-    assert repr(width) == "Width(hidden, 10 units in 4 blocks, frozen=2, mean length 3.1, mode 3)"
-    assert repr(Width("a", 3)) == "Width(a, 3 units in 3 blocks, mean length 2, mode 1)"
+    assert repr(width) == "Width(hidden, 10 units in 4 blocks, frozen=2, mean blocks kept 3.1, mode 3)"
+    assert repr(Width("a", 3)) == "Width(a, 3 units in 3 blocks, mean blocks kept 2, mode 1)"
     with torch.no_grad():
         width.logits.fill_(math.nan)
-    assert "mean length nan" in repr(width)  # whoever looks for the NaN must be able to look
+    assert "mean blocks kept nan" in repr(width)  # whoever looks for the NaN must be able to look
 
 
 def test_the_mask_of_a_pass_is_held_and_released():

@@ -87,8 +87,8 @@ def evaluate_widths(
         for _, blocks in tqdm(distinct, desc="widths", disable=not progress):
             nets = _narrow_draws(net, blocks, example, num_samples, seed)
             if recalibrate is not None:
-                for cut_net in nets:
-                    recalibrate_batchnorm(cut_net, (batch[0].to(device) for batch in batches(recalibrate, batch_size)))
+                for narrowed in nets:
+                    recalibrate_batchnorm(narrowed, (batch[0].to(device) for batch in batches(recalibrate, batch_size)))
             result = evaluate(
                 _stacked(nets),
                 data,

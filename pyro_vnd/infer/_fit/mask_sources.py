@@ -16,8 +16,9 @@ from pyro_vnd.infer.guides import AutoMask
 from pyro_vnd.infer.result import LearnedLaw
 from pyro_vnd.infer.schedules import MaskSchedule
 from pyro_vnd.nn import NestedNet, Width
+from pyro_vnd.nn.width import nearest
 
-__all__ = ["MaskCuts", "masks_with_temperature", "nested_laws"]
+__all__ = ["MaskCuts", "nested_laws", "parts_with_temperature"]
 
 
 class MaskCuts:
@@ -105,23 +106,23 @@ class _CutCodes(Messenger):
         if msg["name"] in self.codes and isinstance(law, NestedLaw | OrderedMask):
             key = law.num_units, law.batch_shape
             if key not in self.cuts:
-                lengths = (self.rows * law.num_units + 0.5).long()  # rounded as by `Width`, which keeps at least one
-                lengths = torch.maximum(lengths, self.rows > 0)
+                lengths = nearest(self.rows, law.num_units).long()
+                lengths = torch.maximum(lengths, self.rows > 0)  # at least one, as in a net
                 self.cuts[key] = Cut(lengths, law.mask_law if isinstance(law, NestedLaw) else law)
             msg["fn"] = law._cut_by(self.cuts[key])
             msg["infer"] = msg["infer"] | {"uncut": law}  # for the record
 
 
-def masks_with_temperature(objects: Iterable[Any]) -> list[Any]:
+def parts_with_temperature(objects: Iterable[Any]) -> list[Any]:
     """Return the parts of modules whose masks have a temperature: those of `AutoNested` and of nested nets.
 
     Raises:
         ValueError: If there are none.
     """
-    masks = _parts(objects, AutoMask | Width)
-    if not masks:
+    parts = _parts(objects, AutoMask | Width)
+    if not parts:
         raise ValueError("fit: argument `temperature` is for masks of AutoNested or a nested net; there are none")
-    return masks
+    return parts
 
 
 def nested_laws(objects: Iterable[Any]) -> dict[str, LearnedLaw]:

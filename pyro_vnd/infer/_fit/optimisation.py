@@ -26,7 +26,7 @@ class Step:
         optimizer: The optimiser of its parameters.
         lr_schedule: Scheduler of the learning rate, stepped after each step, or None.
         cuts: Where masks come from, or None for their laws.
-        masks: Modules that have a temperature.
+        with_temperature: Parts of model and guide whose masks have a temperature.
         handlers: Make more contexts for each evaluation of the objective.
         clip_norm: Largest norm of the gradient, or None.
     """
@@ -37,12 +37,12 @@ class Step:
         optimizer: Optimizer,
         lr_schedule: LRScheduler | None,
         cuts: MaskCuts | None,
-        masks: Sequence[Any],
+        with_temperature: Sequence[Any],
         handlers: Sequence[Callable[[], AbstractContextManager[Any]]],
         clip_norm: float | None,
     ) -> None:
         self.objective, self.optimizer, self.lr_schedule = objective, optimizer, lr_schedule
-        self.cuts, self.masks, self.handlers, self.clip_norm = cuts, masks, handlers, clip_norm
+        self.cuts, self.with_temperature, self.handlers, self.clip_norm = cuts, with_temperature, handlers, clip_norm
 
     def __call__(self, batch: Data, setting: Setting) -> ElboParts:
         """Take a step.
@@ -57,7 +57,7 @@ class Step:
         Raises:
             NonFiniteLossError: If the loss or a gradient is not finite.
         """
-        setting.set_temperature(self.masks)
+        setting.set_temperature(self.with_temperature)
         self.optimizer.zero_grad(set_to_none=True)
         particles = [nullcontext()] if self.cuts is None else self.cuts.draw(num_rows(batch), setting.t)
         parts = []

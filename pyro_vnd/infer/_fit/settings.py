@@ -36,11 +36,11 @@ class Setting(NamedTuple):
     temperature: float | None
     t: float
 
-    def set_temperature(self, masks: Iterable[Any]) -> None:
-        """Set the temperature of masks, unless it is None."""
+    def set_temperature(self, parts: Iterable[Any]) -> None:
+        """Set the temperature of parts whose masks have one, unless it is None."""
         if self.temperature is not None:
-            for mask in masks:
-                mask.temperature = self.temperature
+            for part in parts:
+                part.temperature = self.temperature
 
 
 class Settings:

@@ -4,6 +4,7 @@ from functools import cached_property
 
 import pyro
 import pyro.distributions as dist
+import pyro.poutine as poutine
 import pytest
 import torch
 from masked_mean import K, N, make_net, still
@@ -14,7 +15,8 @@ from torch.distributions import kl_divergence
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
 from pyro_vnd.infer import MaskSchedule, fit
 from pyro_vnd.infer._fit.held_out import mean_log_likelihood
-from pyro_vnd.nn import NestedClassifier
+from pyro_vnd.infer._fit.mask_sources import _CutCodes
+from pyro_vnd.nn import NestedClassifier, Width
 
 
 @pytest.mark.parametrize("num_particles", [1, 3])
@@ -147,6 +149,17 @@ def test_masks_of_a_model_in_the_plate_of_the_data_are_cut(labelled):
     assert z.abs().max() < 3.5
     assert (seen - 50 * N * law.probs).abs().max() > 3.5 * (50 * N) ** 0.5
     assert result.lengths["code"].mean == pytest.approx(law.mean_length.item())
+
+
+@pytest.mark.parametrize(("num_latents", "num_blocks"), [(8, 32), (16, 8), (32, 16), (3, 2), (54, 12), (90, 20)])
+def test_a_budget_keeps_as_many_of_a_code_as_of_the_blocks_of_a_net(num_latents, num_blocks):
+    """Also where float32 puts half a block just below the half, as 7 / 12 of 54."""
+    fractions = torch.arange(num_blocks + 1, dtype=torch.float32) / num_blocks
+    with poutine.trace() as trace, _CutCodes(fractions, {"code"}), pyro.plate("data", len(fractions)):
+        pyro.sample("code", OrderedMask.uniform(num_latents))
+    width = Width("hidden", num_latents)
+    kept = [width.kept_blocks(fraction, rounding="nearest") for fraction in fractions[1:].tolist()]
+    assert trace.trace.nodes["code"]["fn"].given.lengths.tolist() == [0, *kept]
 
 
 def test_masks_of_nets_are_cut_once_beside_those_of_the_model(labelled):
