@@ -12,19 +12,21 @@ interface, so that this benchmark, unlike the others, looks behind it.
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from tqdm import tqdm
 
 from benchmarks.ordered_latents import RECIPE, fit_arguments
 from benchmarks.record import header, markdown_table, rounded, write_json
 from benchmarks.timing import interleaved_medians
+from pyro_vnd._compat import QuietModule, quiet_lookups
 from pyro_vnd.autoencoders.codes import Completion
 from pyro_vnd.autoencoders.likelihoods import IsotropicNormal
 from pyro_vnd.distributions import Gated, OrderedMask, OrderedMaskStraightThrough
@@ -32,6 +34,7 @@ from pyro_vnd.distributions._fast import arrays, gated_kl, log_uniform, masks, n
 from pyro_vnd.distributions.masks import Cut
 from pyro_vnd.distributions.weights import LogScaleNormal
 from pyro_vnd.infer import MaskSchedule
+from pyro_vnd.nn import Width
 
 __all__ = ["LIMIT", "PATHS", "markdown", "run"]
 
@@ -98,10 +101,6 @@ def gated_normal_kl(*shape: int) -> Pair:
 
 def log_uniform_kl(*shape: int) -> Pair:
     return both(log_uniform.log_uniform_kl, log_uniform.plain_log_uniform_kl, leaf(*shape), positive(*shape))
-
-
-def square(*shape: int) -> Pair:
-    return both(arrays.square, arrays.plain_square, leaf(*shape))
 
 
 def noisy(*shape: int) -> Pair:
@@ -182,6 +181,35 @@ def isotropic_normal(rows: int, pixels: int) -> Pair:
     )
 
 
+def spread(rows: int, num_units: int) -> Pair:
+    """Of masks over blocks of 16 units."""
+    width = Width("hidden", num_units, num_blocks=max(num_units // 16, 2))
+    return both(width.spread, lambda mask: mask[..., width.entries], leaf(rows, width.num_blocks))
+
+
+def lookups(times: int) -> Pair:
+    """Of a net with 12 parameters in a module that is called under a trace of Pyro."""
+
+    class Holder(QuietModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+
+        def forward(self) -> list[Tensor]:
+            for _ in range(times):
+                net = self.net
+            return list(net.parameters())
+
+    holder = Holder()
+
+    def look_up(context: Callable[[], AbstractContextManager[None]]) -> list[Tensor]:
+        with pyro.poutine.trace(), context():
+            found: list[Tensor] = holder()
+        return found
+
+    return partial(look_up, quiet_lookups), partial(look_up, nullcontext)
+
+
 # What makes a pair, what it does, and its sizes, of which the last is the one that counts.
 PATHS: dict[str, tuple[Callable[..., Pair], str, tuple[tuple[int, ...], ...]]] = {
     "logistic_mask": (logistic_mask, "a straight-through draw, forward and backward", ((1, 32), (4096, 128), CODES)),
@@ -191,7 +219,6 @@ PATHS: dict[str, tuple[Callable[..., Pair], str, tuple[tuple[int, ...], ...]]] =
     "squared_distance": (squared_distance, "sum of squares, forward and backward", (SMALL_LAYER, LAYER)),
     "gated_normal_kl": (gated_normal_kl, "KL of a layer's weights, forward and backward", (SMALL_LAYER, LAYER)),
     "log_uniform_kl": (log_uniform_kl, "KL from the log-uniform prior, forward and backward", (SMALL_LAYER, LAYER)),
-    "square": (square, "squares of activations, forward and backward", (SMALL_ACTIVATIONS, ACTIVATIONS)),
     "noisy": (noisy, "mean plus noise of a variance, forward and backward", (SMALL_ACTIVATIONS, ACTIVATIONS)),
     "leading_block": (leading_block, "half the rows and columns, forward and backward", (SMALL_LAYER, LAYER)),
     "broadcast_shapes": (broadcast_shapes, "of two equal batch shapes", ((256,),)),
@@ -200,6 +227,8 @@ PATHS: dict[str, tuple[Callable[..., Pair], str, tuple[tuple[int, ...], ...]]] =
     "MaskSchedule.draw": (draw_schedule, "numpy rather than torch", (CODES,)),
     "Completion": (completion, "whole codes passed by, forward and backward", (CODES,)),
     "IsotropicNormal": (isotropic_normal, "log-density of images, forward and backward", ((256, 784),)),
+    "Width.spread": (spread, "masks of blocks to units, forward and backward", ((256, 512),)),
+    "quiet_lookups": (lookups, "looking up a net of 12 parameters in a module", ((1000,),)),
 }
 
 
@@ -227,6 +256,21 @@ def run(names: list[str], seconds: float, min_rounds: int = 15) -> dict[str, Any
     finally:
         torch.set_num_threads(threads)
     return result
+
+
+def merged(whole: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """Put the rows of a run of some paths in place of theirs in an earlier result, and its header beside the first.
+
+    Rows of paths that are gone are left out.
+    """
+    measured = {row["path"] for row in part["rows"]}
+    rows = part["rows"] + [row for row in whole["rows"] if row["path"] not in measured and row["path"] in PATHS]
+    order = list(PATHS)
+    return {
+        **whole,
+        "later_headers": [*whole.get("later_headers", []), part["header"]],
+        "rows": sorted(rows, key=lambda row: order.index(row["path"])),
+    }
 
 
 def kept(result: dict[str, Any]) -> Iterator[tuple[str, bool]]:
@@ -272,15 +316,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fast_paths", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", default=RESULTS, help="where the result goes")
     parser.add_argument("--seconds", type=float, default=6.0, help="time for one path at one size, about")
-    parser.add_argument("--only", nargs="+", choices=PATHS, metavar="NAME", help="paths to measure; writes no file")
+    parser.add_argument(
+        "--only", nargs="+", choices=PATHS, metavar="NAME", help="measure these; others keep their rows"
+    )
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of this result, measure nothing")
     args = parser.parse_args(argv)
     if args.table:
         print(markdown(json.loads(args.table.read_text())))
         return
     result = run(args.only or list(PATHS), args.seconds)
-    if not args.only:
-        write_json(args.json, result, table="rows")
+    if args.only and args.json.exists():
+        result = merged(json.loads(args.json.read_text()), result)
+    write_json(args.json, result, table="rows")
     print(markdown(result))
 
 

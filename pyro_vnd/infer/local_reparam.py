@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from pyro_vnd.distributions import Gated
-from pyro_vnd.distributions._fast.arrays import noisy, square
+from pyro_vnd.distributions._fast.arrays import noisy
 
 __all__ = ["LocalReparameterization"]
 
@@ -85,5 +85,5 @@ class LocalReparameterization(Messenger):
         if weight_variance is None:  # the weights were drawn
             variance = layer.affine(torch.zeros_like(x), weight, bias_variance)
         else:
-            variance = layer.affine(square(x), weight_variance, bias_variance)
+            variance = layer.affine(x.square(), weight_variance, bias_variance)
         msg["value"], msg["done"] = noisy(mean, variance, torch.randn_like(mean)), True

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.fast_paths import LIMIT, PATHS, RESULTS, _forward_backward, main, markdown, run
+from benchmarks.fast_paths import LIMIT, PATHS, RESULTS, _forward_backward, main, markdown, merged, run
 from benchmarks.record import write_json
 
 SMALL = {name: tuple(min(n, 8) for n in sizes[-1]) for name, (_, _, sizes) in PATHS.items()}
@@ -47,6 +47,17 @@ def test_runs_and_reports(tmp_path, capsys):
     write_json(tmp_path / "fast.json", result, table="rows")
     main(["--table", str(tmp_path / "fast.json")])
     assert capsys.readouterr().out == markdown(result) + "\n"
+
+
+def test_a_run_of_some_paths_replaces_their_rows():
+    def row(path, ratio):
+        return {"path": path, "size": [1], "ratio": ratio}
+
+    whole = {"header": "first", "rows": [row("noisy", 0.5), row("what is gone", 0.5), row("hard_mask", 0.5)]}
+    part = {"header": "second", "rows": [row("Cut.put", 0.25), row("noisy", 0.25)]}
+    found = merged(merged(whole, part), {"header": "third", "rows": []})
+    assert found["rows"] == [row("hard_mask", 0.5), row("noisy", 0.25), row("Cut.put", 0.25)]
+    assert (found["header"], found["later_headers"]) == ("first", ["second", "third"])
 
 
 def test_every_path_that_stays_gains():

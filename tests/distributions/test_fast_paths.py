@@ -81,7 +81,6 @@ PATHS = {
     "log_uniform_kl": Path(
         log_uniform.log_uniform_kl, log_uniform.plain_log_uniform_kl, lambda: [real(5, 3), positive(5, 3)]
     ),
-    "square": Path(arrays.square, arrays.plain_square, lambda: [real(5, 3)]),
     "noisy": Path(arrays.noisy, arrays.plain_noisy, lambda: [real(5, 3), positive(5, 3)], lambda: (real(5, 3),)),
     "leading_block": Path(
         arrays.leading_block, arrays.plain_leading_block, lambda: [real(5, 4, 3)], lambda: ({0: 2, 2: 1},)

@@ -8,31 +8,7 @@ from torch import Tensor
 
 from pyro_vnd.distributions._fast.dispatch import fast_or_plain, plain_gradients
 
-__all__ = ["leading_block", "noisy", "plain_leading_block", "plain_noisy", "plain_square", "square"]
-
-
-def square(x: Tensor) -> Tensor:
-    """Return x^2."""
-    return cast(Tensor, fast_or_plain(_Square, plain_square, x))
-
-
-def plain_square(x: Tensor) -> Tensor:
-    """Do what `square` does."""
-    return x.square()
-
-
-class _Square(torch.autograd.Function):
-    """Torch's own takes three arrays in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return (grad * x).mul_(2)
+__all__ = ["leading_block", "noisy", "plain_leading_block", "plain_noisy"]
 
 
 def noisy(mean: Tensor, variance: Tensor, noise: Tensor) -> Tensor:
