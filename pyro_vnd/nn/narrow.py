@@ -167,8 +167,8 @@ def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256) 
 
     Args:
         net: A net with BatchNorm layers, such as `narrow` returns.
-        data: Training inputs: a tensor, a tuple, list or mapping of tensors that begins with them, or batches, each
-            a tensor or a sequence, from a `DataLoader` or a generator.
+        data: Training inputs: a tensor, a tuple or list of tensors that begins with them, or a mapping in which they
+            are "x" or come first; or batches, each a tensor or a sequence, from a `DataLoader` or a generator.
         batch_size: Rows of a batch, where data are tensors.
 
     Returns:
