@@ -30,7 +30,7 @@ from pyro_vnd._compat import QuietModule, quiet_lookups
 from pyro_vnd.autoencoders.codes import Completion
 from pyro_vnd.autoencoders.likelihoods import IsotropicNormal
 from pyro_vnd.distributions import Gated, OrderedMask, OrderedMaskStraightThrough
-from pyro_vnd.distributions._fast import arrays, gated_kl, log_uniform, masks, normals, shapes
+from pyro_vnd.distributions._fast import arrays, broadcast, gated_kl, log_uniform, masks, normals
 from pyro_vnd.distributions.masks import Cut
 from pyro_vnd.distributions.weights import LogScaleNormal
 from pyro_vnd.infer import MaskSchedule
@@ -114,7 +114,7 @@ def leading_block(*shape: int) -> Pair:
 
 def broadcast_shapes(*shape: int) -> Pair:
     batch = torch.Size(shape)
-    return partial(shapes.broadcast_shapes, batch, batch), partial(torch.broadcast_shapes, batch, batch)
+    return partial(broadcast.broadcast_shapes, batch, batch), partial(torch.broadcast_shapes, batch, batch)
 
 
 def _lengths(rows: int, num_units: int) -> Tensor:

@@ -48,15 +48,15 @@ class Classifier(PyroModule):
 
 
 class Guide(PyroModule):
-    """The posterior of its net, in the same plate."""
+    """The guide of its net, in the same plate."""
 
     def __init__(self, model: Classifier) -> None:
         super().__init__()
-        self.model, self.posterior = model, model.net.guide
+        self.model, self.guide = model, model.net.guide
 
     def forward(self, x: Tensor, y: Tensor) -> None:
         """Draw masks and weights."""
-        self.posterior(x, plate=self.model.rows(x))
+        self.guide(x, plate=self.model.rows(x))
 
 
 def train(num_epochs: int, batch_size: int = 128, seed: int = 0) -> tuple[NestedNet, float]:

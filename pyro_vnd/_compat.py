@@ -73,7 +73,7 @@ def remember(value: Tensor, making: Any) -> Tensor:
     Nor do samples drawn in `torch.inference_mode`, which do not tell whether they were changed in place. Breaks where
     tensors take no attributes, or do not count their changes in `_version`.
     """
-    if not value.is_inference():
+    if not torch.compiler.is_compiling() and not value.is_inference():
         value._making = (making, value._version)  # type: ignore[attr-defined]
     return value
 

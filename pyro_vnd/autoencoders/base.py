@@ -70,6 +70,11 @@ class OrderedAutoencoder(QuietModule):
         self.encoder = make_encoder(bodies, prior_lengths, posterior_lengths)
         self.decoder = make_decoder(bodies, num_latents, tail)
         self.likelihood: Likelihood = GaussianLikelihood(num_latents) if likelihood is None else likelihood
+        if self.likelihood.num_latents not in (None, num_latents):
+            raise ValueError(
+                f"{name}: argument `likelihood` must be for {num_latents} latents, as many as the code has; it is for "
+                f"{self.likelihood.num_latents}"
+            )
         bounded_by = type(self.likelihood).__name__ if self.likelihood.bounded else None
         self.check_images = ImageCheck(name, self.image_shape, bounded_by)
         self.register_buffer("prior_probs", prior_lengths.probs.detach().clone())

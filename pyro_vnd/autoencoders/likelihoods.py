@@ -110,9 +110,11 @@ class Likelihood(nn.Module):
 
     Attributes:
         bounded: Whether pixels must lie in [0, 1].
+        num_latents: How many latents the code must have, or None.
     """
 
     bounded: ClassVar[bool]
+    num_latents: int | None = None
 
     def law(self, outputs: Tensor, mask: Tensor, event_dim: int) -> dist.TorchDistribution:
         """Return the law of images.
@@ -177,6 +179,7 @@ class GaussianLikelihood(Likelihood):
         steps = torch.eye(len(self.log_scale)).diff(dim=0, prepend=torch.zeros(1, len(self.log_scale)))
         self.register_buffer("steps", steps, persistent=False)
         self.squash = mean == "sigmoid"
+        self.num_latents = num_latents if noise == "by_length" else None
 
     def law(self, outputs: Tensor, mask: Tensor, event_dim: int) -> IsotropicNormal:
         """Return the Normal law of images."""

@@ -9,7 +9,7 @@ from torch.distributions import constraints
 from torch.types import _size
 
 from pyro_vnd._compat import recall, remember
-from pyro_vnd.distributions._fast.shapes import broadcast_shapes
+from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions.nested import NestedLaw, NestedNormal, in_range
 from pyro_vnd.distributions.straight_through import Noise, OrderedMaskStraightThrough
 

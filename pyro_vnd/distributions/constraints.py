@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints, transform_to
 from torch.distributions.transforms import ComposeTransform, SoftmaxTransform, StickBreakingTransform
 
-from pyro_vnd.distributions._fast.shapes import broadcast_shapes
+from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 
 __all__ = ["TailSum", "binary_ordered_mask", "check_expandable", "extremes", "nested_vector", "ordered_mask"]
 

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence, register_kl
 
+from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions._fast.gated_kl import gated_normal_kl
 from pyro_vnd.distributions._fast.log_uniform import log_uniform_kl
 from pyro_vnd.distributions._fast.normals import normal_kl
-from pyro_vnd.distributions._fast.shapes import broadcast_shapes
 from pyro_vnd.distributions.masks import CutMask, OrderedMask, expectation
 from pyro_vnd.distributions.nested import NestedNormal
 from pyro_vnd.distributions.weights import Gated, LogUniform

@@ -13,7 +13,7 @@ from torch.distributions import Distribution, constraints
 from torch.nn.functional import logsigmoid, pad
 from torch.types import _size
 
-from pyro_vnd.distributions._fast.shapes import broadcast_shapes
+from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions.constraints import check_expandable, extremes, tail_sum
 from pyro_vnd.distributions.derived import KeepsDerived, derived
 

@@ -10,8 +10,8 @@ from torch.nn.functional import pad
 from torch.types import _size
 
 from pyro_vnd._compat import remember
+from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions._fast.masks import hard_mask
-from pyro_vnd.distributions._fast.shapes import broadcast_shapes
 from pyro_vnd.distributions.constraints import binary_ordered_mask, tail_difference, tail_sum
 from pyro_vnd.distributions.derived import derived
 from pyro_vnd.distributions.lengths import LengthLaw, log_or_minus_infinity

@@ -10,7 +10,7 @@ from torch.distributions import Normal, constraints
 from torch.types import _size
 
 from pyro_vnd._compat import recall, remember
-from pyro_vnd.distributions._fast.shapes import broadcast_shapes
+from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions.constraints import check_expandable, extremes, nested_vector, tail_sum
 from pyro_vnd.distributions.masks import Cut, OrderedMask
 from pyro_vnd.distributions.straight_through import Noise, OrderedMaskStraightThrough

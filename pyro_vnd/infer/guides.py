@@ -39,6 +39,9 @@ class AutoNested(AutoGuideList):
     `AutoNested(config_enumerate(model))`, gets an exact `OrderedMask` with the same mark: `TraceEnum_ELBO` then takes
     the expectation over all K lengths, without noise or bias, for K evaluations of what depends on the mask.
 
+    Weights of KLs that a site of the model has, `infer={"kl_weight": w}` or `"length_weight"`, are those of its site
+    here, where `NestedELBO` reads them.
+
     Args:
         model: A Pyro model.
         noise: Noise of the straight-through masks, for all sites or by site name.
@@ -50,7 +53,7 @@ class AutoNested(AutoGuideList):
 
     Raises:
         ValueError: On the first call, if `noise` or `temperature` names a site, or `shared_plates` a plate, that the
-            model does not have, or if the model has no mask.
+            model does not have, if the model has no mask, or weights of KLs beside a `base`.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -81,6 +84,7 @@ class AutoNested(AutoGuideList):
         self._noise, self._temperature = noise, temperature
         self._shared_plates = (shared_plates,) if isinstance(shared_plates, str) else tuple(shared_plates)
         self._base = base
+        self._weights: dict[str, Any] = {}
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
@@ -88,7 +92,14 @@ class AutoNested(AutoGuideList):
         sites = dict(prototype.iter_stochastic_nodes())
         masks = [name for name, site in sites.items() if isinstance(find_mask(site["fn"]), OrderedMask)]
         self._check_names(masks)
+        keys = ("kl_weight", "length_weight")
+        self._weights = {name: {k: s["infer"][k] for k in keys if k in s["infer"]} for name, s in sites.items()}
         others = [name for name in sites if name not in masks]
+        if self._base is not None and (weighted := [name for name in others if self._weights[name]]):
+            raise ValueError(
+                f"AutoNested: sites {weighted} have weights of KLs in `infer`, which cannot be told apart in the guide "
+                "that `base` makes: leave `base` out, or give `kl_weight` to fit"
+            )
         for is_mask, run in groupby(sites, key=lambda name: name in masks):
             names = list(run)
             if is_mask:
@@ -97,6 +108,15 @@ class AutoNested(AutoGuideList):
                 self.append(AutoNormal(self._only(names)))
             elif names[0] == others[0]:
                 self.append(self._base(self._only(others)))
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw all latent sites."""
+        with poutine.infer_config(config_fn=self._weights_of):
+            return super().forward(*args, **kwargs)
+
+    def _weights_of(self, site: Any) -> Any:
+        # `AutoNormal` draws "w" as "w_unconstrained", whose entropy is part of the same divergence.
+        return self._weights.get(site["name"].removesuffix("_unconstrained"), {})
 
     def _append_masks(self, names: list[str]) -> None:
         for name in names:

@@ -42,7 +42,7 @@ def narrow(
     Args:
         net: The nested net.
         width: A fraction in (0, 1] for all groups (a float), a number of blocks (an int), or a mapping from group to
-            either; groups that it leaves out stay whole. 1.0 is the whole net, 1 the narrowest.
+            either; groups that it leaves out stay whole. 1.0 is the whole net, 1 a single block.
         draw: A draw of the weights by name of their site, such as `net.guide(x)` returns; the posterior mean by
             default.
         rounding: As in `Width.kept_blocks`: without it, a fraction that is no number of blocks is an error.

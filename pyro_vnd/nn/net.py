@@ -259,7 +259,7 @@ class NestedNet(QuietModule):
                 Groups that are left random, all of them with `cut({}, sliced=True)`, are then drawn as exact masks
                 without a straight-through gradient, if there is one mask a batch: for score functions, as in
                 `Trace_ELBO`.
-            rounding: As in `Width.kept_blocks`; what is in a tensor is rounded to the nearest block.
+            rounding: As in `Width.kept_blocks`. What is in a tensor is always rounded to the nearest block.
 
         Yields:
             The net.
@@ -272,19 +272,24 @@ class NestedNet(QuietModule):
         elif sliced:
             raise ValueError("cut: sliced=True needs one width for the whole batch, a number rather than a tensor")
         else:
-            cut = _Cut({}, self._check_fractions(width), sliced)
+            cut = _Cut({}, self._check_fractions(width, rounding), sliced)
         outer, self._cut = self._cut, cut
         try:
             yield self
         finally:
             self._cut = outer
 
-    def _check_fractions(self, width: Tensor) -> Tensor:
+    def _check_fractions(self, width: Tensor, rounding: Rounding | None) -> Tensor:
         expected = 1 if self.mask_per == "example" else 0
-        if width.dim() != expected or not ((width >= 0) & (width <= 1)).all():
+        fits = width.is_floating_point() and width.dim() == expected
+        if not (fits and ((width >= 0) & (width <= 1)).all()):
             raise ValueError(
                 f"cut: argument `width` must be a tensor of fractions in [0, 1] with {expected} dimension(s) for "
-                f"mask_per={self.mask_per!r}; got shape {tuple(width.shape)}"
+                f"mask_per={self.mask_per!r}; got shape {tuple(width.shape)}, {width.dtype}"
+            )
+        if rounding not in (None, "nearest"):
+            raise ValueError(
+                f"cut: argument `rounding` must be 'nearest' or None for a tensor of fractions; got {rounding!r}"
             )
         return width
 
@@ -333,15 +338,19 @@ class NetGuide(QuietModule):
         """The learned law of each mask, by name of its site and without gradient."""
         return self.net.laws
 
-    def forward(self, *inputs: Any, plate: pyro.plate | None = None, **_: Any) -> dict[str, Tensor]:
+    def forward(self, *inputs: Any, plate: pyro.plate | None = None, **named: Any) -> dict[str, Tensor]:
         """Draw masks and weights.
 
         Args:
-            *inputs: Arguments of the model; the first one is the net's.
+            *inputs: Arguments of the model; the first dimension of the first tensor among them counts the examples.
             plate: The plate of the data; by default one named "data" is opened.
+            **named: Arguments of the model by name, likewise.
 
         Returns:
             The draws by name of their site.
         """
-        with self.net._drawn("posterior", len(inputs[0]), plate) as values:
+        first = next((x for x in (*inputs, *named.values()) if isinstance(x, Tensor)), None)
+        if first is None:
+            raise ValueError(f"NetGuide: one argument must be a tensor with a row for each example; got {named}")
+        with self.net._drawn("posterior", len(first), plate) as values:
             return values

@@ -88,5 +88,5 @@ def _notes(net: NestedNet) -> list[str]:
         for share, fraction in SHOWN.items():
             kept = {name: width.kept_units(fraction, "nearest") for name, width in net.widths.items()}
             parts.append(f"{count(net, kept) / whole:.1%} at width {share}")
-        notes.append(f"{whole:,} {label}: {', '.join(parts)}")
+        notes.append(f"{whole:,} {label}: {', '.join(parts)}, to the nearest block")
     return notes + [f"whole: {name} ({reason})" for name, reason in net.whole.items()]

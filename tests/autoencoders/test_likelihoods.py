@@ -6,7 +6,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from pyro_vnd.autoencoders import BernoulliLikelihood, ContinuousBernoulliLikelihood, GaussianLikelihood, OrderedVAE
+from pyro_vnd.autoencoders import (
+    BernoulliLikelihood,
+    ContinuousBernoulliLikelihood,
+    GaussianLikelihood,
+    OrderedVAE,
+    mlp_bodies,
+)
 from pyro_vnd.autoencoders.likelihoods import IsotropicNormal
 
 SHAPE = (2, 3)
@@ -100,3 +106,11 @@ def test_bounded_pixels_are_checked(scale: float):
         with pytest.raises(ValueError, match=rf"`x` must have pixels in \[0, 1\] for {law.__name__}; got "):
             OrderedVAE(SHAPE, 4, likelihood=law()).encode(x / x.max() * scale)
     OrderedVAE(SHAPE, 4).encode(x * scale)  # those of a Gaussian are free
+
+
+@pytest.mark.parametrize("num_latents", [2, 8])
+def test_a_noise_by_length_is_for_as_many_latents_as_the_code_has(num_latents):
+    likelihood = GaussianLikelihood(num_latents, noise="by_length")
+    with pytest.raises(ValueError, match=rf"`likelihood` must be for 4 latents, .*; it is for {num_latents}"):
+        OrderedVAE((8,), 4, bodies=mlp_bodies((8,)), likelihood=likelihood)
+    OrderedVAE((8,), 4, bodies=mlp_bodies((8,)), likelihood=GaussianLikelihood(num_latents))  # one scale for all

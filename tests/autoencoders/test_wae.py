@@ -244,7 +244,7 @@ def test_orders_codes_of_real_digits_that_follow_the_prior(images):
     assert held < 0.5 * free
 
 
-def test_prefix_sample_and_truncation(x):
+def test_prefix_sample_and_narrow_nets(x):
     wae = small(tail="mask")
     encoder, decoder = wae.narrow(2)
     torch.testing.assert_close(encoder(x), wae.embed(x, 2)[:, :2])

@@ -11,9 +11,9 @@ from torch.distributions import Normal
 from torch.func import grad, vmap
 
 from pyro_vnd._compat import only_plain_code
-from pyro_vnd.distributions import Gated, OrderedMaskStraightThrough
+from pyro_vnd.distributions import Gated, NestedNormal, OrderedMaskStraightThrough, RelaxedOrderedMask
 from pyro_vnd.distributions._fast import arrays, gated_kl, log_uniform, masks, normals
-from pyro_vnd.distributions._fast.shapes import broadcast_shapes
+from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions.weights import LogScaleNormal
 
 
@@ -224,6 +224,23 @@ def test_a_draw_and_its_gradient_compile_to_one_graph():
     found = []
     for function in (total, torch.compile(total, backend="aot_eager", fullgraph=True)):
         logits = torch.linspace(-1, 1, 16, requires_grad=True)
+        torch.manual_seed(0)
+        value = function(logits)
+        value.backward()
+        found.append((value, logits.grad))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("law", ["NestedNormal", "RelaxedOrderedMask"])
+def test_draws_that_remember_how_they_were_made_compile_to_one_graph(law):
+    def total(logits):
+        if law == "NestedNormal":
+            return NestedNormal(logits, torch.ones(4), logits, validate_args=False).rsample((8,)).sum()
+        return RelaxedOrderedMask(0.5, logits=logits, validate_args=False).rsample((8,)).square().sum()
+
+    found = []
+    for function in (total, torch.compile(total, backend="aot_eager", fullgraph=True)):
+        logits = torch.linspace(-1, 1, 4, requires_grad=True)
         torch.manual_seed(0)
         value = function(logits)
         value.backward()

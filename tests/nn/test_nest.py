@@ -209,3 +209,15 @@ def test_a_layer_under_two_names_is_nested_and_narrowed_under_both():
     assert narrowed.again is narrowed.middle
     assert narrowed.middle.weight.shape == (4, 4)
     assert torch.equal(narrowed.middle.weight, net.net.middle.plain.weight[:4, :4])
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (torch.zeros(8), r"along its first dimension, \(N, ...\); got shape \(8,\): give `x\[None\]`"),
+        (torch.zeros(0, 8), r"at least one example; got \(0, 8\)"),
+    ],
+)
+def test_an_example_without_examples_is_refused(example, message):
+    with pytest.raises(ValueError, match=message):
+        nest(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)), example)

@@ -11,7 +11,9 @@ from pyro.infer import Predictive
 from torch import nn
 from torch.distributions import Normal
 
+from pyro_vnd.diagnostics import to_arviz
 from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.infer import fit
 from pyro_vnd.nn import NestedClassifier, NestedLayer, NestedNet, Width, narrow, nest
 from pyro_vnd.nn.axis import Run
 
@@ -304,3 +306,29 @@ def test_the_guide_is_one_module_and_no_part_of_the_net():
 def test_the_guide_shares_its_parameters_with_the_net():
     net = make()
     assert {id(p) for p in net.guide.parameters()} == {id(p) for p in net.parameters()}
+
+
+def test_data_by_name_in_any_order():
+    x, labels = torch.randn(6, 3), torch.arange(6) % 2
+    plain = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    elbos = []
+    for names in (("x", "y"), ("y", "x")):
+        torch.manual_seed(0)
+        model = NestedClassifier(nest(plain, x[:1]))
+        data = {name: {"x": x, "y": labels}[name] for name in names}
+        elbos.append(fit(model, model.guide, data, num_epochs=2, progress=False).elbo)
+        assert set(to_arviz(model, model.guide, data, num_samples=3).log_likelihood) == {"label"}
+    torch.manual_seed(0)
+    model = NestedClassifier(nest(plain, x[:1]))
+    assert elbos == [fit(model, model.guide, (x, labels), num_epochs=2, progress=False).elbo] * 2
+    with pytest.raises(ValueError, match="one argument must be a tensor"):
+        model.guide(y=None)
+
+
+def test_a_tensor_of_widths_is_of_fractions_and_rounded_to_the_nearest():
+    net, x = make(), torch.randn(5, 3)
+    with pytest.raises(ValueError, match=r"fractions in \[0, 1\].*got shape \(5,\), torch.int64"):
+        net.predict(x, width=torch.ones(5).long())
+    for rounding in ("up", "closest"):
+        with pytest.raises(ValueError, match="`rounding` must be 'nearest' or None for a tensor of fractions"):
+            net.predict(x, width=torch.full((5,), 0.3), rounding=rounding)

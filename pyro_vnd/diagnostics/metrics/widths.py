@@ -165,9 +165,13 @@ def _distinct(
 
     All are looked at before hours go into some of them.
     """
+    try:
+        widths = list(widths)
+    except TypeError:
+        raise ValueError(f"{name}: `widths` must be several widths in a list; got {widths!r}") from None
     kinds = {next((kind for kind in (Integral, Real) if isinstance(width, kind)), None) for width in widths}
     if len(kinds) != 1 or None in kinds:
-        raise ValueError(f"{name}: `widths` must be fractions (floats) or numbers of blocks (ints); got {list(widths)}")
+        raise ValueError(f"{name}: `widths` must be fractions (floats) or numbers of blocks (ints); got {widths}")
     distinct: list[tuple[float, dict[str, int]]] = []
     for width in widths:
         blocks = net.kept_blocks(width, rounding)

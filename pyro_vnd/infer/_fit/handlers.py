@@ -1,5 +1,6 @@
 """Effect handlers of a fit: one scales a mini-batch to its data set, one records likelihood and laws of lengths."""
 
+import math
 from typing import Any
 
 import torch
@@ -45,8 +46,8 @@ class ScaleToDataset(Messenger):
         if msg["is_observed"] or site_is_subsample(msg):
             return
         infer = msg["infer"]
-        weight = infer.get("kl_weight", 1.0)
-        length_weight = infer.get("length_weight", weight) * self.weights.lengths
+        weight = _weight(msg, "kl_weight", 1.0)
+        length_weight = _weight(msg, "length_weight", weight) * self.weights.lengths
         weight = weight * (self.weights.inside if in_plate else self.weights.outside)
         if self.mark:
             # A new dict: a model that is replayed has that of the guide's site, whose weights are what is read.
@@ -87,6 +88,15 @@ class ScaleToDataset(Messenger):
                 f"fit: no site of the model is in a plate named {self.plate!r}, so mini-batches cannot be scaled to "
                 f"the data set; name it with `plate=` (plates of the model: {self.plates}), or use the whole data"
             )
+
+
+def _weight(msg: Any, key: str, default: float) -> float:
+    """Return a weight that a site has itself."""
+    weight: Any = msg["infer"].get(key, default)
+    if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        name = msg["name"].removesuffix("_unconstrained")  # as the model knows it
+        raise ValueError(f"fit: `infer[{key!r}]` of site {name!r} must be a finite number >= 0; got {weight!r}")
+    return float(weight)
 
 
 class EvaluationRecord(Messenger):

@@ -58,9 +58,8 @@ class Objective:
         self.keeps_parts = isinstance(elbo, NestedELBO)
         self.record = EvaluationRecord(score=not self.keeps_parts)
         first = scale(weights)
-        args, kwargs = as_arguments(first_batch)
-        with poutine.trace(param_only=True) as trace, first, self.record:
-            self.module(*args, **kwargs)
+        with poutine.trace(param_only=True) as trace:
+            self._evaluate(first_batch, first)
         first.check()
         self.parameters: list[Tensor] = list(self.module.parameters())
         known = {id(parameter) for parameter in self.parameters}
@@ -89,9 +88,12 @@ class Objective:
             NonFiniteLossError: If torch or Pyro refuse a law or a value that is not finite. Any other error stays what
                 it is, and has a note that names the last site before it.
         """
+        return self._evaluate(batch, self.scale(weights))
+
+    def _evaluate(self, batch: Data, scale: ScaleToDataset) -> Tensor:
         args, kwargs = as_arguments(batch)
         try:
-            with self.scale(weights), self.record:
+            with scale, self.record:
                 return self.module(*args, **kwargs)
         except Exception as error:
             site = f"after site {self.record.last_site!r}" if self.record.last_site else "before the first site"

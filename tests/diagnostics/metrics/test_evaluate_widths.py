@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import xarray as xr
@@ -209,3 +210,11 @@ def test_widths_are_fractions_or_numbers_of_blocks(widths, trained, digits):
 def test_draws_are_needed(trained, digits):
     with pytest.raises(ValueError, match="`num_samples` must be at least 1; got 0"):
         evaluate_widths(trained, digits.test, [0.5], 0, progress=False)
+
+
+def test_widths_are_several_of_any_kind_of_iterable(trained, digits):
+    test = tuple(rows[:20] for rows in digits.test)
+    for asked in ((k for k in (1, 2)), np.array([1, 2])):
+        assert evaluate_widths(trained, test, asked, 2, progress=False)["blocks"].values.tolist() == [1, 2]
+    with pytest.raises(ValueError, match=r"`widths` must be several widths in a list; got 1\.0"):
+        evaluate_widths(trained, test, 1.0, 2, progress=False)

@@ -182,3 +182,32 @@ def test_laws_are_recorded_with_their_priors(y):
         assert isinstance(law, OrderedMaskStraightThrough)
         assert type(prior) is OrderedMask
         torch.testing.assert_close(prior.probs, OrderedMask.geometric(0.5, K).probs)
+
+
+def weighted_sites(y, weights):
+    with pyro.plate("f", 3):
+        w = pyro.sample("w", dist.Normal(2.0, 1.0), infer=weights)
+    mask = pyro.sample("mask", OrderedMask(probs=torch.tensor([0.8, 0.1, 0.1])), infer=weights)
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal((w * mask).sum(), 1.0), obs=y)
+
+
+def test_auto_nested_takes_the_weights_that_sites_of_the_model_have(y):
+    kl = {}
+    for weight in (None, 0.5, 0.0):
+        infer = {} if weight is None else {"kl_weight": weight}
+        guide = AutoNested(lambda y, infer=infer: weighted_sites(y, infer))
+        arguments = {"optimizer": still, "num_epochs": 3, "progress": False}
+        kl[weight] = torch.tensor(fit(lambda y, infer=infer: weighted_sites(y, infer), guide, y, **arguments).kl)
+    assert kl[None][0] > 0.1
+    torch.testing.assert_close(kl[0.5], kl[None] / 2)
+    assert (kl[0.0].abs() < 1e-9).all()
+
+
+@pytest.mark.parametrize("weight", [-2.0, math.nan, math.inf, "2"])
+def test_a_weight_that_is_none_is_refused(y, weight):
+    def model(y):
+        weighted_sites(y, {"kl_weight": weight})
+
+    with pytest.raises(ValueError, match=r"`infer\['kl_weight'\]` of site 'w' must be a finite number >= 0; got "):
+        fit(model, AutoNested(model), y, num_epochs=1, progress=False)

@@ -158,3 +158,20 @@ def test_global_parameters_are_refused(y):
 
     with pytest.raises(ValueError, match="'loc' belongs to no nn"):
         fit(model, guide, y, progress=False)
+
+
+def test_the_first_evaluation_tells_errors_apart_as_later_ones_do():
+    y = torch.randn(N)
+    broken = Breaks(lambda mu: mu, scale=lambda calls: torch.tensor(torch.nan), start=0)
+    guide = AutoNormal(lambda y: Breaks()(y))
+    guide(y)  # sets itself up with a model that is whole
+    with pytest.raises(NonFiniteLossError, match="after site 'mu'"):
+        fit(broken, guide, y, num_epochs=2, progress=False)
+
+    def refuse(mu):
+        raise ValueError("the user's own")
+
+    mine = Breaks(refuse, start=1)
+    with pytest.raises(ValueError, match="the user's own") as caught:
+        fit(mine, AutoNormal(mine), y, num_epochs=2, progress=False)
+    assert any("after site 'mu'" in note for note in caught.value.__notes__)
