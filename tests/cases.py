@@ -5,6 +5,8 @@ A new distribution is one row of `CASES`; a contract is one parametrised test.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -105,12 +107,20 @@ class Case:
         law = self.of(**(self.arguments(batch_shape, num_units, dtype) | given))
         return law.expand(batch_shape) if self.expanded and batch_shape else law
 
+    def by_lengths(self, num_units: int = 4, dtype: torch.dtype | None = None, **given: Any) -> Callable[..., Any]:
+        """Laws by `logits` or `probs` of their lengths; the other arguments are random once, but for those `given`."""
+        arguments = self.arguments((), num_units, dtype)
+        return partial(self.of, **{name: x for name, x in arguments.items() if name not in ("logits", "probs")} | given)
+
     def with_lengths(self, dtype: torch.dtype | None = None, **given: Any) -> Any:
         """A law with random arguments, but for `logits` or `probs` of the lengths, and perhaps others, `given`."""
         lengths = given.get("logits", given.get("probs"))
         num_units = lengths.shape[-1] if isinstance(lengths, Tensor) and lengths.dim() else 4
-        arguments = self.arguments((), num_units, dtype)
-        return self.of(**{name: x for name, x in arguments.items() if name not in ("logits", "probs")} | given)
+        return self.by_lengths(num_units, dtype)(**given)
+
+    @property
+    def takes_noise(self) -> bool:
+        return "noise" in signature(self.cls).parameters
 
     def event_shape(self, num_units: int = 4) -> tuple[int, ...]:
         return () if self.univariate else (num_units,)

@@ -1,4 +1,4 @@
-"""A mean of masked weights, its guide, and a small nested net: what fits are tried on."""
+"""A conjugate mean, a law of lengths, a mean of masked weights with its guide, and a small nested net to fit."""
 
 import pyro
 import pyro.distributions as dist
@@ -10,6 +10,20 @@ from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
 from pyro_vnd.nn import NestedLayer, NestedNet, Width
 
 N, K = 40, 4
+
+
+def normal_mean(y):
+    """Conjugate: mu ~ N(0, 1), y_n ~ N(mu, 1), so mu | y ~ N(sum y / (N + 1), 1 / (N + 1))."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def lengths(y):
+    """The length is all that is latent: length ~ U{1, ..., K}, y_n ~ N(length, 3)."""
+    mask = pyro.sample("mask", OrderedMask.uniform(K))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mask.sum(-1), 3.0), obs=y)
 
 
 def masked_mean(y):

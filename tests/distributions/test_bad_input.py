@@ -5,9 +5,9 @@ import re
 import pyro
 import pytest
 import torch
-from cases import CASES, LENGTH_CASES, each
+from cases import LENGTH_CASES, each
 
-from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough, RelaxedOrderedMask
+from pyro_vnd.distributions import NestedNormal, OrderedMask, RelaxedOrderedMask
 
 NAN, INF = float("nan"), float("inf")
 
@@ -97,10 +97,9 @@ def test_temperature_that_does_not_broadcast(case, validate_args):
         case.build((3,), temperature=torch.ones(2), validate_args=validate_args)
 
 
-@pytest.mark.parametrize("cls", [OrderedMaskStraightThrough, NestedNormal])
+@each(LENGTH_CASES, takes_noise=True)
 @pytest.mark.parametrize("noise", ["normal", None, ""])
-def test_noise(cls, noise):
-    case = next(case for case in CASES if case.cls is cls)
+def test_noise(case, noise):
     with raises("`noise`", "'logistic' or 'gumbel'", repr(noise)):
         case.build(noise=noise)
 

@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from masked_mean import normal_mean
 from pyro.infer.autoguide import AutoNormal
 from scipy import stats
 
@@ -118,12 +119,6 @@ def test_gain_wants_two_windows():
         Plateau(window=10).gain([0.0] * 19)
 
 
-def normal_mean(y):
-    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
-    with pyro.plate("data", len(y)):
-        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-
-
 @pytest.fixture
 def y():
     return torch.randn(100) + 5
@@ -136,7 +131,7 @@ def train(y, **arguments):
 
 def evidence(y):
     """Exact log-evidence in nats per row: the ELBO of the best guide, for the posterior is a Normal."""
-    covariance = torch.eye(len(y)) + 100 * torch.ones(len(y), len(y))
+    covariance = torch.eye(len(y)) + torch.ones(len(y), len(y))
     return dist.MultivariateNormal(torch.zeros(len(y)), covariance).log_prob(y).item() / len(y)
 
 

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from masked_mean import MaskedMeanGuide, masked_mean
+from masked_mean import K, MaskedMeanGuide, lengths, masked_mean, normal_mean
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
@@ -15,20 +15,7 @@ from torch import nn
 from pyro_vnd.distributions import NestedNormal, OrderedMask
 from pyro_vnd.infer import AutoNested, LengthCollapseWarning, MaskSchedule, cosine_to_zero, fit
 
-N, K = 60, 4
-
-
-def normal_mean(y):
-    """Conjugate: mu ~ N(0, 1), y_n ~ N(mu, 1), so mu | y ~ N(sum y / (N + 1), 1 / (N + 1))."""
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", len(y)):
-        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-
-
-def lengths(y):
-    mask = pyro.sample("mask", OrderedMask.uniform(K))
-    with pyro.plate("data", len(y)):
-        pyro.sample("y", dist.Normal(mask.sum(-1), 3.0), obs=y)
+N = 60
 
 
 @pytest.fixture

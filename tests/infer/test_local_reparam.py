@@ -126,9 +126,9 @@ def small(**options):
     return net, NestedClassifier(net), (torch.randn(7, 5), torch.arange(7) % 3)
 
 
-@pytest.mark.parametrize("masks", ["example", "batch"])
-def test_no_noise_of_the_shape_of_weights_is_drawn(masks):
-    net, model, data = small(mask_per=masks)
+@pytest.mark.parametrize("mask_per", ["example", "batch"])
+def test_no_noise_of_the_shape_of_weights_is_drawn(mask_per):
+    net, model, data = small(mask_per=mask_per)
     for local in (True, False):
         with CountDraws() as count:
             if local:
@@ -140,9 +140,9 @@ def test_no_noise_of_the_shape_of_weights_is_drawn(masks):
         assert ((7, 16) in count.sizes) == local
 
 
-@pytest.mark.parametrize("masks", ["example", "batch"])
-def test_every_parameter_gets_a_gradient_and_the_elbo_is_the_same(masks):
-    net, model, data = small(mask_per=masks)
+@pytest.mark.parametrize("mask_per", ["example", "batch"])
+def test_every_parameter_gets_a_gradient_and_the_elbo_is_the_same(mask_per):
+    net, model, data = small(mask_per=mask_per)
     losses = {}
     for local in (True, False):
         values = []

@@ -4,12 +4,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import LENGTH_CASES, Case, each
 from pyro.infer import MCMC, NUTS, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from pyro.ops.stats import effective_sample_size
 from torch import Tensor
 
-from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough, RelaxedOrderedMask
+from pyro_vnd.distributions import RelaxedOrderedMask
 
 K = 3
 LOGITS = torch.tensor([0.4, -0.2, 0.3], dtype=torch.float64)
@@ -60,23 +61,20 @@ def test_autoguide_draws_relaxed_masks(autoguide: type):
     assert relaxed(LOGITS).support.check(guide()["z"]).all()
 
 
-HARD = {
-    "OrderedMask": lambda: OrderedMask(logits=LOGITS),
-    "OrderedMaskStraightThrough": lambda: OrderedMaskStraightThrough(0.2, logits=LOGITS),
-    "NestedNormal": lambda: NestedNormal(torch.zeros(K), torch.ones(K), LOGITS),
-}
+ATOMIC_CASES = [case for case in LENGTH_CASES if case.cls is not RelaxedOrderedMask]
 
 
 @pytest.mark.parametrize("autoguide", [AutoNormal, AutoMultivariateNormal, AutoDelta])
-@pytest.mark.parametrize("name", HARD)
-def test_autoguide_refuses_laws_with_atoms(autoguide: type, name: str):
+@each(ATOMIC_CASES)
+def test_autoguide_refuses_laws_with_atoms(autoguide: type, case: Case):
     """A silent answer would be wrong: these laws have no density in unconstrained space."""
-    error, message = {"NestedNormal": (NotImplementedError, "Cannot transform")}.get(name, (ValueError, "discrete"))
+    error, message = (ValueError, "discrete") if case.hard else (NotImplementedError, "Cannot transform")
     with pytest.raises(error, match=message):
-        autoguide(lambda: pyro.sample("z", HARD[name]()))()
+        autoguide(lambda: pyro.sample("z", case.build(num_units=K)))()
 
 
-def test_nuts_refuses_nested_normal():
-    mcmc = MCMC(NUTS(lambda: pyro.sample("x", HARD["NestedNormal"]())), num_samples=1, warmup_steps=0)
+@each(ATOMIC_CASES, hard=False)
+def test_nuts_refuses_nested_vectors(case: Case):
+    mcmc = MCMC(NUTS(lambda: pyro.sample("x", case.build(num_units=K))), num_samples=1, warmup_steps=0)
     with pytest.raises(NotImplementedError, match="Cannot transform"):
         mcmc.run()

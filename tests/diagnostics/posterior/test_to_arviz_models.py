@@ -222,21 +222,21 @@ def test_nested_normal_has_its_length_too():
     assert "posterior_predictive" not in datasets(data)
 
 
-def classifier(masks):
+def classifier(mask_per):
     torch.manual_seed(0)
     x = torch.randn(24, 4)
     labels = (x[:, 0] > 0).long() + (x[:, 1] > 1).long()
-    net = nest(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), x[:1], num_blocks=4, mask_per=masks)
+    net = nest(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), x[:1], num_blocks=4, mask_per=mask_per)
     fit(NestedClassifier(net), net.guide, (x, labels), num_epochs=5, progress=False)
     return NestedClassifier(net), net.guide, x, labels
 
 
-@pytest.mark.parametrize("masks", ["example", "batch"])
-def test_nested_classifier(masks, tmp_path):
-    net, guide, x, labels = classifier(masks)
+@pytest.mark.parametrize("mask_per", ["example", "batch"])
+def test_nested_classifier(mask_per, tmp_path):
+    net, guide, x, labels = classifier(mask_per)
     data = to_arviz(net, guide, (x, labels), num_samples=40, coords={"data": np.arange(100, 124)})
     (mask,) = (name for name in data.posterior.data_vars if name.endswith("mask"))
-    rows = ("data",) if masks == "example" else ()
+    rows = ("data",) if mask_per == "example" else ()
     assert data.posterior[mask].dims == ("chain", "draw", *rows, f"{mask}_unit")
     assert data.posterior[f"{mask}_length"].dims == ("chain", "draw", *rows)
     weights = [name for name in data.posterior.data_vars if name.endswith("weight")]

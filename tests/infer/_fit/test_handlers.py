@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from masked_mean import K, MaskedMeanGuide, N, masked_mean, still
+from masked_mean import K, MaskedMeanGuide, N, lengths, masked_mean, normal_mean, still
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
@@ -16,19 +16,6 @@ from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraigh
 from pyro_vnd.infer import AutoNested, fit
 from pyro_vnd.infer._fit.handlers import EvaluationRecord, ScaleToDataset
 from pyro_vnd.infer._fit.settings import KLWeights
-
-
-def normal_mean(y):
-    """Conjugate: mu ~ N(0, 1), y_n ~ N(mu, 1), so mu | y ~ N(sum y / (N + 1), 1 / (N + 1))."""
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", len(y)):
-        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-
-
-def lengths(y):
-    mask = pyro.sample("mask", OrderedMask.uniform(K))
-    with pyro.plate("data", len(y)):
-        pyro.sample("y", dist.Normal(mask.sum(-1), 3.0), obs=y)
 
 
 def test_mini_batch_losses_average_to_the_full_loss(y):

@@ -20,17 +20,17 @@ from pyro_vnd.nn import NestedClassifier, Width
 
 
 @pytest.mark.parametrize("num_particles", [1, 3])
-@pytest.mark.parametrize("masks", ["example", "batch"])
-def test_lengths_are_paid_for_where_masks_are_learned_only(masks, num_particles, labelled):
-    net = make_net(masks)
+@pytest.mark.parametrize("mask_per", ["example", "batch"])
+def test_lengths_are_paid_for_where_masks_are_learned_only(mask_per, num_particles, labelled):
+    net = make_net(mask_per)
     schedule = MaskSchedule(learned=0.25, budget=0.5, full=0.25, num_particles=num_particles)
     arguments = {"schedule": schedule, "optimizer": still, "progress": False}
-    epochs = 20 if masks == "example" else 200 if num_particles == 1 else 70
+    epochs = 20 if mask_per == "example" else 200 if num_particles == 1 else 70
     result = fit(NestedClassifier(net), net.guide, labelled, num_epochs=epochs, **arguments)
     width = net.widths["hidden"]
-    kl = kl_divergence(width.law, width.prior).item() / (1 if masks == "example" else N)
+    kl = kl_divergence(width.law, width.prior).item() / (1 if mask_per == "example" else N)
     shares = torch.tensor(result.kl_lengths) / kl
-    assert abs(shares.mean().item() - 0.25) < 3 * (0.25 * 0.75 / (20 * N if masks == "example" else 400)) ** 0.5
+    assert abs(shares.mean().item() - 0.25) < 3 * (0.25 * 0.75 / (20 * N if mask_per == "example" else 400)) ** 0.5
     assert list(result.lengths) == ["hidden.mask"]
 
 
@@ -54,9 +54,9 @@ def test_every_width_is_trained_and_a_batch_has_one(sliced, labelled):
 
 
 @pytest.mark.parametrize("num_particles", [1, 3])
-@pytest.mark.parametrize("masks", ["example", "batch"])
-def test_sliced_particles_estimate_the_elbo_averaged_over_widths(masks, num_particles, labelled):
-    net = make_net(masks)
+@pytest.mark.parametrize("mask_per", ["example", "batch"])
+def test_sliced_particles_estimate_the_elbo_averaged_over_widths(mask_per, num_particles, labelled):
+    net = make_net(mask_per)
     model, guide, probs = NestedClassifier(net), net.guide, torch.tensor([0.4, 0.3, 0.2, 0.1])
     schedule = MaskSchedule(0.0, 1.0, 0.0, OrderedMask(probs=probs), num_particles, sliced=True)
     arguments = {"schedule": schedule, "optimizer": still, "local_reparam": True, "progress": False}
