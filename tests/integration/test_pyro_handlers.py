@@ -7,13 +7,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import LENGTH_CASES, Case, each
 from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.infer import Predictive, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough, RelaxedOrderedMask
+from pyro_vnd.distributions import OrderedMask
 
 ROWS, K = 4, 3
 PRIOR_LOGITS = torch.tensor([0.3, 0.0, -0.6], dtype=torch.float64)
@@ -23,30 +24,20 @@ Y = torch.tensor([0.2, 1.0, 2.5, -0.4], dtype=torch.float64)
 
 
 class Laws(NamedTuple):
-    """A guide and the prior that goes with it, each a function of the logits of the lengths."""
+    """A guide and the prior that goes with it, each a function of the `logits` of the lengths."""
 
-    guide: Callable[[Tensor], TorchDistribution]
-    prior: Callable[[Tensor], TorchDistribution]
-
-
-def nested_normal(logits: Tensor) -> NestedNormal:
-    return NestedNormal(torch.full((K,), 0.5), torch.tensor([1.0, 0.5, 2.0]), logits)
+    guide: Callable[..., TorchDistribution]
+    prior: Callable[..., TorchDistribution]
 
 
-LAWS = {
-    "OrderedMask": Laws(lambda a: OrderedMask(logits=a), lambda a: OrderedMask(logits=a)),
-    "OrderedMaskStraightThrough": Laws(
-        lambda a: OrderedMaskStraightThrough(0.2, logits=a), lambda a: OrderedMask(logits=a)
-    ),
-    "RelaxedOrderedMask": Laws(
-        lambda a: RelaxedOrderedMask(0.7, logits=a), lambda a: RelaxedOrderedMask(0.5, logits=a)
-    ),
-    "NestedNormal": Laws(nested_normal, lambda a: NestedNormal(torch.zeros(K), torch.ones(K), a)),
-}
-EXACT_KL = ("OrderedMaskStraightThrough", "NestedNormal")
-each = pytest.mark.parametrize("laws", LAWS.values(), ids=LAWS)
-each_reparameterised = pytest.mark.parametrize("laws", list(LAWS.values())[1:], ids=list(LAWS)[1:])
-each_exact_kl = pytest.mark.parametrize("laws", [LAWS[name] for name in EXACT_KL], ids=EXACT_KL)
+each_reparameterised = each(LENGTH_CASES, reparameterised=True)
+each_exact_kl = each(LENGTH_CASES, reparameterised=True, divergence=True)
+
+
+@pytest.fixture
+def laws(case: Case) -> Laws:
+    """A guide and a prior of a case, of other arguments; the prior of a mask that has atoms is the exact law."""
+    return Laws(case.by_lengths(K), OrderedMask if case.hard else case.by_lengths(K))
 
 
 class RowModel:
@@ -61,7 +52,7 @@ class RowModel:
 
     def model(self, seen: list[int] | None = None, size: int | None = None) -> None:
         with self.plate(seen, size) as index:
-            z = pyro.sample("z", self.laws.prior(PRIOR_LOGITS))
+            z = pyro.sample("z", self.laws.prior(logits=PRIOR_LOGITS))
             if self.observed:
                 pyro.sample("y", dist.Normal((z * WEIGHTS).sum(-1), 1.0), obs=Y[index])
 
@@ -69,18 +60,18 @@ class RowModel:
         with self.plate(seen, size):
             # Inside a plate Pyro hands out the rows of the subsample.
             logits = pyro.param("row_logits", ROW_LOGITS.clone(), event_dim=1)
-            pyro.sample("z", self.laws.guide(logits))
+            pyro.sample("z", self.laws.guide(logits=logits))
 
     def divergence(self) -> Tensor:
         """Return KL(guide || prior) of every row."""
-        return kl_divergence(self.laws.guide(ROW_LOGITS), self.laws.prior(PRIOR_LOGITS))
+        return kl_divergence(self.laws.guide(logits=ROW_LOGITS), self.laws.prior(logits=PRIOR_LOGITS))
 
 
-@each
+@each(LENGTH_CASES)
 def test_disjoint_subsamples_add_up(laws: Laws):
     """At given values the scaled log joint of the halves of a data set average to that of the whole."""
     rows = RowModel(laws)
-    z = laws.prior(PRIOR_LOGITS).sample((ROWS,))
+    z = laws.prior(logits=PRIOR_LOGITS).sample((ROWS,))
 
     def log_joint(seen: list[int]) -> Tensor:
         trace = poutine.trace(poutine.condition(rows.model, {"z": z[seen]})).get_trace(seen)
@@ -106,7 +97,7 @@ def test_subsampled_mean_field_divergence(laws: Laws):
     assert losses.std() > 0.01
 
 
-@each
+@each(LENGTH_CASES)
 def test_vectorised_particles_agree_with_a_loop(laws: Laws):
     """One loss of 20,000 vectorised particles against 400 losses of one particle each."""
     rows = RowModel(laws)
@@ -140,7 +131,9 @@ def test_masked_and_independent_divergence(laws: Laws, how: str, monkeypatch):
                 with poutine.mask(mask=kept):
                     pyro.sample("z", law)
 
-    loss = TraceMeanField_ELBO().loss(lambda: sample(laws.prior(PRIOR_LOGITS)), lambda: sample(laws.guide(ROW_LOGITS)))
+    loss = TraceMeanField_ELBO().loss(
+        lambda: sample(laws.prior(logits=PRIOR_LOGITS)), lambda: sample(laws.guide(logits=ROW_LOGITS))
+    )
     counting = torch.ones(ROWS) if how == "to_event" else kept
     assert loss == pytest.approx((counting * RowModel(laws).divergence()).sum().item())
     assert len(found) == 1
@@ -166,17 +159,17 @@ def test_masked_rows_have_no_gradient(laws: Laws):
     assert ((logits.grad != 0).any(-1) == kept).all()
 
 
-@each
+@each(LENGTH_CASES)
 def test_condition_makes_an_observation(laws: Laws):
     """Given the masks, nothing is latent: the loss under an empty guide is minus the log joint, exactly."""
-    z = laws.prior(PRIOR_LOGITS).sample((ROWS,))
+    z = laws.prior(logits=PRIOR_LOGITS).sample((ROWS,))
     model = poutine.condition(RowModel(laws).model, {"z": z})
-    log_joint = laws.prior(PRIOR_LOGITS).log_prob(z) + dist.Normal(z @ WEIGHTS, 1.0).log_prob(Y)
+    log_joint = laws.prior(logits=PRIOR_LOGITS).log_prob(z) + dist.Normal(z @ WEIGHTS, 1.0).log_prob(Y)
     assert Trace_ELBO().loss(model, lambda: None) == pytest.approx(-log_joint.sum().item())
 
 
-@each
-def test_replay_scores_the_guide_draw(laws: Laws):
+@each(LENGTH_CASES)
+def test_replay_scores_the_guide_draw(laws: Laws, case: Case):
     """The model scores the guide's draw, as the same object, and the prior's part has a gradient to the guide."""
     rows = RowModel(laws)
     guide_trace = poutine.trace(rows.guide).get_trace()
@@ -186,8 +179,8 @@ def test_replay_scores_the_guide_draw(laws: Laws):
     model_trace.compute_log_prob()
     log_prob = model_trace.nodes["z"]["log_prob"]
     # A copy has forgotten what the draw remembers, and scores the same.
-    torch.testing.assert_close(log_prob, laws.prior(PRIOR_LOGITS).log_prob(z.detach().clone()))
-    if laws is LAWS["OrderedMask"]:
+    torch.testing.assert_close(log_prob, laws.prior(logits=PRIOR_LOGITS).log_prob(z.detach().clone()))
+    if not case.reparameterised:
         assert not log_prob.requires_grad
     else:
         (gradient,) = torch.autograd.grad(log_prob.sum(), guide_trace.nodes["row_logits"]["value"])
@@ -196,11 +189,11 @@ def test_replay_scores_the_guide_draw(laws: Laws):
 
 def mean_model(laws: Laws) -> Tensor:
     with pyro.plate("rows", ROWS):
-        z = pyro.sample("z", laws.prior(PRIOR_LOGITS))
+        z = pyro.sample("z", laws.prior(logits=PRIOR_LOGITS))
         return pyro.deterministic("mean", z @ WEIGHTS)
 
 
-@each
+@each(LENGTH_CASES)
 @pytest.mark.parametrize("parallel", [False, True])
 def test_predictive_from_a_guide(laws: Laws, parallel: bool):
     """Draws have the guide's law, not the prior's, and the rest of the model is computed from the same draws."""
@@ -211,32 +204,36 @@ def test_predictive_from_a_guide(laws: Laws, parallel: bool):
     draws = predictive()
     z = draws["z"].detach()
     torch.testing.assert_close(draws["mean"].detach(), z @ WEIGHTS)
-    # A z-score a row and unit against 100,000 direct draws; the first unit of a mask does not vary.
-    direct = laws.guide(ROW_LOGITS).sample((100_000,))
-    z_score = (z.mean(0) - direct.mean(0)) / (direct.std(0) / 1000**0.5 + 1e-12)
-    assert z_score.abs().max() < 4.5
-    prior = laws.prior(PRIOR_LOGITS).sample((100_000,))
-    assert ((z.mean(0) - prior.mean(0)) / (prior.std(0) / 1000**0.5 + 1e-12)).abs().max() > 6  # power
+    # A z-score of the first two moments a row and unit against 100,000 direct draws; the first unit does not vary.
+    found = torch.cat([z, z**2], -1).mean(0)
+
+    def z_scores(law: TorchDistribution) -> Tensor:
+        direct = law.sample((100_000,))
+        moments = torch.cat([direct, direct**2], -1)
+        return (found - moments.mean(0)) / (moments.std(0) / 1000**0.5 + 1e-12)
+
+    assert z_scores(laws.guide(logits=ROW_LOGITS)).abs().max() < 4.5
+    assert z_scores(laws.prior(logits=PRIOR_LOGITS)).abs().max() > 6  # power
 
 
-@each
+@each(LENGTH_CASES)
 @pytest.mark.parametrize("parallel", [False, True])
 def test_predictive_from_posterior_samples(laws: Laws, parallel: bool):
     """Given draws are used in their order."""
-    z = laws.prior(PRIOR_LOGITS).sample((5, ROWS))
+    z = laws.prior(logits=PRIOR_LOGITS).sample((5, ROWS))
     predictive = Predictive(lambda: mean_model(laws), {"z": z}, return_sites=["mean"], parallel=parallel)
     torch.testing.assert_close(predictive()["mean"], z @ WEIGHTS)
 
 
-@pytest.mark.parametrize("name", LAWS)
-def test_model_graph_shows_parameters_and_dependence(name: str):
+@each(LENGTH_CASES)
+def test_model_graph_shows_parameters_and_dependence(laws: Laws, case: Case):
     def model() -> None:
         logits = pyro.param("logits", torch.zeros(K))
         with pyro.plate("rows", ROWS):
-            z = pyro.sample("z", LAWS[name].guide(logits))
+            z = pyro.sample("z", laws.guide(logits=logits))
             pyro.sample("y", dist.Normal((z * WEIGHTS).sum(-1), 1.0), obs=Y)
 
     source = pyro.render_model(model, render_distributions=True, render_params=True).source
-    for part in (f"z ~ {name}\\l", "logits -> z\n", "z -> y\n", "label=rows"):
+    for part in (f"z ~ {case.cls.__name__}\\l", "logits -> z\n", "z -> y\n", "label=rows"):
         assert part in source
     assert "logits -> y" not in source  # only through the mask
