@@ -34,8 +34,15 @@ def header(module: str) -> dict[str, Any]:
 
 
 def measured(result: Mapping[str, Any]) -> str:
-    """Say in a sentence when, at which revision and with what a result was measured, as far as its header knows."""
-    about = result["header"]
+    """Say when, at which revision and with what a result was measured, as far as its headers know.
+
+    A result whose rows were measured anew in part has the headers of these runs, too, as `later_headers`.
+    """
+    later = (f"Of `{about['command']}`: {_measured(about)}" for about in result.get("later_headers", []))
+    return " ".join([_measured(result["header"]), *later])
+
+
+def _measured(about: Mapping[str, Any]) -> str:
     versions = "Python {python}, torch {torch}, Pyro {pyro}".format(**about["versions"])
     if "revision" not in about:
         return f"Measured with {versions}; the result names no date, revision or machine."

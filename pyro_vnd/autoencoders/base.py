@@ -232,6 +232,14 @@ class OrderedAutoencoder(QuietModule):
         encoder, decoder = self.encoder.narrow(length), self.decoder.narrow(length)
         return deepcopy(encoder), nn.Sequential(*deepcopy(decoder), *self.likelihood.mean_layers())
 
+    def extra_repr(self) -> str:
+        """Say in the first line of the representation what the code is like."""
+        prior = OrderedMask(probs=self.prior_probs, validate_args=False)
+        return (
+            f"images {self.image_shape}, codes of {self.num_latents}, a priori of mean length "
+            f"{prior.mean_length.item():.4g}, lengths: {self.encoder.source}, tail: {self.decoder.tail}"
+        )
+
     def _length(self, length: int | Tensor) -> Tensor:
         lengths = torch.as_tensor(length, device=self.prior_probs.device)
         if (

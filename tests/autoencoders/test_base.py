@@ -275,3 +275,9 @@ def test_no_images_are_images_too(bodies: str):
     vae, none = make_vae(BODIES[bodies](), tail="completion"), torch.rand(0, *SHAPE)
     assert vae.reconstruct(none, 2).shape == vae.sample(0).shape == (0, *SHAPE)
     assert vae.elbo(none).elbo.shape == vae.log_likelihood(none, 3).shape == (0,)
+
+
+def test_the_representation_says_what_the_code_is_like():
+    vae = OrderedVAE((8,), 4, bodies=mlp_bodies((8,)), tail="completion", posterior_lengths="global")
+    first = repr(vae).splitlines()[1].strip()
+    assert first == "images (8,), codes of 4, a priori of mean length 2.5, lengths: global, tail: completion"
