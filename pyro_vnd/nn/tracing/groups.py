@@ -95,14 +95,14 @@ def channel_groups(
         raise ValueError(
             f"nest: argument `example_input` must be a tensor or a tuple with one; got {type(example_input).__name__}"
         )
-    for value in inputs:
-        if isinstance(value, Tensor) and (value.dim() == 0 or len(value) == 0 or value.numel() == 0):
-            raise ValueError(f"nest: argument `example_input` must have at least one example; got {tuple(value.shape)}")
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 1:
-            raise ValueError(
-                "nest: argument `example_input` must have examples along its first dimension, (N, ...); got shape "
-                f"{tuple(value.shape)}: give `x[None]` for a single example"
-            )
+    first = next(value for value in inputs if isinstance(value, Tensor))
+    if first.numel() == 0:
+        raise ValueError(f"nest: argument `example_input` must have at least one example; got {tuple(first.shape)}")
+    if first.dim() == 0 or (first.dim() == 1 and first.is_floating_point()):
+        raise ValueError(
+            "nest: argument `example_input` must have examples along its first dimension, (N, ...); got shape "
+            f"{tuple(first.shape)}: give `x[None]` for a single example"
+        )
     if lazy := [name for name, parameter in net.named_parameters() if is_lazy(parameter)]:
         raise ValueError(f"nest: run the net once before; `{lazy[0]}` has no shape yet")
     excluded = _find_excluded(net, exclude)
