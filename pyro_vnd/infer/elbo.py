@@ -10,15 +10,16 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
 from pyro.infer.util import check_fully_reparametrized, is_validation_enabled, torch_item
 from pyro.poutine.guide import GuideMessenger
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vnd._compat import check_mean_field_requirement, recall
-from pyro_vnd.distributions import NestedNormal, OrderedMask
+from pyro_vnd.distributions import NestedNormal
 from pyro_vnd.distributions.kl import kl_parts
-from pyro_vnd.distributions.nested import NestedLaw, find_mask, innermost
+from pyro_vnd.distributions.nested import NestedLaw, innermost
+from pyro_vnd.infer._model_sites import is_mask, masked_like, owner_of, split_mask
 
 __all__ = ["NestedELBO"]
 
@@ -35,7 +36,12 @@ class NestedELBO(TraceMeanField_ELBO):
     out: with an `AutoNormal` and a positive latent, `TraceMeanField_ELBO` lacks the Jacobian, and this one has it.
     Where the prior is a `NestedAutoregressive` the KL is that of each coordinate given the draws of those before it, by
     the chain rule an unbiased estimate with less variance than a score.
-    Latents must be reparameterised, and none may depend in the model on one that comes after it in the guide.
+    Latents must be reparameterised, and none may depend in the model on one that comes after it in the guide. One that
+    the guide lacks is drawn from the model, and costs nothing.
+
+    The mask and the scale that a latent has in the model, `poutine.mask`, `poutine.scale` and `law.mask(...)`, hold for
+    its site in the guide, too, and for the `AutoNormal` site it comes from: hidden rows cost nothing. What the guide
+    says itself of them does not count.
 
     A weight $w_i$ other than one is read from the site of the guide: `infer={"kl_weight": w}`. A mask, and the lengths
     of a `NestedNormal`, whose KL has two terms, may have one of their own, `infer={"length_weight": w}`. Under `fit`
@@ -98,9 +104,11 @@ class NestedELBO(TraceMeanField_ELBO):
         else:
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        _check_sites(model_trace, guide_trace)
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
         guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
+        _hide_as_in_model(model_trace, guide_trace)
         _keep_exact_kl(model_trace, guide_trace)
         # The nodes of these traces are those of the whole ones: what is computed here is found there.
         scored_guide = guide_trace.copy()
@@ -128,11 +136,10 @@ class NestedELBO(TraceMeanField_ELBO):
             if site["type"] == "sample":
                 if site["is_observed"]:
                     likelihoods.append(site["log_prob_sum"])
-                else:
+                elif name in guide_trace.nodes:
                     divergences.append(self._weighted_kl(name, guide_trace.nodes[name], site))
         for name, site in guide_trace.nodes.items():
             if site["type"] == "sample" and name not in model_trace.nodes:
-                assert site["infer"].get("is_auxiliary"), f"site {name!r} of the guide is not in the model"
                 divergences.append(self._weighted_kl(name, site))
         if likelihoods:
             likelihood: Any = sum(likelihoods)
@@ -160,6 +167,36 @@ class NestedELBO(TraceMeanField_ELBO):
         return weighted
 
 
+def _check_sites(model_trace: Any, guide_trace: Any) -> None:
+    """Raise where a latent is in the guide alone, or in the model alone with a score that is missed.
+
+    A latent that the guide lacks is drawn from the model: its log p and log q are one, and cancel.
+    """
+    for name, site in guide_trace.iter_stochastic_nodes():
+        if name not in model_trace.nodes and not (site["infer"].get("is_auxiliary") or site_is_subsample(site)):
+            raise ValueError(
+                f"NestedELBO: site {name!r} of the guide is no latent of the model; one that only the guide has needs "
+                'infer={"is_auxiliary": True}'
+            )
+    for name, site in model_trace.iter_stochastic_nodes():
+        if name in guide_trace.nodes or site_is_subsample(site) or site["fn"].has_rsample:
+            continue
+        if site["fn"].log_prob(site["value"]).requires_grad:
+            raise NotImplementedError(
+                f"NestedELBO: site {name!r} is not in the guide, so that it is drawn from the model, where its law is "
+                "not reparameterised: what the law depends on would miss its gradient"
+            )
+
+
+def _hide_as_in_model(model_trace: Any, guide_trace: Any) -> None:
+    """Give each site of the guide the masks and the scale of its latent in the model."""
+    for name, site in guide_trace.nodes.items():
+        latent = owner_of(name, model_trace.nodes) if site["type"] == "sample" else None
+        if latent is not None and latent["type"] == "sample":
+            law = masked_like(site["fn"], latent["fn"])
+            site.update(fn=law, mask=latent["mask"], scale=latent["scale"])
+
+
 def _keep_exact_kl(model_trace: Any, guide_trace: Any) -> None:
     """Put the summed KL into the sites of the guide that have an exact one, as `site["kl"]`: its terms by their weight.
 
@@ -172,8 +209,9 @@ def _keep_exact_kl(model_trace: Any, guide_trace: Any) -> None:
             continue
         if isinstance(innermost(site["fn"]), Delta):
             continue
+        (q, mask), (p, _) = split_mask(site), split_mask(model_site)
         try:
-            terms = _kl_terms(site["fn"], model_site["fn"], site["value"])
+            terms = _kl_terms(q, p, site["value"])
         except NotImplementedError:
             continue
         batch_shape = site["fn"].batch_shape
@@ -184,7 +222,7 @@ def _keep_exact_kl(model_trace: Any, guide_trace: Any) -> None:
             if not isinstance(kl, Tensor):  # Pyro's KL between equal uniform laws is the number zero
                 kl = torch.as_tensor(kl, device=getattr(site["value"], "device", None)).expand(batch_shape)
             assert kl.shape == batch_shape, f"KL at site {name!r} has shape {kl.shape}, its guide {batch_shape}"
-            site["kl"][weight] = scale_and_mask(kl, site["scale"], site["mask"]).sum()
+            site["kl"][weight] = scale_and_mask(kl, site["scale"], mask).sum()
 
 
 def _kl_terms(q: Any, p: Any, value: Any) -> dict[str, Any]:
@@ -199,4 +237,4 @@ def _kl_terms(q: Any, p: Any, value: Any) -> dict[str, Any]:
 
 
 def _weight_of(law: Any) -> str:
-    return "length_weight" if isinstance(find_mask(law), OrderedMask) else "kl_weight"
+    return "length_weight" if is_mask(law) else "kl_weight"

@@ -22,6 +22,7 @@ from pyro_vnd.infer._fit.held_out import mean_log_likelihood
 from pyro_vnd.infer._fit.mask_sources import MaskCuts, nested_laws, parts_with_temperature
 from pyro_vnd.infer._fit.objective import NonFiniteLossError, Objective
 from pyro_vnd.infer._fit.optimisation import Step
+from pyro_vnd.infer._fit.rows import check_laws_by_row
 from pyro_vnd.infer._fit.settings import Settings
 from pyro_vnd.infer.callbacks import StoppingRule
 from pyro_vnd.infer.elbo import NestedELBO
@@ -164,6 +165,8 @@ def fit(
     with module_local_params(*both), random_numbers(seed, devices), module_mode(both, training=True):
         scale = partial(ScaleToDataset, plate, num_data, batch_size, mark=isinstance(elbo, NestedELBO))
         objective = Objective(elbo, model, guide, scale, first_rows(data, batch_size), settings[0].weights)
+        validated = validation is not None
+        check_laws_by_row(model, guide, first_rows(data, batch_size), plate, num_data, validated=validated)
         cuts = None if schedule is None else MaskCuts(schedule, both, objective.record, plate)
         with_temperature = [] if temperature is None else parts_with_temperature(both)
         made = optimizer(objective.parameters, lr=lr)
@@ -186,7 +189,8 @@ def fit(
                 for batch in shuffled_batches(data, batch_size):
                     parts.append(step(batch, settings[result.num_steps]))
                     result.num_steps += 1
-            result.add_epoch(ElboParts.mean(parts, num_data), objective.record.laws | nested_laws(both))
+            record = objective.record
+            result.add_epoch(ElboParts.mean(parts, num_data), record.laws | nested_laws(both), record.visible)
             if validation is not None:
                 log_likelihood = mean_log_likelihood(model, guide, validation, batch_size, plate)
                 result.validation_log_likelihood.append(log_likelihood)

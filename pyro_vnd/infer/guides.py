@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, cast
 
@@ -11,18 +11,15 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide, AutoGuideList, AutoNormal
 from pyro.nn import PyroModule
-from pyro.nn.module import PyroParam
-from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
-from torch.distributions import constraints
 
 from pyro_vnd._compat import give_local_params
-from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
-from pyro_vnd.distributions.nested import find_mask
+from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.straight_through import Noise
-from pyro_vnd.infer.result import LengthSummary
+from pyro_vnd.infer._model_sites import AsInModel, ModelRun, is_plain, run_model
+from pyro_vnd.infer.auto_parts import AutoLengths, AutoRelaxedMask, part_for
 
-__all__ = ["AutoMask", "AutoNested", "module_local_params"]
+__all__ = ["AutoNested", "module_local_params"]
 
 
 class AutoNested(AutoGuideList):
@@ -88,22 +85,26 @@ class AutoNested(AutoGuideList):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        prototype: Any = self.prototype_trace
-        sites = dict(prototype.iter_stochastic_nodes())
-        masks = [name for name, site in sites.items() if isinstance(find_mask(site["fn"]), OrderedMask)]
-        self._check_names(masks)
+        run = run_model(self.model, args, kwargs)
+        self._follows = not all(map(is_plain, run.sites.values()))
+        with poutine.block():
+            self._given = set(run.rows) & set(self._prototype_frames) - set(self._made_plates(args, kwargs))
+        parts = {name: part for name, site in run.sites.items() if (part := part_for(site["fn"])) is not None}
+        self._check_names(parts)
         keys = ("kl_weight", "length_weight")
-        self._weights = {name: {k: s["infer"][k] for k in keys if k in s["infer"]} for name, s in sites.items()}
-        others = [name for name in sites if name not in masks]
+        self._weights = {name: {k: s["infer"][k] for k in keys if k in s["infer"]} for name, s in run.sites.items()}
+        others = [name for name in run.sites if name not in parts]
         if self._base is not None and (weighted := [name for name in others if self._weights[name]]):
             raise ValueError(
                 f"AutoNested: sites {weighted} have weights of KLs in `infer`, which cannot be told apart in the guide "
                 "that `base` makes: leave `base` out, or give `kl_weight` to fit"
             )
-        for is_mask, run in groupby(sites, key=lambda name: name in masks):
-            names = list(run)
-            if is_mask:
-                self._append_masks(names)
+        for make, group in groupby(run.sites, key=parts.get):
+            names = list(group)
+            if make is not None:
+                for name in names:
+                    noise, temperature = _of(self._noise, name, "logistic"), _of(self._temperature, name, 0.2)
+                    self.append(make(self._only([name]), name, noise, temperature, self._shared_plates, run.rows))
             elif self._base is None:
                 self.append(AutoNormal(self._only(names)))
             elif names[0] == others[0]:
@@ -111,24 +112,23 @@ class AutoNested(AutoGuideList):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw all latent sites."""
-        with poutine.infer_config(config_fn=self._weights_of):
-            return super().forward(*args, **kwargs)
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        run = run_model(self.model, args, kwargs) if self._given or self._follows else ModelRun({}, {})
+        plates = self._plates_of_call(run.rows, args, kwargs)
+        frames = self._prototype_frames.items()
+        drawn = [name for name, f in frames if f.full_size not in (None, f.size) and name not in run.rows]
+        if self._follows and drawn:
+            run = run_model(self.model, args, kwargs, {name: plates[name].indices for name in drawn})
+        result = {}
+        with AsInModel(run.sites if self._follows else {}), poutine.infer_config(config_fn=self._weights_of):
+            for part in cast(Any, self):
+                result.update(part(*args, **kwargs))
+        return result
 
     def _weights_of(self, site: Any) -> Any:
         # `AutoNormal` draws "w" as "w_unconstrained", whose entropy is part of the same divergence.
         return self._weights.get(site["name"].removesuffix("_unconstrained"), {})
-
-    def _append_masks(self, names: list[str]) -> None:
-        for name in names:
-            self.append(
-                AutoMask(
-                    self._only([name]),
-                    name,
-                    self._noise if isinstance(self._noise, str) else self._noise.get(name, "logistic"),
-                    self._temperature.get(name, 0.2) if isinstance(self._temperature, Mapping) else self._temperature,
-                    self._shared_plates,
-                )
-            )
 
     # Pyro's guides forget their model when they are copied, the original's too, and its parts forget their guide.
 
@@ -138,18 +138,33 @@ class AutoNested(AutoGuideList):
         self._model = model
         return {**state, "_model": model}
 
-    def _create_plates(self, *args: Any, **kwargs: Any) -> Any:
-        parts: Any = self
-        for part in parts:
+    def _plates_of_call(self, rows: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
+        """Return the plates of a call, with the rows that the model gives to its own."""
+        for part in cast(Any, self):
             part.master = weakref.ref(self)
-        return super()._create_plates(*args, **kwargs)
+        if self.master is not None or not self._given:
+            return self._create_plates(*args, **kwargs)
+        self.plates = self._made_plates(args, kwargs)
+        for name, frame in sorted(self._prototype_frames.items()):
+            if name not in self.plates:
+                how = {"subsample": rows[name]} if name in rows else {"subsample_size": frame.size}
+                self.plates[name] = pyro.plate(name, frame.full_size or frame.size, dim=frame.dim, **how)
+        return self.plates
+
+    def _made_plates(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        plates = [] if self.create_plates is None else self.create_plates(*args, **kwargs)
+        return {plate.name: plate for plate in ([plates] if isinstance(plates, pyro.plate) else plates)}
 
     def _only(self, names: list[str]) -> Callable[..., Any]:
         return poutine.block(self.model, expose=names)
 
-    def _check_names(self, masks: list[str]) -> None:
-        if not masks:
-            raise ValueError("AutoNested: the model has no latent OrderedMask site; use one of Pyro's autoguides")
+    def _check_names(self, parts: Mapping[str, type[AutoLengths]]) -> None:
+        masks = [name for name, part in parts.items() if part is not AutoRelaxedMask]
+        if not parts:
+            raise ValueError(
+                "AutoNested: the model has no latent OrderedMask, RelaxedOrderedMask or NestedNormal; use one of "
+                "Pyro's autoguides"
+            )
         for argument, value in (("noise", self._noise), ("temperature", self._temperature)):
             unknown = sorted(set(value) - set(masks)) if isinstance(value, Mapping) else []
             if unknown:
@@ -161,8 +176,12 @@ class AutoNested(AutoGuideList):
 
     @property
     def laws(self) -> dict[str, OrderedMask]:
-        """The learned law of each mask site, by name and without gradient; empty before the first call."""
-        return {part.site_name: part.law() for part in self if isinstance(part, AutoMask)}
+        """The learned law of lengths of each mask and `NestedNormal`, by site, without gradient; empty before a call.
+
+        Raises:
+            ValueError: If rows of a plate start at laws of their own and no call has had them.
+        """
+        return {part.site_name: part.law() for part in self if isinstance(part, AutoLengths)}
 
     def __bool__(self) -> bool:
         """A guide is true, also before its first call, when it has no parts yet."""
@@ -173,12 +192,16 @@ class AutoNested(AutoGuideList):
         return f"AutoNested({_some([_describe(part) for part in parts], '; ')})"
 
 
+def _of(setting: Any, name: str, default: Any) -> Any:
+    return setting.get(name, default) if isinstance(setting, Mapping) else setting
+
+
 def _describe(part: AutoGuide) -> str:
     prototype: Any = part.prototype_trace
     if prototype is None:
         return "not called yet"
-    if isinstance(part, AutoMask):
-        return f"{part.site_name}: {LengthSummary.of(part.law())}"
+    if isinstance(part, AutoLengths):
+        return f"{part.site_name}: {part.summary()}"
     return f"{_some(dict(prototype.iter_stochastic_nodes()))}: {type(part).__name__}"
 
 
@@ -186,78 +209,6 @@ def _some(names: Collection[str], separator: str = ", ") -> str:
     """Name the first ten."""
     more = [f"and {len(names) - 10} more"] if len(names) > 10 else []
     return separator.join([*list(names)[:10], *more])
-
-
-class AutoMask(AutoGuide):
-    """Straight-through or enumerated mask with learned logits for the one mask site of a model."""
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        site_name: str,
-        noise: Noise,
-        temperature: float,
-        shared_plates: tuple[str, ...],
-    ) -> None:
-        super().__init__(model)
-        self.site_name, self.noise, self.temperature = site_name, noise, temperature
-        self.shared_plates = shared_plates
-
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._setup_prototype(*args, **kwargs)
-        prototype: Any = self.prototype_trace
-        site = prototype.nodes[self.site_name]
-        prior: Any = find_mask(site["fn"])
-        event_dim = site["fn"].event_dim
-        self._frames, self._extra_dims = site["cond_indep_stack"], event_dim - 1
-        self._enumerate = site["infer"].get("enumerate")
-        logits = prior.logits.detach()
-        for frame in self._frames:
-            dim = frame.dim - event_dim
-            full_size = frame.full_size or frame.size
-            if frame.name in self.shared_plates:
-                logits = logits.narrow(dim, 0, 1)
-            elif full_size != frame.size:
-                logits = periodic_repeat(logits, full_size, dim)
-        # A length that the prior rules out would have an infinite KL: its probability underflows to zero and stays.
-        logits = logits.clamp_min(-1e3).contiguous()
-        self.logits = PyroParam(logits, constraints.real, event_dim)
-
-    def _logits(self) -> Tensor:
-        return cast(Tensor, self.logits)
-
-    def law(self) -> OrderedMask:
-        """Return the learned law, without gradient."""
-        return OrderedMask(logits=self._logits().detach())
-
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draw the mask."""
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
-        plates = self._create_plates(*args, **kwargs)
-        with ExitStack() as stack:
-            for frame in self._frames:
-                stack.enter_context(plates[frame.name])
-            fn: Any = (
-                OrderedMask(logits=self._logits())
-                if self._enumerate
-                else OrderedMaskStraightThrough(self.temperature, logits=self._logits(), noise=self.noise)
-            )
-            mask = pyro.sample(self.site_name, fn.to_event(self._extra_dims), infer={"enumerate": self._enumerate})
-        return {self.site_name: mask}
-
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return the mask of the median length."""
-        (median,) = self.quantiles([0.5])[self.site_name]
-        return {self.site_name: median}
-
-    def quantiles(self, quantiles: list[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return the masks of the given quantiles of the length, stacked in a new first dimension."""
-        law = self.law()
-        # The q-quantile of L is the smallest k with P(L <= k) >= q: unit i is kept where P(L >= i) > 1 - q.
-        masks = torch.stack([(law.keep_probs > 1 - q).to(law.probs.dtype) for q in quantiles])
-        masks[..., 0] = 1
-        return {self.site_name: masks}
 
 
 @contextmanager

@@ -85,23 +85,35 @@ class LengthSummary:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, law: OrderedMask | NestedLaw, prior: OrderedMask | NestedLaw | None = None) -> "LengthSummary":
-        """Summarise a law, taking the mean over its batch.
+    def of(
+        cls,
+        law: OrderedMask | NestedLaw,
+        prior: OrderedMask | NestedLaw | None = None,
+        visible: Tensor | bool | None = None,
+    ) -> "LengthSummary":
+        """Summarise a law, taking the mean over the visible part of its batch: all of it if there is none.
 
         Example:
             >>> print(LengthSummary.of(OrderedMask(probs=torch.tensor([0.2, 0.5, 0.3])), OrderedMask.uniform(3)))
             E[L] = 2.1, sd[L] = 0.7, mode 2 of 3; entropy 1.03 nats, KL from its prior 0.07
         """
         lengths = law.mask_law if isinstance(law, NestedLaw) else law
+
+        def seen(x: Tensor) -> Tensor:
+            if not isinstance(visible, Tensor) or not visible.any():
+                return x
+            x, rows = torch.broadcast_tensors(x, visible)
+            return x[rows]
+
         kl = None
         if prior is not None:
-            kl = kl_divergence(lengths, prior.mask_law if isinstance(prior, NestedLaw) else prior).mean().item()
+            kl = seen(kl_divergence(lengths, prior.mask_law if isinstance(prior, NestedLaw) else prior)).mean().item()
         return cls(
-            mean=lengths.mean_length.mean().item(),
-            stddev=lengths.stddev_length.mean().item(),
-            entropy=lengths.entropy().mean().item(),
+            mean=seen(lengths.mean_length).mean().item(),
+            stddev=seen(lengths.stddev_length).mean().item(),
+            entropy=seen(lengths.entropy()).mean().item(),
             num_units=lengths.num_units,
-            mode=1 + int(lengths.probs.reshape(-1, lengths.num_units).mean(0).argmax()),
+            mode=1 + int(torch.stack([seen(p).mean() for p in lengths.probs.unbind(-1)]).argmax()),
             kl=kl,
         )
 
@@ -202,19 +214,22 @@ class FitResult:
             lines.append(f"KL of latents {shown['KL of latents']}, of lengths {shown['KL of lengths']}")
         return lines + [f"{name} {value}" for name, value in shown.items() if name == _VALIDATION]
 
-    def add_epoch(self, parts: ElboParts, laws: Mapping[str, LearnedLaw]) -> None:
+    def add_epoch(
+        self, parts: ElboParts, laws: Mapping[str, LearnedLaw], visible: Mapping[str, Any] | None = None
+    ) -> None:
         """Record an epoch.
 
         Args:
             parts: Their means over the steps, in nats per row.
             laws: Laws of lengths at its end, by site.
+            visible: Rows of them that the model does not hide, by site, where it has a mask.
         """
         self.elbo.append(parts.elbo)
         self.log_likelihood.append(parts.log_likelihood)
         self.kl.append(parts.log_likelihood - parts.elbo)
         self.kl_latents.append(parts.kl_latents)
         self.kl_lengths.append(parts.kl_lengths)
-        self.lengths = {name: LengthSummary.of(*law) for name, law in laws.items()}
+        self.lengths = {name: LengthSummary.of(*law, (visible or {}).get(name)) for name, law in laws.items()}
         for name, summary in self.lengths.items():
             self.mean_length.setdefault(name, []).append(summary.mean)
 

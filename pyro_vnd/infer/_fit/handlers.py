@@ -9,9 +9,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.distributions.nested import find_mask
+from pyro_vnd.distributions import OrderedMask, RelaxedOrderedMask
+from pyro_vnd.distributions.nested import find_mask, innermost
 from pyro_vnd.infer._fit.settings import KLWeights
+from pyro_vnd.infer._model_sites import is_mask, visible_entries
 from pyro_vnd.infer.result import LearnedLaw
 
 __all__ = ["EvaluationRecord", "ScaleToDataset"]
@@ -53,8 +54,7 @@ class ScaleToDataset(Messenger):
             # A new dict: a model that is replayed has that of the guide's site, whose weights are what is read.
             msg["infer"] = infer | {"kl_weight": weight, "length_weight": length_weight}
         else:
-            is_mask = isinstance(find_mask(msg["fn"]), OrderedMask)
-            msg["scale"] = msg["scale"] * (length_weight if is_mask else weight)
+            msg["scale"] = msg["scale"] * (length_weight if is_mask(msg["fn"]) else weight)
 
     def _scale(self, msg: Any) -> bool:
         """Scale a site in the plate of the data; return whether it is in there."""
@@ -111,6 +111,7 @@ class EvaluationRecord(Messenger):
 
     Attributes:
         laws: Laws of the masks and codes, learned and prior, by site of the guide.
+        visible: What the model does not hide of each of them, for the batch shape of the law; None for all.
         plates: Names of the plates of those that a `MaskSchedule` can cut: not wrapped and not enumerated.
         last_site: The last site so far, of guide or model.
     """
@@ -119,6 +120,7 @@ class EvaluationRecord(Messenger):
         super().__init__()
         self.score = score
         self.laws: dict[str, LearnedLaw] = {}
+        self.visible: dict[str, Tensor | bool | None] = {}
         self.plates: dict[str, set[str]] = {}
         self._reset()
 
@@ -145,7 +147,7 @@ class EvaluationRecord(Messenger):
                     self.log_likelihood += scale_and_mask(log_prob, msg["scale"], msg["mask"]).sum()
             return
         sights = self._sights[name] = self._sights.get(name, 0) + 1  # the first in the guide, the second in the model
-        law = find_mask(msg["infer"].get("uncut", msg["fn"]))
+        law = _lengths(msg["infer"].get("uncut", msg["fn"]))
         if law is None or sights > 2:
             return
         if sights == 1:
@@ -154,3 +156,10 @@ class EvaluationRecord(Messenger):
                 self.plates[name] = {frame.name for frame in msg["cond_indep_stack"]}
         elif name in self.laws and not msg["infer"].get("is_auxiliary"):
             self.laws[name] = self.laws[name]._replace(prior=law)
+            self.visible[name] = visible_entries(msg)
+
+
+def _lengths(fn: Any) -> Any:
+    """Return what a law says about lengths; of a soft mask, the law of the hard one that it tends to."""
+    law = innermost(fn)
+    return OrderedMask(logits=law.logits) if isinstance(law, RelaxedOrderedMask) else find_mask(fn)

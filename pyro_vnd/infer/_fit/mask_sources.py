@@ -12,7 +12,7 @@ from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.masks import Cut
 from pyro_vnd.distributions.nested import NestedLaw
 from pyro_vnd.infer._fit.handlers import EvaluationRecord
-from pyro_vnd.infer.guides import AutoMask
+from pyro_vnd.infer.auto_parts import AutoMask, AutoNestedNormal
 from pyro_vnd.infer.result import LearnedLaw
 from pyro_vnd.infer.schedules import MaskSchedule
 from pyro_vnd.nn import NestedNet, Width
@@ -119,7 +119,7 @@ def parts_with_temperature(objects: Iterable[Any]) -> list[Any]:
     Raises:
         ValueError: If there are none.
     """
-    parts = _parts(objects, AutoMask | Width)
+    parts = _parts(objects, AutoMask | AutoNestedNormal | Width)
     if not parts:
         raise ValueError("fit: argument `temperature` is for masks of AutoNested or a nested net; there are none")
     return parts
