@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from pyro import poutine
 from pyro.distributions import Delta, Independent, MaskedDistribution
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -26,6 +27,7 @@ __all__ = [
     "run_model",
     "split_mask",
     "visible_entries",
+    "weight_in_model",
 ]
 
 Mask = Tensor | bool | None
@@ -118,6 +120,12 @@ def _own_scale(site: Any) -> Any:
         if frame.full_size not in (None, frame.size):
             scale = scale / (frame.full_size / frame.size)
     return scale
+
+
+def weight_in_model(site: Any, one: Tensor) -> Tensor:
+    """Return how much each element of the batch of a latent counts: its masks, and its scale but for that of plates."""
+    _, mask = split_mask(site)
+    return scale_and_mask(one, _own_scale(site), mask)
 
 
 def masked_like(q: Any, p: Any) -> Any:

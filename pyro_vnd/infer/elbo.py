@@ -1,6 +1,7 @@
 """The ELBO with exact KL divergences, and its parts."""
 
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ from pyro_vnd._compat import check_mean_field_requirement, recall
 from pyro_vnd.distributions import NestedNormal
 from pyro_vnd.distributions.kl import kl_parts
 from pyro_vnd.distributions.nested import NestedLaw, innermost
+from pyro_vnd.infer._conditional.evaluation import evaluate
+from pyro_vnd.infer._conditional.guide import AutoConditional
 from pyro_vnd.infer._model_sites import is_mask, masked_like, owner_of, split_mask
+from pyro_vnd.infer.guides import AutoNested
 
 __all__ = ["NestedELBO"]
 
@@ -80,13 +84,26 @@ class NestedELBO(TraceMeanField_ELBO):
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Return the negative ELBO as a number."""
+        if (conditional := conditional_part(guide, args, kwargs)) is not None:
+            return torch_item(self._at_every_length(conditional, model, args, kwargs))
         return torch_item(super().loss(model, guide, *args, **kwargs))
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return the negative ELBO with its gradient; unlike Pyro's, it never waits for the device to look at it."""
+        if (conditional := conditional_part(guide, args, kwargs)) is not None:
+            return self._at_every_length(conditional, model, args, kwargs)
         traces = self._get_traces(model, guide, args, kwargs)
         loss: Any = sum(self._differentiable_loss_particle(*pair)[1] for pair in traces)
         return self._mean(loss)
+
+    def _at_every_length(self, guide: AutoConditional, model: Any, args: Any, kwargs: Any) -> Tensor:
+        """Return the negative ELBO of a guide whose latents know the lengths."""
+        found = evaluate(guide, model, args, kwargs, guide.num_draws * self.num_particles)
+        if guide.training and torch.is_grad_enabled():
+            guide.learn(found.logits, found.logits_by_row)
+        self.log_likelihood = found.log_likelihood
+        self.kl, self.kl_lengths = found.kl | found.kl_lengths, found.kl_lengths
+        return found.loss
 
     def _mean(self, total: Tensor) -> Tensor:
         """Return the mean of what was summed over the particles."""
@@ -238,3 +255,12 @@ def _kl_terms(q: Any, p: Any, value: Any) -> dict[str, Any]:
 
 def _weight_of(law: Any) -> str:
     return "length_weight" if is_mask(law) else "kl_weight"
+
+
+def conditional_part(guide: Any, args: Any = (), kwargs: Any = MappingProxyType({})) -> AutoConditional | None:
+    """Return the part of an `AutoNested` whose latents know the lengths, if it has one; a new guide is called first."""
+    if not isinstance(guide, AutoNested):
+        return None
+    if guide.prototype_trace is None:
+        poutine.block(guide)(*args, **kwargs)
+    return guide.conditional

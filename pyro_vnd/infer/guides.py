@@ -4,18 +4,22 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide, AutoGuideList, AutoNormal
+from pyro.infer.autoguide.initialization import init_to_median
 from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_vnd._compat import give_local_params
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.straight_through import Noise
+from pyro_vnd.infer._conditional.guide import AutoConditional
+from pyro_vnd.infer._conditional.layout import Plan
+from pyro_vnd.infer._conditional.layout import plan as make_plan
 from pyro_vnd.infer._model_sites import AsInModel, ModelRun, is_plain, run_model
 from pyro_vnd.infer.auto_parts import AutoLengths, AutoRelaxedMask, part_for
 
@@ -71,14 +75,19 @@ class AutoNested(AutoGuideList):
         self,
         model: Callable[..., Any],
         *,
+        latents: Literal["conditional", "mean_field"] | None = None,
         noise: Noise | Mapping[str, Noise] = "logistic",
         temperature: float | Mapping[str, float] = 0.2,
         shared_plates: Collection[str] = (),
         base: Callable[[Callable[..., Any]], AutoGuide] | None = None,
         create_plates: Callable[..., Any] | None = None,
+        num_draws: int = 4,
+        init_loc_fn: Callable[[Any], Any] = init_to_median,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
         self._noise, self._temperature = noise, temperature
+        self._latents, self._num_draws, self._init_loc_fn = latents, num_draws, init_loc_fn
+        self._why = ""
         self._shared_plates = (shared_plates,) if isinstance(shared_plates, str) else tuple(shared_plates)
         self._base = base
         self._weights: dict[str, Any] = {}
@@ -93,6 +102,9 @@ class AutoNested(AutoGuideList):
         self._check_names(parts)
         keys = ("kl_weight", "length_weight")
         self._weights = {name: {k: s["infer"][k] for k in keys if k in s["infer"]} for name, s in run.sites.items()}
+        if (plan := self._plan(run.sites, args, kwargs)) is not None:
+            self.append(AutoConditional(self.model, plan, self._shared_plates, self._num_draws, self._init_loc_fn))
+            return
         others = [name for name in run.sites if name not in parts]
         if self._base is not None and (weighted := [name for name in others if self._weights[name]]):
             raise ValueError(
@@ -110,6 +122,35 @@ class AutoNested(AutoGuideList):
             elif names[0] == others[0]:
                 self.append(self._base(self._only(others)))
 
+    def _plan(self, sites: Mapping[str, Any], args: Any, kwargs: Any) -> Plan | None:
+        """Say what a conditional guide consists of; none if it is not wanted, or does not fit."""
+        if self._latents == "mean_field":
+            return None
+        defaults = {"noise": "logistic", "temperature": 0.2, "base": None, "create_plates": None}
+        given = {"noise": self._noise, "temperature": self._temperature, "base": self._base}
+        given["create_plates"] = self.create_plates
+        changed = [name for name, value in given.items() if value != defaults[name]]
+        plan: Plan | str
+        if changed:
+            plan = f"argument `{changed[0]}` is for mean field"
+        elif self._given:
+            plan = f"the model gives rows to plates {sorted(self._given)}"
+        else:
+            trace: Any = poutine.block(poutine.trace(self.model).get_trace)(*args, **kwargs)
+            plan = make_plan(trace, sites, self._num_draws)
+        if isinstance(plan, Plan):
+            return plan
+        if self._latents == "conditional":
+            raise ValueError(f"AutoNested: argument `latents` must be 'mean_field' here, not 'conditional': {plan}")
+        self._why = plan
+        return None
+
+    @property
+    def conditional(self) -> AutoConditional | None:
+        """The guide whose latents know the lengths, or None if it is mean field or was not called yet."""
+        (part,) = self if len(self) == 1 else (None,)
+        return part if isinstance(part, AutoConditional) else None
+
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw all latent sites."""
         if self.prototype_trace is None:
@@ -121,6 +162,8 @@ class AutoNested(AutoGuideList):
         if self._follows and drawn:
             run = run_model(self.model, args, kwargs, {name: plates[name].indices for name in drawn})
         result = {}
+        if self.conditional is not None:
+            self.conditional.hides = run.sites if self._follows else {}
         with AsInModel(run.sites if self._follows else {}), poutine.infer_config(config_fn=self._weights_of):
             for part in cast(Any, self):
                 result.update(part(*args, **kwargs))
@@ -181,6 +224,8 @@ class AutoNested(AutoGuideList):
         Raises:
             ValueError: If rows of a plate start at laws of their own and no call has had them.
         """
+        if self.conditional is not None:
+            return self.conditional.laws()
         return {part.site_name: part.law() for part in self if isinstance(part, AutoLengths)}
 
     def __bool__(self) -> bool:
@@ -200,6 +245,8 @@ def _describe(part: AutoGuide) -> str:
     prototype: Any = part.prototype_trace
     if prototype is None:
         return "not called yet"
+    if isinstance(part, AutoConditional):
+        return part.describe()
     if isinstance(part, AutoLengths):
         return f"{part.site_name}: {part.summary()}"
     return f"{_some(dict(prototype.iter_stochastic_nodes()))}: {type(part).__name__}"

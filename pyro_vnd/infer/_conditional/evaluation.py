@@ -1,0 +1,300 @@
+"""The ELBO of each combination of lengths of a conditional guide, all of them from the same draws."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vnd.infer._conditional.every_length import Values, evaluate_all, find_way
+from pyro_vnd.infer._conditional.guide import AutoConditional
+from pyro_vnd.infer._conditional.layout import Block
+from pyro_vnd.infer._conditional.program import Program
+from pyro_vnd.infer._conditional.tables import TableNormal, Tables
+
+__all__ = ["Evaluation", "evaluate"]
+
+
+@dataclass
+class Evaluation:
+    """What an evaluation at all lengths found.
+
+    Attributes:
+        loss: Minus `elbo`. Its gradient trains tables and model: the lengths weigh the same in the tables, and as in
+            their law in the model.
+        elbo: The bound at the laws of the lengths that are best for these tables; detached, as all that follow.
+        log_likelihood: Its likelihood part, at the laws so far.
+        kl: KL of each latent, by name.
+        kl_lengths: KL of the lengths.
+        logits: The best log-law of the lengths outside plates, not normalised, shape (num_shared,).
+        logits_by_row: That of the lengths of a row, shape (num_shared, *rows, num_by_row), or None.
+        log_weights: log p - log q of each draw but for the lengths outside plates, shape (num_draws, num_shared).
+    """
+
+    loss: Tensor
+    elbo: Tensor
+    log_likelihood: Tensor
+    kl: Values
+    kl_lengths: Values
+    logits: Tensor
+    logits_by_row: Tensor | None
+    log_weights: Tensor
+
+
+def evaluate(guide: AutoConditional, model: Callable[..., Any], args: Any, kwargs: Any, num_draws: int) -> Evaluation:
+    """Evaluate a model at all lengths.
+
+    Args:
+        guide: The guide, which has been called before.
+        model: The model.
+        args: Arguments of both.
+        kwargs: The same, by name.
+        num_draws: Draws of the other latents, the same noise for all lengths; every second one mirrors the one before.
+    """
+    plan = guide.plan
+    laws = _Laws(guide)
+    draws = [_Draw.of(block, tables, laws, num_draws) for block, tables in zip(plan.blocks, guide.tables, strict=True)]
+    program = Program(model, args, kwargs, plan.row_frames)
+    values = _values(guide, draws, num_draws)
+    if guide.way is None:
+        guide.way = find_way(program, {name: value[: laws.number].detach() for name, value in values.items()})
+    out = evaluate_all(program, values, guide.way)
+    out = {key: x.reshape(num_draws, laws.number, *x.shape[1:]) for key, x in out.items()}
+
+    found = _Terms(program, laws, num_draws)
+    for name in program.observed:
+        found.add(name, out[f"log_prob:{name}"])
+    log_likelihood = found.expected.clone()
+    kl = {}
+    for draw in draws:
+        for name, log_q, weighted in draw.log_q(program, out, plan.masks()):
+            log_p = out[f"log_prob:{name}"]
+            kl[name] = found.expectation(name, (log_q - log_p).detach())
+            found.add(name, program.kl_weight(name) * log_p - weighted)
+    return found.with_lengths(guide, out, log_likelihood, kl)
+
+
+class _Laws:
+    """Laws of the lengths in training, and how much each combination weighs.
+
+    Attributes:
+        number: Combinations; those of a row are the inner ones.
+        of_shared: Which combination outside plates each has, shape (number,).
+        shared: Probabilities of these, shape (num_shared,).
+        weight: What a term weighs that does not depend on the lengths of rows, shape (number,).
+        row_weight: What a term of a row weighs, shape (number, *rows), with one where the law is shared.
+    """
+
+    def __init__(self, guide: AutoConditional) -> None:
+        plan = guide.plan
+        self.log_shared, self.log_by_row = guide.floored_logits()
+        self.shared = self.log_shared.exp()
+        self.number = plan.num_shared * plan.num_by_row
+        self.of_shared = torch.arange(self.number, device=self.shared.device) // plan.num_by_row
+        self.weight = self.shared[self.of_shared] / plan.num_by_row
+        self.row_weight = self.weight
+        if self.log_by_row is not None:
+            conditional = self.log_by_row.exp().movedim(-1, 1).flatten(0, 1)
+            outer = self.shared[self.of_shared].reshape((-1,) + (1,) * (conditional.dim() - 1))
+            self.row_weight = outer * conditional
+
+
+@dataclass
+class _Draw:
+    """Draws of one block.
+
+    Attributes:
+        block: The block.
+        tables: Its laws.
+        index: Which of them a combination has, shape (combinations,).
+        law: All of them.
+        noise: What the draws are made of, shape (num_draws, 1, *rows, D).
+        value: The draws, shape (num_draws, laws, *rows, D).
+        log_densities: What transforms add to log q, by latent, shape (num_draws, combinations, *batch).
+    """
+
+    block: Block
+    tables: Tables
+    index: Tensor
+    law: TableNormal
+    noise: Tensor
+    value: Tensor
+    log_densities: Values = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, block: Block, tables: Tables, laws: _Laws, num_draws: int) -> "_Draw":
+        """Draw."""
+        law, shape = tables.law(), (*block.shape, block.size)
+        noise = torch.randn((-(-num_draws // 2), 1, *shape), dtype=law.loc.dtype, device=law.loc.device)
+        noise = torch.stack([noise, -noise], 1).flatten(0, 1)[:num_draws]
+        if not tables.knows_lengths:
+            return cls(block, tables, torch.zeros_like(laws.of_shared), law, noise, law.of_noise(noise))
+        # The loss weighs each length as its law does; in the tables all weigh the same.
+        if block.by_row_length:
+            index = torch.arange(laws.number, device=noise.device)
+            factor = 1 / (laws.number * laws.row_weight)
+        else:
+            index = laws.of_shared
+            factor = 1 / (len(laws.shared) * laws.shared)
+        ones = (1,) * (len(shape) - factor.dim())
+        law.factor = factor.reshape(-1, *ones, *factor.shape[1:], 1)
+        return cls(block, tables, index, law, noise, law.of_noise(noise))
+
+    def log_q(self, program: Program, out: Values, masks: Values) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield of each latent its name and log q, as it is, without gradient, and with the weight of its KL."""
+        weights = self._weights(program, out, masks)
+        if weights is None:
+            terms = self.law.log_prob_of(self.value, self.noise, None)[:, self.index]
+            exact = terms.detach()
+        else:
+            at = self.index.reshape((-1,) + (1,) * len(self.block.shape))
+            law, value, noise = self.tables.law(at), self.value[:, self.index], self.noise
+            with torch.no_grad():
+                exact = law.log_prob_of(value, noise, weights)
+            weights = weights * torch.cat(
+                [weights.new_full((latent.size,), program.kl_weight(latent.name)) for latent in self.block.latents]
+            )
+            terms = law.log_prob_of(value, noise, weights)
+        for latent in self.block.latents:
+            density = self.log_densities[latent.name]
+            if f"weight:{latent.name}" in out:
+                density = density * out[f"weight:{latent.name}"]
+            density = program.reduce(latent.name, density, lead=2)
+            both = []
+            for x, weight in ((exact, 1.0), (terms, program.kl_weight(latent.name))):
+                x = program.reduce(latent.name, x[..., latent.start : latent.stop].sum(-1), lead=2)
+                both.append(x + weight * density)
+            yield latent.name, both[0].detach(), both[1]
+
+    def _weights(self, program: Program, out: Values, masks: Values) -> Tensor | None:
+        """Return how much each coordinate counts, shape (num_draws, combinations, *rows, D), or None for once."""
+        latents = self.block.latents
+        special = [f"weight:{latent.name}" in out or latent.nested for latent in latents]
+        if not any(special) and all(program.kl_weight(latent.name) == 1 for latent in latents):
+            return None
+        lead = (len(self.noise), len(self.index))
+        parts = []
+        for latent in latents:
+            part = self.noise.new_ones(*lead, *self.block.shape, latent.size)
+            if f"weight:{latent.name}" in out:
+                weight = out[f"weight:{latent.name}"].reshape(*lead, *latent.batch, *(1 for _ in latent.event))
+                weight = latent.collect(weight.expand(*lead, *latent.batch, *latent.event))
+                part = part * weight.reshape(part.shape)
+            if latent.nested:
+                part = part * masks[latent.name].reshape(lead[1], *(1 for _ in self.block.shape), -1)
+            parts.append(part)
+        return torch.cat(parts, -1)
+
+
+def _values(guide: AutoConditional, draws: list[_Draw], num_draws: int) -> Values:
+    """Return the values of all latents, draws and combinations together in the first dimension."""
+    plan, masks = guide.plan, guide.plan.masks()
+    number = plan.num_shared * plan.num_by_row
+    lead = num_draws * number
+    values: Values = {}
+    for each in plan.lengths:
+        if not each.nested:
+            batch = each.prior.batch_shape
+            mask = masks[each.name].reshape(number, *(1 for _ in batch), each.num_units)
+            values[each.name] = mask.expand(num_draws, number, *batch, -1).reshape(lead, *batch, -1)
+    for draw in draws:
+        drawn, depth = draw.value[:, draw.index], len(draw.block.shape)
+        for latent in draw.block.latents:
+            ones = (1,) * max(len(latent.batch) - depth, 0)
+            x = drawn[..., latent.start : latent.stop].reshape(lead, *ones, *draw.block.shape, latent.size)
+            value, log_density = latent.constrain(latent.place(x).reshape(lead, *latent.batch, *latent.event))
+            draw.log_densities[latent.name] = log_density.reshape(num_draws, number, *latent.batch)
+            if latent.nested:
+                mask = masks[latent.name].reshape(number, *(1 for _ in latent.batch), -1)
+                value = (value.reshape(num_draws, number, *latent.batch, -1) * mask).reshape(value.shape)
+            values[latent.name] = value
+    return values
+
+
+class _Terms:
+    """Sums of the terms of the ELBO but for those of the lengths.
+
+    Attributes:
+        outside: What does not depend on the lengths of rows, shape (num_draws, combinations).
+        rows: What does, shape (num_draws, combinations, *rows).
+        expected: Their expectation at the laws so far; detached.
+    """
+
+    def __init__(self, program: Program, laws: _Laws, num_draws: int) -> None:
+        self.program, self.laws, self.num_draws = program, laws, num_draws
+        self.region = [1] * (laws.row_weight.dim() - 1)
+        self.outside = laws.weight.new_zeros(num_draws, laws.number)
+        self.rows: Tensor | None = None
+        self.expected = laws.weight.new_zeros(())
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        """Give terms of rows all dimensions of the rows."""
+        sizes = [1] * (self.laws.row_weight.dim() - 1)
+        for dim, size in zip(sorted(self.program.rows.values()), x.shape[2:], strict=True):
+            sizes[dim] = size
+        return x.reshape(*x.shape[:2], *sizes)
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Add the terms of a site."""
+        self.expected = self.expected + self.expectation(name, x.detach())
+        if name not in self.program.in_rows:
+            self.outside = self.outside + x
+        else:
+            x = self._by_row(x)
+            self.rows = x if self.rows is None else self.rows + x
+
+    def expectation(self, name: str, x: Tensor) -> Tensor:
+        """Return the expectation of the terms of a site at the laws so far."""
+        weight = self.laws.weight
+        if name in self.program.in_rows:
+            weight, x = self.laws.row_weight, self._by_row(x)
+        return (weight * x).sum() / len(x)
+
+    def with_lengths(self, guide: AutoConditional, out: Values, log_likelihood: Tensor, kl: Values) -> Evaluation:
+        """Add the terms of the lengths, and find the best laws of these."""
+        plan, laws = guide.plan, self.laws
+        length_weight = self.program.length_weight([each.name for each in plan.lengths])
+        grid = (plan.num_shared, plan.num_by_row)
+        loss = -(laws.weight * self.outside).sum() / self.num_draws
+        value = self.outside.detach().mean(0).reshape(grid).mean(1)
+        log_weights = self.outside.detach().reshape(-1, *grid).mean(2)
+        kl_lengths: Values = {}
+        logits_by_row = None
+        if plan.by_row:
+            scale = self._by_row(out[f"scale:{plan.by_row[0].name}"]).mean((0, 1))
+            prior: Any = sum(self._by_row(out[f"length:{each.name}"]).mean(0) for each in plan.by_row)
+            rows = torch.zeros_like(prior) if self.rows is None else self.rows.mean(0)
+            loss = loss - (laws.row_weight * (rows + length_weight * scale * prior)).sum()
+            prior, rows = prior.detach(), rows.detach()
+            best, total = scale * prior + rows / length_weight, scale.expand_as(prior)
+            shared = [i + 1 for i, size in enumerate(guide.logits_by_row.shape[1:-1]) if size == 1]
+            if shared:
+                best, total, prior = best.sum(shared, True), total.sum(shared, True), prior.mean(shared, True)
+            # Rows that the model hides have their prior.
+            best = torch.where(total > 0, best / total.clamp_min(torch.finfo(total.dtype).tiny), prior).unflatten(
+                0, grid
+            )
+            total = total.unflatten(0, grid)[:, 0]
+            value = value + length_weight * (total * best.logsumexp(1)).flatten(1).sum(1)
+            log_weights = log_weights + length_weight * (total * best.logsumexp(1)).flatten(1).sum(1)
+            assert laws.log_by_row is not None
+            divergence = (laws.log_by_row.movedim(-1, 1) - prior.unflatten(0, grid)) * total.unsqueeze(1)
+            name = "+".join(each.name for each in plan.by_row)
+            kl_lengths[name] = (laws.row_weight.unflatten(0, grid) * divergence).sum()
+            logits_by_row = best.movedim(1, -1)
+        if not plan.shared:
+            logits, elbo = torch.zeros_like(value), value.sum()
+        else:
+            scale = out[f"scale:{plan.shared[0].name}"].mean()
+            prior = sum(out[f"length:{each.name}"].mean(0) for each in plan.shared)
+            loss = loss - length_weight * scale * (laws.weight * prior).sum()
+            prior = prior.detach().reshape(grid)[:, 0]
+            logits = prior + value / (length_weight * scale)
+            elbo = length_weight * scale * logits.logsumexp(-1)
+            name = "+".join(each.name for each in plan.shared)
+            kl_lengths[name] = scale * (laws.shared * (laws.log_shared - prior)).sum()
+        if not loss.requires_grad:  # there are masks alone, whose law is known without a step
+            loss = loss + 0 * guide.logits.sum()
+        loss = loss - loss.detach() - elbo
+        return Evaluation(loss, elbo, log_likelihood, kl, kl_lengths, logits, logits_by_row, log_weights)

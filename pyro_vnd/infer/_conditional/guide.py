@@ -1,0 +1,323 @@
+"""Masks with a joint law of their lengths, and other latents with a law for each combination of these lengths."""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.nn import PyroParam
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.distributions.nested import NestedLaw, find_mask
+from pyro_vnd.infer._conditional.layout import Block, Latent, Lengths, Plan
+from pyro_vnd.infer._conditional.tables import TableNormal, Tables, at_rows
+from pyro_vnd.infer._model_sites import weight_in_model
+from pyro_vnd.infer.result import LengthSummary
+
+__all__ = ["AutoConditional"]
+
+_FLOOR = 1e-6  # share of the uniform law in that of the lengths while training, so that none is without a gradient
+_HORIZON = 25  # steps in the running mean of the law of the lengths
+_PRIOR_DRAWS = 15
+
+
+class AutoConditional(AutoGuide):
+    r"""Guide of masks and all other latents, $q(L) \, q(w \mid L)$.
+
+    The law of the lengths follows no gradient: given the ELBO of each length it is known,
+    $q_k \propto p_k \exp(\mathrm{ELBO}_k)$. `logits` has its running mean over the last steps.
+
+    Args:
+        model: The model.
+        plan: What the guide consists of.
+        shared_plates: Plates whose rows share the law of their masks.
+        num_draws: Draws of the other latents for each length in a step.
+        init_loc_fn: Where the other latents start, as in Pyro's autoguides.
+
+    Attributes:
+        logits: Log-law of the lengths outside plates, over their combinations.
+        logits_by_row: Log-law of the lengths of a row given those, shape (num_shared, *rows, num_by_row), or None.
+        horizon: Steps in the running mean.
+    """
+
+    logits: Any
+    logits_by_row: Any
+    num_updates: Tensor
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        plan: Plan,
+        shared_plates: Collection[str],
+        num_draws: int,
+        init_loc_fn: Callable[[Any], Any],
+    ) -> None:
+        super().__init__(model)
+        self.plan, self.shared_plates, self.num_draws = plan, tuple(shared_plates), num_draws
+        self.init_loc_fn, self.horizon = init_loc_fn, _HORIZON
+        self.way: str | None = None  # in which a model can be evaluated for all lengths
+        self.hides: Mapping[str, Any] = {}  # sites of the model in this call, if it hides or scales some
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        plan = self.plan
+        prior = _joint([each.prior for each in plan.shared], like=plan.like)
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.long, device=prior.device))
+        self.logits = PyroParam(prior, constraints.real)
+        self._has_rows = bool(plan.by_row)
+        if self._has_rows:
+            rows = [1] * max(-frame.dim for frame in plan.row_frames)
+            for frame in plan.row_frames:
+                rows[frame.dim] = 1 if frame.name in self.shared_plates else frame.size
+            prior = _joint([each.prior for each in plan.by_row], like=plan.like)
+            if prior.shape[:-1].numel() > math.prod(rows):  # a law that rows share starts at that of the first
+                prior = prior[tuple(slice(0, n) for n in rows[len(rows) - prior.dim() + 1 :])]
+            prior = prior.expand(plan.num_shared, *rows, plan.num_by_row).contiguous()
+            self.logits_by_row = PyroParam(prior, constraints.real)
+        centers, spreads = self._start(*args, **kwargs)
+        for i, block in enumerate(plan.blocks):
+            center = torch.cat([centers[latent.name] for latent in block.latents], -1)
+            spread = torch.cat([spreads[latent.name] for latent in block.latents], -1)
+            laws = plan.num_shared * (plan.num_by_row if block.by_row_length else 1)
+            setattr(self, f"tables_{i}", Tables(block, laws, center, spread))
+
+    @torch.no_grad()
+    def _start(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return where the coordinates of each latent start, and the deviations of their prior."""
+        latents = {latent.name: (block, latent) for block in self.plan.blocks for latent in block.latents}
+        if not latents:
+            return {}, {}
+        hidden = poutine.block(self.model, hide=[each.name for each in self.plan.lengths])
+        programs = [InitMessenger(self.init_loc_fn)(hidden)] + [self.model] * _PRIOR_DRAWS
+        draws: dict[str, list[Tensor]] = {name: [] for name in latents}
+        for program in programs:
+            trace: Any = poutine.block(poutine.trace(program).get_trace)(*args, **kwargs)
+            for block, latent in latents.values():
+                if not latent.nested:
+                    value = trace.nodes[latent.name]["value"]
+                elif latent.name not in trace.nodes:
+                    value = torch.zeros(latent.fn.shape()).to(self.plan.like)
+                else:  # all coordinates, also those that a draw has dropped
+                    law: Any = find_mask(trace.nodes[latent.name]["fn"])
+                    value = law.cut(law.num_units).sample()
+                coordinates = latent.collect(latent.transform.inv(value))
+                draws[latent.name].append(coordinates.reshape(*block.shape, latent.size))
+        spreads = {}
+        for name, values in draws.items():
+            low, high = torch.stack(values[1:]).sort(0).values[[_PRIOR_DRAWS // 4, -1 - _PRIOR_DRAWS // 4]]
+
+            spreads[name] = ((high - low) / 1.54).clamp(1e-6, 1e6)
+        return {name: values[0] for name, values in draws.items()}, spreads
+
+    @property
+    def tables(self) -> list[Tables]:
+        """Laws of the blocks."""
+        return [getattr(self, f"tables_{i}") for i in range(len(self.plan.blocks))]
+
+    def floored_logits(self) -> tuple[Tensor, Tensor | None]:
+        """Return the log-laws of training, without gradient: of the lengths outside plates, and of those of a row."""
+        by_row = _with_floor(self.logits_by_row.detach()) if self._has_rows else None
+        return _with_floor(self.logits.detach()), by_row
+
+    def _leaves(self) -> tuple[Tensor, Tensor | None]:
+        r"""Return the same, with a gradient from which the backward pass reads the ELBO of each length.
+
+        With $V_k$ the ELBO of length k, log p included, the loss $-\sum_k q_k (V_k - \log q_k)$ has in the logit k the
+        gradient $-q_k (V_k - \log q_k)$, but for a constant times $q_k$.
+        """
+        shared, by_row = self.floored_logits()
+        log_q = shared.clone()
+        shared.requires_grad_().register_hook(lambda gradient: self.learn(log_q - gradient * (-log_q).exp(), None))
+        if by_row is not None:
+            log_r = by_row.clone()
+            # A law that rows share has the sum of their gradients.
+            number = math.prod(frame.size for frame in self.plan.row_frames if frame.name in self.shared_plates)
+            outer = log_q.reshape((-1,) + (1,) * (log_r.dim() - 1))
+            by_row.requires_grad_().register_hook(
+                lambda gradient: self.learn(None, log_r - gradient * (-log_r - outer).exp() / number)
+            )
+        return shared, by_row
+
+    @torch.no_grad()
+    def learn(self, logits: Tensor | None, logits_by_row: Tensor | None, share: float | None = None) -> None:
+        """Move the laws of the lengths towards the best ones for the other latents as they are.
+
+        Args:
+            logits: These, not normalised, shape (num_shared,), or None to leave them.
+            logits_by_row: Shape (num_shared, *rows, num_by_row), or None.
+            share: Weight of the new ones; by default that of a step in a running mean.
+        """
+        if share is None:
+            self.num_updates += logits is not None
+            share = 1 / max(min(int(self.num_updates), self.horizon), 1)
+        for name, new in (("logits", logits), ("logits_by_row", logits_by_row)):
+            if new is not None and not new.isnan().any():
+                old, new = getattr(self, name), new.log_softmax(-1).clamp_min(-1e4)
+                old.copy_(torch.lerp(old, new.reshape(old.shape), share).log_softmax(-1))
+
+    def laws(self) -> dict[str, OrderedMask]:
+        """Return the learned law of each length, without gradient."""
+        shared = self.logits.detach()
+        found = _marginals(self.plan.shared, shared)
+        if self._has_rows:
+            by_row = self.logits_by_row.detach()
+            mixed = by_row + shared.reshape((-1,) + (1,) * (by_row.dim() - 1))
+            found |= _marginals(self.plan.by_row, mixed.logsumexp(0))
+        return found
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw all latents."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        training = self.training and torch.is_grad_enabled()
+        laws = self._leaves() if training else (self.logits, self.logits_by_row if self._has_rows else None)
+        masks: dict[str, Tensor] = {}
+        index, factor = self._draw_masks(self.plan.shared, laws[0], plates, masks)
+        row_index, row_factor = index, factor
+        if laws[1] is not None:
+            row_index, row_factor = self._draw_masks(self.plan.by_row, at_rows(laws[1], index), plates, masks)
+            row_index, row_factor = index * self.plan.num_by_row + row_index, factor * row_factor
+        result = {each.name: masks[each.name] for each in self.plan.lengths if not each.nested}
+        for i, (block, tables) in enumerate(zip(self.plan.blocks, self.tables, strict=True)):
+            place, scale = (row_index, row_factor) if block.by_row_length else (index, factor)
+            law = tables.law(place)
+            if training:  # one noise for all lengths, whose ELBOs are compared
+                law.common = tuple(i - place.dim() for i in range(place.dim() - len(block.shape)) if place.shape[i] > 1)
+                law.factor = scale.unsqueeze(-1) if tables.knows_lengths else None
+            if any(latent.name in self.hides for latent in block.latents):
+                law.weights = self._weights(block, law)
+            with ExitStack() as stack:
+                for frame in block.rows:
+                    stack.enter_context(plates[frame.name])
+                drawn = pyro.sample(f"_latents_{i}", law, infer={"is_auxiliary": True})
+            for latent in block.latents:
+                result[latent.name] = self._unpack(latent, law, drawn, masks, plates)
+        return result
+
+    def _draw_masks(
+        self, lengths: list[Lengths], log_q: Tensor, plates: dict[str, Any], masks: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Draw lengths one after another from their joint law, shape (..., combinations).
+
+        Returns:
+            The number of the combination, and one over its probability in units of the uniform law.
+        """
+        index = torch.zeros((), dtype=torch.long, device=log_q.device)
+        number = log_q.shape[-1]
+        log_q = log_q.reshape(*log_q.shape[:-1], *(each.num_units for each in lengths), 1)
+        for i, each in enumerate(lengths):
+            first = i - len(lengths) - 1  # its dimension, and those of the later ones behind it
+            fn = OrderedMask(logits=log_q.logsumexp([*range(first + 1, 0)]), validate_args=False)
+            name = f"{each.name}_mask" if each.nested else each.name
+            infer: Any = {"enumerate": "parallel", "is_auxiliary": each.nested}
+            with ExitStack() as stack:
+                for frame in each.frames:
+                    stack.enter_context(plates[frame.name])
+                mask = pyro.sample(name, fn, infer=infer)
+            masks[each.name] = mask
+            length = mask.detach().sum(-1).long() - 1
+            log_q = _select(log_q, length, first)
+            index = index * each.num_units + length
+        return index, (-log_q.detach().squeeze(-1)).exp() / number
+
+    def _weights(self, block: Block, law: TableNormal) -> Tensor:
+        """Return how much each coordinate counts in the model of this call, shape (*rows, D)."""
+        parts = []
+        for latent in block.latents:
+            one = law.loc.new_ones(latent.batch)
+            weight = weight_in_model(self.hides[latent.name], one).reshape(*latent.batch, *(1 for _ in latent.event))
+            coordinates = latent.collect(weight.expand(*latent.batch, *latent.event))
+            parts.append(coordinates.reshape(*block.shape, latent.size))
+        return torch.cat(parts, -1)
+
+    def describe(self) -> str:
+        """Say which laws there are, for the repr of the guide."""
+        laws = [f"{name}: {LengthSummary.of(law)}" for name, law in self.laws().items()]
+        for block, tables in zip(self.plan.blocks, self.tables, strict=True):
+            names = ", ".join(latent.name for latent in block.latents[:10])
+            more = f" and {len(block.latents) - 10} more" if len(block.latents) > 10 else ""
+            kind = "multivariate Normal" if tables.correlated else "Normal"
+            given = f"for each of {tables.num_laws} lengths" if tables.knows_lengths else "for all lengths"
+            laws.append(f"{names}{more}: a {kind} {given}")
+        return "; ".join(laws)
+
+    def _unpack(
+        self, latent: Latent, law: TableNormal, drawn: Tensor, masks: dict[str, Tensor], plates: dict[str, Any]
+    ) -> Tensor:
+        """Make a latent of the model from the draw of its block, as a point with the rest of its log-density."""
+        value, log_density = latent.constrain(latent.place(drawn[..., latent.start : latent.stop]))
+        if latent.nested:
+            mask = masks[latent.name]
+            value = mask * value
+            # What is dropped has no density in the model, and is to have none here.
+            shape = torch.broadcast_shapes(drawn.shape[:-1], mask.shape[:-1])
+            weights = drawn.new_zeros(*shape, drawn.shape[-1])
+            weights[..., latent.start : latent.stop] = 1 - mask
+            log_density = -law.log_prob_of(drawn, law.noise_of(drawn), weights).sum(-1)
+        with ExitStack() as stack:
+            for frame in latent.frames:
+                stack.enter_context(plates[frame.name])
+            delta = dist.Delta(value, log_density=log_density, event_dim=latent.fn.event_dim)
+            return pyro.sample(latent.name, delta)
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the median of each latent."""
+        return {name: values[0] for name, values in self.quantiles([0.5], *args, **kwargs).items()}
+
+    @torch.no_grad()
+    def quantiles(
+        self, quantiles: list[float], *args: Any, num_samples: int = 1000, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Return quantiles of each latent, stacked in a new first dimension: of draws, as laws of lengths are mixed."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            drawn = [poutine.block(self)(*args, **kwargs) for _ in range(num_samples)]
+        found = {}
+        for name in drawn[0]:
+            values = torch.stack([draw[name] for draw in drawn])
+            # By entries this is the mask of the quantile of the length, too.
+            levels = torch.as_tensor(quantiles, dtype=values.dtype, device=values.device)
+            found[name] = values.quantile(levels, 0, interpolation="nearest")
+        return found
+
+
+def _joint(priors: list[OrderedMask | NestedLaw], like: Tensor) -> Tensor:
+    """Return the log-law of independent lengths over their combinations, shape (..., combinations)."""
+    joint = like.new_zeros(1)
+    for prior in priors:
+        law = prior.mask_law if isinstance(prior, NestedLaw) else prior
+        # A length that the prior rules out would have an infinite KL: its probability underflows to zero and stays.
+        joint = (joint.unsqueeze(-1) + law.logits.detach().clamp_min(-1e3).unsqueeze(-2)).flatten(-2)
+    return joint
+
+
+def _marginals(lengths: list[Lengths], joint: Tensor) -> dict[str, OrderedMask]:
+    """Return the law of each of some lengths from their joint log-law, shape (..., combinations)."""
+    found = {}
+    joint = joint.reshape(*joint.shape[:-1], *(each.num_units for each in lengths), 1)
+    for i, each in enumerate(lengths):
+        others = [j - len(lengths) - 1 for j in range(len(lengths) + 1) if j != i]
+        found[each.name] = OrderedMask(logits=joint.logsumexp(others))
+    return found
+
+
+def _with_floor(log_q: Tensor) -> Tensor:
+    uniform = math.log(_FLOOR / log_q.shape[-1])
+    return torch.logaddexp(log_q, torch.full_like(log_q, uniform)).log_softmax(-1)
+
+
+def _select(log_q: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Return log_q at an index of one dimension; those before it broadcast with the index."""
+    rest = log_q.shape[log_q.dim() + dim + 1 :]
+    shape = torch.broadcast_shapes(log_q.shape[:dim], index.shape)
+    place = index.expand(shape).reshape(*shape, 1, *(1 for _ in rest)).expand(*shape, 1, *rest)
+    return log_q.expand(*shape, *log_q.shape[dim:]).gather(len(shape), place).squeeze(len(shape))
