@@ -40,7 +40,7 @@ class Latent:
         self.transform = biject_to(constraints.real_vector if self.nested else self.fn.support)
         self.batch: tuple[int, ...] = (*self.fn.batch_shape,)
         event = self.transform.inverse_shape(self.fn.batch_shape + self.fn.event_shape)[len(self.batch) :]
-        self.event: tuple[int, ...] = (*event,)
+        self.event: list[int] = list(event)
         mine = {len(self.batch) + frame.dim for frame in self.frames if frame.name in self.rows}
         self.inner = [i for i in range(len(self.batch)) if i not in mine]
         self.size = math.prod([self.batch[i] for i in self.inner]) * math.prod(self.event)

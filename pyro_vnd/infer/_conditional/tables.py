@@ -101,16 +101,12 @@ class TableNormal(TorchDistribution):
             Shape (..., D).
         """
         with torch.no_grad():
-            weighted = noise if weights is None else weights * noise
-            slope = weighted * (-self.log_scale).exp()
+            terms = _times(weights, -0.5 * noise.square() - self.log_scale - self.spread.log() - _HALF_LOG_2PI)
+            slope = _times(weights, noise) * (-self.log_scale).exp()
             if self.lower is not None:
                 slope = _solve(self.lower.tril(-1).mT.expand(*slope.shape, slope.shape[-1]), slope, upper=True)
             slope = slope / self.spread
-            terms = -0.5 * noise.square() - self.log_scale - self.spread.log() - _HALF_LOG_2PI
-            terms = terms if weights is None else weights * terms
-        if not value.requires_grad:
-            return terms
-        return terms - slope * (value - value.detach())
+        return terms - slope * (value - value.detach()) if value.requires_grad else terms
 
     @property
     def stddev(self) -> Tensor:
@@ -120,6 +116,10 @@ class TableNormal(TorchDistribution):
             unit = self.lower.tril(-1) + torch.eye(self.loc.shape[-1], dtype=scale.dtype, device=scale.device)
             scale = (unit * scale.unsqueeze(-2)).square().sum(-1).sqrt()
         return self.spread * scale
+
+
+def _times(weights: Tensor | None, x: Tensor) -> Tensor:
+    return x if weights is None else weights * x
 
 
 def _solve(unit: Tensor, x: Tensor, *, upper: bool) -> Tensor:
@@ -174,7 +174,9 @@ class Tables(PyroModule):
         Returns:
             A law of batch shape (num_laws, *rows), or that of `index` broadcast with the rows.
         """
-        loc, log_scale, lower = self.loc, self.log_scale, self.lower if self.correlated else None
+        loc, log_scale = self.loc, self.log_scale
+        # An optimiser like Adam moves all D^2 entries by the same amount: together they must not make (I + A) singular.
+        lower = self.lower * min(1.0, (10 / self.loc.shape[-1]) ** 1.5) if self.correlated else None
         if index is not None:
             index = torch.zeros_like(index) if self.num_laws == 1 else index
             loc, log_scale = at_rows(loc, index), at_rows(log_scale, index)
