@@ -6,7 +6,6 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from pyro_vnd._state import module_mode
@@ -25,6 +24,7 @@ KID_SUBSETS = 20
 KID_SUBSET_SIZE = 1000
 
 _DISTANCES_AT_ONCE = 10_000_000
+_ROUNDING = 1e-13  # of features in float64, relative to their size
 
 
 def generative_metrics(
@@ -42,9 +42,10 @@ def generative_metrics(
     $$\mathrm{FID} = \|\mu - \mu'\|^2 + \mathrm{tr}(\Sigma + \Sigma' - 2 (\Sigma \Sigma')^{1/2}), \qquad
       \mathrm{KID} = \mathrm{MMD}^2, \quad k(a, b) = (a^\top b / D + 1)^3.$$
 
-    Both are those of torchmetrics, in float64. With features of one's own they compare models with each other, not with
+    Both are in float64, KID by torchmetrics. With features of one's own they compare models with each other, not with
     published values, which are of Inception's. FID is biased upwards, the more the fewer images there are: compare
-    values from equally many. KID is unbiased for sets that are drawn independently.
+    values from equally many. It is never negative, and zero for sets that differ by what float64 rounds. KID is
+    unbiased for sets that are drawn independently, so that it may be negative; for a set and itself it is.
 
     Args:
         images: What was generated, shape (N, ...), N at least 2.
@@ -114,13 +115,30 @@ def feature_distances(
         kid = KernelInceptionDistance(
             identity, subsets=1 if size == len(found) == len(real) else num_subsets, subset_size=size
         )
-    fid = FrechetInceptionDistance(identity)
-    for metric in (fid, kid):
-        metric.update(real.double().cpu(), real=True)
-        metric.update(found.double().cpu(), real=False)
+    found, real = found.double().cpu(), real.double().cpu()
+    kid.update(real, real=True)
+    kid.update(found, real=False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return {"fid": fid.compute().item(), "kid": kid.compute()[0].item()}
+        return {"fid": _frechet(found, real), "kid": kid.compute()[0].item()}
+
+
+def _frechet(found: Tensor, real: Tensor) -> float:
+    r"""Return the Fréchet distance of two Normals with the moments of features.
+
+    With square roots of the covariances, $\Sigma = R^\top R$, it is $\|\mu - \mu'\|^2 + \min_U \|R - U R'\|^2$ over
+    orthogonal U: a sum of squares, which no rounding makes negative, where traces cancel.
+    """
+    means = [rows.mean(0) for rows in (found, real)]
+    num_rows = min(max(len(found), len(real)), found.shape[1])
+    roots = []
+    for rows, mean in zip((found, real), means, strict=True):
+        root = torch.linalg.qr((rows - mean) / (len(rows) - 1) ** 0.5, mode="r").R
+        roots.append(nn.functional.pad(root, (0, 0, 0, num_rows - len(root))))
+    left, _, right = torch.linalg.svd(roots[0] @ roots[1].T)
+    gap = torch.cat([(means[0] - means[1])[None], roots[0] - left @ (right @ roots[1])])
+    rounded = _ROUNDING * torch.cat([*(mean[None] for mean in means), *roots]).norm()
+    return 0.0 if gap.norm() <= rounded else gap.square().sum().item()
 
 
 @torch.no_grad()

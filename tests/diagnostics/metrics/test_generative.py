@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from pyro_vnd.diagnostics import generative_metrics
 from pyro_vnd.diagnostics.metrics.generative import feature_distances, nearest_distances, weights_hash
@@ -31,9 +32,40 @@ def kernel_distance(x, y):
     return (within - 2 * kernel(x, y).mean()).item()
 
 
-def test_a_set_is_at_no_distance_from_itself(images):
-    found = generative_metrics(images.reshape(300, 1, 4, 4), images.reshape(300, 1, 4, 4), Pixels())
-    assert found["fid"] == pytest.approx(0, abs=1e-6)
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("size", [(300, D), (9, D), (2, 1), (200, 64)])
+@pytest.mark.parametrize("kind", ["full", "of rank 2", "constant", "float32", "with a large mean"])
+def test_a_set_is_at_no_distance_from_itself_in_any_order(size, kind, seed):
+    torch.manual_seed(seed)
+    x = torch.randn(size, dtype=torch.float32 if kind == "float32" else torch.float64)
+    if kind == "of rank 2":
+        x = x[:, :2] @ torch.randn(min(2, size[1]), size[1], dtype=x.dtype)
+    x = x + 1e6 if kind == "with a large mean" else x
+    x = torch.ones_like(x) / 3 if kind == "constant" else x
+    assert feature_distances(x, x.clone())["fid"] == 0
+    assert feature_distances(x, x[torch.randperm(len(x))])["fid"] == 0
+
+
+@pytest.mark.parametrize("rank", [1, 3, D])
+@pytest.mark.parametrize("size", [1e-10, 1e-6, 1e-2])
+def test_a_tiny_difference_counts_as_what_it_is(rank, size):
+    x = torch.randn(50, rank).double() @ torch.randn(rank, D).double()
+    shift = size * torch.randn(D).double()
+    assert feature_distances(x + shift, x)["fid"] == pytest.approx(shift.square().sum().item(), rel=1e-3)
+    centred = x - x.mean(0)  # (1 + s)**2 S + S - 2 (1 + s) S = s**2 S
+    scaled = size**2 * torch.cov(centred.T).trace().item()
+    assert feature_distances((1 + size) * centred, centred)["fid"] == pytest.approx(scaled, rel=1e-3)
+
+
+@pytest.mark.parametrize("sizes", [(300, 200), (7, 300), (300, 7), (5, 6)])
+def test_frechet_distance_of_other_sets_is_that_of_torchmetrics(sizes):
+    x, y = torch.randn(sizes[0], D).double(), torch.randn(sizes[1], D).double() @ torch.randn(D, D).double()
+    other = FrechetInceptionDistance(Pixels())
+    other.update(y.reshape(-1, 1, 4, 4), real=True)
+    other.update(x.reshape(-1, 1, 4, 4), real=False)
+    found = feature_distances(x, y)["fid"]
+    assert found == pytest.approx(other.compute().item(), rel=1e-5)  # the other one has roots of rounded zeros
+    assert found == pytest.approx(feature_distances(y, x)["fid"], rel=1e-12)
 
 
 def test_a_shift_costs_its_square(images):
