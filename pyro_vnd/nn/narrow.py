@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -159,11 +159,12 @@ def _narrow_norm(norm: NestedNorm, kept: dict[str, int]) -> nn.Module:
 
 @torch.no_grad()
 def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256) -> nn.Module:
-    """Replace the running statistics of all BatchNorm layers by averages over data, in place.
+    """Replace the running statistics of all BatchNorm layers by those of data, in place.
 
-    A nested net's running statistics mix all widths; each narrowed net wants its own. Statistics are reset and become
-    cumulative averages over the batches, whose order then does not matter; dropout and other layers are in evaluation
-    mode meanwhile. Only the inputs of training data are needed, no labels.
+    A nested net's running statistics mix all widths; each narrowed net wants its own. Mean and variance are over all
+    rows, however they are batched; what reaches a layer is normalised by its batch in the layers before, so that
+    batches want to be large. Dropout and other layers are in evaluation mode meanwhile. Only the inputs of training
+    data are needed, no labels.
 
     Args:
         net: A net with BatchNorm layers, such as `narrow` returns.
@@ -175,7 +176,8 @@ def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256) 
         The same net.
 
     Raises:
-        ValueError: If there are no data, or the tensors of a tuple have different numbers of rows or look like batches.
+        ValueError: If there are no data, or a layer sees one value of each channel only, or the tensors of a tuple have
+            different numbers of rows or look like batches.
 
     Source: Yu and Huang, arXiv 1903.05134, section 3.3 (statistics after training, for each width).
 
@@ -197,9 +199,10 @@ def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256) 
                 f"recalibrate_batchnorm: argument `data` has {alike} tensors like the inputs, shape "
                 f"{tuple(data[0].shape)}: if they are batches, give them as a generator, or joined by torch.cat"
             )
-    with _calibrating(net, norms):
-        seen = False
-        for inputs, *_ in batches(data, batch_size):
+    moments = {norm: _Moments() for norm in norms}
+    seen = False
+    with _calibrating(net, moments):
+        for inputs in _of_two_rows(batch[0] for batch in batches(data, batch_size)):
             if not seen:
                 for norm in norms:
                     norm.reset_running_stats()
@@ -207,18 +210,52 @@ def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256) 
             net(inputs)
     if not seen:
         raise ValueError("recalibrate_batchnorm: argument `data` has no batches")
+    for norm, found in moments.items():
+        if norm.running_mean is not None and found.count:
+            norm.running_mean.copy_(found.mean)
+            norm.running_var.copy_(found.squares / (found.count - 1))
     return net
 
 
+class _Moments:
+    """Mean, and sum of squares around it, of each channel of what a norm has seen; a hook that runs before it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Any = 0.0
+        self.squares: Any = 0.0
+
+    def __call__(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].detach().transpose(0, 1).flatten(1)
+        more = values.shape[1]
+        if more < 2:
+            raise ValueError("recalibrate_batchnorm: argument `data` must have at least 2 rows; it has 1")
+        total, shift = self.count + more, values.mean(1) - self.mean
+        self.squares = self.squares + more * (values.var(1, correction=0) + shift.square() * self.count / total)
+        self.mean = self.mean + shift * more / total
+        self.count = total
+
+
+def _of_two_rows(found: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Join a batch of a single row, which has no variance, to the next one, or the last one to that before it."""
+    whole: list[Tensor] = []
+    single: list[Tensor] = []
+    for rows in found:
+        joined = torch.cat([*single, rows]) if single else rows
+        if len(joined) < 2:
+            single = [joined]
+            continue
+        yield from whole
+        whole, single = [joined], []
+    if whole or single:
+        yield torch.cat([*whole, *single])
+
+
 @contextmanager
-def _calibrating(net: nn.Module, norms: list[Any]) -> Iterator[None]:
-    """Put norms into training mode with cumulative averages, and everything else into evaluation mode."""
-    momenta = [norm.momentum for norm in norms]
-    with module_mode([net], training=False):
-        for norm in norms:
-            norm.training, norm.momentum = True, None
-        try:
-            yield
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
+def _calibrating(net: nn.Module, hooks: Mapping[Any, _Moments]) -> Iterator[None]:
+    """Put norms into training mode, with a hook each, and everything else into evaluation mode."""
+    with module_mode([net], training=False), ExitStack() as stack:
+        for norm, hook in hooks.items():
+            norm.training = True
+            stack.enter_context(norm.register_forward_pre_hook(hook))
+        yield

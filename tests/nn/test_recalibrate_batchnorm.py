@@ -15,22 +15,43 @@ def small_net():
     )
 
 
-def test_statistics_are_averages_over_the_batches():
-    net, batches = small_net(), [torch.randn(n, 3) + n for n in (5, 9, 20)]
+def test_statistics_are_those_of_all_rows():
+    net, batches = small_net(), [torch.randn(n, 3) + n for n in (5, 9, 2, 20)]
     net[0].eval()
     modes, momenta = [m.training for m in net.modules()], [net[1].momentum, net[5].momentum]
     assert recalibrate_batchnorm(net, [(batch, "labels") for batch in batches]) is net
     hidden = [net[0](batch) for batch in batches]
-    torch.testing.assert_close(net[1].running_mean, torch.stack([h.mean(0) for h in hidden]).mean(0))
-    torch.testing.assert_close(net[1].running_var, torch.stack([h.var(0) for h in hidden]).mean(0))
+    torch.testing.assert_close(net[1].running_mean, torch.cat(hidden).mean(0))
+    torch.testing.assert_close(net[1].running_var, torch.cat(hidden).var(0))
     # The second norm sees what the first one makes of the batch, without dropout.
     normal = [(h - h.mean(0)) / (h.var(0, correction=0) + net[1].eps).sqrt() for h in hidden]
     second = [net[4]((net[1].weight * h + net[1].bias).relu()) for h in normal]
-    torch.testing.assert_close(net[5].running_mean, torch.stack([h.mean(0) for h in second]).mean(0))
-    torch.testing.assert_close(net[5].running_var, torch.stack([h.var(0) for h in second]).mean(0))
+    torch.testing.assert_close(net[5].running_mean, torch.cat(second).mean(0))
+    torch.testing.assert_close(net[5].running_var, torch.cat(second).var(0))
     assert [m.training for m in net.modules()] == modes
     assert [net[1].momentum, net[5].momentum] == momenta
-    assert net[1].num_batches_tracked == 3
+    assert net[1].num_batches_tracked == 4
+
+
+@pytest.mark.parametrize("sizes", [(18,), (17, 1), (1, 17), (8, 1, 9), (8, 1, 8, 1), (1,) * 18])
+def test_single_rows_count_as_others_do(sizes):
+    x = torch.randn(18, 3)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    recalibrate_batchnorm(net, iter(x.split(sizes)))
+    torch.testing.assert_close(net[1].running_mean, net[0](x).mean(0))
+    torch.testing.assert_close(net[1].running_var, net[0](x).var(0))
+    recalibrate_batchnorm(net, x, batch_size=17)
+    torch.testing.assert_close(net[1].running_var, net[0](x).var(0))
+
+
+def test_pixels_of_one_image_are_enough_but_not_one_row():
+    net, images = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3)), torch.randn(5, 1, 4, 4)
+    for data in (images, images[:1]):
+        recalibrate_batchnorm(net, data, batch_size=2)
+        torch.testing.assert_close(net[1].running_mean, net[0](data).mean((0, 2, 3)))
+        torch.testing.assert_close(net[1].running_var, net[0](data).transpose(0, 1).flatten(1).var(1))
+    with pytest.raises(ValueError, match="recalibrate_batchnorm: argument `data` must have at least 2 rows; it has 1"):
+        recalibrate_batchnorm(small_net(), torch.randn(1, 3))
 
 
 def test_an_empty_loader_and_an_error_leave_the_net_as_it_was():

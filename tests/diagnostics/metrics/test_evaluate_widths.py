@@ -179,6 +179,8 @@ def test_batchnorm_can_have_statistics_of_each_width(digits):
     single = evaluate_widths(net, test, [0.25], 1, recalibrate=x, batch_size=len(x), progress=False)
     expected = predictive_metrics(average_draws(logits=logits[None]), digits.test.labels)
     assert single["nll"].item() == pytest.approx(expected["nll"], rel=1e-5)
+    # One row more than a batch holds is no batch of its own, which would have no variance.
+    assert evaluate_widths(net, test, [0.25], 1, recalibrate=x[:257], progress=False)["nll"].item() > 0
 
 
 @pytest.mark.gpu
