@@ -144,7 +144,7 @@ def batches(data: Rows, batch_size: int) -> Iterator[Sequence[Tensor]]:
         Batches.
 
     Raises:
-        ValueError: If tensors have different numbers of rows.
+        ValueError: If tensors have different numbers of rows, or a batch is none.
 
     Example:
         >>> import torch
@@ -162,5 +162,18 @@ def batches(data: Rows, batch_size: int) -> Iterator[Sequence[Tensor]]:
             )
         yield from zip(*(rows.split(batch_size) for rows in parts), strict=True)
         return
-    for batch in parts:
-        yield (batch,) if isinstance(batch, Tensor) else batch
+    if isinstance(parts, tuple | list):
+        _check_batch([each for each in parts if not isinstance(each, tuple | list)])
+    for each in parts:
+        batch = (each,) if isinstance(each, Tensor) else each
+        _check_batch(batch[:1] if isinstance(batch, tuple | list) else [batch])
+        yield batch
+
+
+def _check_batch(tensors: Sequence[Any]) -> None:
+    for each in tensors:
+        if not isinstance(each, Tensor):
+            raise ValueError(
+                "argument `data` must be tensors, inputs and labels, or an iterable of batches of them; got "
+                f"{type(each).__name__}: make tensors with torch.as_tensor"
+            )

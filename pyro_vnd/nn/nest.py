@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._state import module_mode
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.straight_through import Noise
@@ -86,7 +87,9 @@ def nest(
     """
     excluded = tuple(exclude)
     nested = unpack_attention(copy.deepcopy(net), excluded)
-    groups = channel_groups(nested, example_input, exclude=excluded)
+    examples = example_input if isinstance(example_input, tuple) else (example_input,)
+    with explain_inputs("nest", examples, next((parameter.dtype for parameter in net.parameters()), None)):
+        groups = channel_groups(nested, example_input, exclude=excluded)
     for argument, by_group in (
         ("num_blocks", num_blocks),
         ("frozen", frozen),
@@ -128,6 +131,7 @@ def nest(
             replacements[layer] = NestedNorm(layer, outputs)
     result = NestedNet(replace_modules(nested, replacements), mask_per=mask_per, gated=gated, prefix=prefix)
     result.whole = groups.whole
+    result.input_shapes = tuple(tuple(x.shape) for x in examples if isinstance(x, Tensor))
     result.positions = _check_sliced(result, example_input)
     return result
 

@@ -14,6 +14,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vnd._compat import QuietModule
+from pyro_vnd._inputs import explain_inputs
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.norms import NestedNorm
@@ -67,6 +68,7 @@ class NestedNet(QuietModule):
     Attributes:
         whole: Why channels cannot be cut, by the layer that makes them, as far as `nest` found out.
         positions: How often each layer is applied to one example (pixels, tokens), by its name, if `nest` counted.
+        input_shapes: Shapes of the example that it was nested with, if it was.
 
     Raises:
         ValueError: If the net has no widths, or two have one name.
@@ -108,6 +110,7 @@ class NestedNet(QuietModule):
         self._cut: _Cut | None = None
         self.whole: dict[str, str] = {}
         self.positions: dict[str, int] = {}
+        self.input_shapes: tuple[tuple[int, ...], ...] = ()
 
     def __repr__(self) -> str:
         """Return a table of the groups; `net.net` has the modules."""
@@ -148,8 +151,16 @@ class NestedNet(QuietModule):
 
         Returns:
             What the net returns.
+
+        Raises:
+            ValueError: If inputs are not of the net's type, or of a shape that it cannot take.
         """
         with self._drawn("prior", len(inputs[0]), plate):
+            return self._run(inputs)
+
+    def _run(self, inputs: tuple[Any, ...]) -> Any:
+        dtype = next((parameter.dtype for parameter in self.parameters()), None)
+        with explain_inputs(f"NestedNet({type(self.net).__name__})", inputs, dtype, self.input_shapes):
             return self.net(*inputs)
 
     @contextmanager
@@ -309,7 +320,7 @@ class NestedNet(QuietModule):
             Outputs, shape (S, N, ...).
 
         Raises:
-            ValueError: If a width or the number of draws is invalid.
+            ValueError: If a width or the number of draws is invalid, or as in a call of the net.
         """
         if num_samples < 1:
             raise ValueError(f"predict: argument `num_samples` must be at least 1; got {num_samples}")
@@ -318,7 +329,7 @@ class NestedNet(QuietModule):
         with nullcontext() if width is None else self.cut(width, sliced=sliced, rounding=rounding), poutine.block():
             for _ in range(num_samples):
                 with self._drawn("posterior", len(inputs[0])):
-                    draws.append(self.net(*inputs))
+                    draws.append(self._run(inputs))
         return torch.stack(draws)
 
 

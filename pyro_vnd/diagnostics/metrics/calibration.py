@@ -6,6 +6,8 @@ from math import exp, log
 import torch
 from torch import Tensor
 
+from pyro_vnd._inputs import check_labels
+
 __all__ = [
     "LOG_TINY",
     "NUM_BINS",
@@ -64,7 +66,7 @@ def calibration_bins(
         >>> bins.count.tolist(), round(bins.error, 3)
         ([0, 0, 1, 1], 0.4)
     """
-    check_rows("calibration_bins", "probs", probs, labels)
+    labels = check_rows("calibration_bins", "probs", probs, labels)
     confidence, answer = probs.double().max(-1)
     right = (answer == labels).double()
     edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device=probs.device)
@@ -80,19 +82,17 @@ def calibration_bins(
     return CalibrationBins(count, mean(confidence), mean(right))
 
 
-def check_rows(function: str, argument: str, predictions: Tensor, labels: Tensor) -> None:
-    """Raise a ValueError unless predictions are of shape (N, C), N >= 1, and labels N classes."""
-    if predictions.dim() != 2 or labels.shape != predictions.shape[:1] or len(labels) == 0:
+def check_rows(function: str, argument: str, predictions: Tensor, labels: Tensor) -> Tensor:
+    """Return labels as integers; raise a ValueError unless predictions are of shape (N, C), N >= 1, and they fit."""
+    if not isinstance(predictions, Tensor) or predictions.dim() != 2 or 0 in predictions.shape:
+        got = tuple(predictions.shape) if isinstance(predictions, Tensor) else type(predictions).__name__
+        raise ValueError(f"{function}: argument `{argument}` must have shape (N, C), N and C >= 1; got {got}")
+    if predictions.shape[1] == 1:
         raise ValueError(
-            f"{function}: `{argument}` must have shape (N, C) and `labels` (N,), N >= 1; got "
-            f"{tuple(predictions.shape)} and {tuple(labels.shape)}"
+            f"{function}: argument `{argument}` must have a column for each of two or more classes; got shape "
+            f"{tuple(predictions.shape)}. Regression is scored by log-likelihoods, `to_arviz` and `loo`"
         )
-    low, high = int(labels.min()), int(labels.max())
-    if labels.is_floating_point() or low < 0 or high >= predictions.shape[-1]:
-        raise ValueError(
-            f"{function}: `labels` must be integers from 0 to {predictions.shape[-1] - 1}; got {labels.dtype} from "
-            f"{low} to {high}"
-        )
+    return check_labels(function, labels, *predictions.shape)
 
 
 def scale_temperature(log_probs: Tensor, temperature: float) -> Tensor:
@@ -146,8 +146,7 @@ def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
         >>> scale_temperature(log_probs[0], temperature).exp()
         tensor([0.7500, 0.2500])
     """
-    labels = labels.to(log_probs.device)
-    check_rows("fit_temperature", "log_probs", log_probs, labels)
+    labels = check_rows("fit_temperature", "log_probs", log_probs, labels).to(log_probs.device)
     log_probs = log_probs.double().clamp_min(LOG_TINY)
     target = log_probs.gather(-1, labels.unsqueeze(-1)).mean()
 

@@ -12,8 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from pyro_vnd._data import Rows, batches
+from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._state import module_mode
-from pyro_vnd.diagnostics.metrics.calibration import NUM_BINS, calibration_bins, fit_temperature, scale_temperature
+from pyro_vnd.diagnostics.metrics.calibration import (
+    NUM_BINS,
+    calibration_bins,
+    check_rows,
+    fit_temperature,
+    scale_temperature,
+)
 from pyro_vnd.diagnostics.metrics.ood import SCORES, ood_metrics, ood_scores, score_limits
 from pyro_vnd.diagnostics.metrics.predictive import (
     AveragedPredictive,
@@ -112,9 +119,10 @@ def evaluate(
     with tqdm(sets.items(), desc="evaluate", unit="set", disable=not progress, leave=False) as bar:
         for name, data in bar:
             bar.set_postfix_str(name)
+            options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "device": device}
             try:
-                rows[name] = average_batches(predict, data, seed=seed, batch_size=batch_size, device=device)
-            except ValueError as error:
+                rows[name] = average_batches(predict, data, labelled=not name.startswith("foreign "), **options)
+            except (ValueError, RuntimeError) as error:
                 error.add_note(f"evaluate: in the {name} data")
                 raise
 
@@ -139,6 +147,7 @@ def average_batches(
     predict: Predict,
     data: Rows,
     *,
+    labelled: bool = True,
     seed: int = 0,
     batch_size: int = 256,
     device: torch.device | str | None = None,
@@ -148,6 +157,7 @@ def average_batches(
     Args:
         predict: As for `evaluate`.
         data: As for `evaluate`, with labels or without.
+        labelled: Whether labels, if there are any, are looked at and returned.
         seed: Torch's random state before each batch.
         batch_size: Rows of a batch, where data are tensors.
         device: Where batches go before `predict`. By default the device of a module, and nowhere else.
@@ -156,7 +166,7 @@ def average_batches(
         The averaged predictive of N rows, and their labels, shape (N,), or None where there are none.
 
     Raises:
-        ValueError: If there are no rows, or if the outputs do not fit or have NaN.
+        ValueError: If there are no rows, or if inputs, outputs or labels do not fit or have NaN.
 
     Example:
         >>> import torch
@@ -165,19 +175,22 @@ def average_batches(
         (torch.Size([9, 3]), None)
     """
     parts, labels = [], []
-    device = _device_of(predict) if device is None else device
+    own = next(predict.parameters(), None) if isinstance(predict, nn.Module) else None
+    device = own.device if device is None and own is not None else device
     with torch.random.fork_rng(), module_mode([predict], training=False):
         for batch in batches(data, batch_size):
             torch.manual_seed(seed)
             x = batch[0] if device is None else batch[0].to(device)
-            logits = predict(x)
+            with explain_inputs("evaluate", (x,), None if own is None else own.dtype):
+                logits = predict(x)
             parts.append(average_draws(logits=logits.unsqueeze(0) if logits.dim() == 2 else logits))
-            labels += [batch[1].cpu()] if len(batch) > 1 else []
             if len(parts[-1].log_probs) != len(x):
                 raise ValueError(
                     f"evaluate: `predict` must return logits of shape (S, N, C); got {tuple(logits.shape)} for "
                     f"{len(x)} rows"
                 )
+            if labelled and len(batch) > 1:
+                labels.append(check_rows("evaluate", "logits", parts[-1].log_probs, batch[1]).cpu())
     if not parts:
         raise ValueError("evaluate: `data` has no rows")
     return AveragedPredictive.cat(parts), torch.cat(labels) if labels else None
@@ -202,12 +215,6 @@ def net_cost(net: nn.Module, x: Tensor) -> dict[str, int]:
         net(x)
     parameters = sum(parameter.numel() for parameter in net.parameters())
     return {"multiply_adds": counter.get_total_flops() // (2 * len(x)), "parameters": parameters}
-
-
-def _device_of(predict: Predict) -> torch.device | None:
-    """Return the device of a module, if it is one and has parameters."""
-    parameters = predict.parameters() if isinstance(predict, nn.Module) else iter(())
-    return next((parameter.device for parameter in parameters), None)
 
 
 def _labelled(

@@ -119,7 +119,7 @@ def classification_metrics(probs: Tensor, labels: Tensor) -> dict[str, float]:
         >>> {name: round(metrics[name], 3) for name in ("accuracy", "nll", "brier", "ece")}
         {'accuracy': 1.0, 'nll': 0.367, 'brier': 0.2, 'ece': 0.3}
     """
-    check_rows("classification_metrics", "probs", probs, labels)
+    labels = check_rows("classification_metrics", "probs", probs, labels)
     # A sum of draws can round to 1.0000001; NaN fails the comparison too.
     if not bool(((probs >= 0) & (probs <= 1 + 1e-4)).all()):
         raise ValueError(
@@ -130,7 +130,7 @@ def classification_metrics(probs: Tensor, labels: Tensor) -> dict[str, float]:
 
 def score_log_probs(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
     """Score log-probabilities, float64 of shape (N, C), as `classification_metrics` describes."""
-    probs, rows = log_probs.exp(), labels.long().unsqueeze(-1)
+    probs, rows = log_probs.exp(), labels.unsqueeze(-1)
     losses = -log_probs.gather(-1, rows).squeeze(-1).clamp_min(LOG_TINY)
     errors = (probs - torch.zeros_like(log_probs).scatter(-1, rows, 1.0)).square().sum(-1)
     accuracy = (probs.argmax(-1) == labels).double().mean().item()
@@ -167,8 +167,7 @@ def predictive_metrics(predictive: AveragedPredictive, labels: Tensor) -> dict[s
         >>> round(metrics["nll"], 3), round(metrics["entropy"], 3)
         (100.347, 0.347)
     """
-    labels = labels.cpu()
-    check_rows("evaluate", "predictive", predictive.log_probs, labels)
+    labels = check_rows("evaluate", "predictive", predictive.log_probs, labels).cpu()
     metrics = score_log_probs(predictive.log_probs, labels)
     for name in ("entropy", "mutual_information"):
         values = getattr(predictive, name)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_vnd._data import Rows, batches
+from pyro_vnd._inputs import check_labels
 from pyro_vnd._state import module_mode
 from pyro_vnd.diagnostics.metrics.generative import KID_SUBSET_SIZE, KID_SUBSETS, weights_hash
 from pyro_vnd.diagnostics.metrics.prefix_model import PrefixModel
@@ -202,4 +203,5 @@ def _gather(argument: str, data: Rows, model: PrefixModel, batch_size: int) -> t
     if isinstance(model, nn.Module):
         state = chain(model.parameters(), model.buffers())
         x = x.to(next((value.device for value in state), x.device))
-    return x, torch.cat([part[1] for part in parts]).cpu() if len(parts[0]) > 1 else None
+    labels = [check_labels("evaluate_prefixes", part[1], len(part[0])) for part in parts if len(part) > 1]
+    return x, torch.cat(labels).cpu() if labels else None

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_vnd._data import Rows, batches
+from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._state import module_mode
-from pyro_vnd.diagnostics.metrics.classification import Predict, evaluate, net_cost
+from pyro_vnd.diagnostics.metrics.calibration import check_rows
+from pyro_vnd.diagnostics.metrics.classification import evaluate, net_cost
 from pyro_vnd.diagnostics.posterior import _arviz
 from pyro_vnd.infer import module_local_params
 from pyro_vnd.nn import NestedNet, narrow, recalibrate_batchnorm
@@ -90,7 +92,7 @@ def evaluate_widths(
                 for narrowed in nets:
                     recalibrate_batchnorm(narrowed, (batch[0].to(device) for batch in batches(recalibrate, batch_size)))
             result = evaluate(
-                _stacked(nets),
+                _Stacked(nets),
                 data,
                 ood=ood,
                 calibrate=calibrate,
@@ -225,8 +227,11 @@ def _narrow_draws(
     return nets
 
 
-def _stacked(nets: Sequence[nn.Module]) -> Predict:
-    return lambda x: torch.stack([net(x) for net in nets])
+class _Stacked(nn.ModuleList):
+    """Nets with one more dimension of their outputs, (S, N, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([net(x) for net in self])
 
 
 @torch.no_grad()
@@ -288,10 +293,7 @@ def loo_widths(
     with module_mode([net], training=False):
         for asked, blocks in tqdm(distinct, desc="widths", disable=not progress):
             nets = _narrow_draws(net, blocks, example, num_samples, seed)
-            terms = [
-                _log_likelihoods(nets, x.to(device), labels.to(device)).cpu()
-                for x, labels in (_labelled(batch) for batch in batches(data, batch_size))
-            ]
+            terms = [_log_likelihoods(_Stacked(nets), batch, device) for batch in batches(data, batch_size)]
             values = torch.cat(terms, -1)[None].numpy()
             found = _arviz.from_groups({"log_likelihood": {"label": (["chain", "draw", "row"], values)}}, {})
             common = None if isinstance(asked, Integral) else _common_fraction(net, blocks)
@@ -372,12 +374,12 @@ def _densities(width: float, found: Any, var_name: str | None, variational: bool
     return values
 
 
-def _log_likelihoods(nets: Sequence[Any], x: Tensor, labels: Tensor) -> Tensor:
-    """Return the log-probabilities of labels under each net, shape (S, N)."""
-    return torch.stack([net(x).double().log_softmax(-1).gather(-1, labels[:, None])[:, 0] for net in nets])
-
-
-def _labelled(batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _log_likelihoods(nets: _Stacked, batch: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the log-probabilities of labels under each net, shape (S, N), on the CPU."""
     if len(batch) < 2:
         raise ValueError("loo_widths: argument `data` must have inputs and labels; got inputs only")
-    return batch[0], batch[1]
+    x = batch[0].to(device)
+    with explain_inputs("loo_widths", (x,), next(nets.parameters()).dtype):
+        log_probs = nets(x).double().log_softmax(-1).cpu()
+    labels = check_rows("loo_widths", "logits", log_probs[0], batch[1]).cpu()
+    return log_probs.gather(-1, labels.expand(len(log_probs), -1).unsqueeze(-1)).squeeze(-1)

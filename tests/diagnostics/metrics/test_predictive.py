@@ -123,9 +123,9 @@ def test_a_certain_mistake_is_finite():
     assert metrics["brier"] == pytest.approx(2)
 
 
-@pytest.mark.parametrize(("shape", "labels"), [((3, 2), 4), ((3,), 3), ((0, 2), 0)])
+@pytest.mark.parametrize(("shape", "labels"), [((3,), 3), ((0, 2), 0), ((3, 1), 3)])
 def test_shapes_are_checked(shape, labels):
-    with pytest.raises(ValueError, match=r"`probs` must have shape \(N, C\)"):
+    with pytest.raises(ValueError, match="`probs` must have"):
         classification_metrics(torch.ones(shape), torch.zeros(labels, dtype=torch.long))
 
 
@@ -133,9 +133,3 @@ def test_shapes_are_checked(shape, labels):
 def test_probabilities_are_checked(value):
     with pytest.raises(ValueError, match=r"`probs` must be in \[0, 1\]"):
         classification_metrics(torch.tensor([[0.5, value]]), torch.tensor([0]))
-
-
-@pytest.mark.parametrize("labels", [[0, 2], [-1, 0], [0.0, 1.0]])
-def test_labels_are_checked(labels):
-    with pytest.raises(ValueError, match="`labels` must be integers from 0 to 1; got"):
-        classification_metrics(torch.full((2, 2), 0.5), torch.tensor(labels))

@@ -1,0 +1,119 @@
+"""What is asked of data where they meet a model: labels that are classes, inputs that a net takes."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vnd._compat import only_plain_code
+
+__all__ = ["Look", "check_labels", "explain_inputs"]
+
+_REAL = ", if they are classes; real targets need a likelihood of their own"
+
+
+class Look:
+    """Say whether the values of a batch are to be looked at.
+
+    On the CPU they always are. On an accelerator a look waits for all that the device has still to do: there it is due
+    in the first evaluation, and in the first after each change between training and evaluation mode, as at the start of
+    a fit. Shapes and types cost nothing and are not asked about here.
+
+    Attributes:
+        done: Whether values have been looked at; setting it to False makes a look due.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def is_due(self, x: Tensor) -> bool:
+        """Return whether to look at the values of a tensor; never where torch traces operations."""
+        return not only_plain_code() and (x.device.type == "cpu" or not self.done)
+
+
+def check_labels(
+    caller: str,
+    labels: Any,
+    num_rows: int,
+    num_classes: int | None = None,
+    *,
+    argument: str = "labels",
+    values: bool = True,
+) -> Tensor:
+    """Return labels as integers.
+
+    Args:
+        caller: What was given them, for messages.
+        labels: The labels.
+        num_rows: How many there must be.
+        num_classes: They must be from 0 to this number less one; None for any integers.
+        argument: Name of the argument.
+        values: Whether to look at the values.
+
+    Raises:
+        ValueError: If they are no classes; the message says what came, and what to give.
+
+    Example:
+        >>> check_labels("caller", torch.tensor([[0], [1]]), 2, 3)
+        Traceback (most recent call last):
+        ValueError: caller: argument `labels` must be classes, integers from 0 to 2, shape (2,); got torch.int64 of ...
+    """
+    among = "" if num_classes is None else f" from 0 to {num_classes - 1}"
+    expected = f"{caller}: argument `{argument}` must be classes, integers{among}, shape ({num_rows},)"
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"{expected}; got {type(labels).__name__}: give torch.as_tensor({argument})")
+    got = f"{expected}; got {labels.dtype} of shape {tuple(labels.shape)}"
+    is_real = labels.is_floating_point() or labels.is_complex()
+    if labels.shape == (num_rows, 1):
+        raise ValueError(f"{got}: give {argument}[:, 0]{f'.long(){_REAL}' if is_real else ''}")
+    if labels.dim() == 2 and labels.shape == (num_rows, num_classes):
+        raise ValueError(f"{got}: of one-hot rows give {argument}.argmax(-1)")
+    if labels.shape != (num_rows,):
+        raise ValueError(got)
+    if is_real:
+        raise ValueError(f"{got}: give {argument}.long(){_REAL}")
+    if values and num_classes is not None and num_rows:
+        low, high = (int(bound) for bound in labels.long().aminmax())
+        if low < 0 or high >= num_classes:
+            count = f": count them from 0, {argument} - 1" if (low, high) == (1, num_classes) else ""
+            raise ValueError(f"{got} from {low} to {high}{count}")
+    return labels.long()
+
+
+@contextmanager
+def explain_inputs(
+    caller: str, inputs: Sequence[Any], dtype: torch.dtype | None, shapes: Sequence[tuple[int, ...]] = ()
+) -> Iterator[None]:
+    """Run a net in the block, and say what came where torch cannot compute with it.
+
+    Args:
+        caller: What was given the inputs, for messages.
+        inputs: The inputs.
+        dtype: Type of the net's parameters, if it is known.
+        shapes: Shapes of inputs that the net is known to take.
+
+    Raises:
+        ValueError: In place of an error of torch, if inputs have another type than the net, or other shapes than those
+            known.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        came = [x for x in inputs if isinstance(x, Tensor)]
+        got = ", ".join(f"{x.dtype} of shape {tuple(x.shape)}" for x in came)
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if dtype is not None and "type" in why and any(x.dtype != dtype for x in came):
+            raise ValueError(
+                f"{caller}: inputs must be of the type of the net's parameters, {dtype}; got {got}: give "
+                f"x.to({dtype}), of bytes x / 255 (torch says: {why})"
+            ) from error
+        if any(x.shape[1:] != shape[1:] for x, shape in zip(came, shapes, strict=False)):
+            raise ValueError(
+                f"{caller}: inputs must be like the example that the net was nested with, of shape "
+                f"{', '.join(map(str, shapes))}; got {got} (torch says: {why})"
+            ) from error
+        raise
