@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import pyro
 import pyro.distributions as dist
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vnd._compat import QuietModule
-from pyro_vnd.autoencoders.bodies import Bodies, mlp_bodies
-from pyro_vnd.autoencoders.codes import CodeDecoder, CodeEncoder, Tail
+from pyro_vnd._sizes import check_sizes
+from pyro_vnd.autoencoders.bodies import Bodies, check_image_shape, mlp_bodies
+from pyro_vnd.autoencoders.codes import CodeDecoder, CodeEncoder, Tail, check_tail
+from pyro_vnd.autoencoders.images import ImageCheck
 from pyro_vnd.autoencoders.lengths import LengthEncoder, LengthSource, check_lengths
-from pyro_vnd.autoencoders.likelihoods import GaussianLikelihood, ImageCheck, Likelihood
+from pyro_vnd.autoencoders.likelihoods import GaussianLikelihood, Likelihood
 from pyro_vnd.distributions import NestedNormal, OrderedMask
 from pyro_vnd.distributions.nested import NestedLaw
 
@@ -62,29 +64,57 @@ class OrderedAutoencoder(QuietModule):
         make_decoder: Callable[[Bodies, int, Tail], CodeDecoder] = CodeDecoder,
     ) -> None:
         super().__init__()
-        prior_lengths = OrderedMask.uniform(num_latents) if prior_lengths is None else prior_lengths
         name = type(self).__name__
+        image_shape = check_image_shape(name, image_shape)
+        check_sizes(name, num_latents=num_latents)
+        num_latents = int(num_latents)
+        prior_lengths = OrderedMask.uniform(num_latents) if prior_lengths is None else prior_lengths
         check_lengths(name, prior_lengths, num_latents, posterior_lengths)
+        check_tail(name, tail)
         bodies = mlp_bodies(image_shape) if bodies is None else bodies
-        self.image_shape, self.num_latents = tuple(image_shape), num_latents
+        likelihood = GaussianLikelihood(num_latents) if likelihood is None else likelihood
+        if not isinstance(bodies, Bodies):
+            raise ValueError(f"{name}: argument `bodies` must be Bodies, see `mlp_bodies`; got {type(bodies).__name__}")
+        if not isinstance(likelihood, Likelihood):
+            raise ValueError(f"{name}: argument `likelihood` must be a Likelihood; got {type(likelihood).__name__}")
+        self.image_shape, self.num_latents = image_shape, num_latents
         self.encoder = make_encoder(bodies, prior_lengths, posterior_lengths)
         self.decoder = make_decoder(bodies, num_latents, tail)
-        self.likelihood: Likelihood = GaussianLikelihood(num_latents) if likelihood is None else likelihood
+        self.likelihood: Likelihood = likelihood
         if self.likelihood.num_latents not in (None, num_latents):
             raise ValueError(
                 f"{name}: argument `likelihood` must be for {num_latents} latents, as many as the code has; it is for "
                 f"{self.likelihood.num_latents}"
             )
         bounded_by = type(self.likelihood).__name__ if self.likelihood.bounded else None
-        self.check_images = ImageCheck(name, self.image_shape, bounded_by)
+        self._images = ImageCheck(name, self.image_shape, bounded_by)
         self.register_buffer("prior_probs", prior_lengths.probs.detach().clone())
 
     def forward(self, x: Tensor) -> Any:
-        """Run the model on images, shape (N, *image_shape)."""
-        self.check_images(x)
+        """Run the model on images, shape (N, *image_shape); errors are those of `check_images`."""
+        self._images.in_evaluation(x, self.prior_probs.dtype)
         with pyro.plate("data", len(x)):
             code = pyro.sample("code", self.prior())
             return pyro.sample("x", self.likelihood_given(code, NestedNormal.mask_of(code)), obs=x)
+
+    def check_images(self, x: Tensor) -> None:
+        """Check that the model takes these images: their shape, their type, and their pixels.
+
+        Every method with images does. Model and guide look at pixels in the first evaluation of a fit, and on the CPU
+        in each, as it costs nothing there.
+
+        Args:
+            x: Images, shape (N, *image_shape).
+
+        Raises:
+            ValueError: If it does not; the message says what came and what to give.
+        """
+        self._images(x, self.prior_probs.dtype)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; the next evaluation looks at the pixels of images."""
+        self._images.look.done = False
+        return super().train(mode)
 
     @cached_property
     def guide(self) -> "EncoderGuide":
@@ -261,10 +291,13 @@ class EncoderGuide(QuietModule):
 
     def __init__(self, model: OrderedAutoencoder) -> None:
         super().__init__()
-        self.encoder, self.check_images = model.encoder, model.check_images
+        self.encoder, self._images = model.encoder, model._images
+
+    def _check(self, x: Tensor) -> None:
+        self._images.in_evaluation(x, self.encoder.heads.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Draw codes of images, shape (N, *image_shape)."""
-        self.check_images(x)
+        self._check(x)
         with pyro.plate("data", len(x)):
             return pyro.sample("code", self.encoder(x))

@@ -8,7 +8,7 @@ from torch import nn
 
 from pyro_vnd._sizes import check_sizes
 
-__all__ = ["Bodies", "conv_bodies", "linear_bodies", "mlp_bodies"]
+__all__ = ["Bodies", "check_image_shape", "conv_bodies", "linear_bodies", "mlp_bodies"]
 
 
 class Bodies(NamedTuple):
@@ -49,15 +49,14 @@ def mlp_bodies(
         >>> bodies.encoder(torch.zeros(5, 1, 8, 8)).shape, bodies.decoder(torch.zeros(5, 16)).shape
         (torch.Size([5, 16]), torch.Size([5, 1, 8, 8]))
     """
-    check_sizes("mlp_bodies", image_shape=image_shape, hidden=hidden)
+    image_shape = check_image_shape("mlp_bodies", image_shape)
+    check_sizes("mlp_bodies", hidden=hidden)
     down: list[nn.Module] = [nn.Flatten()]
     up: list[nn.Module] = []
     for n_in, n_out in zip([prod(image_shape), *hidden[:-1]], hidden, strict=True):
         down += [nn.Linear(n_in, n_out), activation()]
         up = [activation(), nn.Linear(n_out, n_in), *up]
-    return Bodies(
-        nn.Sequential(*down), hidden[-1], nn.Sequential(*up, nn.Unflatten(-1, tuple(image_shape))), hidden[-1]
-    )
+    return Bodies(nn.Sequential(*down), hidden[-1], nn.Sequential(*up, nn.Unflatten(-1, image_shape)), hidden[-1])
 
 
 def conv_bodies(image_shape: Sequence[int], channels: Sequence[int] = (32, 64), hidden: int = 256) -> Bodies:
@@ -80,12 +79,13 @@ def conv_bodies(image_shape: Sequence[int], channels: Sequence[int] = (32, 64), 
         >>> bodies.encoder(torch.zeros(5, 1, 8, 8)).shape, bodies.decoder(torch.zeros(5, 16)).shape
         (torch.Size([5, 16]), torch.Size([5, 1, 8, 8]))
     """
-    check_sizes("conv_bodies", image_shape=image_shape, channels=channels, hidden=hidden)
+    image_shape = check_image_shape("conv_bodies", image_shape)
+    check_sizes("conv_bodies", channels=channels, hidden=hidden)
     factor = 2 ** len(channels)
     if len(image_shape) != 3 or image_shape[1] % factor or image_shape[2] % factor:
         raise ValueError(
             f"conv_bodies: argument `image_shape` must be (C, H, W) with H and W multiples of {factor}; "
-            f"got {tuple(image_shape)}"
+            f"got {image_shape}"
         )
     down: list[nn.Module] = []
     up: list[nn.Module] = []
@@ -113,5 +113,13 @@ def linear_bodies(image_shape: Sequence[int]) -> Bodies:
     Raises:
         ValueError: If a size is not positive.
     """
-    check_sizes("linear_bodies", image_shape=image_shape)
-    return Bodies(nn.Flatten(), prod(image_shape), nn.Unflatten(-1, tuple(image_shape)), prod(image_shape))
+    image_shape = check_image_shape("linear_bodies", image_shape)
+    return Bodies(nn.Flatten(), prod(image_shape), nn.Unflatten(-1, image_shape), prod(image_shape))
+
+
+def check_image_shape(function: str, image_shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of an image as integers of Python; raise a ValueError if it is none."""
+    if not isinstance(image_shape, Sequence):
+        raise ValueError(f"{function}: argument `image_shape` must be a tuple, (D,) or (C, H, W); got {image_shape!r}")
+    check_sizes(function, image_shape=image_shape)
+    return tuple(map(int, image_shape))

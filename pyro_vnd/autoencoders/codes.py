@@ -10,7 +10,7 @@ from pyro_vnd.autoencoders.bodies import Bodies
 from pyro_vnd.autoencoders.lengths import LengthEncoder, LengthSource
 from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough
 
-__all__ = ["CodeDecoder", "CodeEncoder", "Completion", "Tail"]
+__all__ = ["CodeDecoder", "CodeEncoder", "Completion", "Tail", "check_tail"]
 
 Tail: TypeAlias = Literal["zeros", "filler", "mask", "completion"]
 GAIN = 4.0  # of inputs and outputs: images may vary quickly with the few numbers of a short code, and it learns fast
@@ -122,8 +122,7 @@ class CodeDecoder(nn.Module):
 
     def __init__(self, bodies: Bodies, num_latents: int, tail: Tail) -> None:
         super().__init__()
-        if tail not in get_args(Tail):
-            raise ValueError(f"{type(self).__name__}: argument `tail` must be one of {get_args(Tail)}; got {tail!r}")
+        check_tail(type(self).__name__, tail)
         self.entry = nn.Linear(num_latents, bodies.num_inputs)
         self.body, self.tail = bodies.decoder, tail
         if tail == "filler":
@@ -161,3 +160,9 @@ class CodeDecoder(nn.Module):
         entry.weight.copy_(weight[:, :length])
         entry.bias.copy_(bias)
         return nn.Sequential(entry, self.body)
+
+
+def check_tail(model: str, tail: str) -> None:
+    """Raise a ValueError if nobody knows the tail."""
+    if tail not in get_args(Tail):
+        raise ValueError(f"{model}: argument `tail` must be one of {get_args(Tail)}; got {tail!r}")

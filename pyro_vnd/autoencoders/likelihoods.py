@@ -1,7 +1,6 @@
-"""Laws of images given what the decoder puts out, and what images a model takes."""
+"""Laws of images given what the decoder puts out."""
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import pyro.distributions as dist
@@ -17,7 +16,6 @@ __all__ = [
     "BernoulliLikelihood",
     "ContinuousBernoulliLikelihood",
     "GaussianLikelihood",
-    "ImageCheck",
     "IsotropicNormal",
     "Likelihood",
 ]
@@ -248,34 +246,3 @@ class _ContinuousBernoulliMean(nn.Module):
         safe = torch.where(near_zero, torch.ones_like(x), x)
         series = 0.5 + x / 12 - x**3 / 720
         return torch.where(near_zero, series, -1 / torch.expm1(-safe) - 1 / safe)
-
-
-@dataclass(frozen=True)
-class ImageCheck:
-    """A check of images, which a model shares with its guide: under inference that one sees them first.
-
-    Attributes:
-        model: Name of the model, for messages.
-        shape: Shape of an image.
-        bounded_by: Name of the likelihood that wants pixels in [0, 1], None if they are free.
-    """
-
-    model: str
-    shape: tuple[int, ...]
-    bounded_by: str | None = None
-
-    def __call__(self, x: Tensor) -> None:
-        """Raise a ValueError if images have the wrong shape or pixels."""
-        argument = f"{self.model}: argument `x`"
-        if not isinstance(x, Tensor) or x.shape[1:] != self.shape or x.dim() != 1 + len(self.shape):
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{argument} must be images of shape (N, {', '.join(map(str, self.shape))}); got {got}")
-        if not len(x):
-            return
-        low, high = (bound.item() for bound in x.aminmax())
-        if not (low > -torch.inf and high < torch.inf):  # NaN is in neither
-            raise ValueError(f"{argument} must be finite images; got NaN or inf")
-        if self.bounded_by is not None and not (low >= 0 and high <= 1):
-            raise ValueError(
-                f"{argument} must have pixels in [0, 1] for {self.bounded_by}; got {low:.4g} to {high:.4g}"
-            )

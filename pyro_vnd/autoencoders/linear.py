@@ -1,17 +1,18 @@
 """A linear variational autoencoder: probabilistic principal components with a learned order."""
 
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.distributions import LowRankMultivariateNormal
 
-from pyro_vnd.autoencoders.bodies import linear_bodies
-from pyro_vnd.autoencoders.codes import CodeEncoder
+from pyro_vnd.autoencoders.bodies import check_image_shape, linear_bodies
+from pyro_vnd.autoencoders.codes import CodeEncoder, Tail
 from pyro_vnd.autoencoders.lengths import LengthSource
 from pyro_vnd.autoencoders.likelihoods import GaussianLikelihood
 from pyro_vnd.autoencoders.vae import OrderedVAE
+from pyro_vnd.distributions import OrderedMask
 
 __all__ = ["LinearGaussianVAE"]
 
@@ -38,8 +39,10 @@ class LinearGaussianVAE(OrderedVAE):
         posterior_lengths: "prior", "global" or "amortised", see `LengthEncoder`.
         noise: "shared", or "by_length" for a sigma for each length.
         scale: Where sigma starts.
-        **kwargs: As in `OrderedVAE`, without nets and likelihood; `tail` without "completion", `prior_latents`
-            without "autoregressive".
+        prior_lengths: As in `OrderedVAE`.
+        tail: As in `OrderedVAE`, but for "completion", which is not linear.
+        prior_latents: "independent".
+        enumerate_lengths: As in `OrderedVAE`.
 
     Raises:
         ValueError: If an argument is invalid.
@@ -61,20 +64,27 @@ class LinearGaussianVAE(OrderedVAE):
         posterior_lengths: LengthSource = "global",
         noise: Literal["shared", "by_length"] = "shared",
         scale: float = 0.3,
-        **kwargs: Any,
+        prior_lengths: OrderedMask | None = None,
+        tail: Tail = "zeros",
+        prior_latents: Literal["independent"] = "independent",
+        enumerate_lengths: bool = False,
     ) -> None:
-        if kwargs.get("tail") == "completion":
-            raise ValueError("LinearGaussianVAE: argument `tail` must not be 'completion', which is not linear")
-        if kwargs.get("prior_latents", "independent") != "independent":
-            raise ValueError("LinearGaussianVAE: argument `prior_latents` must be 'independent', or it is not Gaussian")
+        name = type(self).__name__
+        image_shape = check_image_shape(name, image_shape)
+        if tail == "completion":
+            raise ValueError(f"{name}: argument `tail` must not be 'completion', which is not linear")
+        if prior_latents != "independent":
+            raise ValueError(f"{name}: argument `prior_latents` must be 'independent', or it is not Gaussian")
         super().__init__(
             image_shape,
             num_latents,
             bodies=linear_bodies(image_shape),
             likelihood=GaussianLikelihood(num_latents, noise, scale),
             posterior_lengths=posterior_lengths,
+            prior_lengths=prior_lengths,
+            tail=tail,
+            enumerate_lengths=enumerate_lengths,
             make_encoder=partial(CodeEncoder, shared_scale=True),
-            **kwargs,
         )
 
     def components(self, length: int | None = None) -> Tensor:

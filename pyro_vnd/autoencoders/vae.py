@@ -1,6 +1,7 @@
 """A variational autoencoder whose code can be cut at any length."""
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -11,7 +12,11 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vnd.autoencoders.base import EncoderGuide, OrderedAutoencoder
+from pyro_vnd.autoencoders.bodies import Bodies
+from pyro_vnd.autoencoders.codes import CodeDecoder, CodeEncoder, Tail
 from pyro_vnd.autoencoders.conditioner import Conditioner
+from pyro_vnd.autoencoders.lengths import LengthEncoder, LengthSource
+from pyro_vnd.autoencoders.likelihoods import Likelihood
 from pyro_vnd.distributions import NestedAutoregressive, NestedNormal, OrderedMask
 from pyro_vnd.distributions.nested import NestedLaw
 
@@ -64,7 +69,14 @@ class OrderedVAE(OrderedAutoencoder):
         prior_latents: "independent", N(0, 1) each, or "autoregressive".
         enumerate_lengths: Whether mask and latents are two sites, "mask" and "code", so that `TraceEnum_ELBO` sums over
             the K lengths instead of drawing one; decodes K codes an image.
-        **kwargs: As in `OrderedAutoencoder`.
+        bodies: Encoder and decoder without what touches the code; `mlp_bodies(image_shape)` by default.
+        likelihood: Law of an image given what the decoder puts out; `GaussianLikelihood(num_latents)` by default.
+        prior_lengths: Law of the lengths a priori; uniform by default.
+        posterior_lengths: "prior", "global" or "amortised", see `LengthEncoder`.
+        tail: What the decoder has in place of dropped latents: "zeros", "filler", "mask" or "completion", see
+            `CodeDecoder`.
+        make_encoder: As in `OrderedAutoencoder`.
+        make_decoder: As in `OrderedAutoencoder`.
 
     Raises:
         ValueError: If an argument is invalid.
@@ -85,9 +97,25 @@ class OrderedVAE(OrderedAutoencoder):
         *,
         prior_latents: PriorLatents = "independent",
         enumerate_lengths: bool = False,
-        **kwargs: Any,
+        bodies: Bodies | None = None,
+        likelihood: Likelihood | None = None,
+        prior_lengths: OrderedMask | None = None,
+        posterior_lengths: LengthSource = "amortised",
+        tail: Tail = "zeros",
+        make_encoder: Callable[[Bodies, OrderedMask, LengthSource], LengthEncoder] = CodeEncoder,
+        make_decoder: Callable[[Bodies, int, Tail], CodeDecoder] = CodeDecoder,
     ) -> None:
-        super().__init__(image_shape, num_latents, **kwargs)
+        super().__init__(
+            image_shape,
+            num_latents,
+            bodies=bodies,
+            likelihood=likelihood,
+            prior_lengths=prior_lengths,
+            posterior_lengths=posterior_lengths,
+            tail=tail,
+            make_encoder=make_encoder,
+            make_decoder=make_decoder,
+        )
         if prior_latents not in get_args(PriorLatents):
             raise ValueError(
                 f"{type(self).__name__}: argument `prior_latents` must be one of {get_args(PriorLatents)}; "
@@ -115,7 +143,7 @@ class OrderedVAE(OrderedAutoencoder):
         """Run the model on images, shape (N, *image_shape)."""
         if not self.enumerate_lengths:
             return super().forward(x)
-        self.check_images(x)
+        self._images.in_evaluation(x, self.prior_probs.dtype)
         zeros = self.prior_probs.new_zeros(self.num_latents)
         with pyro.plate("data", len(x)):
             mask = pyro.sample("mask", OrderedMask(probs=self.prior_probs))
@@ -212,7 +240,7 @@ class EnumeratingGuide(EncoderGuide):
 
     def forward(self, x: Tensor) -> Tensor:
         """Draw masks and codes of images, shape (N, *image_shape)."""
-        self.check_images(x)
+        self._check(x)
         law = self.encoder(x)
         with pyro.plate("data", len(x)):
             mask_law = OrderedMask(probs=law.length_probs)

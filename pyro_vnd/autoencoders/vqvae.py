@@ -14,6 +14,10 @@ from torch.nn.functional import one_hot
 
 from pyro_vnd._sizes import check_sizes
 from pyro_vnd.autoencoders.base import EncoderGuide, OrderedAutoencoder
+from pyro_vnd.autoencoders.bodies import Bodies
+from pyro_vnd.autoencoders.codes import Tail
+from pyro_vnd.autoencoders.lengths import LengthSource
+from pyro_vnd.autoencoders.likelihoods import Likelihood
 from pyro_vnd.autoencoders.quantiser import BlockDecoder, Blocks, LookUp, Nearest, Quantiser, TokenEncoder, TokenPrior
 from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough
 
@@ -47,7 +51,11 @@ class OrderedVQVAE(OrderedAutoencoder):
         ordered: "tokens" or "dims".
         commitment: Pull of the encoder to the codebook, in nats for a squared distance of one; the usual 0.25 is for a
             squared error without its $1 / 2 \sigma^2$, which is some 20 times as large for images that are told well.
-        **kwargs: As in `OrderedAutoencoder`; the laws of lengths are over K = T or D.
+        bodies: As in `OrderedVAE`.
+        likelihood: As in `OrderedVAE`.
+        prior_lengths: As in `OrderedVAE`, over K = T or D.
+        posterior_lengths: As in `OrderedVAE`.
+        tail: As in `OrderedVAE`.
 
     Raises:
         ValueError: If an argument is invalid.
@@ -74,28 +82,38 @@ class OrderedVQVAE(OrderedAutoencoder):
         *,
         ordered: Ordered = "tokens",
         commitment: float = 5.0,
-        **kwargs: Any,
+        bodies: Bodies | None = None,
+        likelihood: Likelihood | None = None,
+        prior_lengths: OrderedMask | None = None,
+        posterior_lengths: LengthSource = "amortised",
+        tail: Tail = "zeros",
     ) -> None:
+        name = type(self).__name__
         if ordered not in get_args(Ordered):
-            raise ValueError(f"OrderedVQVAE: argument `ordered` must be one of {get_args(Ordered)}; got {ordered!r}")
+            raise ValueError(f"{name}: argument `ordered` must be one of {get_args(Ordered)}; got {ordered!r}")
         if not 0 <= commitment < math.inf:
-            raise ValueError(f"OrderedVQVAE: argument `commitment` must be finite and >= 0; got {commitment}")
-        check_sizes("OrderedVQVAE", num_tokens=num_tokens, dim=dim, codebook_size=codebook_size)
+            raise ValueError(f"{name}: argument `commitment` must be finite and >= 0; got {commitment}")
+        check_sizes(name, num_tokens=num_tokens, dim=dim, codebook_size=codebook_size)
+        num_tokens, dim, codebook_size = int(num_tokens), int(dim), int(codebook_size)
         blocks = Blocks(num_tokens, dim, ordered == "tokens")
         super().__init__(
             image_shape,
             blocks.num_blocks,
+            bodies=bodies,
+            likelihood=likelihood,
+            prior_lengths=prior_lengths,
+            posterior_lengths=posterior_lengths,
+            tail=tail,
             make_encoder=partial(TokenEncoder, block_size=blocks.size),
             make_decoder=partial(BlockDecoder, block_size=blocks.size),
-            **kwargs,
         )
         self.blocks, self.codebook_size = blocks, codebook_size
         self.quantiser = Quantiser(codebook_size, dim, commitment)
         self.register_buffer("token_probs", torch.full((num_tokens, codebook_size), 1 / codebook_size))
 
     def forward(self, x: Tensor) -> Any:
-        """Run the model on images, shape (N, *image_shape)."""
-        self.check_images(x)
+        """Run the model on images, shape (N, *image_shape); errors are those of `check_images`."""
+        self._images.in_evaluation(x, self.prior_probs.dtype)
         with pyro.plate("data", len(x)):
             mask = pyro.sample("mask", self.prior())
             code = pyro.sample("code", TokenPrior(self.quantiser.codebook, mask, self.blocks))
@@ -254,7 +272,7 @@ class TokenGuide(EncoderGuide):
 
     def forward(self, x: Tensor) -> Tensor:
         """Draw masks and codes of images, shape (N, *image_shape)."""
-        self.check_images(x)
+        self._check(x)
         values, lengths = self.encoder(x)
         with pyro.plate("data", len(x)):
             mask = pyro.sample("mask", lengths)

@@ -1,7 +1,7 @@
 """A Wasserstein autoencoder whose code can be cut at any length, and its objective."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
@@ -14,6 +14,10 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vnd.autoencoders.base import OrderedAutoencoder
+from pyro_vnd.autoencoders.bodies import Bodies
+from pyro_vnd.autoencoders.codes import CodeDecoder, CodeEncoder, Tail
+from pyro_vnd.autoencoders.lengths import LengthEncoder, LengthSource
+from pyro_vnd.autoencoders.likelihoods import Likelihood
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.nested import NestedLaw
 from pyro_vnd.infer import module_local_params
@@ -236,7 +240,16 @@ class OrderedWAE(OrderedAutoencoder):
     Args:
         image_shape: As in `OrderedAutoencoder`.
         num_latents: K.
-        **kwargs: As in `OrderedAutoencoder`.
+        bodies: As in `OrderedVAE`.
+        likelihood: As in `OrderedVAE`.
+        prior_lengths: As in `OrderedVAE`.
+        posterior_lengths: As in `OrderedVAE`.
+        tail: As in `OrderedVAE`.
+        make_encoder: As in `OrderedAutoencoder`.
+        make_decoder: As in `OrderedAutoencoder`.
+
+    Raises:
+        ValueError: If an argument is invalid.
 
     Source: Tolstikhin et al., arXiv 1711.01558; Zhao et al., arXiv 1706.02262.
 
@@ -249,6 +262,31 @@ class OrderedWAE(OrderedAutoencoder):
         >>> wae.embed(x, length=2).shape, wae.mmd(x, length=2).shape
         (torch.Size([64, 4]), torch.Size([]))
     """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, ...],
+        num_latents: int = 16,
+        *,
+        bodies: Bodies | None = None,
+        likelihood: Likelihood | None = None,
+        prior_lengths: OrderedMask | None = None,
+        posterior_lengths: LengthSource = "amortised",
+        tail: Tail = "zeros",
+        make_encoder: Callable[[Bodies, OrderedMask, LengthSource], LengthEncoder] = CodeEncoder,
+        make_decoder: Callable[[Bodies, int, Tail], CodeDecoder] = CodeDecoder,
+    ) -> None:
+        super().__init__(
+            image_shape,
+            num_latents,
+            bodies=bodies,
+            likelihood=likelihood,
+            prior_lengths=prior_lengths,
+            posterior_lengths=posterior_lengths,
+            tail=tail,
+            make_encoder=make_encoder,
+            make_decoder=make_decoder,
+        )
 
     def objective(self, mmd_scale: float = 100.0, length_weight: float = 1.0, **kwargs: Any) -> AggregateMMD:
         r"""Return the objective, for `fit(..., elbo=...)` or `pyro.infer.SVI`.

@@ -149,5 +149,5 @@ def test_lengths_learn_through_it(trained: tuple[OrderedVAE, OrderedVAE, Tensor]
 
 
 def test_tails_are_checked():
-    with pytest.raises(ValueError, match=r"CodeDecoder: argument `tail` must be one of .*; got 'ones'"):
+    with pytest.raises(ValueError, match=r"OrderedVAE: argument `tail` must be one of .*; got 'ones'"):
         OrderedVAE((5,), K, tail="ones")
