@@ -20,7 +20,7 @@ from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.norms import NestedNorm
 from pyro_vnd.nn.submodules import replace_modules
 from pyro_vnd.nn.tracing import channel_groups, unpack_attention
-from pyro_vnd.nn.width import Width
+from pyro_vnd.nn.width import Width, check_int
 
 __all__ = ["nest"]
 
@@ -85,6 +85,7 @@ def nest(
         >>> net.widths["0"]
         Width(0, 64 units in 16 blocks, mean blocks kept 8.5, mode 1)
     """
+    _check_not_compiled(net)
     excluded = tuple(exclude)
     nested = unpack_attention(copy.deepcopy(net), excluded)
     examples = example_input if isinstance(example_input, tuple) else (example_input,)
@@ -104,8 +105,8 @@ def nest(
     widths: dict[str | None, Width | None] = {None: None}
     for name, units in groups.units.items():
         blocks = _of(num_blocks, name, None)
-        blocks = units if blocks is None else min(blocks, units)
-        always = _of(frozen, name, 0)
+        blocks = units if blocks is None else min(check_int(name, "num_blocks", blocks, 1), units)
+        always = check_int(name, "frozen", _of(frozen, name, 0), 0, blocks)
         entries = blocks - max(always, 1) + 1
         widths[name] = Width(
             name,
@@ -134,6 +135,16 @@ def nest(
     result.input_shapes = tuple(tuple(x.shape) for x in examples if isinstance(x, Tensor))
     result.positions = _check_sliced(result, example_input)
     return result
+
+
+def _check_not_compiled(net: nn.Module) -> None:
+    for name, part in net.named_modules():
+        if type(part).__name__ == "OptimizedModule":  # torch has no public name for it
+            which = f"its part {name!r}" if name else "it"
+            raise ValueError(
+                f"nest: argument `net` must be the net itself; {which} is what torch.compile made of one. "
+                "Nest first, and compile afterwards"
+            )
 
 
 def _of(by_group: Any, name: str, default: Any) -> Any:

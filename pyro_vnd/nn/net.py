@@ -290,6 +290,18 @@ class NestedNet(QuietModule):
         finally:
             self._cut = outer
 
+    def describe_cut(self) -> str:
+        """Say what the net is cut to at the moment, "" if it is not."""
+        if self._cut is None:
+            return ""
+        if (fractions := self._cut.fractions) is not None:
+            return f"fractions of {len(fractions)} rows" if fractions.dim() else f"the fraction {fractions.item():.4g}"
+        blocks = [
+            f"{kept} of {self.widths[name].num_blocks} blocks of {name}" for name, kept in self._cut.blocks.items()
+        ]
+        free = ["the other groups random"] if len(blocks) < len(self.widths) else []
+        return ", ".join([*blocks, *free]) + (", sliced" if self._cut.sliced else "")
+
     def _check_fractions(self, width: Tensor, rounding: Rounding | None) -> Tensor:
         expected = 1 if self.mask_per == "example" else 0
         fits = width.is_floating_point() and width.dim() == expected

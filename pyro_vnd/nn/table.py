@@ -89,4 +89,5 @@ def _notes(net: NestedNet) -> list[str]:
             kept = {name: width.kept_units(fraction, "nearest") for name, width in net.widths.items()}
             parts.append(f"{count(net, kept) / whole:.1%} at width {share}")
         notes.append(f"{whole:,} {label}: {', '.join(parts)}, to the nearest block")
+    notes += [f"cut to {cut}" for cut in [net.describe_cut()] if cut]
     return notes + [f"whole: {name} ({reason})" for name, reason in net.whole.items()]

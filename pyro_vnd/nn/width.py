@@ -10,10 +10,11 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
+from pyro_vnd._sizes import is_integer
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
 from pyro_vnd.distributions.straight_through import Noise
 
-__all__ = ["Rounding", "Width", "kept_blocks", "nearest"]
+__all__ = ["Rounding", "Width", "check_int", "kept_blocks", "nearest"]
 
 Rounding = Literal["nearest", "down", "up"]
 Numbers = TypeVar("Numbers", float, Tensor)
@@ -79,10 +80,9 @@ class Width(nn.Module):
         noise: Noise = "logistic",
     ) -> None:
         super().__init__()
-        num_blocks = num_units if num_blocks is None else num_blocks
-        _check_int(name, "num_units", num_units, 1)
-        _check_int(name, "num_blocks", num_blocks, 1, num_units)
-        _check_int(name, "frozen", frozen, 0, num_blocks)
+        num_units = check_int(name, "num_units", num_units, 1)
+        num_blocks = check_int(name, "num_blocks", num_units if num_blocks is None else num_blocks, 1, num_units)
+        frozen = check_int(name, "frozen", frozen, 0, num_blocks)
         if noise not in get_args(Noise):
             raise ValueError(f"Width {name!r}: argument `noise` must be 'logistic' or 'gumbel'; got {noise!r}")
         if not (0 < temperature < math.inf):
@@ -154,20 +154,28 @@ class Width(nn.Module):
         return sum(self.sizes[: self.kept_blocks(width, rounding)])
 
     def _rounded(self, width: Any, rounding: Rounding | None) -> int | None:
-        """Return how many blocks a width keeps, or None if it must not be rounded to them."""
+        """Return how many blocks a width keeps, or None if the group cannot keep so many, or it must not be rounded."""
         low, high = self.always_kept, self.num_blocks
-        if isinstance(width, Integral) and not isinstance(width, bool):
-            if low <= (blocks := int(width)) <= high:
-                return blocks
-        elif isinstance(width, Real) and not isinstance(width, bool) and 0 < float(width) <= 1:
+        if is_integer(width):
+            return int(width) if low <= width <= high else None
+        if isinstance(width, Real) and not isinstance(width, bool) and 0 < float(width) <= 1:
             down, up = self._around(float(width))
             if rounding is None:
                 return down if low <= down == up else None
             found = {"down": down, "up": up, "nearest": int(nearest(float(width), high))}
             return min(high, max(low, found[rounding]))
-        raise ValueError(
+        raise ValueError(self._misfit(width))
+
+    def _misfit(self, width: Any) -> str:
+        """Say why a width is none of the group's."""
+        if isinstance(width, Real) and not isinstance(width, Integral) and 0 < float(width) <= 1:
+            return (
+                f"width {float(width)!r} is no number of blocks that group {self.name!r} can keep: near it are "
+                f"{self._neighbours(float(width))}"
+            )
+        return (
             f"width {width!r} is invalid for group {self.name!r}: give a fraction in (0.0, 1.0] (a float) or a number "
-            f"of blocks from {low} to {high} (an int)"
+            f"of blocks from {self.always_kept} to {self.num_blocks} (an int)"
         )
 
     def _around(self, fraction: float) -> tuple[int, int]:
@@ -244,22 +252,20 @@ def kept_blocks(wanted: Sequence[tuple[Width, float | int]], rounding: Rounding 
     if rounding not in (None, *get_args(Rounding)):
         raise ValueError(f"Width: argument `rounding` must be 'nearest', 'down' or 'up', or None; got {rounding!r}")
     kept = [(width, value, width._rounded(value, rounding)) for width, value in wanted]
-    misfits = [
-        f"width {float(value)!r} is no number of blocks that group {width.name!r} can keep: near it are "
-        f"{width._neighbours(float(value))}"
-        for width, value, blocks in kept
-        if blocks is None
-    ]
-    advice = "rounding='nearest', 'down' or 'up' rounds it"
+    misfits = [(width._misfit(value), is_integer(value)) for width, value, blocks in kept if blocks is None]
+    advice = "" if all(whole for _, whole in misfits) else "; rounding='nearest', 'down' or 'up' rounds it"
     if len(misfits) == 1:
-        raise ValueError(f"{misfits[0]}; {advice}")
+        raise ValueError(f"{misfits[0][0]}{advice}")
     if misfits:
-        lines = "".join(f"\n- {misfit}" for misfit in misfits)
-        raise ValueError(f"the width does not fit all groups; {advice}, the usual choice where they differ:{lines}")
+        usual = f"{advice}, the usual choice where they differ" if advice else ""
+        lines = "".join(f"\n- {misfit}" for misfit, _ in misfits)
+        raise ValueError(f"the width does not fit all groups{usual}:{lines}")
     return [blocks for _, _, blocks in kept if blocks is not None]
 
 
-def _check_int(name: str, argument: str, value: int, low: int, high: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+def check_int(name: str, argument: str, value: Any, low: int, high: int | None = None) -> int:
+    """Return an integer, of Python or NumPy, as one of Python; raise a ValueError if it is none of those allowed."""
+    if not is_integer(value) or value < low or (high is not None and value > high):
         expected = f"at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"Width {name!r}: argument `{argument}` must be an integer {expected}; got {value!r}")
+    return int(value)

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -152,7 +153,10 @@ def test_a_net_without_hidden_channels_is_an_error():
         ({"width_init": {"x": 0.5}}, r"`width_init` names \['x'\]"),
         ({"prior": {"1": Normal(0.0, 1.0)}}, r"`prior` names \['1'\]; layers of the net: \['0', '2', '4'\]"),
         ({"prior": "laplace"}, "`prior` must be 'normal', a law or None"),
-        ({"num_blocks": 0}, "`num_blocks` must be an integer from 1 to 8; got 0"),
+        ({"num_blocks": 0}, "`num_blocks` must be an integer at least 1; got 0"),
+        ({"num_blocks": True}, "`num_blocks` must be an integer at least 1; got True"),
+        ({"num_blocks": {"2": 2.0}}, "Width '2': argument `num_blocks` must be an integer at least 1; got 2.0"),
+        ({"frozen": "all"}, "`frozen` must be an integer from 0 to 8; got 'all'"),
         ({"frozen": 9}, "`frozen` must be an integer from 0 to 8; got 9"),
         ({"width_prior": OrderedMask.uniform(3)}, "`prior` must be an OrderedMask over 8 entries"),
         ({"exclude": ["zero"]}, "`exclude`: the net has no module 'zero'"),
@@ -162,6 +166,25 @@ def test_a_net_without_hidden_channels_is_an_error():
 def test_what_does_not_fit_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         nest(mlp(), X, **arguments)
+
+
+def test_numbers_may_be_of_numpy():
+    net = nest(mlp(), X, num_blocks=np.int64(2), frozen={"0": np.int64(1)})
+    assert [(width.num_blocks, width.frozen) for width in net.widths.values()] == [(2, 1), (2, 0)]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of what torch.compile imports
+def test_a_compiled_net_is_to_be_nested_first():
+    whole = torch.compile(mlp())
+    with pytest.raises(
+        ValueError, match=r"`net` must be the net itself; it is what torch.compile made of one. Nest first"
+    ):
+        nest(whole, X)
+    with pytest.raises(ValueError, match=r"its part '0' is what torch.compile made of one"):
+        nest(nn.Sequential(whole, nn.ReLU()), X)
+    in_place = mlp()
+    in_place.compile()  # which leaves the class what it is
+    assert nest(in_place, X).widths
 
 
 class WritesItsSize(nn.Module):

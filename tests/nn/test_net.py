@@ -162,6 +162,29 @@ def test_a_bad_cut_is_refused_before_anything_changes(width, message):
     assert net._cut is None
 
 
+def test_all_groups_that_cannot_keep_so_many_blocks_are_named():
+    net = make()
+    with pytest.raises(
+        ValueError, match=r"the width does not fit all groups:\n- width 9 is invalid for group '0'.*\n- .* '2'"
+    ):
+        net.kept_blocks(9)
+    with pytest.raises(ValueError, match=r"^width 6 is invalid for group '0': .* from 1 to 4 \(an int\)$"):
+        net.kept_blocks({"0": 6, "2": 6})
+
+
+def test_a_net_that_is_cut_says_so():
+    net = make()
+    assert "cut" not in repr(net)
+    with net.cut({"0": 1}, sliced=True):
+        assert "cut to 1 of 4 blocks of 0, the other groups random, sliced" in repr(net)
+        assert "cut to 1 of 4 blocks of 0" in net._repr_html_()
+        with net.cut(1.0):
+            assert "cut to 4 of 4 blocks of 0, 6 of 6 blocks of 2" in repr(net)
+    with net.cut(torch.tensor([0.5, 0.0])):
+        assert "cut to fractions of 2 rows" in repr(net)
+    assert "cut" not in repr(net)
+
+
 def test_a_fraction_must_fit_every_group_or_be_rounded():
     net = make()  # 4 blocks and 6
     assert net.kept_blocks(0.5) == {"0": 2, "2": 3}

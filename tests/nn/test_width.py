@@ -225,5 +225,14 @@ def test_what_does_not_fit_is_named(arguments, message):
         Width("hidden", **({"num_units": 8, "num_blocks": 4} | arguments))
 
 
+def test_sizes_may_be_integers_of_numpy():
+    width = Width("hidden", np.int64(8), np.int32(4), frozen=np.uint8(2))
+    assert (width.num_units, width.num_blocks, width.frozen) == (8, 4, 2)
+    assert all(type(size) is int for size in (width.num_units, width.num_blocks, width.frozen))
+    assert width.kept_blocks(np.int64(3)) == 3
+    with pytest.raises(ValueError, match=r"`num_blocks` must be an integer from 1 to 8; got np.True_"):
+        Width("hidden", 8, np.True_)
+
+
 def test_a_width_is_a_module_of_its_own():
     assert isinstance(Width("hidden", 3), nn.Module)

@@ -62,8 +62,9 @@ def evaluate_widths(
     Returns:
         The variables of `evaluate`, with dimensions (seed, width, ...), and `multiply_adds` for one row and
         `parameters` of the narrowed net (seed, width). The coordinate `width` is the fraction in effect, the same in
-        all groups or else the kept share of all their units; `blocks` beside it has the numbers of blocks, (width,)
-        or, if groups differ, (width, group). Join fits by `xr.concat(datasets, "seed")`.
+        all groups or else the kept share of all their units. Beside it, `blocks` has the numbers of blocks, (width,)
+        or, if groups differ, (width, group), and `requested` what was asked for: "0.3, 0.26", say, where both are
+        rounded to one width. Join fits by `xr.concat(datasets, "seed")`.
 
     Raises:
         ValueError: If a width is invalid or does not fit a group, in the words of `net.cut`, or fractions and numbers
@@ -105,7 +106,7 @@ def evaluate_widths(
             results.append(result.assign({name: ("seed", [value], _LABELS[name]) for name, value in cost.items()}))
     fixed = [name for name in _WITHOUT_WIDTH if name in results[0]]
     joined = xr.concat([result.drop_vars(fixed) for result in results], "width", data_vars="all")
-    joined = joined.assign(results[0][fixed]).assign_coords(_coordinates(net, [blocks for _, blocks in distinct]))
+    joined = joined.assign(results[0][fixed]).assign_coords(_coordinates(net, distinct))
     return joined.transpose("seed", "width", ...)
 
 
@@ -162,8 +163,8 @@ _LABELS = {
 
 def _distinct(
     name: str, net: NestedNet, widths: Sequence[float] | Sequence[int], rounding: Rounding | None
-) -> list[tuple[float, dict[str, int]]]:
-    """Return each width that is another net than those before it, with the blocks that it keeps of each group.
+) -> list[tuple[list[float], dict[str, int]]]:
+    """Return the widths that are one and the same net, with the blocks that it keeps of each group, for each net.
 
     All are looked at before hours go into some of them.
     """
@@ -174,20 +175,24 @@ def _distinct(
     kinds = {next((kind for kind in (Integral, Real) if isinstance(width, kind)), None) for width in widths}
     if len(kinds) != 1 or None in kinds:
         raise ValueError(f"{name}: `widths` must be fractions (floats) or numbers of blocks (ints); got {widths}")
-    distinct: list[tuple[float, dict[str, int]]] = []
+    distinct: list[tuple[list[float], dict[str, int]]] = []
     for width in widths:
         blocks = net.kept_blocks(width, rounding)
-        if all(blocks != others for _, others in distinct):
-            distinct.append((width, blocks))
+        if alike := [asked for asked, others in distinct if blocks == others]:
+            alike[0].append(width)
+        else:
+            distinct.append(([width], blocks))
     return distinct
 
 
-def _coordinates(net: NestedNet, kept: Sequence[dict[str, int]]) -> dict[str, Any]:
-    """Say what the widths are: fractions in effect, and numbers of blocks."""
+def _coordinates(net: NestedNet, distinct: Sequence[tuple[Sequence[float], dict[str, int]]]) -> dict[str, Any]:
+    """Say what the widths are: fractions in effect, numbers of blocks, and what was asked for."""
+    kept = [blocks for _, blocks in distinct]
     blocks = np.array([list(each.values()) for each in kept])
     shares = [_share(net, each) for each in kept]
     alike = (blocks == blocks[:, :1]).all() and len({width.num_blocks for width in net.widths.values()}) == 1
-    coords = {"width": ("width", shares, {"units": "share of the units"})}
+    coords: dict[str, Any] = {"width": ("width", shares, {"units": "share of the units"})}
+    coords |= {"requested": ("width", [", ".join(map(str, asked)) for asked, _ in distinct])}
     if alike:
         return coords | {"blocks": ("width", blocks[:, 0])}
     return coords | {"blocks": (("width", "group"), blocks), "group": list(net.widths)}
@@ -291,7 +296,7 @@ def loo_widths(
     example = _first_input("loo_widths", data).to(device)
     scores: dict[float, Any] = {}
     with module_mode([net], training=False):
-        for asked, blocks in tqdm(distinct, desc="widths", disable=not progress):
+        for (asked, *_), blocks in tqdm(distinct, desc="widths", disable=not progress):
             nets = _narrow_draws(net, blocks, example, num_samples, seed)
             terms = [_log_likelihoods(_Stacked(nets), batch, device) for batch in batches(data, batch_size)]
             values = torch.cat(terms, -1)[None].numpy()

@@ -192,6 +192,18 @@ def test_a_net_on_the_gpu(trained, digits, foreign, result):
     evaluate_learned(net, digits.test, 2, progress=False)
 
 
+def test_rows_say_what_was_asked_for_and_what_was_scored(trained, digits):
+    test = digits.test.images[:20], digits.test.labels[:20]
+    found = evaluate_widths(trained, test, [0.3, 0.26, 0.5], 2, rounding="nearest", progress=False)
+    assert found["width"].values.tolist() == [0.25, 0.5]
+    assert found["requested"].values.tolist() == ["0.3, 0.26", "0.5"]
+    assert found["blocks"].values.tolist() == [2, 4]
+    found = evaluate_widths(trained, test, [np.int64(2), 4], 2, progress=False)
+    assert found["requested"].values.tolist() == ["2", "4"]
+    joined = xr.concat([found, found.assign_coords(seed=[1])], "seed")
+    assert joined["requested"].dims == ("width",)
+
+
 def untouched():
     raise AssertionError("nothing may run")
     yield
