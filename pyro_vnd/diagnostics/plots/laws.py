@@ -17,10 +17,12 @@ __all__ = ["plot_keep_probs", "plot_laws", "plot_length_posterior"]
 def plot_keep_probs(
     data: Any, var_names: Sequence[str], *, prob: float = 0.9, ax: Axes | None = None, figsize: Any = None
 ) -> Axes:
-    """Plot the share of masks that keep each unit, with its credible band.
+    """Plot the keep probability of each unit, with a credible band where there is a mask for each row of the data.
 
-    A draw of the posterior holds a mask for each row of the data. Its share of kept masks is one curve; the line is
-    the mean of these curves, the keep probability, and the band holds `prob` of them.
+    A draw of the posterior then holds as many masks as rows. Its share of masks that keep a unit is one curve; the line
+    is the mean of these curves, the keep probability, and the band holds `prob` of them. A single mask for all data has
+    no such shares: there the line is all there is, that of the learned law, or, where draws have different laws, the
+    share of draws that keep a unit. With several fits it is their mean, and a thin line is each.
 
     Args:
         data: What `to_arviz` returned.
@@ -36,14 +38,20 @@ def plot_keep_probs(
     for name in var_names:
         kept = (data.posterior[name] != 0).astype(float)  # units are the last dimension, whatever its name
         rows = [dim for dim in kept.dims[:-1] if dim not in ("chain", "draw")]
-        curves = kept.mean(rows).stack(sample=("chain", "draw")).transpose("sample", ...).to_numpy()
-        units = np.arange(1, curves.shape[-1] + 1)
-        low, high = np.quantile(curves, [(1 - prob) / 2, (1 + prob) / 2], axis=0)
-        (line,) = ax.plot(units, curves.mean(0), marker=".", label=name)
-        ax.fill_between(units, low, high, alpha=0.25, color=line.get_color(), linewidth=0)
+        units = np.arange(1, kept.shape[-1] + 1)
+        if rows:
+            curves = kept.mean(rows).stack(sample=("chain", "draw")).transpose("sample", ...).to_numpy()
+            low, high = np.quantile(curves, [(1 - prob) / 2, (1 + prob) / 2], axis=0)
+            (line,) = ax.plot(units, curves.mean(0), marker=".", label=name)
+            ax.fill_between(units, low, high, alpha=0.25, color=line.get_color(), linewidth=0)
+            continue
+        fits = _length_probs(data.posterior[f"{name}_length"], len(units), exact=True)[:, ::-1].cumsum(1)[:, ::-1]
+        (line,) = ax.plot(units, fits.mean(0), marker=".", label=name)
+        if len(fits) > 1:
+            ax.plot(units, fits.T, color=line.get_color(), linewidth=0.6, alpha=0.6)
     ax.set(xlabel="unit", ylabel="keep probability", ylim=(0, 1.02))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(title=f"mean and {prob:.0%} band")
+    ax.legend(title=f"mean and {prob:.0%} band" if ax.collections else None)
     return ax
 
 
@@ -52,7 +60,8 @@ def plot_length_posterior(
 ) -> Axes:
     """Plot the posterior over the kept lengths: bars for all fits together, a cross for each, steps for the prior.
 
-    Where there is a mask for each row of the data, the probabilities are means over the rows.
+    Bars are shares of draws. The prior is the law itself, or shares of draws where that is not the same for all draws
+    and rows. Where there is a mask for each row of the data, the probabilities are means over the rows.
 
     Args:
         data: What `to_arviz` returned; its prior is shown if it has one.
@@ -86,7 +95,7 @@ def plot_length_posterior(
         if len(chains) > 1:
             ax.plot(np.tile(at, (len(chains), 1)).T, chains.T, "x", color=color, markersize=4)
         if "prior" in data and f"{name}_length" in data.prior:
-            prior = _length_probs(data.prior[f"{name}_length"], num_units).mean(0)
+            prior = _length_probs(data.prior[f"{name}_length"], num_units, exact=True).mean(0)
             edges = np.arange(num_units + 1) + 0.5
             ax.stairs(prior, edges, baseline=None, color=color, linestyle="--", label=f"{name}: prior")
     ax.margins(y=0.04 + 0.08 * len(ax.get_legend_handles_labels()[1]))  # room for the legend
@@ -96,8 +105,11 @@ def plot_length_posterior(
     return ax
 
 
-def _length_probs(lengths: Any, num_units: int) -> np.ndarray:
-    """Return the share of each length, a row a chain."""
+def _length_probs(lengths: Any, num_units: int, exact: bool = False) -> np.ndarray:
+    """Return the share of each length, a row a chain; or its probability, if that is asked for and known."""
+    law = np.ravel(lengths.attrs.get("law", []))
+    if exact and law.size == lengths.sizes["chain"] * num_units:
+        return law.reshape(-1, num_units)
     values = lengths.to_numpy().astype(int).reshape(lengths.sizes["chain"], -1)
     return np.stack([np.bincount(chain, minlength=num_units + 1)[1:] for chain in values]) / values.shape[1]
 

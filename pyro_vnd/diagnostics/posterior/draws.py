@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_vnd._compat import mask_of_rows
 from pyro_vnd.distributions import NestedNormal
-from pyro_vnd.distributions.nested import find_mask, innermost
+from pyro_vnd.distributions.nested import NestedLaw, find_mask, innermost
 
 __all__ = ["Draws", "dim_names", "keep_rows", "kept_length"]
 
@@ -34,12 +34,14 @@ class Draws:
         values: The draws of all chains in one list, by group and variable.
         dims: Names of the dimensions of a draw, by group and variable.
         coords: Coordinates, by dimension: the units of masks, from 1.
+        laws: The law of the lengths of a mask in each draw, by group and site; None where rows have different ones.
     """
 
     def __init__(self, dims: Mapping[str, Sequence[str]]) -> None:
         self.values: dict[str, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
         self.dims: dict[str, dict[str, list[str]]] = defaultdict(dict)
         self.coords: dict[str, Any] = {}
+        self.laws: dict[str, dict[str, list[np.ndarray | None]]] = defaultdict(lambda: defaultdict(list))
         self._given = dims
         self._rows = poutine.Trace()
 
@@ -47,6 +49,7 @@ class Draws:
         """Draw from the guide, score the draw, and draw from the model what the guide does not, and the data anew."""
         guide_trace: Any = poutine.trace(poutine.replay(guide, trace=self._rows)).get_trace()
         model_trace: Any = self._trace(model, guide_trace)
+        self._note_laws("posterior", guide_trace)
         free = _free_sites(model_trace, guide_trace)
         model_trace.compute_log_prob(lambda name, _: name not in free)
         log_p = float(sum(site.get("log_prob_sum", 0) for site in model_trace.nodes.values()))
@@ -74,7 +77,9 @@ class Draws:
     def add_prior(self, model: Program, predictive: bool) -> None:
         """Draw latents, and the data if they are to be predicted, from the model; after draws of the posterior."""
         latent = self.values["posterior"]
-        for name, site, _ in _sites(self._trace(poutine.uncondition(model))):
+        trace = self._trace(poutine.uncondition(model))
+        self._note_laws("prior", trace)
+        for name, site, _ in _sites(trace):
             if name in latent or predictive:
                 self._add_site("prior" if name in latent else "prior_predictive", name, site)
 
@@ -90,7 +95,7 @@ class Draws:
         drawn.append(array)
         self.dims[group][name] = dims
 
-    def groups(self, num_fits: int) -> dict[str, dict[str, tuple[list[str], np.ndarray, dict[str, str]]]]:
+    def groups(self, num_fits: int) -> dict[str, dict[str, tuple[list[str], np.ndarray, dict[str, Any]]]]:
         """Return dimensions, values and attributes of variables by group, draws of the fits apart as chains."""
         known = {name for variables in self.values.values() for name in variables}
         unknown = sorted(set(self._given) - known)
@@ -101,9 +106,10 @@ class Draws:
             for group, variables in self.values.items()
         }
 
-    def _variable(self, group: str, name: str, num_fits: int) -> tuple[list[str], np.ndarray, dict[str, str]]:
+    def _variable(self, group: str, name: str, num_fits: int) -> tuple[list[str], np.ndarray, dict[str, Any]]:
         drawn, dims = self.values[group][name], self.dims[group][name]
-        attrs = {"units": "nats"} if group in ("log_likelihood", "sample_stats") else {}
+        attrs: dict[str, Any] = {"units": "nats"} if group in ("log_likelihood", "sample_stats") else {}
+        attrs |= self._law(group, name, num_fits)
         if group in ("observed_data", "constant_data"):
             return dims, drawn[0], attrs
         num_draws = max(len(other) for other in self.values[group].values())
@@ -131,6 +137,23 @@ class Draws:
         self.add(group, name, value, names)
         self.add(group, f"{name}_length", kept_length(value), names[:-1])
         self.coords[names[-1]] = np.arange(1, value.shape[-1] + 1)
+
+    def _note_laws(self, group: str, trace: Any) -> None:
+        for name, site, _ in _sites(trace):
+            law = find_mask(site["fn"])
+            if law is not None:
+                probs = (law.mask_law if isinstance(law, NestedLaw) else law).probs.detach().cpu().double()
+                rows = probs.reshape(-1, probs.shape[-1])
+                self.laws[group][name].append(rows[0].numpy() if bool((rows == rows[0]).all()) else None)
+
+    def _law(self, group: str, variable: str, num_fits: int) -> dict[str, Any]:
+        """Return the attribute "law" of the lengths of a mask, if all draws of a fit, and all rows, have the same."""
+        noted = self.laws[group].get(variable.removesuffix("_length"), [])
+        known = [law for law in noted if law is not None]
+        if not variable.endswith("_length") or not known or len(known) < len(noted):
+            return {}
+        laws = np.stack(known).reshape(num_fits, -1, len(known[0]))
+        return {"law": laws[:, 0].ravel()} if (laws == laws[:, :1]).all() else {}
 
     def _add_observed(self, name: str, site: Any) -> None:
         value, event_dim = torch.as_tensor(site["value"]), site["fn"].event_dim

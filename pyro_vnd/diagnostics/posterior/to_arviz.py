@@ -48,8 +48,10 @@ def to_arviz(
     | `sample_stats` | scores of draws |
 
     A mask site is there twice, as `name` with dimension `name_unit`, counted from 1, and as its kept length
-    `name_length`; likewise a `NestedNormal` site. Plates name dimensions. A plate that subsamples keeps the rows of
-    the first draw. With several fits each is a chain, so that R-hat tells whether they agree.
+    `name_length`; likewise a `NestedNormal` site. Where the law of the lengths is the same in all draws of a fit, and
+    for all rows, the attribute `law` of `name_length` has its K probabilities, fit after fit. Plates name dimensions. A
+    plate that subsamples keeps the rows of the first draw. With several fits each is a chain, so that R-hat tells
+    whether they agree.
 
     The scores are `log_p`, the log-joint $\log p(y, z)$ with the scales of the model, `log_q`, $\log q(z)$, and
     `elbo`, their difference, whose mean over draws is the ELBO, all in nats; `weight`, the importance weight
