@@ -24,7 +24,7 @@ MEANINGS = {
 
 
 @dataclass(frozen=True)
-class LearnedLaw:
+class LawBesidePrior:
     """A law beside its prior; where there is a law for each image, means over the images.
 
     Attributes:
@@ -54,7 +54,7 @@ class LearnedLaw:
     num_units: int
 
     @classmethod
-    def of(cls, law: OrderedMask, prior: OrderedMask) -> "LearnedLaw":
+    def of(cls, law: OrderedMask, prior: OrderedMask) -> "LawBesidePrior":
         """Compare a law, of any batch shape, with its prior, which has none."""
         probs = law.probs.reshape(-1, law.num_units).mean(0)
         return cls(
@@ -106,7 +106,7 @@ def describe(report: Report, laws: Mapping[str, OrderedMask], prior: OrderedMask
     Returns:
         The numbers, by site.
     """
-    learned = {site: LearnedLaw.of(law, prior) for site, law in laws.items()}
+    learned = {site: LawBesidePrior.of(law, prior) for site, law in laws.items()}
     cells = [
         [site, f"{law.mean:.1f}", f"{law.stddev:.1f}", f"{law.entropy:.2f}", f"{law.total_variation:.2f}"]
         for site, law in learned.items()

@@ -82,6 +82,10 @@ class NestedELBO(TraceMeanField_ELBO):
         self.kl: dict[str, Tensor] = {}
         self.kl_lengths: dict[str, Tensor] = {}
 
+    def __repr__(self) -> str:
+        vectorized = ", vectorize_particles=True" if self.vectorize_particles else ""
+        return f"NestedELBO(num_particles={self.num_particles}{vectorized})"
+
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Return the negative ELBO as a number."""
         if (conditional := conditional_part(guide, args, kwargs)) is not None:

@@ -51,7 +51,11 @@ class LocalReparameterization(Messenger):
         super().__init__()
         if layers not in ("all", "linear"):
             raise ValueError(f"LocalReparameterization: argument `layers` must be 'all' or 'linear'; got {layers!r}")
+        self.layers = layers
         self._kinds = ("linear", "convolution") if layers == "all" else ("linear",)
+
+    def __repr__(self) -> str:
+        return f"LocalReparameterization(layers={self.layers!r})"
 
     def __enter__(self) -> Any:
         self._laws: dict[int, tuple[Tensor, Normal]] = {}

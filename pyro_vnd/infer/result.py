@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.distributions.modes import most_probable, name_modes, say_modes
 from pyro_vnd.distributions.nested import NestedLaw
 
 __all__ = ["ElboParts", "FitResult", "LearnedLaw", "LengthCollapseWarning", "LengthSummary"]
@@ -74,6 +75,7 @@ class LengthSummary:
         num_units: K.
         mode: The most probable length over the whole batch, in units.
         kl: Divergence from the prior law, in nats; None if that is not known.
+        modes: All lengths whose probability is within a hundredth of the mode's, that one among them.
     """
 
     mean: float
@@ -82,6 +84,7 @@ class LengthSummary:
     num_units: int
     mode: int
     kl: float | None = None
+    modes: tuple[int, ...] = ()
 
     @classmethod
     @torch.no_grad()
@@ -108,13 +111,15 @@ class LengthSummary:
         kl = None
         if prior is not None:
             kl = seen(kl_divergence(lengths, prior.mask_law if isinstance(prior, NestedLaw) else prior)).mean().item()
+        probs = torch.stack([seen(p).mean() for p in lengths.probs.unbind(-1)])
         return cls(
             mean=seen(lengths.mean_length).mean().item(),
             stddev=seen(lengths.stddev_length).mean().item(),
             entropy=seen(lengths.entropy()).mean().item(),
             num_units=lengths.num_units,
-            mode=1 + int(torch.stack([seen(p).mean() for p in lengths.probs.unbind(-1)]).argmax()),
+            mode=1 + int(probs.argmax()),
             kl=kl,
+            modes=most_probable(probs),
         )
 
     @property
@@ -123,7 +128,8 @@ class LengthSummary:
         return None if self.kl is None else self.kl >= _AT_PRIOR
 
     def __str__(self) -> str:
-        lengths = f"E[L] = {self.mean:.1f}, sd[L] = {self.stddev:.1f}, mode {self.mode} of {self.num_units}"
+        modes = say_modes(self.modes or [self.mode])
+        lengths = f"E[L] = {self.mean:.1f}, sd[L] = {self.stddev:.1f}, {modes} of {self.num_units}"
         if self.kl is None:
             return f"{lengths}; entropy {self.entropy:.2f} nats"
         at_prior = "" if self.left_prior else ": it is at its prior"
@@ -165,8 +171,7 @@ class FitResult:
 
     def __repr__(self) -> str:
         laws = [f"{name}: {summary}" for name, summary in list(self.lengths.items())[:_SHOWN]]
-        more = [] if len(self.lengths) <= _SHOWN else [f"and {len(self.lengths) - _SHOWN} more laws, in `lengths`"]
-        return "\n".join([self._headline(), *self._sentences(), *laws, *more])
+        return "\n".join([self._headline(), *self._sentences(), *laws, *self._more()])
 
     def _repr_html_(self) -> str:
         """Show, in a notebook, the parts of the ELBO at the end and the laws of lengths."""
@@ -175,18 +180,23 @@ class FitResult:
                 escape(name),
                 f"{law.mean:.1f}",
                 f"{law.stddev:.1f}",
-                f"{law.mode} of {law.num_units}",
+                f"{name_modes(law.modes or [law.mode])} of {law.num_units}",
                 f"{law.entropy:.2f}",
                 "" if law.kl is None else f"{law.kl:.2f}{'' if law.left_prior else ', at its prior'}",
             ]
             for name, law in list(self.lengths.items())[:_SHOWN]
         ]
-        if len(self.lengths) > _SHOWN:
-            laws.append([f"and {len(self.lengths) - _SHOWN} more"])
+        laws += [[more] for more in self._more()]
         header = ["law of lengths", "mean", "sd", "mode", "entropy, nats", "KL from prior, nats"]
         parts = [[escape(name), f"{value:.4g}"] for name, value in self._parts().items()]
         tables = _table(["at the end", "nats per row"], parts) + (_table(header, laws) if laws else "")
         return f"<p>{escape(self._headline())}</p>{tables}"
+
+    def _more(self) -> list[str]:
+        """Say of how many laws there is no line, and how many of them are at their prior."""
+        rest = list(self.lengths.values())[_SHOWN:]
+        at_prior = sum(law.left_prior is False for law in rest)
+        return [f"and {len(rest)} more laws, in `lengths`, {at_prior} of them at their prior"] if rest else []
 
     def _headline(self) -> str:
         converged = ", converged" if self.converged else ""

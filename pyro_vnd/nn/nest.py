@@ -83,7 +83,7 @@ def nest(
         >>> plain = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
         >>> net = nest(plain, torch.zeros(1, 8), num_blocks=16)
         >>> net.widths["0"]
-        Width(0, 64 units in 16 blocks, mean blocks kept 8.5, mode 1)
+        Width(0, 64 units in 16 blocks, mean blocks kept 8.5, modes 1-16)
     """
     _check_not_compiled(net)
     excluded = tuple(exclude)

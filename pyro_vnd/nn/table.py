@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
+from pyro_vnd.distributions.modes import name_modes
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.norms import NestedNorm
 
@@ -67,9 +68,9 @@ def _title(net: NestedNet) -> str:
 def _rows(net: NestedNet) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name, width in net.widths.items():
-        mean, mode = width.describe_law()
+        mean, modes = width.describe_law()
         blocks = f"{width.num_blocks}" + (f" ({width.frozen} frozen)" if width.frozen else "")
-        rows.append((name, f"{width.num_units}", blocks, f"{mean:.4g}", f"{mode}", _sharing(net, width)))
+        rows.append((name, f"{width.num_units}", blocks, f"{mean:.4g}", name_modes(modes), _sharing(net, width)))
     return rows
 
 

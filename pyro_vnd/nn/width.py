@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyro_vnd._sizes import is_integer
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
+from pyro_vnd.distributions.modes import most_probable, say_modes
 from pyro_vnd.distributions.straight_through import Noise
 
 __all__ = ["Rounding", "Width", "check_int", "kept_blocks", "nearest"]
@@ -217,20 +218,19 @@ class Width(nn.Module):
         """Forget the forward pass: all units are kept."""
         self.mask = self.keep_probs = self.kept = None
 
-    def describe_law(self) -> tuple[float, int]:
-        """Return the mean and the mode of the number of blocks kept, with frozen ones; NaN is no error here."""
+    def describe_law(self) -> tuple[float, list[int]]:
+        """Return the mean and the modes of the number of blocks kept, with frozen ones; NaN is no error here."""
         probs = self.logits.detach().cpu().double().softmax(-1)
         blocks = torch.arange(self.always_kept, self.num_blocks + 1)
-        return (probs * blocks).sum().item(), int(blocks[probs.argmax()])
+        modes = [length + self.always_kept - 1 for length in most_probable(probs)]
+        return (probs * blocks).sum().item(), modes
 
     def extra_repr(self) -> str:
         """Describe the width in the representation of a net."""
         frozen = f", frozen={self.frozen}" if self.frozen else ""
-        mean, mode = self.describe_law()
-        return (
-            f"{self.name}, {self.num_units} units in {self.num_blocks} blocks{frozen}, "
-            f"mean blocks kept {mean:.4g}, mode {mode}"
-        )
+        mean, modes = self.describe_law()
+        blocks = f"{self.num_units} units in {self.num_blocks} blocks{frozen}"
+        return f"{self.name}, {blocks}, mean blocks kept {mean:.4g}, {say_modes(modes)}"
 
 
 def nearest(fractions: Numbers, num_blocks: int) -> Numbers:

@@ -243,3 +243,10 @@ def test_fit_on_digits_with_local_noise():
     fit(NestedClassifier(net), net.guide, (x, y), num_epochs=15, batch_size=128, local_reparam=True, progress=False)
     test = data.test.images.double()
     assert (net.predict(test, width=1.0)[0].argmax(-1) == data.test.labels).double().mean() > 0.85
+
+
+def test_handlers_say_their_settings():
+    assert repr(LocalReparameterization()) == "LocalReparameterization(layers='all')"
+    assert repr(LocalReparameterization("linear")) == "LocalReparameterization(layers='linear')"
+    assert repr(NestedELBO(num_particles=3)) == "NestedELBO(num_particles=3)"
+    assert repr(NestedELBO(num_particles=3, vectorize_particles=True)).endswith("=3, vectorize_particles=True)")

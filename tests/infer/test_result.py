@@ -113,8 +113,38 @@ def test_what_is_shown_is_short(num_epochs, num_laws):
     assert len(repr(result)) < 1500
     assert len(result._repr_html_()) < 3000
     if num_laws == 200:
-        assert "and 190 more" in repr(result)
-        assert Cells(result._repr_html_()).rows[-1] == ["and 190 more"]
+        more = "and 190 more laws, in `lengths`, 0 of them at their prior"
+        assert repr(result).splitlines()[-1] == more
+        assert Cells(result._repr_html_()).rows[-1] == [more]
+
+
+def test_each_law_that_did_not_leave_its_prior_is_called_so():
+    result, prior = FitResult(num_steps=1), OrderedMask.uniform(K)
+    laws = {f"{i}.mask": LearnedLaw(OrderedMask(probs=PROBS[0]) if i == 1 else prior, prior) for i in range(12)}
+    result.add_epoch(ElboParts(-3.0, -2.0, 0.75, 0.25), laws)
+    *lines, more = str(result).splitlines()[3:]
+    assert ["it is at its prior" in line for line in lines] == [i != 1 for i in range(10)]
+    assert "0.mask: E[L] = 2.5, sd[L] = 1.1, modes 1-4 of 4; entropy 1.39 nats, KL from its prior 0.00: it" in lines[0]
+    assert more == "and 2 more laws, in `lengths`, 2 of them at their prior"
+    *rows, last = Cells(result._repr_html_()).rows[-11:]
+    assert ["at its prior" in row[-1] for row in rows] == [i != 1 for i in range(10)]
+    assert last == [more]
+
+
+@pytest.mark.parametrize(
+    ("probs", "words"),
+    [
+        ([0.1, 0.6, 0.3], "mode 2 of 3"),
+        ([0.4, 0.2, 0.4], "modes 1 and 3 of 3"),
+        ([0.25, 0.25, 0.25, 0.2499, 1e-4], "modes 1-4 of 5"),
+        ([0.3, 0.05, 0.3, 0.05, 0.3], "no single mode of 5"),
+        ([0.33, 0.34, 0.33], "mode 2 of 3"),
+    ],
+)
+def test_lengths_that_tie_are_named(probs, words):
+    summary = LengthSummary.of(OrderedMask(probs=torch.tensor(probs)))
+    assert f", {words}; entropy" in str(summary)
+    assert summary.mode in summary.modes
 
 
 def test_parts_that_are_not_known_are_left_out():

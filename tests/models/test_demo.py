@@ -7,7 +7,7 @@ from sklearn.decomposition import PCA
 
 from models.datasets import load
 from models.demo import baselines
-from models.demo.laws import LearnedLaw
+from models.demo.laws import LawBesidePrior
 from models.demo.settings import SETTINGS, WIDTHS
 from pyro_vnd.distributions import OrderedMask
 
@@ -63,7 +63,7 @@ def test_baselines_leave_the_random_numbers_alone_and_are_the_same_each_time():
 )
 def test_words_about_a_law_follow_its_distance_from_the_prior(moved, words):
     prior = OrderedMask(probs=torch.tensor([0.75, 0.125, 0.125]))
-    learned = LearnedLaw.of(OrderedMask(probs=torch.tensor([0.75 - moved, 0.125, 0.125 + moved])), prior)
+    learned = LawBesidePrior.of(OrderedMask(probs=torch.tensor([0.75 - moved, 0.125, 0.125 + moved])), prior)
     assert learned.total_variation == pytest.approx(moved, abs=1e-6)
     assert words in learned.verdict()
     assert f"{moved:.2f}" in learned.verdict()
@@ -74,17 +74,17 @@ def test_words_about_a_law_follow_its_distance_from_the_prior(moved, words):
 
 def test_words_say_which_way_a_law_went():
     prior = OrderedMask.uniform(4)
-    shorter, longer = (LearnedLaw.of(OrderedMask(probs=torch.eye(4)[k]), prior) for k in (0, 3))
+    shorter, longer = (LawBesidePrior.of(OrderedMask(probs=torch.eye(4)[k]), prior) for k in (0, 3))
     assert "shorter lengths" in shorter.verdict()
     assert "longer lengths" in longer.verdict()
     assert "Less likely than a priori: lengths 2-4." in shorter.verdict()
-    middle = LearnedLaw.of(OrderedMask(probs=torch.tensor([0.0, 0.5, 0.5, 0.0])), prior)
+    middle = LawBesidePrior.of(OrderedMask(probs=torch.tensor([0.0, 0.5, 0.5, 0.0])), prior)
     assert "Less likely than a priori: lengths 1, 4." in middle.verdict()
-    assert "a priori" not in LearnedLaw.of(prior, prior).verdict()
+    assert "a priori" not in LawBesidePrior.of(prior, prior).verdict()
 
 
 def test_a_law_for_each_image_is_described_by_means():
     law = OrderedMask(probs=torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-    learned = LearnedLaw.of(law, OrderedMask.uniform(2))
+    learned = LawBesidePrior.of(law, OrderedMask.uniform(2))
     assert (learned.mean, learned.stddev_between, learned.entropy) == (1.5, 0.5, 0.0)
     assert learned.total_variation == pytest.approx(0.5)

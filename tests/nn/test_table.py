@@ -14,7 +14,7 @@ from pyro_vnd.nn.table import multiply_adds, num_parameters
 TABLE = """\
 NestedNet(Sequential), one mask for each batch, prefix 'bnn.'
   group  units  blocks         mean blocks kept  mode  layers
-  0      64     16 (2 frozen)  9                 2     0, 2
+  0      64     16 (2 frozen)  9                 2-16  0, 2
   2      32     8              1.666             1     2, 4
 2,755 parameters: 11.1% at width 1/4, 31.5% at width 1/2, to the nearest block
 2,656 multiply-adds: 10.5% at width 1/4, 30.7% at width 1/2, to the nearest block
@@ -54,7 +54,7 @@ def test_a_net_put_together_by_hand_has_no_multiply_adds():
     width = Width("hidden", 8, 4)
     layers = NestedLayer(nn.Linear(2, 8), outputs=width), nn.ReLU(), NestedLayer(nn.Linear(8, 1), inputs=width)
     lines = repr(NestedNet(nn.Sequential(*layers))).splitlines()
-    assert lines[2].split() == ["hidden", "8", "4", "2.5", "1", "0,", "2"]
+    assert lines[2].split() == ["hidden", "8", "4", "2.5", "1-4", "0,", "2"]
     assert lines[3:] == ["33 parameters: 27.3% at width 1/4, 51.5% at width 1/2, to the nearest block"]
 
 

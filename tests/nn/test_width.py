@@ -187,7 +187,7 @@ def test_state_and_dtype():
 def test_a_width_says_what_it_has_learned():
     width = make(10, 4, 2, init=OrderedMask(probs=torch.tensor([0.2, 0.5, 0.3])))
     assert repr(width) == "Width(hidden, 10 units in 4 blocks, frozen=2, mean blocks kept 3.1, mode 3)"
-    assert repr(Width("a", 3)) == "Width(a, 3 units in 3 blocks, mean blocks kept 2, mode 1)"
+    assert repr(Width("a", 3)) == "Width(a, 3 units in 3 blocks, mean blocks kept 2, modes 1-3)"
     with torch.no_grad():
         width.logits.fill_(math.nan)
     assert "mean blocks kept nan" in repr(width)  # whoever looks for the NaN must be able to look
