@@ -181,9 +181,17 @@ def average_batches(
         for batch in batches(data, batch_size):
             torch.manual_seed(seed)
             x = batch[0] if device is None else batch[0].to(device)
-            with explain_inputs("evaluate", (x,), None if own is None else own.dtype):
+            dtype, shapes = None if own is None else own.dtype, getattr(predict, "input_shapes", ())
+            with explain_inputs("evaluate", (x,), dtype, shapes):
                 logits = predict(x)
-            parts.append(average_draws(logits=logits.unsqueeze(0) if logits.dim() == 2 else logits))
+            try:
+                parts.append(average_draws(logits=logits.unsqueeze(0) if logits.dim() == 2 else logits))
+            except ValueError as error:
+                if bad := int((~torch.isfinite(x)).flatten(1).any(1).sum()):
+                    raise ValueError(
+                        f"evaluate: inputs must be finite; {bad} of {len(x)} rows have NaN or inf"
+                    ) from error
+                raise
             if len(parts[-1].log_probs) != len(x):
                 raise ValueError(
                     f"evaluate: `predict` must return logits of shape (S, N, C); got {tuple(logits.shape)} for "

@@ -93,7 +93,7 @@ def evaluate_widths(
                 for narrowed in nets:
                     recalibrate_batchnorm(narrowed, (batch[0].to(device) for batch in batches(recalibrate, batch_size)))
             result = evaluate(
-                _Stacked(nets),
+                _Stacked(nets, net),
                 data,
                 ood=ood,
                 calibrate=calibrate,
@@ -233,7 +233,11 @@ def _narrow_draws(
 
 
 class _Stacked(nn.ModuleList):
-    """Nets with one more dimension of their outputs, (S, N, C)."""
+    """Draws of a net, narrowed, with one more dimension of their outputs, (S, N, C)."""
+
+    def __init__(self, nets: Sequence[nn.Module], net: NestedNet) -> None:
+        super().__init__(nets)
+        self.input_shapes = net.input_shapes
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([net(x) for net in self])
@@ -298,7 +302,7 @@ def loo_widths(
     with module_mode([net], training=False):
         for (asked, *_), blocks in tqdm(distinct, desc="widths", disable=not progress):
             nets = _narrow_draws(net, blocks, example, num_samples, seed)
-            terms = [_log_likelihoods(_Stacked(nets), batch, device) for batch in batches(data, batch_size)]
+            terms = [_log_likelihoods(_Stacked(nets, net), batch, device) for batch in batches(data, batch_size)]
             values = torch.cat(terms, -1)[None].numpy()
             found = _arviz.from_groups({"log_likelihood": {"label": (["chain", "draw", "row"], values)}}, {})
             common = None if isinstance(asked, Integral) else _common_fraction(net, blocks)
@@ -384,7 +388,7 @@ def _log_likelihoods(nets: _Stacked, batch: Sequence[Tensor], device: torch.devi
     if len(batch) < 2:
         raise ValueError("loo_widths: argument `data` must have inputs and labels; got inputs only")
     x = batch[0].to(device)
-    with explain_inputs("loo_widths", (x,), next(nets.parameters()).dtype):
+    with explain_inputs("loo_widths", (x,), next(nets.parameters()).dtype, nets.input_shapes):
         log_probs = nets(x).double().log_softmax(-1).cpu()
     labels = check_rows("loo_widths", "logits", log_probs[0], batch[1]).cpu()
     return log_probs.gather(-1, labels.expand(len(log_probs), -1).unsqueeze(-1)).squeeze(-1)

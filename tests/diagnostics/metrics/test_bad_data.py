@@ -86,6 +86,22 @@ def test_inputs_have_the_type_of_the_net(score, dtype):
         assert error.value.__notes__ == ["evaluate: in the foreign bytes data"]
 
 
+@pytest.mark.parametrize("score", [score for score in SCORES if score != "evaluate"])
+def test_inputs_are_like_the_example_that_was_nested(score):
+    with pytest.raises(
+        ValueError, match=r"inputs must be like the example .* of shape \(1, 5\); got torch.float64 of sha"
+    ):
+        SCORES[score](make_net(), (X[:, :3], CLASSES))
+
+
+@pytest.mark.parametrize("score", ["evaluate", "evaluate_widths", "evaluate_learned"])
+def test_inputs_are_finite(score):
+    x = X.clone()
+    x[2:4, 1] = torch.nan
+    with pytest.raises(ValueError, match="evaluate: inputs must be finite; 2 of 6 rows have NaN or inf"):
+        SCORES[score](make_net(), (x, CLASSES))
+
+
 def test_labels_of_foreign_data_are_not_looked_at():
     foreign = {"other classes": (X, CLASSES + 100), "pixels": (X, X)}
     assert SCORES["evaluate_widths"](make_net(), (X, CLASSES), ood=foreign).sizes["ood"] == 2
