@@ -9,6 +9,7 @@ Of torch. Its distributions are made to be subclassed, by these names; another n
 - `torch.types._size`: the type of a sample shape, in annotations only.
 - `torch.Tensor._version`: grows with each change in place, by which `recall` knows that a sample is no longer its own.
 - `torch._C._are_functorch_transforms_active`: asked before each hand-written gradient, which `torch.func` cannot use.
+- `torch._is_all_true`: tells in `vmap`, too, whether something holds for all of a batch, as torch's own laws ask it.
 - `torch.nn.Module._modules`: where a module has its parts, for lookups that Pyro is not to hear of.
 
 Of Pyro. Objectives, guides and handlers are extended by the methods that its own override:
@@ -49,8 +50,10 @@ from torch import Tensor
 
 __all__ = [
     "QuietModule",
+    "all_true",
     "check_mean_field_requirement",
     "give_local_params",
+    "in_func",
     "mask_of_rows",
     "only_plain_code",
     "quiet_lookups",
@@ -59,12 +62,25 @@ __all__ = [
 ]
 
 
-def only_plain_code() -> bool:
-    """Say whether torch is tracing operations, which must then be torch's own: in `torch.func`, or a compilation.
+def in_func() -> bool:
+    """Say whether a transform of `torch.func` is active: numbers may then be those of a whole batch.
 
-    Breaks where torch renames the first question, which `torch.autograd.Function` itself asks.
+    Breaks where torch renames the question, which `torch.autograd.Function` itself asks.
     """
-    return torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+    return torch._C._are_functorch_transforms_active()
+
+
+def only_plain_code() -> bool:
+    """Say whether torch is tracing operations, which must then be torch's own: in `torch.func`, or a compilation."""
+    return in_func() or torch.compiler.is_compiling()
+
+
+def all_true(held: Tensor) -> bool:
+    """Say whether a check holds everywhere, in `vmap` for the whole batch; in a compilation nobody knows, so yes.
+
+    Breaks where torch renames the function, or no longer lets `vmap` ask it.
+    """
+    return torch.compiler.is_compiling() or bool(torch._is_all_true(held))
 
 
 def remember(value: Tensor, making: Any) -> Tensor:

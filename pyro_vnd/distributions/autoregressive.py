@@ -10,6 +10,7 @@ from torch.types import _size
 
 from pyro_vnd._compat import recall, remember
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
+from pyro_vnd.distributions.constraints import got
 from pyro_vnd.distributions.nested import NestedLaw, NestedNormal, in_range
 from pyro_vnd.distributions.straight_through import Noise, OrderedMaskStraightThrough
 
@@ -142,10 +143,10 @@ class NestedAutoregressive(NestedLaw):
         try:
             loc, scale = (part.expand(shape) for part in parts)
         except (ValueError, AttributeError, RuntimeError):
-            got = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+            came = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
             raise ValueError(
                 "NestedAutoregressive: argument `conditioner` must return means and deviations that broadcast to "
-                f"{tuple(shape)}; got {got}"
+                f"{tuple(shape)}; got {came}"
             ) from None
         return loc, scale
 
@@ -153,8 +154,7 @@ class NestedAutoregressive(NestedLaw):
         if self._validate_args and not (in_range("loc", loc) and in_range("scale", scale)):
             raise ValueError(
                 "NestedAutoregressive: argument `conditioner` must return finite means and finite deviations > 0; got "
-                f"{loc.min().item():.4g} to {loc.max().item():.4g} and {scale.min().item():.4g} to "
-                f"{scale.max().item():.4g}"
+                f"{got(loc)} and {got(scale)}"
             )
 
     def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:

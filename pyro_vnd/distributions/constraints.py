@@ -1,20 +1,47 @@
 """Constraints of masks and nested vectors, the map from one-hot lengths to masks, and checks of arguments."""
 
+import math
+from contextlib import suppress
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints, transform_to
 from torch.distributions.transforms import ComposeTransform, SoftmaxTransform, StickBreakingTransform
 
+from pyro_vnd._compat import all_true, only_plain_code
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 
-__all__ = ["TailSum", "binary_ordered_mask", "check_expandable", "extremes", "nested_vector", "ordered_mask"]
+__all__ = ["TailSum", "binary_ordered_mask", "check_expandable", "got", "nested_vector", "ordered_mask", "within"]
 
 
 def extremes(x: Tensor) -> tuple[float, float]:
     """Return the smallest and the largest entry, both NaN if there is one: one pass, and one look at the device."""
     low, high = torch.stack(x.detach().aminmax()).tolist()
     return low, high
+
+
+def within(x: Tensor, low: float = -math.inf, high: float = math.inf) -> bool:
+    """Say whether all entries are strictly between two bounds, NaN being nowhere; yes where nobody knows, as if traced.
+
+    Args:
+        x: Any tensor; that of a whole batch in `vmap`.
+        low: Lower bound.
+        high: Upper bound.
+    """
+    if not x.numel():
+        return True
+    if only_plain_code():
+        return all_true((x > low) & (x < high))
+    least, largest = extremes(x)
+    return low < least and largest < high
+
+
+def got(x: Tensor) -> str:
+    """Say for an error what values came, if they can be looked at."""
+    with suppress(RuntimeError):
+        return "values from {:.4g} to {:.4g}".format(*extremes(x))
+    return "others"
 
 
 def check_expandable(distribution: Distribution, batch_shape: torch.Size) -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from numbers import Real
+from operator import index
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,8 +14,9 @@ from torch.distributions import Distribution, constraints
 from torch.nn.functional import logsigmoid, pad
 from torch.types import _size
 
+from pyro_vnd._compat import all_true
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
-from pyro_vnd.distributions.constraints import check_expandable, extremes, tail_sum
+from pyro_vnd.distributions.constraints import check_expandable, got, tail_sum, within
 from pyro_vnd.distributions.derived import KeepsDerived, derived
 
 __all__ = ["LengthLaw", "batch_facts", "gumbel_like", "log_or_minus_infinity", "span"]
@@ -91,20 +93,15 @@ class LengthLaw(KeepsDerived, TorchDistribution):
         return param
 
     def _check_values(self, param: Tensor) -> None:
-        if not param.numel():
-            return
-        low, high = extremes(param)
         expected = None
-        if not (low > -math.inf and high < math.inf):
+        if not within(param):
             expected = "finite values" + (" (use `probs` for lengths of probability zero)" if self._is_logits else "")
-        elif not self._is_logits and low < 0:
-            expected = "values >= 0"
-        elif not self._is_logits and not (param > 0).any(-1).all():
-            expected = "at least one positive value along the last dimension"
+        elif not self._is_logits and not all_true((param >= 0).all(-1) & (param > 0).any(-1)):
+            expected = "values >= 0, at least one positive along the last dimension"
         if expected is not None:
             raise ValueError(
                 f"{type(self).__name__}: argument `{self._param_name}` of shape {tuple(param.shape)} must have "
-                f"{expected}; got values from {low:.4g} to {high:.4g}"
+                f"{expected}; got {got(param)}"
             )
 
     def _check_temperature(
@@ -117,10 +114,8 @@ class LengthLaw(KeepsDerived, TorchDistribution):
                 raise ValueError(f"{name} must be a positive, finite number or tensor; got {temperature!r}")
             return float(temperature), batch_shape
         value = temperature.to(self._param)
-        if validate_args and not ((value > 0) & torch.isfinite(value)).all():
-            raise ValueError(
-                f"{name} of shape {tuple(value.shape)} must be positive and finite; got {value.min().item():.4g}"
-            )
+        if validate_args and not within(value, 0):
+            raise ValueError(f"{name} of shape {tuple(value.shape)} must be positive and finite; got {got(value)}")
         try:
             return value, broadcast_shapes(value.shape, batch_shape)
         except RuntimeError:
@@ -235,11 +230,14 @@ class LengthLaw(KeepsDerived, TorchDistribution):
                 f"{tuple(self.batch_shape)}"
             ) from None
         valid = self.support.check(value)
-        if not valid.all():
+        if not all_true(valid):
+            example = "others"
+            with suppress(RuntimeError):
+                wrong = value.reshape(-1, self.num_units)[~valid.reshape(-1)]
+                example = f"for example, {wrong[0].tolist()[:8]}"
             raise ValueError(
                 f"{name}: argument `value` of shape {tuple(value.shape)} must be masks 1 = z_1 >= ... >= z_K >= 0"
-                f"{' of zeros and ones' if self.support.is_discrete else ''}; "
-                f"got, for example, {value.reshape(-1, self.num_units)[~valid.reshape(-1)][0].tolist()[:8]}"
+                f"{' of zeros and ones' if self.support.is_discrete else ''}; got {example}"
             )
 
     def __repr__(self) -> str:
@@ -283,7 +281,7 @@ class LengthLaw(KeepsDerived, TorchDistribution):
                 f"{name} must be a floating-point tensor of shape (..., num_units - 1); "
                 f"got shape {tuple(chain_logits.shape)}, {chain_logits.dtype}"
             )
-        if kwargs.get("validate_args", cls._validate_args) and not torch.isfinite(chain_logits).all():
+        if kwargs.get("validate_args", cls._validate_args) and not within(chain_logits):
             raise ValueError(f"{name} of shape {tuple(chain_logits.shape)} must have finite values; got NaN or inf")
         if chain_logits.dtype in _HALF_PRECISION:
             chain_logits = chain_logits.float()
@@ -311,12 +309,17 @@ class LengthLaw(KeepsDerived, TorchDistribution):
             >>> OrderedMask.geometric(0.5, 3).probs
             tensor([0.5000, 0.2500, 0.2500])
         """
-        p = torch.as_tensor(p, dtype=None if isinstance(p, Tensor) else torch.get_default_dtype())
-        if not ((p > 0) & (p < 1)).all():
-            raise ValueError(f"{cls.__name__}: argument `p` must be strictly between 0 and 1; got {p.tolist()}")
-        return cls.from_chain_logits(
-            torch.logit(p).unsqueeze(-1).expand(*p.shape, _positive_int(cls, num_units) - 1), **kwargs
-        )
+        num_units = positive_int(cls, num_units)
+        name = f"{cls.__name__}: argument `p`"
+        if not isinstance(p, Real | Tensor):
+            raise ValueError(f"{name} must be a number or a tensor; got {type(p).__name__}")
+        keep = p if isinstance(p, Tensor) else torch.tensor(p, dtype=torch.float64)
+        if not within(keep, 0, 1):
+            raise ValueError(f"{name} must be strictly between 0 and 1; got {got(p) if isinstance(p, Tensor) else p}")
+        # The logit first: near one a number has more digits than what becomes of it.
+        chain = torch.logit(keep.float() if keep.dtype in _HALF_PRECISION else keep)
+        chain = chain if isinstance(p, Tensor) else chain.to(torch.get_default_dtype())
+        return cls.from_chain_logits(chain.unsqueeze(-1).expand(*chain.shape, num_units - 1), **kwargs)
 
     @classmethod
     def uniform(
@@ -343,13 +346,15 @@ class LengthLaw(KeepsDerived, TorchDistribution):
             >>> OrderedMask.uniform(4).keep_probs
             tensor([1.0000, 0.7500, 0.5000, 0.2500])
         """
-        return cls(logits=torch.zeros(_positive_int(cls, num_units), dtype=dtype, device=device), **kwargs)
+        return cls(logits=torch.zeros(positive_int(cls, num_units), dtype=dtype, device=device), **kwargs)
 
 
-def _positive_int(cls: type, num_units: int) -> int:
-    if not isinstance(num_units, int) or num_units < 1:
-        raise ValueError(f"{cls.__name__}: argument `num_units` must be an integer >= 1; got {num_units!r}")
-    return num_units
+def positive_int(cls: type, num_units: int) -> int:
+    """Return a number of units, of Python or numpy, as an `int`."""
+    with suppress(TypeError):
+        if not isinstance(num_units, bool) and index(num_units) >= 1:
+            return index(num_units)
+    raise ValueError(f"{cls.__name__}: argument `num_units` must be an integer >= 1; got {num_units!r}")
 
 
 def log_or_minus_infinity(probs: Tensor) -> Tensor:

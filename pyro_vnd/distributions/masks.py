@@ -9,7 +9,7 @@ from torch.distributions import constraints
 from torch.nn.functional import pad
 from torch.types import _size
 
-from pyro_vnd._compat import remember
+from pyro_vnd._compat import in_func, remember
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions._fast.masks import hard_mask
 from pyro_vnd.distributions.constraints import binary_ordered_mask, tail_difference, tail_sum
@@ -59,6 +59,13 @@ class Cut:
             ValueError: If a length is no integer from 0 to K, or they do not fit the batch.
         """
         lengths = torch.as_tensor(length, device=law._like.device)
+        if in_func():
+            try:
+                lengths.tolist()
+            except RuntimeError:
+                raise ValueError(
+                    f"{name}.cut: argument `length` must be known, so that `torch.func.vmap` cannot map over it"
+                ) from None
         whole = not lengths.is_floating_point() and lengths.dtype != torch.bool
         if not whole or (law._validate_args and not ((lengths >= 0) & (lengths <= law.num_units)).all()):
             raise ValueError(

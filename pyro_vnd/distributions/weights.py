@@ -68,6 +68,17 @@ class LogScaleNormal(KeepsDerived, dist.Normal):
         """Variance σ², shape batch_shape."""
         return self.variance_and_sums[0]
 
+    def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
+        """Draw weights with gradients, shape sample_shape + batch_shape."""
+        # torch.randn works under vmap, unlike the noise of torch's Normal.
+        shape = self._extended_shape(sample_shape)
+        return self.loc + self.scale * torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+
+    def sample(self, sample_shape: _size = torch.Size()) -> Tensor:
+        """Draw weights, shape sample_shape + batch_shape."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
     @derived
     def variance_and_sums(self) -> tuple[Tensor, Tensor, Tensor]:
         """σ², shape batch_shape, and the sums Σ σ² and Σ ρ, with a gradient in one array for all three."""

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -195,7 +196,13 @@ def test_geometric_probability(p):
         OrderedMask.geometric(p, 4)
 
 
-@pytest.mark.parametrize("num_units", [0, -1, 2.0, "4", None])
+@pytest.mark.parametrize(("p", "got"), [("0.5", "str"), (None, "NoneType"), ([0.5], "list")])
+def test_geometric_probability_that_is_no_number(p, got):
+    with raises("OrderedMask", "`p`", "number or a tensor", got):
+        OrderedMask.geometric(p, 4)
+
+
+@pytest.mark.parametrize("num_units", [0, -1, 2.0, "4", None, True, np.True_, np.float64(3)])
 @pytest.mark.parametrize("build", [OrderedMask.uniform, lambda k: OrderedMask.geometric(0.5, k)])
 def test_number_of_units(build, num_units):
     with raises("OrderedMask", "`num_units`", "integer >= 1", repr(num_units)):
@@ -210,7 +217,7 @@ def test_chain_logits(value, got):
 
 @each(over_lengths=True)
 def test_values_are_not_checked_without_validation(case):
-    """Neither parameters nor samples: a check would wait for the GPU and cannot be traced by vmap."""
+    """Neither parameters nor samples: a check would wait for the GPU."""
     law = case.with_lengths(logits=torch.tensor([0.0, NAN, 0.0, 0.0]), validate_args=False)
     assert law.log_prob(torch.tensor([1.0, 0.3, 0.7, 0.0])).shape == ()
     assert law.sample().shape == (4,)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -99,6 +100,22 @@ def test_geometric(p, num_units):
     torch.testing.assert_close(law.probs, oracles.chain_probs(torch.full((num_units - 1,), p).logit()))
     ratio = law.probs[1:-1] / law.probs[: max(0, num_units - 2)]
     torch.testing.assert_close(ratio, torch.full_like(ratio, p))
+
+
+def test_a_number_is_not_rounded_before_its_logit_is_taken():
+    p, num_units = 0.999999, 10**5
+    torch.set_default_dtype(torch.float32)
+    law, closer = OrderedMask.geometric(p, num_units), OrderedMask.geometric(1 - 1e-9, 10)
+    assert law.probs.dtype == torch.float32
+    # The probability that a long mask stops early is all in the digits of 1 - p.
+    assert (1 - law.keep_probs[50_000]).item() == pytest.approx(1 - p**50_000, rel=1e-4)
+    assert closer.probs[0].item() == pytest.approx(1e-9, rel=1e-3)
+
+
+def test_numbers_of_numpy():
+    law = OrderedMask.geometric(np.float32(0.5), np.int64(3))
+    torch.testing.assert_close(law.probs, torch.tensor([0.5, 0.25, 0.25]))
+    assert OrderedMask.uniform(np.int32(3)).num_units == 3
 
 
 def test_geometric_of_a_batch_of_probabilities():
