@@ -89,15 +89,22 @@ def remember(value: Tensor, making: Any) -> Tensor:
     Nor do samples drawn in `torch.inference_mode`, which do not tell whether they were changed in place. Breaks where
     tensors take no attributes, or do not count their changes in `_version`.
     """
-    if not torch.compiler.is_compiling() and not value.is_inference():
+    if torch.compiler.is_compiling():
+        value._making = (making, 0)  # type: ignore[attr-defined]  # what leaves a compiled function is new
+    elif not value.is_inference():
         value._making = (making, value._version)  # type: ignore[attr-defined]
     return value
 
 
 def recall(value: Tensor) -> Any | None:
-    """Return what was attached to a sample, or None for other tensors and samples changed in place."""
+    """Return what was attached to a sample, or None for other tensors and samples changed in place.
+
+    In a compilation changes in place are not counted, and must not be made.
+    """
     making, version = getattr(value, "_making", (None, None))
-    return making if making is not None and version == value._version else None
+    if making is None or torch.compiler.is_compiling():
+        return making
+    return making if not value.is_inference() and version == value._version else None
 
 
 def give_local_params(module: PyroModule) -> None:

@@ -125,6 +125,11 @@ def tail_difference(y: Tensor) -> Tensor:
     return y - F.pad(y[..., 1:], (0, 1))
 
 
+def counted(weights: Tensor, terms: Tensor) -> Tensor:
+    """Multiply terms by weights; what counts nothing may be infinite, and else has its gradient to the weight."""
+    return weights * terms.masked_fill((weights == 0) & terms.isinf(), 0)
+
+
 class TailSum(Transform):
     r"""Map the simplex to ordered masks by summing tails.
 

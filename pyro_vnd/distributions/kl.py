@@ -1,5 +1,8 @@
 """Exact Kullback-Leibler divergences, found by `torch.distributions.kl_divergence` and `TraceMeanField_ELBO`."""
 
+from itertools import product
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence, register_kl
@@ -8,9 +11,12 @@ from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions._fast.gated_kl import gated_normal_kl
 from pyro_vnd.distributions._fast.log_uniform import log_uniform_kl
 from pyro_vnd.distributions._fast.normals import normal_kl
+from pyro_vnd.distributions.lengths import LengthLaw
 from pyro_vnd.distributions.masks import CutMask, OrderedMask, expectation
 from pyro_vnd.distributions.nested import NestedNormal
-from pyro_vnd.distributions.weights import Gated, LogUniform
+from pyro_vnd.distributions.relaxed import RelaxedOrderedMask
+from pyro_vnd.distributions.straight_through import OrderedMaskStraightThrough
+from pyro_vnd.distributions.weights import Gated, LogScaleNormal, LogUniform
 
 
 @register_kl(OrderedMask, OrderedMask)
@@ -31,6 +37,26 @@ def _kl_cut_mask(q: CutMask, p: CutMask) -> Tensor:
     return q.given.put(kl, kl.new_zeros(*q.batch_shape, 1)).squeeze(-1)
 
 
+@register_kl(RelaxedOrderedMask, RelaxedOrderedMask)
+def _kl_relaxed_ordered_mask(q: RelaxedOrderedMask, p: RelaxedOrderedMask) -> NoReturn:
+    """Refuse: objectives then score draws in both laws, without a word."""
+    raise NotImplementedError(
+        "KL of two RelaxedOrderedMask: there is no closed form; estimate it by the mean of "
+        "q.log_prob(z) - p.log_prob(z) over draws z = q.rsample((n,)), as the objectives of Pyro and NestedELBO do"
+    )
+
+
+@register_kl(RelaxedOrderedMask, OrderedMask)
+@register_kl(OrderedMask, RelaxedOrderedMask)
+def _kl_of_a_density_and_a_pmf(q: LengthLaw, p: LengthLaw) -> NoReturn:
+    """Refuse, and not as what is not implemented: scores of draws would be no better."""
+    raise ValueError(
+        f"KL of {type(q).__name__} and {type(p).__name__}: a density of soft masks and probabilities of hard ones do "
+        "not mix. Take RelaxedOrderedMask in both model and guide, or OrderedMask in the model and "
+        "OrderedMaskStraightThrough in the guide"
+    )
+
+
 @register_kl(NestedNormal, NestedNormal)
 def _kl_nested_normal(q: NestedNormal, p: NestedNormal) -> Tensor:
     """Return KL(L_q || L_p) + sum_i S_i KL(N_q,i || N_p,i): a coordinate costs only when it is kept."""
@@ -41,7 +67,7 @@ def _kl_nested_normal(q: NestedNormal, p: NestedNormal) -> Tensor:
 def kl_parts(q: NestedNormal, p: NestedNormal) -> tuple[Tensor, Tensor]:
     """Return the two terms of the divergence, that of the lengths and that of the kept coordinates."""
     _check_units(q, p)
-    return kl_divergence(q.mask_law, p.mask_law), (q.keep_probs * normal_kl(q.loc, q.scale, p.loc, p.scale)).sum(-1)
+    return kl_divergence(q.mask_law, p.mask_law), expectation(q.keep_probs, normal_kl(q.loc, q.scale, p.loc, p.scale))
 
 
 def _check_units(q: OrderedMask | NestedNormal, p: OrderedMask | NestedNormal) -> None:
@@ -69,3 +95,16 @@ def _kl_normal_log_uniform(q: Normal, p: LogUniform) -> Tensor:
     dtype = torch.promote_types(q.loc.dtype, torch.float32)
     kl = log_uniform_kl(q.loc.to(dtype), q.scale.to(dtype))
     return kl.expand(torch.broadcast_shapes(q.batch_shape, p.batch_shape))
+
+
+def _look_up() -> None:
+    """Have torch find each divergence once, which it then keeps: how it looks for one, `torch.compile` cannot trace."""
+    one = torch.ones(1)
+    masks = [OrderedMask(logits=one), OrderedMaskStraightThrough(1.0, logits=one), OrderedMask(logits=one).cut(1)]
+    weights = LogScaleNormal(one, one)
+    others = [(law, law) for law in (NestedNormal(1, 1, one), weights, Gated(weights))]
+    for q, p in [*product(masks, masks), *others, (weights, LogUniform())]:
+        kl_divergence(q, p)
+
+
+_look_up()

@@ -110,7 +110,8 @@ class LengthLaw(KeepsDerived, TorchDistribution):
         """Return a temperature, a tensor with dtype and device of the parameters, and the batch shape of the two."""
         name = f"{type(self).__name__}: argument `temperature`"
         if not isinstance(temperature, Tensor):
-            if not (isinstance(temperature, Real) and 0 < float(temperature) < math.inf):
+            number = isinstance(temperature, Real) and not isinstance(temperature, bool)
+            if not (number and 0 < float(temperature) < math.inf):
                 raise ValueError(f"{name} must be a positive, finite number or tensor; got {temperature!r}")
             return float(temperature), batch_shape
         value = temperature.to(self._param)

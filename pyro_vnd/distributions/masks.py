@@ -9,10 +9,10 @@ from torch.distributions import constraints
 from torch.nn.functional import pad
 from torch.types import _size
 
-from pyro_vnd._compat import in_func, remember
+from pyro_vnd._compat import only_plain_code, remember
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions._fast.masks import hard_mask
-from pyro_vnd.distributions.constraints import binary_ordered_mask, tail_difference, tail_sum
+from pyro_vnd.distributions.constraints import binary_ordered_mask, got, tail_difference, tail_sum, within
 from pyro_vnd.distributions.derived import derived
 from pyro_vnd.distributions.lengths import LengthLaw, log_or_minus_infinity
 
@@ -33,15 +33,19 @@ class Cut:
         length: As above.
         lengths: The same, with the batch shape of the law, and on its device.
         masks: Masks of these lengths, shape batch_shape + (K,).
-        rows: Where in the flattened batch a length is random, shape (R,).
+        rows: Where in the flattened batch a length is random, shape (R,); where torch traces operations all rows, as
+            how many these are would depend on values.
     """
 
     def __init__(self, length: Tensor, law: LengthLaw) -> None:
         self.length, like = length, law._like
         with torch.inference_mode(False):  # parameters may want a gradient of what is taken by these rows
             lengths = length.expand(law.batch_shape)
-            # For lengths on the CPU this does not wait for another device.
-            self.rows = (lengths.reshape(-1) == 0).nonzero().squeeze(-1).to(like.device)
+            self._all_rows = only_plain_code()
+            if self._all_rows:
+                self.rows = torch.arange(law.batch_shape.numel(), device=like.device)
+            else:  # for lengths on the CPU this does not wait for another device
+                self.rows = (lengths.reshape(-1) == 0).nonzero().squeeze(-1).to(like.device)
             self.lengths = lengths.to(like.device)
             units = torch.arange(1, law.num_units + 1, device=like.device)
             self.masks = (units <= self.lengths.unsqueeze(-1)).to(like.dtype)
@@ -59,18 +63,11 @@ class Cut:
             ValueError: If a length is no integer from 0 to K, or they do not fit the batch.
         """
         lengths = torch.as_tensor(length, device=law._like.device)
-        if in_func():
-            try:
-                lengths.tolist()
-            except RuntimeError:
-                raise ValueError(
-                    f"{name}.cut: argument `length` must be known, so that `torch.func.vmap` cannot map over it"
-                ) from None
         whole = not lengths.is_floating_point() and lengths.dtype != torch.bool
-        if not whole or (law._validate_args and not ((lengths >= 0) & (lengths <= law.num_units)).all()):
+        if not whole or (law._validate_args and not within(lengths, -1, law.num_units + 1)):
             raise ValueError(
                 f"{name}.cut: argument `length` must be integers from 1 to {law.num_units}, or 0 for a random length; "
-                f"got {lengths.tolist()}"
+                f"got {got(lengths)}, {lengths.dtype}"
             )
         try:
             return cls(lengths, law)
@@ -101,7 +98,9 @@ class Cut:
         Returns:
             Shape (...) + batch_shape + (n,).
         """
-        if random.dim() == given.dim() == 2:
+        if self._all_rows:
+            random = torch.where(self.lengths.reshape(-1, 1) == 0, random, given.reshape(-1, given.shape[-1]))
+        elif random.dim() == given.dim() == 2:
             return given.index_copy(0, self.rows, random)
         leading, flat = random.shape[:-2], given.reshape(-1, given.shape[-1])
         put = flat.expand(leading + flat.shape).index_copy(len(leading), self.rows, random)

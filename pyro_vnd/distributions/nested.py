@@ -1,6 +1,7 @@
 """Normal laws of ordered coordinates that are zero past a random length."""
 
 from copy import copy
+from numbers import Real
 from typing import Any, ClassVar, Self
 
 import torch
@@ -11,7 +12,7 @@ from torch.types import _size
 
 from pyro_vnd._compat import recall, remember
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
-from pyro_vnd.distributions.constraints import check_expandable, got, nested_vector, tail_sum, within
+from pyro_vnd.distributions.constraints import check_expandable, counted, got, nested_vector, tail_sum, within
 from pyro_vnd.distributions.masks import Cut, OrderedMask
 from pyro_vnd.distributions.straight_through import Noise, OrderedMaskStraightThrough
 
@@ -161,8 +162,8 @@ class NestedNormal(NestedLaw):
     Shapes: loc, scale and lengths broadcast to (..., K); batch_shape (...); event_shape (K,).
 
     Args:
-        loc: Means, broadcastable to (..., K).
-        scale: Standard deviations, > 0, broadcastable to (..., K).
+        loc: Means, floating-point and broadcastable to (..., K), or one number for all.
+        scale: Standard deviations, > 0, the same.
         logits: Unnormalised log-weights of the lengths 1..K, shape (..., K).
         probs: Weights of the lengths, in place of `logits`.
         temperature: Temperature of the straight-through mask, > 0.
@@ -192,8 +193,8 @@ class NestedNormal(NestedLaw):
 
     def __init__(
         self,
-        loc: Tensor,
-        scale: Tensor,
+        loc: Tensor | float,
+        scale: Tensor | float,
         logits: Tensor | None = None,
         *,
         probs: Tensor | None = None,
@@ -204,19 +205,7 @@ class NestedNormal(NestedLaw):
         mask_law = OrderedMaskStraightThrough(
             temperature, probs=probs, logits=logits, noise=noise, validate_args=validate_args
         )
-        for name, value in (("loc", loc), ("scale", scale)):
-            if not isinstance(value, Tensor) or (value.dim() and value.shape[-1] not in (1, mask_law.num_units)):
-                came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"NestedNormal: argument `{name}` must be a tensor that broadcasts to (..., {mask_law.num_units}), "
-                    f"as many coordinates as lengths; got {came}"
-                )
-            if mask_law._validate_args and not in_range(name, value):
-                raise ValueError(
-                    f"NestedNormal: argument `{name}` of shape {tuple(value.shape)} must be finite"
-                    f"{' and > 0' if name == 'scale' else ''}; got {got(value)}"
-                )
-        self._fill(loc, scale, mask_law)
+        self._fill(_coordinates("loc", loc, mask_law), _coordinates("scale", scale, mask_law), mask_law)
 
     @classmethod
     def _of(cls, loc: Tensor, scale: Tensor, mask_law: OrderedMask) -> Self:
@@ -293,13 +282,32 @@ class NestedNormal(NestedLaw):
         making = recall(value)
         mask, dense = (self.mask_of(value), value) if making is None else making
         # A dropped coordinate counts nothing; a straight-through mask still passes its gradient.
-        return self.mask_law.log_prob(mask) + (mask * self.normal.log_prob(dense)).sum(-1)
+        return self.mask_law.log_prob(mask) + counted(mask, self.normal.log_prob(dense)).sum(-1)
 
     def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
         """Return the same law with a larger batch shape."""
         new = super().expand(batch_shape, _instance)
         new._loc, new._scale = self._loc, self._scale
         return new
+
+
+def _coordinates(name: str, value: Any, mask_law: OrderedMask) -> Tensor:
+    """Return means or deviations, of which a number is one for all coordinates, once they are checked."""
+    if isinstance(value, Real) and not isinstance(value, bool):
+        value = torch.as_tensor(float(value), dtype=mask_law._like.dtype, device=mask_law._like.device)
+    fits = isinstance(value, Tensor) and (not value.dim() or value.shape[-1] in (1, mask_law.num_units))
+    if not fits or not value.is_floating_point():
+        came = f"{tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"NestedNormal: argument `{name}` must be a number, or a floating-point tensor that broadcasts to "
+            f"(..., {mask_law.num_units}), as many coordinates as lengths; got {came}"
+        )
+    if mask_law._validate_args and not in_range(name, value):
+        raise ValueError(
+            f"NestedNormal: argument `{name}` of shape {tuple(value.shape)} must be finite"
+            f"{' and > 0' if name == 'scale' else ''}; got {got(value)}"
+        )
+    return value
 
 
 def in_range(name: str, value: Tensor) -> bool:

@@ -12,8 +12,9 @@ from torch.distributions import Distribution, constraints
 from torch.distributions.utils import broadcast_all
 from torch.types import _size
 
+from pyro_vnd._compat import all_true
 from pyro_vnd.distributions._fast.normals import variance_and_sums
-from pyro_vnd.distributions.constraints import check_expandable
+from pyro_vnd.distributions.constraints import check_expandable, counted, got
 from pyro_vnd.distributions.derived import KeepsDerived, derived
 from pyro_vnd.distributions.lengths import batch_facts, span
 
@@ -176,7 +177,7 @@ class LogUniform(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return -log |w| - c, finite at zero, shape broadcast(value.shape, batch_shape)."""
-        if self._validate_args:
+        if self._validate_args and not torch.compiler.is_compiling():
             self._validate_sample(value)
         log_prob = -value.abs().clamp_min(torch.finfo(value.dtype).tiny).log() - _CONSTANT
         return log_prob.expand(torch.broadcast_shapes(value.shape, self.batch_shape))
@@ -206,7 +207,8 @@ class Gated(TorchDistribution):
         validate_args: Whether shapes and samples are checked.
 
     Raises:
-        ValueError: If a law is not univariate, or it or the gate does not broadcast to the event.
+        ValueError: If a law is not univariate, it or the gate does not broadcast to the event, or a gate is outside
+            [0, 1].
 
     Source: Cui et al., arXiv 2101.11353, section 4.2 (the KL of weights given the mask).
 
@@ -232,6 +234,9 @@ class Gated(TorchDistribution):
         validate_args: bool | None = None,
     ) -> None:
         shape = base.batch_shape if event_shape is None else torch.Size(event_shape)
+        if gate is not None and not (isinstance(gate, Tensor) and gate.is_floating_point()):
+            came = gate.dtype if isinstance(gate, Tensor) else type(gate).__name__
+            raise ValueError(f"Gated: argument `gate` must be a floating-point tensor or None; got {came}")
         shapes = {"base": base.batch_shape, "gate": () if gate is None else gate.shape}
         for name, law in (("base", base), ("rest", rest)):
             if law is not None and law.event_shape:
@@ -249,6 +254,10 @@ class Gated(TorchDistribution):
         # The base keeps its own, possibly smaller shape: the KL to a prior with one scale is then mostly sums.
         self.base, self.gate, self.rest = base, gate, rest
         super().__init__(torch.Size(), shape, validate_args=validate_args)
+        if gate is not None and self._validate_args and not all_true((gate >= 0) & (gate <= 1)):
+            raise ValueError(
+                f"Gated: argument `gate` of shape {tuple(gate.shape)} must have values in [0, 1]; got {got(gate)}"
+            )
 
     @property
     def has_rsample(self) -> bool:  # type: ignore[override]
@@ -283,7 +292,8 @@ class Gated(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the gated sum of log-probabilities, shape value.shape without the event dimensions."""
-        if self._validate_args and value.numel():  # torch's check of independent entries fails where there are none
+        # Torch's check of independent entries fails where there are none, and where values are not known.
+        if self._validate_args and value.numel() and not torch.compiler.is_compiling():
             self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape, self._extended_shape())
         log_prob = self.sum_over_event(self.base.log_prob(value).expand(shape), self.gate)
@@ -292,13 +302,14 @@ class Gated(TorchDistribution):
         return log_prob + self.sum_over_event(self.rest.log_prob(value).expand(shape), 1 - self.gate)
 
     def sum_over_event(self, terms: Tensor, gate: Tensor | None) -> Tensor:
-        """Return the sum of terms, one for each entry, each times its gate.
+        """Return the sum of terms, one for each entry, each times its gate; zero times infinity is zero, if checked.
 
         Args:
             terms: Shape (...) + event_shape.
             gate: Broadcastable to that, or None to count all terms in full.
         """
-        terms = terms if gate is None else terms * gate
+        if gate is not None:  # nets, which have no checks, are spared four passes over their weights
+            terms = counted(gate, terms) if self._validate_args else gate * terms
         return terms.sum(list(range(-len(self.event_shape), 0))) if self.event_shape else terms
 
     def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:

@@ -7,6 +7,7 @@ import pyro
 import pytest
 import torch
 from cases import LENGTH_CASES, each
+from torch.distributions import kl_divergence
 
 from pyro_vnd.distributions import NestedNormal, OrderedMask, RelaxedOrderedMask
 
@@ -76,6 +77,7 @@ WRONG_TEMPERATURES = {
     "inf": INF,
     "text": "cold",
     "nothing": None,
+    "a boolean": True,
     "zero tensor": torch.tensor(0.0),
     "negative tensor": torch.tensor([0.5, -0.5, 0.5]),
     "nan tensor": torch.tensor(NAN),
@@ -172,7 +174,11 @@ WRONG_NORMALS = {
     "nan scale": ({"scale": torch.full((3,), NAN)}, "> 0", "(3,)"),
     "loc of other units": ({"loc": torch.zeros(4)}, "(..., 3)", "(4,)"),
     "scale of other units": ({"scale": torch.ones(2, 2)}, "(..., 3)", "(2, 2)"),
-    "loc is a number": ({"loc": 0.0}, "(..., 3)", "float"),
+    "loc of integers": ({"loc": torch.zeros(3, dtype=torch.int64)}, "floating-point", "torch.int64"),
+    "scale of booleans": ({"scale": torch.ones(3, dtype=torch.bool)}, "floating-point", "torch.bool"),
+    "scale is a boolean": ({"scale": True}, "(..., 3)", "bool"),
+    "scale is a number below zero": ({"scale": -1}, "> 0", "from -1 to -1"),
+    "loc is an array": ({"loc": np.zeros(3)}, "(..., 3)", "ndarray"),
     "scale is a list": ({"scale": [1.0, 1.0, 1.0]}, "(..., 3)", "list"),
 }
 
@@ -183,6 +189,16 @@ def test_location_and_scale(wrong, expected, got):
     (name,) = wrong
     with raises("NestedNormal", f"`{name}`", expected, got):
         NestedNormal(**(arguments | wrong))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_number_is_the_same_for_all_coordinates(dtype):
+    logits = torch.arange(3.0).to(dtype)
+    law, same = NestedNormal(0, np.float32(2), logits), NestedNormal(torch.zeros(3), 2 * torch.ones(3), logits)
+    assert law.loc.dtype == law.sample().dtype == dtype
+    value = same.sample((5,))
+    torch.testing.assert_close(law.log_prob(value), same.log_prob(value))
+    assert kl_divergence(law, same).item() == 0
 
 
 def test_batches_that_do_not_broadcast():

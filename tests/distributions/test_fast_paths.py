@@ -11,7 +11,7 @@ from torch.distributions import Normal
 from torch.func import grad, vmap
 
 from pyro_vnd._compat import only_plain_code
-from pyro_vnd.distributions import Gated, NestedNormal, OrderedMaskStraightThrough, RelaxedOrderedMask
+from pyro_vnd.distributions import Gated
 from pyro_vnd.distributions._fast import arrays, gated_kl, log_uniform, masks, normals
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions.weights import LogScaleNormal
@@ -214,28 +214,3 @@ def test_plain_code_takes_over_where_torch_traces_operations_and_nowhere_else():
     with torch.inference_mode():
         look(torch.ones(3))
     assert seen == [False, True, True, True, False]
-
-
-def straight_through(logits):
-    law = OrderedMaskStraightThrough(0.2, logits=logits, validate_args=False)
-    return (law.rsample((8,)) * torch.arange(16.0)).sum()
-
-
-def nested(logits):  # this draw and the next remember how they were made
-    return NestedNormal(logits, torch.ones(16), logits, validate_args=False).rsample((8,)).sum()
-
-
-def relaxed(logits):
-    return RelaxedOrderedMask(0.5, logits=logits, validate_args=False).rsample((8,)).square().sum()
-
-
-@pytest.mark.parametrize("total", [straight_through, nested, relaxed])
-def test_a_draw_and_its_gradient_compile_to_one_graph(total):
-    found = []
-    for function in (total, torch.compile(total, backend="aot_eager", fullgraph=True)):
-        logits = torch.linspace(-1, 1, 16, requires_grad=True)
-        torch.manual_seed(0)
-        value = function(logits)
-        value.backward()
-        found.append((value, logits.grad))
-    torch.testing.assert_close(*found)

@@ -80,6 +80,42 @@ def test_gradients_are_those_of_torchs_kl(prior):
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("prior", [Normal(0.0, 1.0), Laplace(0.0, 1.0)], ids=["Normal", "Laplace"])
+def test_what_a_closed_gate_leaves_out_may_be_infinite(prior):
+    loc, gate = torch.tensor([1e200, 1.0], requires_grad=True), torch.tensor([0.0, 0.5], requires_grad=True)
+    family = type(prior)
+    q = Gated(family(loc, torch.ones(2)), gate=gate, rest=prior)
+    one = family(loc[1].detach(), 1.0)
+    kl, score = kl_divergence(q, Gated(prior, (2,))), q.log_prob(torch.zeros(2))
+    torch.testing.assert_close(kl, 0.5 * kl_divergence(one, prior))
+    zero = torch.zeros(())
+    torch.testing.assert_close(score, 0.5 * one.log_prob(zero) + 1.5 * prior.log_prob(zero))
+    for gradient in torch.autograd.grad(kl + 2 * score, (loc, gate)):
+        assert torch.isfinite(gradient).all()
+        assert gradient[1] != 0
+
+
+def test_a_closed_gate_has_a_gradient():
+    gate = torch.zeros(2, requires_grad=True)
+    kl_divergence(Gated(Normal(torch.ones(2), 1.0), gate=gate), Gated(Normal(0.0, 1.0), (2,))).backward()
+    assert gate.grad.tolist() == [0.5, 0.5]
+
+
+WRONG_GATES = {
+    "above one": (torch.tensor([0.5, 2.0]), r"\[0, 1\]; got values from 0.5 to 2"),
+    "negative": (torch.tensor([-1.0, 0.5]), r"\[0, 1\]; got values from -1 to 0.5"),
+    "nan": (torch.tensor([torch.nan, 0.5]), r"\[0, 1\]; got values from nan to nan"),
+    "booleans": (torch.tensor([True, False]), "floating-point tensor or None; got torch.bool"),
+    "a number": (0.5, "floating-point tensor or None; got float"),
+}
+
+
+@pytest.mark.parametrize(("gate", "expected"), WRONG_GATES.values(), ids=WRONG_GATES)
+def test_wrong_gates(gate, expected):
+    with pytest.raises(ValueError, match=f"Gated: argument `gate` .*{expected}"):
+        Gated(Normal(torch.zeros(2), 1.0), gate=gate)
+
+
 def test_a_gate_gets_the_kl_of_its_entries_as_gradient():
     gate, prior = torch.rand(3, 1, requires_grad=True), Normal(0.0, 1.0)
     q = posterior(gate)

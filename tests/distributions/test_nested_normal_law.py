@@ -4,10 +4,13 @@ Lengths are tested by chi-square, coordinates by Kolmogorov-Smirnov; a right law
 a thousand tests, and the seed is fixed.
 """
 
+import math
+
 import oracles
 import pytest
 import torch
 from scipy import stats
+from torch.distributions import kl_divergence
 
 from pyro_vnd.distributions import NestedNormal
 
@@ -146,3 +149,15 @@ def test_lengths_learn_from_the_mask_of_a_fresh_sample_only():
     NestedNormal.mask_of(value).sum(-1).mean().backward()
     assert (logits.grad.diff() > 0).all()  # longer lengths keep more
     assert not NestedNormal.mask_of(value.clone()).requires_grad
+
+
+def test_what_is_never_kept_may_be_infinitely_far():
+    """Its score and divergence overflow, and count nothing."""
+    loc = torch.tensor([1.0, 1e200], requires_grad=True)
+    probs = torch.tensor([1.0, 0.0])
+    q, p = (NestedNormal(x, torch.ones(2), probs=probs) for x in (loc, torch.zeros(2)))
+    kl, score = kl_divergence(q, p), q.log_prob(torch.zeros(2))
+    assert kl.item() == 0.5
+    assert score.item() == pytest.approx(-0.5 - 0.5 * math.log(2 * math.pi))
+    (gradient,) = torch.autograd.grad(kl + score, loc)
+    assert gradient.tolist() == [0.0, 0.0]

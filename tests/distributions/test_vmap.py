@@ -122,8 +122,26 @@ def test_other_wrong_rows():
         vmap(lambda probs: OrderedMask(probs=probs).mean)(wrong)
     with pytest.raises(ValueError, match="argument `p` must be strictly between 0 and 1"):
         vmap(lambda p: OrderedMask.geometric(p, 3).mean)(wrong[1])
-    with pytest.raises(ValueError, match="argument `length` must be known"):
-        vmap(lambda length: OrderedMask.uniform(3).cut(length).mean)(torch.arange(3))
+    with pytest.raises(ValueError, match="cut: argument `length` must be integers from 1 to 3"):
+        vmap(lambda length: OrderedMask.uniform(3).cut(length).mean)(torch.arange(5))
+
+
+@each([case for case in CASES if case.over_lengths and not case.is_cut and hasattr(case.cls, "cut")])
+def test_cut_to_lengths_of_a_batch(case):
+    make, arguments = rows_of(case, 5)
+    lengths = torch.arange(5)
+
+    def results(length, *xs):
+        torch.manual_seed(1)
+        law, prior = make(*xs).cut(length), make(*xs).cut(length)
+        draw = law.rsample() if case.reparameterised else law.sample()
+        divergence = kl_divergence(law, prior) if case.divergence else torch.zeros(())
+        return draw, law.keep_probs, law.log_prob(draw), divergence
+
+    actual = vmap(results, randomness="same")(lengths, *arguments)
+    for row in range(5):
+        expected = results(lengths[row], *(x[row] for x in arguments))
+        torch.testing.assert_close(tuple(x[row] for x in actual), expected)
 
 
 def test_a_law_that_a_transform_used_is_as_good_as_new():
