@@ -24,6 +24,8 @@ Of Pyro. Objectives, guides and handlers are extended by the methods that its ow
 - `pyro.poutine.messenger.Messenger._reset`: forgets what a handler has from an earlier run.
 - `pyro.nn.PyroModule._pyro_context.param_state`: where a module keeps them under `module_local_params`.
 - `pyro.distributions.MaskedDistribution._mask`: the rows that count.
+- `pyro.distributions.distribution.COERCIONS`: asked before a law of Pyro is made, which `TransformedDistribution` of a
+  nested law must not be; torch's own class does not ask.
 
 Beside names:
 

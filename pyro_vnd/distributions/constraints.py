@@ -2,6 +2,7 @@
 
 import math
 from contextlib import suppress
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,7 @@ class _NestedVector(constraints.Constraint):
     """Real vectors whose coordinates past some length are zero.
 
     As a set this is every real vector; as the support of a law with atoms at zero it must not be mapped from
-    unconstrained space, so no bijection is registered and HMC or autoguides refuse such a latent.
+    unconstrained space, so that HMC and the autoguides of Pyro refuse such a latent.
     """
 
     event_dim = 1
@@ -179,3 +180,13 @@ def _biject_to_ordered_mask(constraint: constraints.Constraint) -> Transform:
 @transform_to.register(_OrderedMask)
 def _transform_to_ordered_mask(constraint: constraints.Constraint) -> Transform:
     return ComposeTransform([SoftmaxTransform(), TailSum()])
+
+
+@biject_to.register(_NestedVector)
+@transform_to.register(_NestedVector)
+def _refuse_nested_vector(constraint: constraints.Constraint) -> NoReturn:
+    raise NotImplementedError(
+        "nested_vector: a vector that is zero past a random length cannot be made of unconstrained numbers; for such a "
+        "latent site take pyro_vnd.infer.AutoNested or a NestedNormal in a guide of your own, not an autoguide of Pyro "
+        "or HMC"
+    )

@@ -2,9 +2,11 @@
 
 from copy import copy
 from numbers import Real
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
+from pyro.distributions import TransformedDistribution
+from pyro.distributions.distribution import COERCIONS
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Normal, constraints
@@ -100,6 +102,16 @@ class NestedLaw(TorchDistribution):
         new.mask_law = self.mask_law._cut_by(cut)
         return new
 
+    @property
+    def logits(self) -> NoReturn:
+        """Not there: `mask_law` has those of the lengths. Pyro's `LocScaleReparam` asks for them."""
+        raise AttributeError(
+            f"{type(self).__name__} has no `logits` or `probs`: those of the lengths are in `mask_law`. It cannot be "
+            "decentred by LocScaleReparam, which would move dropped coordinates away from zero"
+        )
+
+    probs = logits
+
     def given(self, value: Tensor) -> Any:
         """Return the law that each coordinate has given those before it in `value`.
 
@@ -157,7 +169,8 @@ class NestedNormal(NestedLaw):
     - `log_prob` is exact for every value. A fresh sample remembers the mask and the uncut Normal draw, so that
       Monte Carlo objectives (`Trace_ELBO`, `RenyiELBO`) have the whole gradient with respect to the lengths; a copy
       (clone, reshape) scores the same, but its gradient misses the dropped coordinates.
-    - The support has no bijection from unconstrained space: the law has atoms at zero, so HMC and autoguides refuse it.
+    - The law has atoms at zero, and no density there: HMC, Pyro's autoguides and its `TransformedDistribution` refuse
+      it. `AutoNested` has a part for it. (Torch's own `TransformedDistribution` does not ask, and is wrong.)
 
     Shapes: loc, scale and lengths broadcast to (..., K); batch_shape (...); event_shape (K,).
 
@@ -313,6 +326,22 @@ def _coordinates(name: str, value: Any, mask_law: OrderedMask) -> Tensor:
 def in_range(name: str, value: Tensor) -> bool:
     """Say whether means or deviations are finite and deviations positive."""
     return within(value, 0 if name == "scale" else -torch.inf)
+
+
+def _refuse_to_transform(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise a ValueError where Pyro is about to make a `TransformedDistribution` of a nested law."""
+    if TransformedDistribution in cls.__mro__:
+        for law in map(innermost, (*args, *kwargs.values())):
+            if isinstance(law, NestedLaw):
+                raise ValueError(
+                    f"{cls.__name__}: a {type(law).__name__} cannot be transformed: its dropped coordinates are "
+                    "exactly zero and have no density, so that the Jacobian of all is wrong. Scale `loc` and `scale` "
+                    "of the law itself, or transform its draws, "
+                    "`pyro.deterministic(name, transform(pyro.sample(...)))`"
+                )
+
+
+COERCIONS.append(_refuse_to_transform)
 
 
 def innermost(fn: Any) -> Any:
