@@ -14,17 +14,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 WITH_ARGUMENTS = [case for case in CASES if case.units or case.batch]
 
 
-def rows_of(case, *batch_shape):
+def rows_of(case, *batch_shape, num_units=4):
     """A function that makes a law of its arguments, and arguments with a batch in front."""
-    arguments = [case.arguments() for _ in range(torch.Size(batch_shape).numel())]
+    arguments = [case.arguments((), num_units) for _ in range(torch.Size(batch_shape).numel())]
     stacked = {name: torch.stack([row[name] for row in arguments]) for name in arguments[0]}
     values = [x.reshape(*batch_shape, *x.shape[1:]) for x in stacked.values()]
     return lambda *xs: case.of(**dict(zip(stacked, xs, strict=True))), values
 
 
 @each(WITH_ARGUMENTS)
-def test_scores_and_moments_of_a_batch_are_those_of_its_rows(case):
-    make, arguments = rows_of(case, 2, 3)
+@pytest.mark.parametrize("num_units", [1, 4])
+def test_scores_and_moments_of_a_batch_are_those_of_its_rows(case, num_units):
+    make, arguments = rows_of(case, 2, 3, num_units=num_units)
 
     def results(value, *xs):
         law = make(*xs)
@@ -37,7 +38,7 @@ def test_scores_and_moments_of_a_batch_are_those_of_its_rows(case):
             found += [law.mean, law.variance]
         return tuple(found)
 
-    values = torch.stack([case.value(case.build()) for _ in range(6)])
+    values = torch.stack([case.value(case.build((), num_units)) for _ in range(6)])
     values = values.reshape(2, 3, *values.shape[1:])
     actual = vmap(vmap(results))(values, *arguments)
     for i, j in torch.cartesian_prod(torch.arange(2), torch.arange(3)):
@@ -95,6 +96,27 @@ def test_derivatives_of_draws(case):
         expected = torch.autograd.functional.jacobian(drawn, leaves)
         torch.testing.assert_close(tuple(x[row] for x in by_rows), expected)
         torch.testing.assert_close(jacfwd(drawn, places, randomness="same")(*leaves), expected)
+
+
+@each([case for case in CASES if "probs" in case.units])
+@pytest.mark.parametrize("probs", [[0.5, 0.0, 0.5], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+def test_lengths_of_probability_zero(case, probs):
+    by_lengths = case.by_lengths(3)
+
+    def total(probs):
+        torch.manual_seed(1)
+        law = by_lengths(probs=probs)
+        draw = law.rsample() if case.reparameterised else law.sample()
+        parts = [law.log_prob(draw)] + ([law.entropy()] if case.entropy else [])
+        return sum(parts) + (kl_divergence(law, law) if case.divergence else 0)
+
+    leaf = torch.tensor(probs, requires_grad=True)
+    value = total(leaf)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    rows = leaf.detach().expand(3, 3)
+    torch.testing.assert_close(vmap(total, randomness="same")(rows), value.expand(3))
+    torch.testing.assert_close(vmap(grad(total), randomness="same")(rows), gradient.expand(3, 3))
+    assert torch.isfinite(value + gradient).all()
 
 
 @each(over_lengths=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.infer import AutoNested, fit
 
 ROWS, K = 4, 3
 PRIOR_LOGITS = torch.tensor([0.3, 0.0, -0.6], dtype=torch.float64)
@@ -65,6 +66,30 @@ class RowModel:
     def divergence(self) -> Tensor:
         """Return KL(guide || prior) of every row."""
         return kl_divergence(self.laws.guide(logits=ROW_LOGITS), self.laws.prior(logits=PRIOR_LOGITS))
+
+
+@pytest.mark.parametrize("rows", [3, 1])
+def test_predictions_in_a_plate_are_those_one_by_one(rows: int):
+    """After a fit in which y was observed: the mean of 4,000 draws at once is that of 1,000 one by one, by z-scores."""
+
+    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
+        mask = pyro.sample("mask", OrderedMask.uniform(3))
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x), dim=-1):
+            return pyro.sample("y", dist.Normal((x * mask * w).sum(-1), 0.1), obs=y)
+
+    x = torch.randn(20, 3)
+    guide = AutoNested(model)
+    fit(model, guide, (x, x[:, 0]), num_epochs=5, progress=False)
+    with torch.no_grad(), pyro.plate("draws", 4_000, dim=-2):
+        trace = poutine.trace(guide).get_trace(x[:rows])
+        at_once = poutine.replay(model, trace=trace)(x[:rows])
+    one_by_one = Predictive(model, guide=guide, num_samples=1_000)(x[:rows])["y"]
+    assert at_once.shape == (4_000, rows)
+    assert one_by_one.shape == (1_000, rows)
+    error = (at_once.var(0) / 4_000 + one_by_one.var(0) / 1_000).sqrt()
+    assert ((at_once.mean(0) - one_by_one.mean(0)) / error).abs().max() < 4
+    assert ((at_once.mean(0) - one_by_one.mean(0) - 0.5) / error).abs().max() > 4
 
 
 @each(LENGTH_CASES)
