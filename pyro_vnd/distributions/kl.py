@@ -80,12 +80,12 @@ def _kl_gated(q: Gated, p: Gated) -> Tensor:
     """Return sum_e g_e KL(q_e || p_e), with the gate of q; not implemented where that of the bases is not."""
     if q.event_shape != p.event_shape:
         raise ValueError(f"KL of arrays of different shapes: {tuple(q.event_shape)} and {tuple(p.event_shape)}")
-    batch_shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+    batch_shape = broadcast_shapes(q.batch_shape, p.batch_shape)
     if isinstance(q.base, Normal) and isinstance(p.base, Normal):
         kl = gated_normal_kl(q, p.base)
     else:
         terms = kl_divergence(q.base, p.base)
-        kl = q.sum_over_event(terms.expand(torch.broadcast_shapes(terms.shape, q.event_shape)), q.gate)
+        kl = q.sum_over_event(terms.expand(broadcast_shapes(terms.shape, q.event_shape)), q.gate)
     return kl.expand(batch_shape)
 
 
@@ -94,15 +94,15 @@ def _kl_normal_log_uniform(q: Normal, p: LogUniform) -> Tensor:
     """Return E log|m + eps| - E log|eps|, m = loc / scale; half precision is computed in float32."""
     dtype = torch.promote_types(q.loc.dtype, torch.float32)
     kl = log_uniform_kl(q.loc.to(dtype), q.scale.to(dtype))
-    return kl.expand(torch.broadcast_shapes(q.batch_shape, p.batch_shape))
+    return kl.expand(broadcast_shapes(q.batch_shape, p.batch_shape))
 
 
 def _look_up() -> None:
     """Have torch find each divergence once, which it then keeps: how it looks for one, `torch.compile` cannot trace."""
     one = torch.ones(1)
     masks = [OrderedMask(logits=one), OrderedMaskStraightThrough(1.0, logits=one), OrderedMask(logits=one).cut(1)]
-    weights = LogScaleNormal(one, one)
-    others = [(law, law) for law in (NestedNormal(1, 1, one), weights, Gated(weights))]
+    weights = LogScaleNormal(one[0], one[0])
+    others = [(law, law) for law in (NestedNormal(one, one, one), weights, Gated(weights))]
     for q, p in [*product(masks, masks), *others, (weights, LogUniform())]:
         kl_divergence(q, p)
 

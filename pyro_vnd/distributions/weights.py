@@ -13,6 +13,7 @@ from torch.distributions.utils import broadcast_all
 from torch.types import _size
 
 from pyro_vnd._compat import all_true
+from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions._fast.normals import variance_and_sums
 from pyro_vnd.distributions.constraints import check_expandable, counted, got
 from pyro_vnd.distributions.derived import KeepsDerived, derived
@@ -244,7 +245,7 @@ class Gated(TorchDistribution):
         shapes["rest"] = () if rest is None else rest.batch_shape
         for name, given in shapes.items():
             try:
-                fits = torch.broadcast_shapes(given, shape) == shape
+                fits = broadcast_shapes(torch.Size(given), shape) == shape
             except RuntimeError:
                 fits = False
             if not fits:
