@@ -182,26 +182,43 @@ class AutoConditional(AutoGuide):
         laws = self._leaves() if training else (self.logits, self.logits_by_row if self._has_rows else None)
         masks: dict[str, Tensor] = {}
         index, factor = self._draw_masks(self.plan.shared, laws[0], plates, masks)
-        row_index, row_factor = index, factor
+        result = {each.name: masks[each.name] for each in self.plan.shared if not each.nested}
+        # Outside the plates first, as enumeration wants it.
+        order = sorted(range(len(self.plan.blocks)), key=lambda i: len(self.plan.blocks[i].rows))
+        for i in order:
+            if not self.plan.blocks[i].by_row_length:
+                result |= self._draw_block(i, index, factor, training, masks, plates)
         if laws[1] is not None:
             row_index, row_factor = self._draw_masks(self.plan.by_row, at_rows(laws[1], index), plates, masks)
-            row_index, row_factor = index * self.plan.num_by_row + row_index, factor * row_factor
-        result = {each.name: masks[each.name] for each in self.plan.lengths if not each.nested}
-        for i, (block, tables) in enumerate(zip(self.plan.blocks, self.tables, strict=True)):
-            place, scale = (row_index, row_factor) if block.by_row_length else (index, factor)
-            law = tables.law(place)
-            if training:  # one noise for all lengths, whose ELBOs are compared
-                law.common = tuple(i - place.dim() for i in range(place.dim() - len(block.shape)) if place.shape[i] > 1)
-                law.factor = scale.unsqueeze(-1) if tables.knows_lengths else None
-            if any(latent.name in self.hides for latent in block.latents):
-                law.weights = self._weights(block, law)
-            with ExitStack() as stack:
-                for frame in block.rows:
-                    stack.enter_context(plates[frame.name])
-                drawn = pyro.sample(f"_latents_{i}", law, infer={"is_auxiliary": True})
-            for latent in block.latents:
-                result[latent.name] = self._unpack(latent, law, drawn, masks, plates)
+            result |= {each.name: masks[each.name] for each in self.plan.by_row if not each.nested}
+            for i in order:
+                if self.plan.blocks[i].by_row_length:
+                    place = index * self.plan.num_by_row + row_index
+                    result |= self._draw_block(i, place, factor * row_factor, training, masks, plates)
         return result
+
+    def _draw_block(
+        self,
+        number: int,
+        index: Tensor,
+        factor: Tensor,
+        training: bool,
+        masks: dict[str, Tensor],
+        plates: dict[str, Any],
+    ) -> dict[str, Tensor]:
+        """Draw the latents of a block, given the number of the combination of lengths."""
+        block, tables = self.plan.blocks[number], self.tables[number]
+        law = tables.law(index)
+        if training:  # one noise for all lengths, whose ELBOs are compared
+            law.common = tuple(i - index.dim() for i in range(index.dim() - len(block.shape)) if index.shape[i] > 1)
+            law.factor = factor.unsqueeze(-1) if tables.knows_lengths else None
+        if any(latent.name in self.hides for latent in block.latents):
+            law.weights = self._weights(block, law)
+        with ExitStack() as stack:
+            for frame in block.rows:
+                stack.enter_context(plates[frame.name])
+            drawn = pyro.sample(f"_latents_{number}", law, infer={"is_auxiliary": True})
+        return {latent.name: self._unpack(latent, law, drawn, masks, plates) for latent in block.latents}
 
     def _draw_masks(
         self, lengths: list[Lengths], log_q: Tensor, plates: dict[str, Any], masks: dict[str, Tensor]
@@ -234,8 +251,8 @@ class AutoConditional(AutoGuide):
         parts = []
         for latent in block.latents:
             one = law.loc.new_ones(latent.batch)
-            weight = weight_in_model(self.hides[latent.name], one).reshape(*latent.batch, *(1 for _ in latent.event))
-            coordinates = latent.collect(weight.expand(*latent.batch, *latent.event))
+            weight = weight_in_model(self.hides[latent.name], one).reshape([*latent.batch, *(1 for _ in latent.event)])
+            coordinates = latent.collect(weight.expand([*latent.batch, *latent.event]))
             parts.append(coordinates.reshape(*block.shape, latent.size))
         return torch.cat(parts, -1)
 

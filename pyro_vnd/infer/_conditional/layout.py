@@ -40,7 +40,7 @@ class Latent:
         self.transform = biject_to(constraints.real_vector if self.nested else self.fn.support)
         self.batch: tuple[int, ...] = (*self.fn.batch_shape,)
         event = self.transform.inverse_shape(self.fn.batch_shape + self.fn.event_shape)[len(self.batch) :]
-        self.event: list[int] = list(event)
+        self.event = event
         mine = {len(self.batch) + frame.dim for frame in self.frames if frame.name in self.rows}
         self.inner = [i for i in range(len(self.batch)) if i not in mine]
         self.size = math.prod([self.batch[i] for i in self.inner]) * math.prod(self.event)
@@ -61,13 +61,13 @@ class Latent:
 
         The last dimensions of the first part are those of the batch, with one where a plate is among the coordinates.
         """
-        depth, outer = len(self.batch), x.shape[:-1]
-        outer = (1,) * (depth - len(outer)) + tuple(outer)
+        depth = len(self.batch)
+        outer = [1] * (depth - x.dim() + 1) + list(x.shape[:-1])
         lead = len(outer) - depth
         inner = [self.batch[i] for i in self.inner]
         x = x.reshape([*outer, *inner, *self.event])
         order = list(range(lead))
-        sizes = list(outer)
+        sizes = outer.copy()
         for i in range(depth):
             order.append(lead + i)
             if i in self.inner:
