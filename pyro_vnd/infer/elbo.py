@@ -22,7 +22,7 @@ from pyro_vnd.distributions.kl import kl_parts
 from pyro_vnd.distributions.nested import NestedLaw, innermost
 from pyro_vnd.infer._conditional.evaluation import evaluate
 from pyro_vnd.infer._conditional.guide import AutoConditional
-from pyro_vnd.infer._model_sites import is_mask, masked_like, owner_of, split_mask
+from pyro_vnd.infer._model_sites import is_mask, masked_like, owner_of, split_mask, visible_entries
 from pyro_vnd.infer.guides import AutoNested
 
 __all__ = ["NestedELBO"]
@@ -214,8 +214,26 @@ def _hide_as_in_model(model_trace: Any, guide_trace: Any) -> None:
     for name, site in guide_trace.nodes.items():
         latent = owner_of(name, model_trace.nodes) if site["type"] == "sample" else None
         if latent is not None and latent["type"] == "sample":
+            _check_hidden_alone(name, site, latent, guide_trace)
             law = masked_like(site["fn"], latent["fn"])
             site.update(fn=law, mask=latent["mask"], scale=latent["scale"])
+
+
+def _check_hidden_alone(name: str, site: Any, latent: Any, guide_trace: Any) -> None:
+    """Raise where part of a latent is hidden that a guide makes of a draw for several latents."""
+    if not isinstance(innermost(site["fn"]), Delta) or f"{name}_unconstrained" in guide_trace.nodes:
+        return
+    joint = [
+        key
+        for key, other in guide_trace.iter_stochastic_nodes()
+        if other["infer"].get("is_auxiliary") and other["mask"] is None and not key.endswith("_unconstrained")
+    ]
+    visible = visible_entries(latent)
+    if joint and visible is not None and not torch.as_tensor(visible).all():
+        raise ValueError(
+            f"NestedELBO: the model hides part of site {name!r}, which the guide draws with others at {joint}, where "
+            "it cannot be left out: use a guide that draws it by itself, such as AutoNormal"
+        )
 
 
 def _keep_exact_kl(model_trace: Any, guide_trace: Any) -> None:

@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide, AutoGuideList, AutoNormal
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.nn import PyroModule
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vnd._compat import give_local_params
@@ -199,7 +200,7 @@ class AutoNested(AutoGuideList):
         return {plate.name: plate for plate in ([plates] if isinstance(plates, pyro.plate) else plates)}
 
     def _only(self, names: list[str]) -> Callable[..., Any]:
-        return poutine.block(self.model, expose=names)
+        return poutine.block(self.model, hide_fn=lambda msg: msg["name"] not in names and not site_is_subsample(msg))
 
     def _check_names(self, parts: Mapping[str, type[AutoLengths]]) -> None:
         masks = [name for name, part in parts.items() if part is not AutoRelaxedMask]

@@ -252,3 +252,41 @@ def test_a_mask_without_gradient_in_the_guide_is_refused():
 
     with pytest.raises(NotImplementedError, match="site 'mask' of the guide must be reparameterised"):
         NestedELBO().differentiable_loss(GlobalMask().model, guide)
+
+
+def test_a_latent_that_the_guide_lacks_is_drawn_from_the_model_and_costs_nothing():
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        s = pyro.sample("s", dist.HalfNormal(1.0))
+        with pyro.plate("data", N):
+            pyro.sample("mask", OrderedMask.uniform(K))
+            pyro.sample("y", dist.Normal(mu, s), obs=Y)
+
+    def guide():
+        pyro.sample("mu", dist.Normal(1.0, 1.0))
+
+    elbo = NestedELBO()
+    with pytest.warns(UserWarning, match="Found vars in model but not guide"):
+        loss = elbo.differentiable_loss(model, guide)
+    assert loss.item() == pytest.approx(0.5 - elbo.log_likelihood.item())
+    assert elbo.kl == {"mu": pytest.approx(0.5)}
+
+
+def test_a_gradient_that_a_lacking_latent_would_miss_is_refused():
+    p = torch.tensor(0.4, requires_grad=True)
+
+    def model():
+        flip = pyro.sample("flip", dist.Bernoulli(p))
+        pyro.sample("y", dist.Normal(flip, 1.0), obs=torch.tensor(0.0))
+
+    with pytest.raises(NotImplementedError, match="site 'flip' is not in the guide, so that it is drawn"):
+        NestedELBO().differentiable_loss(model, lambda: None)
+
+
+def test_a_latent_of_the_guide_alone_is_named():
+    def guide():
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("nu", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="site 'nu' of the guide is no latent of the model"):
+        NestedELBO().differentiable_loss(lambda: pyro.sample("mu", dist.Normal(0.0, 1.0)), guide)
