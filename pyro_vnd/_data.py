@@ -123,7 +123,11 @@ def check_rows(caller: str, data: Data, name: str = "data") -> None:
             got = "a tensor without rows" if isinstance(rows, Tensor) else type(rows).__name__
             raise ValueError(f"{caller}: argument `{part}` must be a tensor with rows; got {got}")
         if rows.is_floating_point() and not torch.isfinite(rows).all():
-            raise ValueError(f"{caller}: argument `{part}` of shape {tuple(rows.shape)} must be finite; got NaN or inf")
+            raise ValueError(
+                f"{caller}: argument `{part}` of shape {tuple(rows.shape)} must be finite; got NaN or inf. For missing "
+                "values give zeros, and say in another tensor of the data, `observed`, which are none, for the model "
+                'to hide the rest by poutine.mask(mask=observed): "Missing values" in docs/guides/other_models.md'
+            )
     counts = {len(rows) for rows in named_parts(data).values()}
     if len(counts) != 1 or 0 in counts:
         raise ValueError(

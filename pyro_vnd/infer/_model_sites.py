@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_vnd._compat import mask_of_rows
+from pyro_vnd._state import cuda_devices
 from pyro_vnd.distributions import OrderedMask, RelaxedOrderedMask
 from pyro_vnd.distributions.nested import innermost
 
@@ -62,7 +63,7 @@ class _Rows(Messenger):
 
 @torch.no_grad()
 def run_model(model: Any, args: Any, kwargs: Any, rows: Mapping[str, Tensor] | None = None) -> ModelRun:
-    """Run a model, unseen by the handlers around it.
+    """Run a model, unseen by the handlers around it, and give the random numbers back that it takes.
 
     Args:
         model: The model.
@@ -73,7 +74,8 @@ def run_model(model: Any, args: Any, kwargs: Any, rows: Mapping[str, Tensor] | N
     Returns:
         Its latents, drawn from the prior, and the rows that it gives to plates.
     """
-    with poutine.block(), _Rows(rows or {}) as messenger:
+    devices = cuda_devices([model, *args, *kwargs.values()])
+    with torch.random.fork_rng(devices), poutine.block(), _Rows(rows or {}) as messenger:
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     sites = {name: site for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)}
     return ModelRun(sites, messenger.given)

@@ -82,10 +82,12 @@ def fit(
         model: A Pyro model; an `nn.Module` if it has parameters.
         guide: Its guide, an `nn.Module` such as `AutoNested` or the `guide` of a nested net.
         data: A tensor, a tuple of tensors, or a mapping from names of arguments to tensors; all have the same number of
-            rows.
+            rows, and are finite. Where values are missing, one of them says so, `{"y": y.nan_to_num(), "observed":
+            ~y.isnan()}`, and the model hides the rest, `poutine.mask(mask=observed)`.
         num_epochs: Passes over the data; with `stop` at most.
         batch_size: Rows of a mini-batch; the rows that do not fill a last one wait for the next epoch's shuffle. By
-            default all rows.
+            default all rows. An autoguide with laws by row needs to know the rows: number them, `i` among the data and
+            `pyro.plate("data", N, subsample=i)` in the model.
         lr: Learning rate, handed to the optimiser.
         optimizer: Makes a torch optimiser from parameters and `lr`.
         lr_schedule: Makes a torch `LRScheduler` from the optimiser and the number of all steps, such as

@@ -28,14 +28,21 @@ __all__ = ["AutoNested", "module_local_params"]
 
 
 class AutoNested(AutoGuideList):
-    r"""Guide for any Pyro model that has `OrderedMask` sites; other sites go to a Pyro autoguide.
+    r"""Guide for any Pyro model with ordered masks, or numbers that may be cut; other sites go to a Pyro autoguide.
 
-    Each mask site gets an independent `OrderedMaskStraightThrough` whose logits, one a length, are learned and start
-    at the law of the model. Sites keep the order of the model, as `TraceMeanField_ELBO` wants it.
+    Each `OrderedMask` site gets an independent `OrderedMaskStraightThrough` whose logits, one a length, are learned and
+    start at the law of the model; a `RelaxedOrderedMask` gets another one, of the same temperature. A `NestedNormal` or
+    `NestedAutoregressive` gets a `NestedNormal` with learned means, deviations and logits, which start there, too, the
+    latter's given zeros. Sites keep the order of the model, as `TraceMeanField_ELBO` wants it.
 
-    In a plate every row has a law of its own, as mean field has it. A plate named in `shared_plates` has one law for
-    all its rows, each of which still draws a mask of its own: cheap for data plates, and the way to learn how long
-    prefixes should be over a population.
+    In a plate every row has a law of its own, as mean field has it. A plate named in `shared_plates` has one law of
+    lengths for all its rows, each of which still draws a mask of its own: cheap for data plates, and the way to learn
+    how long prefixes should be over a population. A plate to which the model gives rows, `pyro.plate("data", N,
+    subsample=i)`, has these here, and each row starts at the prior that it has when a call first has it.
+
+    The mask and the scale that a latent has in the model, `poutine.mask`, `poutine.scale` and `law.mask(...)`, hold for
+    its site here, so that rows that a model hides cost nothing and teach nothing. They are those of each call, for
+    which the model is run once more where it has any.
 
     A mask that the model marks for enumeration, by `infer={"enumerate": "parallel"}` or by
     `AutoNested(config_enumerate(model))`, gets an exact `OrderedMask` with the same mark: `TraceEnum_ELBO` then takes
@@ -48,10 +55,10 @@ class AutoNested(AutoGuideList):
         model: A Pyro model.
         noise: Noise of the straight-through masks, for all sites or by site name.
         temperature: Temperature of the straight-through masks, for all sites or by site name.
-        shared_plates: Names of plates whose rows share the law of their masks.
+        shared_plates: Names of plates whose rows share the law of their lengths.
         base: Makes the autoguide of all other sites from a model, `AutoMultivariateNormal` say. By default an
             `AutoNormal` for each run of sites between two masks.
-        create_plates: As in Pyro's autoguides, for plates that subsample.
+        create_plates: As in Pyro's autoguides, for plates of another size in each call.
 
     Raises:
         ValueError: On the first call, if `noise` or `temperature` names a site, or `shared_plates` a plate, that the
