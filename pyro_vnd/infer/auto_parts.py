@@ -87,10 +87,6 @@ class AutoLengths(AutoGuide):
         """Return what the parameters are in a law of the model, without gradient, by name."""
         return {"logits": innermost(fn).logits.detach()}
 
-    def shares(self, plate: str) -> bool:
-        """Say whether all of the law is shared by the rows of a plate."""
-        return plate in self.shared_plates
-
     def _is_shared(self, name: str, frame: Any) -> bool:
         return name == "logits" and frame.name in self.shared_plates
 
@@ -211,10 +207,6 @@ class AutoNestedNormal(AutoLengths):
 
     loc: Any
     scale: Any
-
-    def shares(self, plate: str) -> bool:
-        """Say no: means and deviations belong to a row."""
-        return False
 
     def _starts(self, fn: Any) -> dict[str, Tensor]:
         prior = innermost(fn)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -14,6 +15,8 @@ from torch.distributions import kl_divergence
 
 from pyro_vnd.distributions import NestedAutoregressive, NestedNormal, OrderedMask, RelaxedOrderedMask
 from pyro_vnd.infer import AutoNested, NestedELBO, cosine_to_zero, fit, module_local_params
+
+mean_field = partial(AutoNested, latents="mean_field")
 
 ELBOS = [NestedELBO, TraceMeanField_ELBO, Trace_ELBO]
 NOISE = 0.5
@@ -57,7 +60,7 @@ def test_weights_that_know_their_length_end_at_the_best_bound(num_inputs):
 
     optimizer.step(closure)
     best = bound(x, y, free[0], free[1].exp(), free[2]).item()
-    guide = AutoNested(weights)
+    guide = mean_field(weights)
     elbo = NestedELBO(num_particles=10, vectorize_particles=True, max_plate_nesting=1)
     fit(weights, guide, (x, y), num_epochs=800, lr=0.1, lr_schedule=cosine_to_zero(), elbo=elbo, progress=False)
     part = guide[0]
@@ -72,7 +75,7 @@ def test_weights_that_know_their_length_end_at_the_best_bound(num_inputs):
 def test_each_elbo_is_on_average_the_bound(elbo):
     """To five standard errors of the mean of 2,000 draws."""
     x, y = regression(3)
-    guide = AutoNested(weights)
+    guide = mean_field(weights)
     with module_local_params(guide), torch.no_grad():
         guide(x, y)
         part = guide[0]
@@ -90,7 +93,7 @@ def test_lengths_and_numbers_have_weights_of_their_own():
     def model():
         pyro.sample("w", NestedNormal(torch.zeros(3), torch.ones(3), torch.zeros(3)), infer={"length_weight": 5.0})
 
-    guide, elbo = AutoNested(model), NestedELBO()
+    guide, elbo = mean_field(model), NestedELBO()
     with module_local_params(guide), torch.no_grad():
         guide()
         guide[0].loc_unconstrained.add_(1.0)
@@ -123,7 +126,7 @@ def test_it_starts_at_the_prior_in_a_plate(prior, shared):
             pyro.sample("y", dist.Normal(code.sum(-1), 1.0), obs=y)
 
     y = torch.linspace(-1, 1, 5)
-    guide = AutoNested(model, shared_plates=["data"] if shared else [])
+    guide = mean_field(model, shared_plates=["data"] if shared else [])
     assert guide(y)["code"].shape == (2, 5, 3)
     given = prior.given(torch.zeros(3))
     torch.testing.assert_close(guide[0].loc, given.loc.expand(2, 5, 3))
@@ -132,7 +135,7 @@ def test_it_starts_at_the_prior_in_a_plate(prior, shared):
     torch.testing.assert_close(guide.laws["code"].probs, prior.length_probs.expand(2, 1 if shared else 5, 3))
     assert repr(guide).startswith("AutoNested(code: E[L] = ")
     for elbo in ELBOS:
-        trained = AutoNested(model, shared_plates=["data"] if shared else [])
+        trained = mean_field(model, shared_plates=["data"] if shared else [])
         result = fit(model, trained, y, num_epochs=30, lr=0.05, elbo=elbo(), progress=False)
         assert torch.tensor(result.elbo).isfinite().all()
         assert all(p.grad.abs().max() > 0 for p in trained.parameters())
@@ -143,7 +146,7 @@ def test_the_divergence_from_an_autoregressive_law_is_zero_where_it_is_independe
     def model():
         pyro.sample("code", NestedAutoregressive(lambda x: (torch.zeros_like(x), torch.ones_like(x)), torch.zeros(3)))
 
-    guide, elbo = AutoNested(model), NestedELBO()
+    guide, elbo = mean_field(model), NestedELBO()
     assert elbo.loss(model, guide) == pytest.approx(0, abs=1e-6)
     assert list(elbo.kl_lengths) == ["code"]
 
@@ -154,7 +157,7 @@ def test_quantiles_of_numbers_that_may_be_cut():
     def model():
         pyro.sample("code", PRIORS["normal"]())
 
-    guide, levels, draws = AutoNested(model), [0.02, 0.3, 0.5, 0.8, 0.97], 200_000
+    guide, levels, draws = mean_field(model), [0.02, 0.3, 0.5, 0.8, 0.97], 200_000
     guide()
     quantiles = guide.quantiles(levels)["code"]
     assert quantiles.shape == (5, 3)
@@ -176,13 +179,13 @@ def soft(y):
 
 @pytest.mark.parametrize("elbo", ELBOS)
 def test_a_soft_mask_is_soft_in_the_guide(elbo):
-    guide, y = AutoNested(soft, temperature=0.1), torch.full((30,), 3.0)
+    guide, y = mean_field(soft, temperature=0.1), torch.full((30,), 3.0)
     guide(y)
     law = guide[0]._law()
     assert type(law) is RelaxedOrderedMask
     assert law.temperature == pytest.approx(0.7)
     torch.testing.assert_close(guide.laws["mask"].probs, OrderedMask.geometric(0.5, 4).probs)
-    guide = AutoNested(soft)
+    guide = mean_field(soft)
     result = fit(soft, guide, y, num_epochs=5, optimizer=still, elbo=elbo(), progress=False)
     assert result.kl == pytest.approx([0.0] * 5, abs=1e-5)  # the guide is the prior, draw by draw
     result = fit(soft, guide, y, num_epochs=200, lr=0.05, elbo=elbo(), progress=False)
@@ -196,10 +199,10 @@ def test_a_soft_mask_is_soft_in_the_guide(elbo):
 
 def test_temperature_and_noise_are_for_straight_through_masks_alone():
     with pytest.raises(ValueError, match=r"`temperature` names \['mask'\]; mask sites of the model: \[\]"):
-        AutoNested(soft, temperature={"mask": 0.1})(torch.ones(3))
+        mean_field(soft, temperature={"mask": 0.1})(torch.ones(3))
     with pytest.raises(ValueError, match="argument `temperature` is for masks of AutoNested or a nested net"):
-        fit(soft, AutoNested(soft), torch.ones(3), temperature=0.3, progress=False)
-    guide, data = AutoNested(weights, noise="gumbel", temperature={"w": 0.6}), regression(3)
+        fit(soft, mean_field(soft), torch.ones(3), temperature=0.3, progress=False)
+    guide, data = mean_field(weights, noise="gumbel", temperature={"w": 0.6}), regression(3)
     guide(*data)
     assert (guide[0]._law().mask_law.noise, guide[0]._law().mask_law.temperature) == ("gumbel", 0.6)
     fit(weights, guide, data, num_epochs=1, temperature=0.3, progress=False)
@@ -218,7 +221,7 @@ def test_all_kinds_beside_each_other():
 
     data = regression(3)
     for elbo in ELBOS:
-        guide = AutoNested(model)
+        guide = mean_field(model)
         result = fit(model, guide, data, num_epochs=20, elbo=elbo(), progress=False)
         assert list(guide.laws) == list(result.lengths) == ["mask", "w", "v", "soft"]
         assert all(p.grad is not None for p in guide.parameters())
@@ -259,7 +262,7 @@ def numbered_codes(i):
 @pytest.mark.parametrize("create_plates", [None, plate])
 @pytest.mark.parametrize("model", [numbered, numbered_codes])
 def test_each_row_starts_at_its_own_prior(model, create_plates):
-    guide, elbo = AutoNested(model, create_plates=create_plates), NestedELBO()
+    guide, elbo = mean_field(model, create_plates=create_plates), NestedELBO()
     site = "mask" if model is numbered else "code"
     with module_local_params(guide), torch.no_grad():
         guide(torch.tensor([6, 1]))
@@ -275,7 +278,7 @@ def test_each_row_starts_at_its_own_prior(model, create_plates):
         torch.testing.assert_close(guide.laws[site].probs, expected)
         elbo.loss(model, guide, torch.tensor([0, 2, 3, 4, 5, 6, 7]))
     assert elbo.kl[site] == pytest.approx(0, abs=1e-4)
-    other = AutoNested(model, create_plates=create_plates)
+    other = mean_field(model, create_plates=create_plates)
     with module_local_params(other):
         other(torch.arange(3))
         other.load_state_dict(guide.state_dict())
@@ -287,7 +290,7 @@ def test_rows_that_a_plate_draws_itself_start_at_their_own_prior():
         with pyro.plate("data", ROWS, subsample_size=2) as i:
             pyro.sample("mask", OrderedMask(probs=BY_ROW[i]))
 
-    guide, elbo = AutoNested(model), NestedELBO(num_particles=3)
+    guide, elbo = mean_field(model), NestedELBO(num_particles=3)
     with module_local_params(guide):
         for _ in range(30):
             assert elbo.differentiable_loss(model, guide).item() == pytest.approx(0, abs=1e-4)
@@ -298,7 +301,7 @@ def test_rows_that_a_plate_draws_itself_start_at_their_own_prior():
 @pytest.mark.parametrize("elbo", [*ELBOS, TraceEnum_ELBO])
 def test_rows_with_other_supports_are_fitted_in_batches(create_plates, elbo):
     model = config_enumerate(numbered) if elbo is TraceEnum_ELBO else numbered
-    guide = AutoNested(model, create_plates=create_plates)
+    guide = mean_field(model, create_plates=create_plates)
     how = {"num_epochs": 300, "batch_size": 3, "lr": 0.05, "lr_schedule": cosine_to_zero(), "progress": False}
     result = fit(model, guide, torch.arange(ROWS), elbo=elbo(max_plate_nesting=1), **how)
     assert torch.tensor(result.elbo).isfinite().all()
@@ -314,6 +317,6 @@ def test_a_law_shared_by_rows_starts_where_all_of_them_allow_it():
         with pyro.plate("data", 2):
             pyro.sample("mask", OrderedMask(probs=probs))
 
-    guide = AutoNested(model, shared_plates=["data"])
+    guide = mean_field(model, shared_plates=["data"])
     guide()
     torch.testing.assert_close(guide.laws["mask"].probs[0], probs.log().mean(0).softmax(-1))

@@ -1,6 +1,7 @@
 """What a model hides, by `poutine.mask` or `law.mask`, or scales, is so in the guide, under each ELBO."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -14,6 +15,8 @@ from torch.distributions import kl_divergence
 
 from pyro_vnd.distributions import NestedNormal, OrderedMask
 from pyro_vnd.infer import AutoNested, NestedELBO, cosine_to_zero, fit, module_local_params
+
+mean_field = partial(AutoNested, latents="mean_field")
 
 N, K = 12, 4
 KEEP = torch.arange(N) < 5
@@ -52,7 +55,7 @@ def without_them(y, keep):
 
 def called(model, *args, value=0.4):
     """A guide whose parameters all have one value, so that rows are alike."""
-    guide = AutoNested(model)
+    guide = mean_field(model)
     with module_local_params(guide), torch.no_grad():
         guide(*args)
         for i, parameter in enumerate(guide.parameters()):
@@ -116,19 +119,19 @@ def test_parts_are_those_of_the_visible_rows(model):
 
 @pytest.mark.parametrize(
     ("guide", "elbo"),
-    [(AutoNested, NestedELBO), (AutoNested, TraceMeanField_ELBO), (AutoNested, Trace_ELBO), (AutoNormal, NestedELBO)],
+    [(mean_field, NestedELBO), (mean_field, TraceMeanField_ELBO), (mean_field, Trace_ELBO), (AutoNormal, NestedELBO)],
 )
 def test_latents_of_hidden_rows_stay_where_they_are(guide, elbo):
     def model(y, keep):
         with pyro.plate("data", len(y)), poutine.mask(mask=keep):
             z, s = pyro.sample("z", dist.Normal(0.0, 1.0)), pyro.sample("s", dist.LogNormal(0.0, 1.0))
-            if guide is AutoNested:
+            if guide is mean_field:
                 pyro.sample("mask", OrderedMask.uniform(K))
             pyro.sample("y", dist.Normal(z, s), obs=y)
 
     made = guide(model)
     result = fit(model, made, (Y, KEEP), num_epochs=200, lr=0.05, elbo=elbo(), progress=False)
-    normal = made[0] if guide is AutoNested else made
+    normal = made[0] if guide is mean_field else made
     for scale in (normal.scales.z, normal.scales.s):
         torch.testing.assert_close(scale[~KEEP], torch.full([N - 5], 0.1))
         assert (scale[KEEP] > 0.2).all()
@@ -146,7 +149,7 @@ def test_an_event_that_is_hidden_in_part_costs_what_is_seen():
             pyro.sample("y", dist.Normal(z, s).mask(keep).to_event(1), obs=y)
 
     for elbo in (NestedELBO, Trace_ELBO):
-        guide = AutoNested(model)
+        guide = mean_field(model)
         result = fit(model, guide, torch.randn(N, 3), num_epochs=150, lr=0.05, elbo=elbo(), progress=False)
         assert result.elbo[-1] < 0
         for values in (guide[1].scales.z, guide[1].scales.s, guide[1].locs.s):
@@ -163,7 +166,7 @@ def test_a_model_that_hides_all_rows_costs_nothing(mask):
             all_latents(y)
 
     for elbo in (NestedELBO(), TraceMeanField_ELBO(), Trace_ELBO()):
-        guide = AutoNested(model)
+        guide = mean_field(model)
         result = fit(model, guide, Y, num_epochs=2, optimizer=still, elbo=elbo, progress=False)
         assert result.elbo == pytest.approx([0.0, 0.0], abs=1e-6)
 
@@ -185,7 +188,7 @@ def test_a_shared_law_is_that_of_the_visible_rows(elbo, nested):
     y = torch.where(keep, y, 4.0)
     if elbo is TraceEnum_ELBO:
         model = config_enumerate(model)
-    guide = AutoNested(model, shared_plates=["data"])
+    guide = mean_field(model, shared_plates=["data"])
     objective = elbo(max_plate_nesting=2 if nested else 1)
     how = {"num_epochs": 600, "lr": 0.05, "lr_schedule": cosine_to_zero(), "progress": False}
     result = fit(model, guide, (y, keep), elbo=objective, **how)
@@ -201,7 +204,7 @@ def test_summaries_leave_hidden_rows_out():
             pyro.sample("y", dist.Normal(mask.sum(-1), 0.3), obs=y)
 
     y = torch.where(KEEP, 1.0, 4.0)
-    guide = AutoNested(model)
+    guide = mean_field(model)
     result = fit(model, guide, (y, KEEP), num_epochs=150, lr=0.2, progress=False)
     summary, law = result.lengths["mask"], guide.laws["mask"]
     assert summary.mean == pytest.approx(law.mean_length[KEEP].mean().item(), abs=0.02)
@@ -220,7 +223,7 @@ def test_a_scale_of_the_model_holds_in_the_guide_once(elbo, size):
             pyro.sample("code", NestedNormal(torch.zeros(K), torch.ones(K), torch.zeros(K)))
             pyro.sample("mask", OrderedMask.geometric(0.5, K))
 
-    guide = AutoNested(model)
+    guide = mean_field(model)
     with module_local_params(guide), torch.no_grad():
         assert float(elbo().loss(model, guide, torch.arange(N))) == pytest.approx(0, abs=1e-4)
         guide[0].loc_unconstrained.add_(1.0)

@@ -1,5 +1,7 @@
 """Models under Pyro's reparameterisers: the latents are the new sites, and the old ones points that cost nothing."""
 
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -10,6 +12,8 @@ from pyro.infer.reparam import AutoReparam, LocScaleReparam
 
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import AutoNested, NestedELBO, fit
+
+mean_field = partial(AutoNested, latents="mean_field")
 
 Y = torch.linspace(0, 3, 10, dtype=torch.float64)
 
@@ -27,7 +31,7 @@ def hierarchy(y):
 @pytest.mark.parametrize("config", [AutoReparam(centered=0.0), {"z": LocScaleReparam(0.0)}], ids=["auto", "one"])
 def test_a_model_under_reparam_is_fitted(config, elbo):
     model = poutine.reparam(hierarchy, config)
-    guide = AutoNested(model)
+    guide = mean_field(model)
     result = fit(model, guide, Y, num_epochs=200, lr=0.05, elbo=elbo(), progress=False)
     names = set(guide(Y))
     assert "z_decentered" in names

@@ -7,7 +7,8 @@ from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from torch import nn
 
 from pyro_vnd._data import Data, as_arguments
-from pyro_vnd.infer._model_sites import run_model
+from pyro_vnd.infer._conditional.guide import AutoConditional
+from pyro_vnd.infer._model_sites import is_mask, run_model
 from pyro_vnd.infer.auto_parts import AutoLengths
 from pyro_vnd.infer.guides import AutoNested
 
@@ -60,10 +61,12 @@ def check_laws_by_row(model: Any, guide: Any, batch: Data, plate: str, num_data:
 def _by_row(part: AutoGuide, plate: str) -> Iterator[tuple[str, Any]]:
     """Yield the sites for which a part has a law for each row of a plate, with the plate."""
     prototype: Any = part.prototype_trace
-    if prototype is None or isinstance(part, AutoGuideList) or (isinstance(part, AutoLengths) and part.shares(plate)):
+    if prototype is None or isinstance(part, AutoGuideList):
         return
+    shared = isinstance(part, AutoLengths | AutoConditional) and plate in part.shared_plates
     for name, site in prototype.iter_stochastic_nodes():
-        yield from ((name, frame) for frame in site["cond_indep_stack"] if frame.name == plate)
+        if not (shared and is_mask(site["fn"])):
+            yield from ((name, frame) for frame in site["cond_indep_stack"] if frame.name == plate)
 
 
 def _subsamples(frame: Any) -> bool:
