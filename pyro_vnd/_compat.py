@@ -23,6 +23,8 @@ Of Pyro. Objectives, guides and handlers are extended by the methods that its ow
 - `pyro.infer.autoguide.AutoGuide._model`, which a copy of a guide and its original would forget.
 - `pyro.poutine.messenger.Messenger._reset`: forgets what a handler has from an earlier run.
 - `pyro.nn.PyroModule._pyro_context.param_state`: where a module keeps them under `module_local_params`.
+- `pyro.nn.module._Context`: what a module and its parts are called in, which of a fitted one has a store of its own.
+- `pyro.nn.PyroModule._pyro_set_supermodule`: hands a part the context of the whole.
 - `pyro.distributions.MaskedDistribution._mask`: the rows that count.
 - `pyro.distributions.distribution.COERCIONS`: asked before a law of Pyro is made, which `TransformedDistribution` of a
   nested law must not be; torch's own class does not ask.
@@ -39,16 +41,18 @@ Beside names:
 What is used of ArviZ is in `pyro_vnd.diagnostics.posterior._arviz`, for both of its lines.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import pyro
 import torch
 from pyro.distributions import MaskedDistribution
 from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement as check_mean_field_requirement
 from pyro.nn import PyroModule
-from torch import Tensor
+from pyro.nn.module import _Context
+from torch import Tensor, nn
 
 __all__ = [
     "QuietModule",
@@ -56,6 +60,7 @@ __all__ = [
     "check_mean_field_requirement",
     "give_local_params",
     "in_func",
+    "keep_own_params",
     "mask_of_rows",
     "only_plain_code",
     "quiet_lookups",
@@ -118,6 +123,36 @@ def give_local_params(module: PyroModule) -> None:
         module._pyro_context.param_state = {"params": {}, "constraints": {}}
 
 
+class OwnContext(_Context):
+    """The context of a module that owns its parameters: while it is called, Pyro's store is a new and empty one.
+
+    So Pyro finds none of another module's values under its names and leaves it none, yet hears of its parameters as
+    ever. Breaks if a `PyroModule` is called otherwise than within `_pyro_context`, or if the store has what it keeps
+    elsewhere than in attributes, which `clear` makes anew.
+    """
+
+    def __enter__(self) -> None:
+        if not self.active and not pyro.settings.get("module_local_params"):
+            store = pyro.get_param_store()
+            self.outside = dict(vars(store))  # no `store.scope()`, which takes from parameters what `SVI` asks for
+            store.clear()
+        super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if not self.active:
+            vars(pyro.get_param_store()).update(vars(self).pop("outside", {}))
+
+
+def keep_own_params(objects: Iterable[Any]) -> None:
+    """Let the modules among objects, and copies of them, own their parameters from now on."""
+    for module in objects:
+        for part in module.modules() if isinstance(module, nn.Module) else ():
+            if isinstance(part, PyroModule):
+                give_local_params(part)
+                part._pyro_context.__class__ = OwnContext
+
+
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
@@ -138,7 +173,15 @@ class QuietModule(PyroModule):
     all handlers: that is how `SVI` gets to know them. It takes as long as a small layer, and `fit` has them already.
 
     Breaks if a `PyroModule` keeps plain modules elsewhere than in `_modules`.
+
+    One that owns its parameters does so as a part of another module, too.
     """
+
+    def _pyro_set_supermodule(self, name: str, context: _Context) -> None:
+        owns = isinstance(self._pyro_context, OwnContext)
+        super()._pyro_set_supermodule(name, context)
+        if owns:
+            keep_own_params([self])
 
     def __getattr__(self, name: str) -> Any:
         if _quiet.get():

@@ -21,6 +21,7 @@ from pyro_vnd._compat import (
     QuietModule,
     check_mean_field_requirement,
     give_local_params,
+    keep_own_params,
     mask_of_rows,
     only_plain_code,
     quiet_lookups,
@@ -95,6 +96,31 @@ def test_a_module_given_a_store_keeps_its_parameters_to_itself():
         assert module.p == 0
     message = f"`pyro.nn.PyroModule._pyro_context.param_state` is no longer where a module keeps its own {HELP}"
     assert list(pyro.get_param_store()) == [], message
+
+
+def test_a_module_that_owns_its_parameters_leaves_the_store_alone():
+    class Holder(QuietModule):
+        def __init__(self):
+            super().__init__()
+            self.p = PyroParam(torch.zeros(1))
+
+        def forward(self):
+            return self.p
+
+    pyro.clear_param_store()
+    theirs = pyro.param("p", torch.ones(1))
+    module = Holder()
+    keep_own_params([module, None])
+    for called in (module, whole := Holder()):
+        if called is whole:
+            whole.part, whole.forward = module, lambda: whole.part.p
+        site = poutine.trace(called).get_trace().nodes["p" if called is module else "part.p"]
+        message = f"a `PyroModule` is no longer called within `_pyro_context`, or the store was left changed {HELP}"
+        assert site["value"] == 0, message
+        assert dict(pyro.get_param_store()) == {"p": theirs}, message
+        # Which SVI asks for after the call; a `scope` of the store would have taken it away.
+        assert site["value"].unconstrained() is module.p_unconstrained
+    pyro.clear_param_store()
 
 
 def test_a_quiet_module_hands_out_its_nets_without_a_word():

@@ -10,7 +10,7 @@ import torch
 from pyro.infer import ELBO
 from tqdm.auto import tqdm
 
-from pyro_vnd._compat import quiet_lookups
+from pyro_vnd._compat import keep_own_params, quiet_lookups
 from pyro_vnd._data import Data, named_parts, num_rows, shapes
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
 from pyro_vnd.distributions import OrderedMask
@@ -169,6 +169,7 @@ def fit(
         objective = Objective(elbo, model, guide, scale, first_rows(data, batch_size), settings[0].weights)
         validated = validation is not None
         check_laws_by_row(model, guide, first_rows(data, batch_size), plate, num_data, validated=validated)
+        keep_own_params(both)
         cuts = None if schedule is None else MaskCuts(schedule, both, objective.record, plate)
         with_temperature = [] if temperature is None else parts_with_temperature(both)
         made = optimizer(objective.parameters, lr=lr)

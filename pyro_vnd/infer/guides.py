@@ -271,8 +271,8 @@ def module_local_params(*modules: Any) -> Iterator[None]:
     """Run a block in which models and guides keep their own parameters.
 
     Pyro's `module_local_params` setting, also for modules that were made without it. Two guides of one name then do
-    not read each other's values, which under the global store the second would, silently. Use it around calls of a
-    guide that `fit` has trained.
+    not read each other's values, which under the global store the second would, silently. What `fit` has trained does
+    so without it; use it around modules that you train yourself, as `Elbo()(model, guide)` with a torch optimiser.
 
     Args:
         *modules: Models and guides that are called in the block; those that are no modules are passed over.
