@@ -66,6 +66,7 @@ __all__ = [
     "quiet_lookups",
     "recall",
     "remember",
+    "stray_params",
 ]
 
 
@@ -121,6 +122,17 @@ def give_local_params(module: PyroModule) -> None:
     """
     if not hasattr(module._pyro_context, "param_state"):
         module._pyro_context.param_state = {"params": {}, "constraints": {}}
+
+
+def stray_params(objects: Iterable[Any]) -> list[str]:
+    """Return the names of `pyro.param` in the stores of modules, which are parameters of no module."""
+    names = []
+    for module in objects:
+        if isinstance(module, PyroModule):
+            own = {id(parameter) for parameter in module.parameters()}
+            params = getattr(module._pyro_context, "param_state", {"params": {}})["params"]
+            names += [name for name, parameter in params.items() if id(parameter) not in own]
+    return names
 
 
 class OwnContext(_Context):

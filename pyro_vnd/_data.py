@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 __all__ = [
     "Data",
@@ -115,12 +116,12 @@ def check_rows(caller: str, data: Data, name: str = "data") -> None:
     """
     expected = "a tensor, a tuple of tensors, or a mapping from names of arguments to tensors"
     if not isinstance(data, Tensor | tuple | list | Mapping):
-        raise ValueError(f"{caller}: argument `{name}` must be {expected}; got {type(data).__name__}")
+        raise ValueError(f"{caller}: argument `{name}` must be {expected}; got {_kind(data)}")
     if isinstance(data, Mapping) and not all(isinstance(key, str) for key in data):
         raise ValueError(f"{caller}: argument `{name}` must be {expected}; got the keys {list(data)}")
     for part, rows in named_parts(data, name).items():
         if not isinstance(rows, Tensor) or rows.dim() == 0:
-            got = "a tensor without rows" if isinstance(rows, Tensor) else type(rows).__name__
+            got = "a tensor without rows" if isinstance(rows, Tensor) else _kind(rows)
             raise ValueError(f"{caller}: argument `{part}` must be a tensor with rows; got {got}")
         if rows.is_floating_point() and not torch.isfinite(rows).all():
             raise ValueError(
@@ -133,6 +134,21 @@ def check_rows(caller: str, data: Data, name: str = "data") -> None:
         raise ValueError(
             f"{caller}: argument `{name}` must be tensors with the same number of rows, at least 1; got {shapes(data)}"
         )
+
+
+def _kind(thing: Any) -> str:
+    """Name a thing that is no tensor, and say how to make tensors of it."""
+    advice = ""
+    if isinstance(thing, TensorDataset):
+        advice = "dataset.tensors"
+    elif isinstance(thing, Dataset | DataLoader):
+        of = "dataset" if isinstance(thing, Dataset) else "loader.dataset"
+        advice = f"torch.utils.data.default_collate([*{of}])"
+    elif hasattr(thing, "to_numpy"):  # of pandas, say
+        advice = "torch.as_tensor(x.to_numpy())"
+    elif hasattr(thing, "__array__"):
+        advice = "torch.as_tensor(x)"
+    return f"{type(thing).__name__}{': give tensors, ' * bool(advice)}{advice}"
 
 
 def batches(data: Rows, batch_size: int) -> Iterator[Sequence[Tensor]]:

@@ -16,6 +16,14 @@ from pyro_vnd._state import cuda_devices, module_mode, random_numbers
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.nested import NestedLaw
 from pyro_vnd.infer._fit.checkpoint import Checkpoint
+from pyro_vnd.infer._fit.checks import (
+    check_arguments,
+    check_programs,
+    make_lr_scheduler,
+    make_optimizer,
+    positive_number,
+    whole_number,
+)
 from pyro_vnd.infer._fit.data import check_data, first_rows, shuffled_batches
 from pyro_vnd.infer._fit.handlers import ScaleToDataset
 from pyro_vnd.infer._fit.held_out import mean_log_likelihood
@@ -148,14 +156,23 @@ def fit(
         2
     """
     check_data(data, validation)
-    num_data = num_rows(data)
-    batch_size = num_data if batch_size is None else batch_size
     elbo = NestedELBO() if elbo is None else elbo
-    _check_numbers(num_data, batch_size, num_epochs, clip_norm)
-    if resume and checkpoint is None:
-        raise ValueError("fit: argument `resume` needs the `checkpoint` to go on from")
-    if local_reparam and not isinstance(elbo, NestedELBO):
-        raise ValueError(f"fit: argument `local_reparam` needs a NestedELBO; {type(elbo).__name__} scores weights")
+    check_arguments(
+        optimizer=optimizer,
+        lr_schedule=lr_schedule,
+        elbo=elbo,
+        schedule=schedule,
+        local_reparam=local_reparam,
+        stop=stop,
+        plate=plate,
+        seed=seed,
+        resume=resume,
+        checkpoint=checkpoint,
+    )
+    check_programs(model, guide, data)
+    num_data, num_epochs, lr = num_rows(data), whole_number("num_epochs", num_epochs), positive_number("lr", lr)
+    batch_size = num_data if batch_size is None else whole_number("batch_size", batch_size, num_data)
+    clip_norm = None if clip_norm is None else positive_number("clip_norm", clip_norm, ", or None")
     num_steps = num_epochs * (num_data // batch_size)
     anneal = 0.0 if schedule is None else schedule.anneal
     settings = Settings(num_steps, kl_weight, local_kl_weight, length_weight, temperature, anneal)
@@ -172,8 +189,8 @@ def fit(
         keep_own_params(both)
         cuts = None if schedule is None else MaskCuts(schedule, both, objective.record, plate)
         with_temperature = [] if temperature is None else parts_with_temperature(both)
-        made = optimizer(objective.parameters, lr=lr)
-        lr_scheduler = None if lr_schedule is None else lr_schedule(made, num_steps)
+        made = make_optimizer(optimizer, objective.parameters, lr)
+        lr_scheduler = make_lr_scheduler(lr_schedule, made, num_steps)
         step = Step(objective, made, lr_scheduler, cuts, with_temperature, handlers, clip_norm)
         result, file = FitResult(), None
         if checkpoint is not None:
@@ -205,15 +222,6 @@ def fit(
                 break
     result.warn_of_collapse({name for name, (law, _) in objective.record.laws.items() if _is_given(law)})
     return result
-
-
-def _check_numbers(num_data: int, batch_size: int, num_epochs: int, clip_norm: float | None) -> None:
-    if not 1 <= batch_size <= num_data:
-        raise ValueError(f"fit: argument `batch_size` must be from 1 to {num_data}, the rows of data; got {batch_size}")
-    if num_epochs < 1:
-        raise ValueError(f"fit: argument `num_epochs` must be at least 1; got {num_epochs}")
-    if clip_norm is not None and not 0 < clip_norm < torch.inf:
-        raise ValueError(f"fit: argument `clip_norm` must be finite and > 0, or None; got {clip_norm}")
 
 
 def _is_given(law: OrderedMask | NestedLaw) -> bool:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import accumulate
+from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -261,10 +263,18 @@ def schedule_values(name: str, schedule: Schedule, num_steps: int, *, positive: 
         ValueError: If a value is no finite number >= 0, or > 0.
     """
     last = max(num_steps - 1, 1)
-    values = [float(schedule(step / last)) for step in range(num_steps)] if callable(schedule) else [float(schedule)]
-    bound = "> 0" if positive else ">= 0"
+    function = schedule if callable(schedule) and not isinstance(schedule, type) else None
+    found: list[Any] = [schedule] if function is None else [function(step / last) for step in range(num_steps)]
+    values = [float(value) if _is_number(value) else math.nan for value in found]
     for step, value in enumerate(values):
         if not (0 <= value < math.inf) or (positive and value == 0):
-            when = f" at t = {step / last:.3g}" if callable(schedule) else ""
-            raise ValueError(f"fit: argument `{name}` must be finite and {bound}; got {value}{when}")
-    return values if callable(schedule) else values * num_steps
+            bound, when = "> 0" if positive else ">= 0", f" at t = {step / last:.3g}" if function else ""
+            expected = "finite and" if _is_number(found[step]) else "a number or a function of t, finite and"
+            raise ValueError(f"fit: argument `{name}` must be {expected} {bound}; got {found[step]!r}{when}")
+    return values if function else values * num_steps
+
+
+def _is_number(value: Any) -> bool:
+    return (isinstance(value, Real) and not isinstance(value, bool)) or (
+        isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    )

@@ -134,14 +134,14 @@ def test_a_law_that_is_given_does_not_collapse(y):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": N + 1}, "`batch_size` must be from 1 to 60"),
-        ({"num_epochs": 0}, "`num_epochs` must be at least 1"),
+        ({"batch_size": N + 1}, "`batch_size` must be an integer from 1 to 60"),
+        ({"num_epochs": 0}, "`num_epochs` must be an integer at least 1; got 0"),
         ({"kl_weight": -1.0}, "`kl_weight` must be finite and >= 0"),
         ({"plate": "rows", "batch_size": 10}, r"no site of the model is in a plate named 'rows'.*\{'data': 10\}"),
         ({"length_weight": math.nan}, "`length_weight` must be finite and >= 0; got nan"),
         ({"kl_weight": lambda t: -t}, "`kl_weight` must be finite and >= 0; got -0.1"),
         ({"temperature": 0.0}, "`temperature` must be finite and > 0"),
-        ({"clip_norm": 0.0}, "`clip_norm` must be finite and > 0, or None; got 0.0"),
+        ({"clip_norm": 0.0}, "`clip_norm` must be a finite number > 0, or None; got 0.0"),
         (
             {"schedule": MaskSchedule()},
             r"`schedule` needs a NestedNet in model or guide, or a NestedNormal or an OrderedMask in the plate .data.",

@@ -62,6 +62,8 @@ class ScaleToDataset(Messenger):
             self.plates[frame.name] = frame.size
             if frame.name != self.plate:
                 continue
+            if frame.size < 0:  # Pyro's number for a plate that was not told
+                raise ValueError(f"fit: plate {self.plate!r} has no size: write pyro.plate({self.plate!r}, len(x))")
             if frame.size != self.batch_size:
                 raise ValueError(
                     f"fit: plate {self.plate!r} at site {msg['name']!r} has size {frame.size}, but the batch has "
@@ -114,6 +116,7 @@ class EvaluationRecord(Messenger):
         visible: What the model does not hide of each of them, for the batch shape of the law; None for all.
         plates: Names of the plates of those that a `MaskSchedule` can cut: not wrapped and not enumerated.
         last_site: The last site so far, of guide or model.
+        observed_shapes: Shapes of the value and the law of each observed site so far.
     """
 
     def __init__(self, score: bool = True) -> None:
@@ -128,6 +131,7 @@ class EvaluationRecord(Messenger):
         self.log_likelihood: Tensor | float = 0.0
         self.enumerated = False
         self.last_site = ""
+        self.observed_shapes: dict[str, tuple[Any, Any]] = {}
         self._sights: dict[str, int] = {}
 
     def __enter__(self) -> "EvaluationRecord":
@@ -140,6 +144,7 @@ class EvaluationRecord(Messenger):
         name = self.last_site = msg["name"]
         self.enumerated |= msg["infer"].get("_enumerate_dim") is not None
         if msg["is_observed"]:
+            self.observed_shapes[name] = tuple(getattr(msg["value"], "shape", ())), tuple(msg["fn"].shape())
             if self.score and not self.enumerated:
                 # All handlers have run: scale and mask are final, as in the trace that the ELBO scores.
                 with torch.no_grad():

@@ -1,15 +1,20 @@
 """The objective of a fit: the ELBO of a mini-batch, its parts, and what makes them infinite."""
 
+import re
 from collections.abc import Callable
+from functools import partial
 from traceback import walk_tb
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer import ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_vnd._compat import stray_params
 from pyro_vnd._data import Data, as_arguments
+from pyro_vnd.infer._fit.checks import foreign_dtype
 from pyro_vnd.infer._fit.handlers import EvaluationRecord, ScaleToDataset
 from pyro_vnd.infer._fit.settings import KLWeights
 from pyro_vnd.infer.elbo import NestedELBO
@@ -46,7 +51,7 @@ class Objective:
 
     def __init__(
         self,
-        elbo: ELBO,
+        elbo: Any,
         model: Any,
         guide: Any,
         scale: Callable[[KLWeights], ScaleToDataset],
@@ -57,9 +62,15 @@ class Objective:
         self.scale = scale
         self.keeps_parts = isinstance(elbo, NestedELBO)
         self.record = EvaluationRecord(score=not self.keeps_parts)
-        first = scale(weights)
+        first, sites = scale(weights), ProgramSites()
         with poutine.trace(param_only=True) as trace:
-            self._evaluate(first_batch, first)
+            try:
+                self._evaluate(first_batch, first, partial(elbo.differentiable_loss, *sites.watch(model, guide)))
+            except Exception as error:
+                sites.check()
+                self._explain(error, first_batch)
+                raise
+        sites.check()
         first.check()
         self.parameters: list[Tensor] = list(self.module.parameters())
         known = {id(parameter) for parameter in self.parameters}
@@ -67,10 +78,7 @@ class Objective:
             value: Any = site.get("value")
             unconstrained = value.unconstrained() if hasattr(value, "unconstrained") else value
             if site["type"] == "param" and id(unconstrained) not in known:
-                raise ValueError(
-                    f"fit: parameter {name!r} belongs to no nn.Module: make model and guide PyroModules, or train "
-                    "with pyro.infer.SVI and Pyro's global parameter store"
-                )
+                raise ValueError(_of_no_module(name))
         if not self.parameters:
             raise ValueError("fit: neither model nor guide has parameters; is the guide an nn.Module?")
 
@@ -88,19 +96,39 @@ class Objective:
             NonFiniteLossError: If torch or Pyro refuse a law or a value that is not finite. Any other error stays what
                 it is, and has a note that names the last site before it.
         """
-        return self._evaluate(batch, self.scale(weights))
+        return self._evaluate(batch, self.scale(weights), self.module)
 
-    def _evaluate(self, batch: Data, scale: ScaleToDataset) -> Tensor:
+    def _evaluate(self, batch: Data, scale: ScaleToDataset, loss: Callable[..., Tensor]) -> Tensor:
         args, kwargs = as_arguments(batch)
         try:
             with scale, self.record:
-                return self.module(*args, **kwargs)
+                return loss(*args, **kwargs)
         except Exception as error:
             site = f"after site {self.record.last_site!r}" if self.record.last_site else "before the first site"
             if isinstance(error, ValueError) and _is_about_something_infinite(error):
                 raise NonFiniteLossError(f"fit: evaluating the ELBO failed {site}: {error}") from error
             error.add_note(f"fit: raised while the ELBO was evaluated, {site}")
             raise
+
+    def _explain(self, error: Exception, batch: Data) -> None:
+        """Raise an error that says what to do, if one of the first evaluation is a known mistake."""
+        if names := stray_params((self.module.model, self.module.guide)):
+            raise ValueError(_of_no_module(names[0])) from error
+        if isinstance(error, AttributeError) and error.name == "param_state":
+            raise ValueError(
+                "fit: model or guide calls a PyroModule that is no part of it, so that its parameters would not be "
+                "trained: make it one, of an nn.Module that holds it (`self.net = net`)"
+            ) from error
+        if isinstance(error, RuntimeError) and "type" in str(error) and (said := foreign_dtype(batch, self.module)):
+            raise ValueError(f"fit: {said}") from error
+        wrong = re.match(r'at site "(.*)", invalid log_prob shape', str(error))
+        if wrong and (shapes := self.record.observed_shapes.get(wrong[1])):
+            value, law = shapes
+            raise ValueError(
+                f"fit: site {wrong[1]!r} has data of shape {value} and a law of shape {law}, which do not go together "
+                "in its plates: give both the same shape (y.squeeze(-1), say), or what is no row to the law's events "
+                "(.to_event(1))"
+            ) from error
 
     def parts(self, loss: Tensor) -> ElboParts:
         """Return the parts of the last evaluation, given its loss; detached."""
@@ -140,6 +168,57 @@ class Objective:
                     if not torch.isfinite(value).all():
                         return f"the {what} of site {name!r} of the {where} is not finite"
         return ""
+
+
+class ProgramSites:
+    """The sites of model and guide in an evaluation, each program's by itself."""
+
+    def __init__(self) -> None:
+        self.model, self.guide = _Sites(), _Sites()
+
+    def watch(self, model: Any, guide: Any) -> tuple[Any, Any]:
+        """Return the programs, which tell of their sites."""
+        return self.model(model), self.guide(guide)
+
+    def check(self) -> None:
+        """Raise if both ran, and the guide draws what the model has not.
+
+        Raises:
+            ValueError: If it does.
+        """
+        missing = [name for name in self.guide.latent if name not in self.model.latent]
+        if missing and self.model.ran and self.guide.ran:
+            how = "observed in the model" if missing[0] in self.model.observed else "not in the model"
+            raise ValueError(
+                f"fit: site {missing[0]!r} of the guide is {how}, whose latents are {[*self.model.latent]}: is it the "
+                "guide of another model? A site that only the guide needs is marked `infer={'is_auxiliary': True}`"
+            )
+
+
+class _Sites(Messenger):
+    def __init__(self) -> None:
+        super().__init__()
+        self.latent: dict[str, None] = {}
+        self.observed: set[str] = set()
+        self.ran = False
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["is_observed"]:
+            self.observed.add(msg["name"])
+        elif not site_is_subsample(msg) and not msg["infer"].get("is_auxiliary"):
+            self.latent[msg["name"]] = None
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        self.ran = kind is None
+        super().__exit__(kind, *error)
+
+
+def _of_no_module(name: str) -> str:
+    learned = "; a reparametrisation must not be learned: AutoReparam(centered=0.0)" * name.endswith("_centered")
+    return (
+        f"fit: parameter {name!r} belongs to no nn.Module: make model and guide PyroModules, with a PyroParam in place "
+        f"of pyro.param{learned}; or train with pyro.infer.SVI and Pyro's global parameter store"
+    )
 
 
 def _is_about_something_infinite(error: ValueError) -> bool:

@@ -1,0 +1,232 @@
+"""What `fit` asks of its arguments, each mistake named before anything is computed."""
+
+import inspect
+import math
+import operator
+from collections.abc import Callable, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from pyro.optim import PyroOptim
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from pyro_vnd._compat import QuietModule
+from pyro_vnd._data import Data, as_arguments, named_parts
+from pyro_vnd.infer.elbo import NestedELBO
+from pyro_vnd.infer.schedules import LRSchedule, MaskSchedule
+from pyro_vnd.nn.net import NetGuide
+
+__all__ = [
+    "check_arguments",
+    "check_checkpoint",
+    "check_programs",
+    "make_lr_scheduler",
+    "make_optimizer",
+    "positive_number",
+    "whole_number",
+]
+
+Program = Callable[..., Any]
+
+
+def _refuse(argument: str, expected: str, got: Any) -> None:
+    what = f"the class {got.__name__}" if isinstance(got, type) else repr(got)
+    what = what if len(what) < 200 else type(got).__name__
+    raise ValueError(f"fit: argument `{argument}` must be {expected}; got {what}")
+
+
+def whole_number(argument: str, value: Any, most: int | None = None) -> int:
+    """Return an integer of any library as Python's own, from 1 to `most`.
+
+    Example:
+        >>> whole_number("num_epochs", torch.tensor(3))
+        3
+    """
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1 or (most is not None and number > most):
+        rest = "at least 1" if most is None else f"from 1 to {most}, the rows of data"
+        _refuse(argument, f"an integer {rest}", value)
+    return number
+
+
+def positive_number(argument: str, value: Any, or_none: str = "") -> float:
+    """Return a number of any library as Python's own, finite and > 0."""
+    single = isinstance(value, Tensor) and value.numel() == 1
+    number = float(value) if single or (isinstance(value, Real) and not isinstance(value, bool)) else math.nan
+    if not 0 < number < math.inf:
+        _refuse(argument, f"a finite number > 0{or_none}", value)
+    return number
+
+
+def check_programs(model: Program, guide: Program, data: Data) -> None:
+    """Check that model and guide can be called with the data, and that a guide which belongs to a model has its own.
+
+    Raises:
+        ValueError: If not.
+    """
+    args, kwargs = as_arguments(data)
+    for argument, program in (("model", model), ("guide", guide)):
+        if not callable(program) or isinstance(program, type):
+            _refuse(argument, "a Pyro program that can be called, a function or a module", program)
+        try:
+            signature = inspect.signature(program.forward if isinstance(program, nn.Module) else program)
+        except (TypeError, ValueError):  # it has none that could be read
+            continue
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise ValueError(
+                f"fit: argument `data` must be the arguments of `{argument}`, {_names(signature)}; got "
+                f"{[*kwargs] if kwargs else f'{len(args)} by place'}: {error}"
+            ) from None
+    if isinstance(model, nn.Module) and isinstance(guide, nn.Module):
+        _check_owner(model, guide)
+
+
+def _names(signature: inspect.Signature) -> str:
+    return str(signature.replace(return_annotation=inspect.Signature.empty))
+
+
+def _check_owner(model: nn.Module, guide: nn.Module) -> None:
+    """Refuse the guide of another net or autoencoder: each shares parameters with its own model."""
+    parts = [guide] if isinstance(guide, QuietModule) else [p for p in guide.modules() if isinstance(p, NetGuide)]
+    own = {id(parameter) for parameter in model.parameters()}
+    for part in parts:
+        shared = [id(parameter) in own for parameter in part.parameters()]
+        if own and shared and not any(shared):
+            raise ValueError(
+                f"fit: argument `guide` is the guide of another model: this {type(part).__name__} shares no parameters "
+                f"with `model`, {type(model).__name__}; give `model.guide`, or the `guide` of its net"
+            )
+
+
+_IN_FIT = "NestedELBO(), Trace_ELBO(), TraceMeanField_ELBO() or TraceEnum_ELBO()"
+
+
+def check_arguments(
+    *,
+    optimizer: Any,
+    lr_schedule: Any,
+    elbo: Any,
+    schedule: Any,
+    local_reparam: Any,
+    stop: Any,
+    plate: Any,
+    seed: Any,
+    resume: Any,
+    checkpoint: Any,
+) -> None:
+    """Check what kind of thing each argument is.
+
+    Raises:
+        ValueError: If one is no such thing; the message says what would be.
+    """
+    _check_maker("optimizer", optimizer, Optimizer, "a class of torch.optim or a function of parameters and `lr`")
+    if lr_schedule is not None:
+        expected = "a function of an optimiser and the number of steps, such as cosine_to_zero(), or None"
+        _check_maker("lr_schedule", lr_schedule, LRScheduler, expected)
+        try:
+            inspect.signature(lr_schedule).bind(None, 1)
+        except TypeError:
+            _refuse("lr_schedule", expected, lr_schedule)
+        except ValueError:  # no signature
+            pass
+    if not isinstance(elbo, ELBO):
+        _refuse("elbo", f"an objective, {_IN_FIT}", elbo)
+    if not hasattr(elbo, "differentiable_loss") or type(elbo).__name__.startswith("Jit"):
+        name = type(elbo).__name__
+        raise ValueError(f"fit: argument `elbo` must be {_IN_FIT}; got {name}, which goes with pyro.infer.SVI")
+    if local_reparam not in (False, True, "linear"):
+        _refuse("local_reparam", "True, False or 'linear'", local_reparam)
+    if local_reparam and not isinstance(elbo, NestedELBO):
+        raise ValueError(f"fit: argument `local_reparam` needs a NestedELBO; {type(elbo).__name__} scores weights")
+    if not (schedule is None or isinstance(schedule, MaskSchedule)):
+        _refuse("schedule", "a MaskSchedule(), or None; schedules of weights go to `kl_weight` and its like", schedule)
+    if not (stop is None or (callable(stop) and not isinstance(stop, type))):
+        _refuse("stop", "a function of the ELBO by epoch, such as Plateau(), or None", stop)
+    if not isinstance(plate, str):
+        _refuse("plate", "the name of a plate", plate)
+    if seed is not None:
+        try:
+            in_range = not isinstance(seed, bool) and 0 <= operator.index(seed) < 2**63
+        except TypeError:
+            in_range = False
+        if not in_range:
+            _refuse("seed", "an integer from 0 to 2**63 - 1, or None", seed)
+    if resume not in (False, True, "extend"):
+        _refuse("resume", "True, False or 'extend'", resume)
+    if resume and checkpoint is None:
+        raise ValueError("fit: argument `resume` needs the `checkpoint` to go on from")
+    check_checkpoint(checkpoint)
+
+
+def _check_maker(argument: str, maker: Any, kind: type, expected: str) -> None:
+    if isinstance(maker, type) and issubclass(maker, LBFGS):
+        raise ValueError(f"fit: argument `{argument}` is LBFGS, which needs a closure that `fit` has not; take another")
+    from_pyro = isinstance(maker, PyroOptim) or getattr(maker, "__module__", "").startswith("pyro.optim")
+    if from_pyro and not (isinstance(maker, type) and issubclass(maker, kind)):
+        _refuse(argument, f"{expected}, not one of pyro.optim, which is for pyro.infer.SVI", maker)
+    if isinstance(maker, kind) or not callable(maker):
+        _refuse(argument, f"{expected}, which makes one of the parameters to be trained", maker)
+
+
+def make_optimizer(make: Callable[..., Any], parameters: Sequence[Tensor], lr: float) -> Optimizer:
+    """Make the optimiser, and see that it is one.
+
+    Raises:
+        ValueError: If it is none that `fit` can step.
+    """
+    made = make(parameters, lr=lr)
+    if not isinstance(made, Optimizer) or isinstance(made, LBFGS):
+        _refuse("optimizer", "what makes a torch optimiser whose step needs no closure", type(made))
+    return made
+
+
+def make_lr_scheduler(make: LRSchedule | None, optimizer: Optimizer, num_steps: int) -> LRScheduler | None:
+    """Make the scheduler of the learning rate, if there is one, and see that it is one.
+
+    Raises:
+        ValueError: If it is none that can be stepped after every step.
+    """
+    made: Any = None if make is None else make(optimizer, num_steps)
+    if made is not None and (not isinstance(made, LRScheduler) or isinstance(made, ReduceLROnPlateau)):
+        _refuse("lr_schedule", "what makes a torch LRScheduler whose step needs no value", type(made))
+    return made
+
+
+def check_checkpoint(path: Any) -> None:
+    """Check that a checkpoint can be written where it is to be.
+
+    Raises:
+        ValueError: If not.
+    """
+    if path is None:
+        return
+    if not isinstance(path, str | Path) or not str(path):
+        _refuse("checkpoint", "the path of a file", path)
+    if Path(path).is_dir():
+        raise ValueError(f"fit: argument `checkpoint` is {str(path)!r}, a folder; give the path of a file in it")
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"fit: argument `checkpoint` is {str(path)!r}, whose folder does not exist")
+
+
+def foreign_dtype(data: Data, module: nn.Module) -> str | None:
+    """Say which part of the data has another dtype than the parameters, and what to do; None if none has.
+
+    Integers of one dimension are labels.
+    """
+    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    for name, part in named_parts(data).items():
+        if dtypes and part.dtype not in dtypes and (part.is_floating_point() or part.dim() > 1):
+            wanted = " or ".join(sorted(str(dtype) for dtype in dtypes))
+            hint = ", images as x.float() / 255" if part.dtype == torch.uint8 else ""
+            return f"argument `{name}` must be of the dtype of the parameters, {wanted}{hint}; got {part.dtype}"
+    return None
