@@ -11,7 +11,7 @@ from pyro.infer import ELBO
 from tqdm.auto import tqdm
 
 from pyro_vnd._compat import keep_own_params, quiet_lookups
-from pyro_vnd._data import Data, named_parts, num_rows, shapes
+from pyro_vnd._data import Data, named_parts, num_rows
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.nested import NestedLaw
@@ -25,6 +25,7 @@ from pyro_vnd.infer._fit.checks import (
     whole_number,
 )
 from pyro_vnd.infer._fit.data import check_data, first_rows, shuffled_batches
+from pyro_vnd.infer._fit.fingerprint import describe_data, describe_optimisation, describe_schedules
 from pyro_vnd.infer._fit.handlers import ScaleToDataset
 from pyro_vnd.infer._fit.held_out import mean_log_likelihood
 from pyro_vnd.infer._fit.mask_sources import MaskCuts, nested_laws, parts_with_temperature
@@ -64,7 +65,7 @@ def fit(
     stop: StoppingRule | None = None,
     plate: str = "data",
     checkpoint: str | Path | None = None,
-    resume: bool = False,
+    resume: bool | Literal["extend"] = False,
     seed: int | None = 0,
     progress: bool = True,
 ) -> FitResult:
@@ -126,8 +127,10 @@ def fit(
         plate: Name of the plate over the rows of the data.
         checkpoint: File in which the state of the fit is kept, written anew after every epoch.
         resume: Whether to go on from that file, with the very result of a fit that was never interrupted; an epoch
-            that was not finished is done again. Starts from scratch if there is no file. Arguments that are no part of
-            the file, such as schedules, must be those of the first call.
+            that was not finished is done again. Starts from scratch if there is no file. Data and arguments must be
+            those of the first call, and what differs is named; what is no part of the file, model, guide, `stop` and
+            `validation`, is not looked at. "extend" goes on to a larger `num_epochs`, too, with schedules stretched
+            over the new number, from where they then stand.
         seed: Seed of shuffling, initialisation and draws; None goes on with the caller's random numbers.
         progress: Whether to show a progress bar.
 
@@ -194,9 +197,19 @@ def fit(
         step = Step(objective, made, lr_scheduler, cuts, with_temperature, handlers, clip_norm)
         result, file = FitResult(), None
         if checkpoint is not None:
-            arguments = {"num_epochs": num_epochs, "batch_size": batch_size, "optimizer": type(made).__name__}
-            file = Checkpoint(checkpoint, step, arguments | {"data": shapes(data)}, devices)
-            result = file.load() if resume else result
+            weights = {"kl_weight": kl_weight, "local_kl_weight": local_kl_weight, "length_weight": length_weight}
+            arguments = {"batch_size": batch_size, "clip_norm": clip_norm, "plate": plate, "seed": seed}
+            arguments |= {"elbo": f"{type(elbo).__name__} of {elbo.num_particles} particles", "local_reparam": layers}
+            arguments |= describe_schedules({**weights, "temperature": temperature}, schedule) | describe_data(data)
+            optimisation = partial(describe_optimisation, optimizer, lr_schedule, objective.parameters, lr)
+            file = Checkpoint(
+                checkpoint,
+                step,
+                lambda epochs: optimisation(num_steps // num_epochs * epochs) | arguments,
+                num_epochs,
+                devices,
+            )
+            result = file.load(extend=resume == "extend") if resume else result
         started -= result.seconds
         settings[max(result.num_steps - 1, 0)].set_temperature(with_temperature)  # a finished fit has its last one
         stops = _Stops(stop, settled=-(-settings.settled * num_epochs // num_steps))  # in epochs, rounded up
