@@ -79,8 +79,10 @@ def fit(
     where the first sum is over all sites in the plate of the data, whose scale is set here: write the model for whole
     data, `with pyro.plate("data", len(x))`. Model and guide are called as `model(*batch)` and `guide(*batch)`, or with
     `**batch` if the data are a mapping, under module-local parameters and in training mode; their `nn.Module`
-    parameters are trained, not Pyro's global store. Handlers meet those of plain nets inside a model of this library
-    in the first evaluation only. A second call goes on from where the first one ended, with a fresh optimiser.
+    parameters are trained, not Pyro's global store. What was fitted, and copies of it, keep to their own parameters
+    when they are called afterwards, whatever their names are and whatever the store has; `pyro.infer.SVI` may train
+    them further. Handlers meet the parameters of plain nets inside a model of this library in the first evaluation
+    only. A second call goes on from where the first one ended, with a fresh optimiser.
 
     A schedule is a number or a function of t, which goes from 0 in the first step to 1 in the last one: `linear`,
     `cosine`, or your own.

@@ -182,7 +182,7 @@ def test_state_holds_both_nets(command, digits):
         (["alexnet"], "unknown net 'alexnet'; known are mlp"),
         (["lenet", "--data", "mnist-3d"], "unknown data set 'mnist-3d'; known are digits"),
         (["lenet", "--widths", "0.5", "1.5"], "width 1.5 is invalid"),
-        (["lenet", "--epochs", "0"], "`num_epochs` must be at least 1; got 0"),
+        (["lenet", "--epochs", "0"], "`num_epochs` must be an integer at least 1; got 0"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_leaves_nothing(arguments, message, tmp_path, capsys):
