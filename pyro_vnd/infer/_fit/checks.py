@@ -175,7 +175,11 @@ def _check_maker(argument: str, maker: Any, kind: type, expected: str) -> None:
     if from_pyro and not (isinstance(maker, type) and issubclass(maker, kind)):
         _refuse(argument, f"{expected}, not one of pyro.optim, which is for pyro.infer.SVI", maker)
     if isinstance(maker, kind) or not callable(maker):
-        _refuse(argument, f"{expected}, which makes one of the parameters to be trained", maker)
+        _refuse(
+            argument,
+            f"{expected}: what makes one, not one that is made" if isinstance(maker, kind) else expected,
+            maker,
+        )
 
 
 def make_optimizer(make: Callable[..., Any], parameters: Sequence[Tensor], lr: float) -> Optimizer:
@@ -223,9 +227,9 @@ def foreign_dtype(data: Data, module: nn.Module) -> str | None:
 
     Integers of one dimension are labels.
     """
-    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()} or {torch.get_default_dtype()}
     for name, part in named_parts(data).items():
-        if dtypes and part.dtype not in dtypes and (part.is_floating_point() or part.dim() > 1):
+        if part.dtype not in dtypes and (part.is_floating_point() or part.dim() > 1):
             wanted = " or ".join(sorted(str(dtype) for dtype in dtypes))
             hint = ", images as x.float() / 255" if part.dtype == torch.uint8 else ""
             return f"argument `{name}` must be of the dtype of the parameters, {wanted}{hint}; got {part.dtype}"

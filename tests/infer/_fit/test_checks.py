@@ -80,14 +80,14 @@ WRONG = [
     ("checkpoint", "", "the path of a file; got ''"),
     ("optimizer", pyro.optim.Adam({"lr": 0.1}), "not one of pyro.optim, which is for pyro.infer.SVI; got <pyro"),
     ("optimizer", pyro.optim.Adam, "not one of pyro.optim"),
-    ("optimizer", SGD, "which makes one of the parameters to be trained; got SGD"),
+    ("optimizer", SGD, "what makes one, not one that is made; got SGD"),
     ("optimizer", "adam", "a class of torch.optim or a function of parameters and `lr`.*; got 'adam'"),
     ("optimizer", lambda params, lr: 3, "what makes a torch optimiser .*; got the class int"),
     ("optimizer", lambda params, lr: torch.optim.LBFGS(params, lr=lr), "whose step needs no closure; got the class L"),
     ("lr_schedule", cosine_to_zero, r"such as cosine_to_zero\(\), or None; got <function cosine_to_zero"),
     ("lr_schedule", linear(1, 0), "a function of an optimiser and the number of steps"),
     ("lr_schedule", 0.1, "a function of an optimiser and the number of steps"),
-    ("lr_schedule", lr_scheduler.StepLR(SGD, 3), "which makes one of the parameters"),
+    ("lr_schedule", lr_scheduler.StepLR(SGD, 3), "what makes one, not one that is made; got <torch"),
     ("lr_schedule", lambda o, n: 0.1, "what makes a torch LRSch"),
     ("lr_schedule", lambda o, n: lr_scheduler.ReduceLROnPlateau(o), "needs no value; got the class ReduceLROnPlateau"),
     ("guide", AutoNormal, "a Pyro program that can be called, .*; got the class AutoNormal"),
@@ -217,6 +217,18 @@ def test_data_of_another_dtype():
     )
     with pytest.raises(ValueError, match=r"`x` must be images of floats, x.float\(\) / 255; got torch.uint8"):
         fit(vae, vae.guide, X.to(torch.uint8), progress=False)
+
+
+def test_data_of_another_dtype_than_the_latents(rows):
+    x, y = rows
+
+    def product(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    message = "`data.0.` must be of the dtype of the parameters, torch.float64; got torch.float32"
+    refused(message, product, AutoNormal(product), (x.float(), y))
 
 
 def test_the_guide_of_another_net_or_autoencoder(rows):
