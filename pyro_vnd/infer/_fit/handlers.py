@@ -1,6 +1,7 @@
 """Effect handlers of a fit: one scales a mini-batch to its data set, one records likelihood and laws of lengths."""
 
 import math
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -116,7 +117,8 @@ class EvaluationRecord(Messenger):
         visible: What the model does not hide of each of them, for the batch shape of the law; None for all.
         plates: Names of the plates of those that a `MaskSchedule` can cut: not wrapped and not enumerated.
         last_site: The last site so far, of guide or model.
-        observed_shapes: Shapes of the value and the law of each observed site so far.
+        misfits: Shapes of value and law of each observed site so far whose log-probability has more dimensions than it
+            has plates, as where (N, 1) meets (N,).
     """
 
     def __init__(self, score: bool = True) -> None:
@@ -131,7 +133,7 @@ class EvaluationRecord(Messenger):
         self.log_likelihood: Tensor | float = 0.0
         self.enumerated = False
         self.last_site = ""
-        self.observed_shapes: dict[str, tuple[Any, Any]] = {}
+        self.misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self._sights: dict[str, int] = {}
 
     def __enter__(self) -> "EvaluationRecord":
@@ -144,7 +146,8 @@ class EvaluationRecord(Messenger):
         name = self.last_site = msg["name"]
         self.enumerated |= msg["infer"].get("_enumerate_dim") is not None
         if msg["is_observed"]:
-            self.observed_shapes[name] = tuple(getattr(msg["value"], "shape", ())), tuple(msg["fn"].shape())
+            if not _fits_its_plates(msg):
+                self.misfits[name] = tuple(getattr(msg["value"], "shape", ())), tuple(msg["fn"].shape())
             if self.score and not self.enumerated:
                 # All handlers have run: scale and mask are final, as in the trace that the ELBO scores.
                 with torch.no_grad():
@@ -168,3 +171,13 @@ def _lengths(fn: Any) -> Any:
     """Return what a law says about lengths; of a soft mask, the law of the hard one that it tends to."""
     law = innermost(fn)
     return OrderedMask(logits=law.logits) if isinstance(law, RelaxedOrderedMask) else find_mask(fn)
+
+
+def _fits_its_plates(msg: Any) -> bool:
+    """Say whether each dimension of the log-probability of a site is that of a plate."""
+    value, law = getattr(msg["value"], "shape", ()), msg["fn"].shape()
+    if value == law and len(msg["fn"].batch_shape) <= len(msg["cond_indep_stack"]):
+        return True
+    event_dim, dims = msg["fn"].event_dim, {frame.dim for frame in msg["cond_indep_stack"]}
+    sizes = [max(pair) for pair in zip_longest(reversed(value), reversed(law), fillvalue=1)][event_dim:]
+    return all(size == 1 or -i in dims for i, size in enumerate(sizes, 1))

@@ -1,6 +1,5 @@
 """The objective of a fit: the ELBO of a mini-batch, its parts, and what makes them infinite."""
 
-import re
 from collections.abc import Callable
 from functools import partial
 from traceback import walk_tb
@@ -8,6 +7,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -72,6 +72,8 @@ class Objective:
                 raise
         sites.check()
         first.check()
+        if self.keeps_parts:  # an ELBO that enumerates has dimensions without plates
+            self._check_shapes()
         self.parameters: list[Tensor] = list(self.module.parameters())
         known = {id(parameter) for parameter in self.parameters}
         for name, site in trace.trace.nodes.items():
@@ -121,12 +123,14 @@ class Objective:
             ) from error
         if isinstance(error, RuntimeError) and "type" in str(error) and (said := foreign_dtype(batch, self.module)):
             raise ValueError(f"fit: {said}") from error
-        wrong = re.match(r'at site "(.*)", invalid log_prob shape', str(error))
-        if wrong and (shapes := self.record.observed_shapes.get(wrong[1])):
-            value, law = shapes
+        if isinstance(error, ValueError) and "log_prob shape" in str(error):
+            self._check_shapes(error)
+
+    def _check_shapes(self, error: Exception | None = None) -> None:
+        for name, (value, law) in self.record.misfits.items():
             raise ValueError(
-                f"fit: site {wrong[1]!r} has data of shape {value} and a law of shape {law}, which do not go together "
-                "in its plates: give both the same shape (y.squeeze(-1), say), or what is no row to the law's events "
+                f"fit: site {name!r} has data of shape {value} and a law of shape {law}, which do not go together in "
+                "its plates: give both the same shape (y.squeeze(-1), say), or what is no row to the law's events "
                 "(.to_event(1))"
             ) from error
 
@@ -171,14 +175,16 @@ class Objective:
 
 
 class ProgramSites:
-    """The sites of model and guide in an evaluation, each program's by itself."""
+    """The sites of model and guide in an evaluation, each program's by itself; a guide of Pyro's kind knows its own."""
 
     def __init__(self) -> None:
         self.model, self.guide = _Sites(), _Sites()
+        self.auto: AutoGuide | None = None
 
     def watch(self, model: Any, guide: Any) -> tuple[Any, Any]:
         """Return the programs, which tell of their sites."""
-        return self.model(model), self.guide(guide)
+        self.auto = guide if isinstance(guide, AutoGuide) else None
+        return self.model(model), guide if self.auto is not None else self.guide(guide)
 
     def check(self) -> None:
         """Raise if both ran, and the guide draws what the model has not.
@@ -186,8 +192,10 @@ class ProgramSites:
         Raises:
             ValueError: If it does.
         """
-        missing = [name for name in self.guide.latent if name not in self.model.latent]
-        if missing and self.model.ran and self.guide.ran:
+        prototype: Any = None if self.auto is None else self.auto.prototype_trace
+        latent = self.guide.latent if prototype is None else dict(prototype.iter_stochastic_nodes())
+        missing = [name for name in latent if name not in self.model.latent]
+        if missing and self.model.ran and (self.guide.ran or prototype is not None):
             how = "observed in the model" if missing[0] in self.model.observed else "not in the model"
             raise ValueError(
                 f"fit: site {missing[0]!r} of the guide is {how}, whose latents are {[*self.model.latent]}: is it the "

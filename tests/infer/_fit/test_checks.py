@@ -115,9 +115,9 @@ def test_numbers_of_numpy_and_torch_are_numbers(rows):
         "lr": np.float32(0.25),
         "clip_norm": np.float64(9),
     }
-    how |= {"kl_weight": np.float64(0.5), "length_weight": lambda t: torch.tensor(t), "seed": np.int64(3)}
+    how |= {"kl_weight": np.float64(0.5), "length_weight": lambda t: torch.tensor(t + 1), "seed": np.int64(3)}
     plain = {"num_epochs": 2, "batch_size": 12, "lr": 0.25, "clip_norm": 9.0, "kl_weight": 0.5, "seed": 3}
-    plain["length_weight"] = lambda t: t
+    plain["length_weight"] = lambda t: t + 1
     found, expected = (fit(model, AutoNested(model), rows, progress=False, **each).elbo for each in (how, plain))
     assert found == expected
 
