@@ -75,8 +75,15 @@ def summary(data: Any, var_names: list[str] | None = None) -> pd.DataFrame:
 
     Returns:
         A row for each number, rounded to three decimals.
+
+    Raises:
+        ValueError: If the posterior has no variable of one of the names.
     """
     posterior = dataset(data, "posterior")
+    asked = [var_names] if isinstance(var_names, str) else var_names or []
+    known = sorted(map(str, posterior.data_vars))
+    if unknown := [name for name in asked if name.removeprefix("~") not in known]:  # "~w" is all but w
+        raise ValueError(f"summary: argument `var_names` names {unknown}; variables of the posterior: {known}")
     has_rhat = posterior.sizes["chain"] > 1 and posterior.sizes["draw"] >= 4
     tree = xr.DataTree.from_dict({"posterior": posterior})
     with np.errstate(divide="ignore", invalid="ignore"):  # R-hat of constants
