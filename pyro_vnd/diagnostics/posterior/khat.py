@@ -14,14 +14,15 @@ from tqdm.auto import tqdm
 
 from pyro_vnd._data import Data, as_arguments
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
-from pyro_vnd.diagnostics.posterior._arviz import dataset, datasets, from_datasets, psis
-from pyro_vnd.diagnostics.posterior.draws import keep_rows
+from pyro_vnd.diagnostics.posterior._arviz import MIN_DRAWS, dataset, datasets, from_datasets, psis
+from pyro_vnd.diagnostics.posterior.names import plain
+from pyro_vnd.diagnostics.posterior.sites import keep_rows, log_q_terms
 from pyro_vnd.distributions.nested import innermost
 from pyro_vnd.infer import module_local_params
 
-__all__ = ["KHAT_LABELS", "khat", "khat_by_row", "resample"]
+__all__ = ["KHAT_LABELS", "THRESHOLD", "guide_khat", "khat", "khat_by_row", "resample"]
 
-
+THRESHOLD = 0.7  # of k-hat, up to which weights can be trusted
 KHAT_LABELS = {"long_name": "Pareto k-hat of the importance ratios", "units": "1"}
 
 
@@ -32,9 +33,11 @@ def khat(data: Any) -> xr.DataArray:
 
     have 1 / k finite moments, and k-hat estimates k from the largest of them. Below .5 the guide is good; up to .7 it
     is good enough for `resample` to correct it; above it misses mass of the posterior, and its draws are about
-    something else. k-hat is about all latents at once, and grows with their number: a mean-field guide of a large net
-    has a large k-hat, though its predictions may be good. Where the model has rows with latents of their own,
-    `khat_by_row` says which of them are bad.
+    something else. Where the model has rows with latents of their own, `khat_by_row` says which of them are bad.
+
+    k-hat is about all latents at once, and grows with their number. For a net it judges the joint law of thousands of
+    weights, and around 6 is usual: weights are then not corrected by `resample`, nor rows left out by `loo`, but
+    predictions may be good. Judge those by scores of held-out rows, as `evaluate_widths` does.
 
     There is no k-hat of a single site: its ratio $p(z_i \mid x) / q(z_i)$ is of marginal densities, and that of the
     posterior is what nobody knows. The ratio above is a product over sites only where they are independent in the
@@ -44,11 +47,11 @@ def khat(data: Any) -> xr.DataArray:
         data: What `to_arviz` returned; from 1,000 draws k-hat has an error of about .1.
 
     Returns:
-        k-hat of each chain, a fit, shape (chain,); NaN for less than 25 draws, -inf where the largest ratios are equal,
-        as they are bounded then. A guide that is the posterior has equal ratios.
+        k-hat of each chain, a fit, shape (chain,); -inf where the largest ratios are equal, as they are bounded then. A
+        guide that is the posterior has equal ratios.
 
     Raises:
-        ValueError: If the data have no `log_p` and `log_q`, or one of them is NaN.
+        ValueError: If a chain has less than 25 draws, or the data have no `log_p` and `log_q`, or one of them is NaN.
 
     References:
         Yao, Vehtari, Simpson and Gelman, "Yes, but did it work? Evaluating variational inference", 2018,
@@ -65,10 +68,15 @@ def khat(data: Any) -> xr.DataArray:
         >>> [bool(khat(to_arviz(model, guide, num_samples=1000)) < 0.7) for guide in (model, off)]
         [True, False]
     """
-    return xr.DataArray(psis(_log_ratios("khat", data))[1], dims="chain", name="khat", attrs=KHAT_LABELS)
+    return guide_khat("khat", data)
 
 
-def resample(data: Any, num_samples: int | None = None, *, threshold: float = 0.7, seed: int = 0) -> Any:
+def guide_khat(caller: str, data: Any) -> xr.DataArray:
+    """Return k-hat of each chain; errors are those of the caller."""
+    return xr.DataArray(psis(_log_ratios(caller, data))[1], dims="chain", name="khat", attrs=KHAT_LABELS)
+
+
+def resample(data: Any, num_samples: int | None = None, *, threshold: float = THRESHOLD, seed: int = 0) -> Any:
     r"""Turn draws of the guide into draws of the posterior, by importance resampling.
 
     A draw is taken with a probability in proportion to its Pareto-smoothed ratio $p(x, z) / q(z)$; the sample is
@@ -86,8 +94,8 @@ def resample(data: Any, num_samples: int | None = None, *, threshold: float = 0.
         `sample_stats` it has `log_p` only, as the draws are no longer those of the guide.
 
     Raises:
-        ValueError: If k-hat of a chain is above the threshold, `num_samples` is not positive, or `log_p` and `log_q`
-            are missing or NaN.
+        ValueError: If k-hat of a chain is above the threshold, a chain has less than 25 draws, `num_samples` is not
+            positive, or `log_p` and `log_q` are missing or NaN.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -109,8 +117,7 @@ def resample(data: Any, num_samples: int | None = None, *, threshold: float = 0.
         raise ValueError(
             f"resample: k-hat must be at most {threshold} in each chain; got {', '.join(f'{k:.2f}' for k in khats)}. "
             "The guide misses mass of the posterior, which weights cannot bring back, and more draws seldom do: fit "
-            "for longer, or give the guide more freedom, as by base=AutoMultivariateNormal of AutoNested, or use MCMC. "
-            "NaN is for less than 25 draws."
+            "for longer, or give the guide more freedom, as by base=AutoMultivariateNormal of AutoNested, or use MCMC."
         )
     random = np.random.default_rng(seed)
     index = np.stack([_systematic(np.exp(chain), num_samples, random) for chain in log_weights])
@@ -143,6 +150,11 @@ def _log_ratios(caller: str, data: Any) -> np.ndarray:
     log_ratios: np.ndarray = (stats["log_p"] - stats["log_q"]).transpose("chain", "draw").to_numpy()
     if np.isnan(log_ratios).any():
         raise ValueError(f"{caller}: log_p - log_q of `data` must be numbers; {np.isnan(log_ratios).sum()} are NaN")
+    if log_ratios.shape[-1] < MIN_DRAWS:
+        raise ValueError(
+            f"{caller}: argument `data` must have at least {MIN_DRAWS} draws a chain, of which k-hat can be told; got "
+            f"{log_ratios.shape[-1]}. Call to_arviz with more `num_samples`"
+        )
     return log_ratios
 
 
@@ -170,14 +182,15 @@ def khat_by_row(
 
     If all latents are in the plate, and so in an autoencoder, these are the ratios of row n, exactly.
     Otherwise w is from q in the place of its posterior given all rows but n, from which its posterior given all of them
-    differs little where rows are many. Scales of sites, as of a mini-batch, do not count.
+    differs little where rows are many. Scales of sites, as of a mini-batch, do not count, nor do latents that the model
+    hides by a mask.
 
     Args:
         model: The model.
         guide: Its trained guide; parameters are its own (`module_local_params`).
         data: Arguments of both, the same as of `fit`: a tensor, a tuple of them in order, or a mapping by name.
         plate: Name of the plate over the rows of the data.
-        num_samples: Draws of all latents.
+        num_samples: Draws of all latents, at least 25.
         progress: Whether to show a progress bar.
         seed: Seed of the draws; None goes on with the caller's random numbers.
 
@@ -185,7 +198,7 @@ def khat_by_row(
         k-hat of each row, shape (rows,), with the dimension of the plate's name; read as that of `khat`.
 
     Raises:
-        ValueError: If `num_samples` is not positive, no site is in the plate, or rows have no ratio of their own: a
+        ValueError: If there are less than 25 draws, no site is in the plate, or rows have no ratio of their own: a
             latent is drawn outside the plate by the guide, as by `AutoMultivariateNormal`, or is a point, or is not
             drawn.
 
@@ -201,8 +214,8 @@ def khat_by_row(
         >>> (khat_by_row(model, guide, torch.tensor([1.0, 2.0, 3.0])) < 0.7).values
         array([ True,  True, False])
     """
-    if num_samples < 1:
-        raise ValueError(f"khat_by_row: argument `num_samples` must be at least 1; got {num_samples}")
+    if num_samples < MIN_DRAWS:
+        raise ValueError(f"khat_by_row: argument `num_samples` must be at least {MIN_DRAWS}; got {num_samples}")
     args, kwargs = as_arguments(data)
     log_ratios: list[torch.Tensor] = []
     rows = poutine.Trace()  # those of the first draw, if the plate subsamples
@@ -218,8 +231,11 @@ def khat_by_row(
             if not log_ratios:
                 _check_rows(model_trace, guide_trace, plate)
                 keep_rows(rows, model_trace, guide_trace)
-            log_ratios.append(_row_scores(model_trace, plate) - _row_scores(guide_trace, plate))
-    return xr.DataArray(psis(torch.stack(log_ratios, -1).cpu().numpy())[1], dims=plate, name="khat", attrs=KHAT_LABELS)
+            of_model = {name: _log_prob(site) for name, (site, _) in _in_plate(model_trace, plate).items()}
+            of_guide = log_q_terms("khat_by_row", guide_trace.nodes, model_trace.nodes, scaled=False)
+            log_ratios.append(_by_row(of_model, model_trace, plate) - _by_row(of_guide, guide_trace, plate))
+    khats = psis(torch.stack(log_ratios, -1).cpu().numpy())[1]
+    return xr.DataArray(khats, dims=plain(plate), name="khat", attrs=KHAT_LABELS)
 
 
 def _in_plate(trace: Any, plate: str) -> dict[str, Any]:
@@ -233,11 +249,16 @@ def _in_plate(trace: Any, plate: str) -> dict[str, Any]:
     return found
 
 
-def _row_scores(trace: Any, plate: str) -> torch.Tensor:
+def _log_prob(site: Any) -> torch.Tensor:
+    log_prob: torch.Tensor = scale_and_mask(site["fn"].log_prob(site["value"]), 1.0, site["mask"])
+    return log_prob
+
+
+def _by_row(terms: dict[str, torch.Tensor], trace: Any, plate: str) -> torch.Tensor:
+    """Sum up terms for each row of a plate."""
     scores: Any = 0.0
-    for site, dim in _in_plate(trace, plate).values():
-        log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), 1.0, site["mask"])
-        scores = scores + log_prob.movedim(dim, 0).reshape(log_prob.shape[dim], -1).sum(1)
+    for name, (_, dim) in _in_plate(trace, plate).items():
+        scores = scores + terms[name].movedim(dim, 0).reshape(terms[name].shape[dim], -1).sum(1)
     return scores
 
 

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 
 from pyro_vnd._data import Data, as_arguments
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
-from pyro_vnd.diagnostics.posterior.draws import dim_names, kept_length
+from pyro_vnd.diagnostics.posterior.names import plain
+from pyro_vnd.diagnostics.posterior.sites import dim_names, kept_length
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.nested import find_mask
 from pyro_vnd.infer import module_local_params
@@ -125,7 +126,7 @@ def sbc(
             for name, values in draws.items():
                 for variable, (dims, quantity) in _quantities(name, sites[name]).items():
                     rank = _ranks(quantity(sites[name]["value"]), quantity(values))
-                    ranks[variable] = xr.DataArray(rank.cpu().numpy(), dims=dims)
+                    ranks[plain(variable)] = xr.DataArray(rank.cpu().numpy(), dims=[plain(dim) for dim in dims])
             if log_likelihood:
                 if len(draws) < len(sites):
                     raise ValueError(
