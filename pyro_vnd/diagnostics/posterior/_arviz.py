@@ -21,7 +21,18 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import xarray as xr
 
-__all__ = ["MIN_DRAWS", "compare", "dataset", "datasets", "from_datasets", "from_groups", "loo", "psis", "summary"]
+__all__ = [
+    "MIN_DRAWS",
+    "compare",
+    "dataset",
+    "datasets",
+    "from_datasets",
+    "from_groups",
+    "likelihood",
+    "loo",
+    "psis",
+    "summary",
+]
 
 _stats: Any = arviz_stats  # the same functions in both lines, whose types say nothing of them
 _IS_LEGACY = az.__version__.startswith("0.")
@@ -61,39 +72,30 @@ def dataset(data: Any, group: str) -> xr.Dataset:
     return found[group]
 
 
-def summary(data: Any, var_names: list[str] | None = None) -> pd.DataFrame:
-    """Summarise posterior draws: means, deviations and 89 % intervals; with several chains also R-hat.
-
-    Draws of a guide are independent, so effective sample sizes would only repeat their number, and R-hat says nothing
-    within a fit. Where chains are independent fits R-hat tells whether they agree: near 1 if so, infinite where each
-    has settled on a value of its own. It is put to 1 for what is the same in all draws of all fits, such as the first
-    unit of a mask.
-
-    Args:
-        data: What `to_arviz` returned.
-        var_names: Variables of the posterior; all by default.
-
-    Returns:
-        A row for each number, rounded to three decimals.
-
-    Raises:
-        ValueError: If the posterior has no variable of one of the names.
-    """
+def summary(data: Any, var_names: list[str] | None = None, constant: bool = False) -> pd.DataFrame:
+    """Summarise posterior draws; see `pyro_vnd.diagnostics.summary`."""
     posterior = dataset(data, "posterior")
-    asked = [var_names] if isinstance(var_names, str) else var_names or []
-    known = sorted(map(str, posterior.data_vars))
-    if unknown := [name for name in asked if name.removeprefix("~") not in known]:  # "~w" is all but w
-        raise ValueError(f"summary: argument `var_names` names {unknown}; variables of the posterior: {known}")
+    posterior = posterior if var_names is None else posterior[var_names]
     has_rhat = posterior.sizes["chain"] > 1 and posterior.sizes["draw"] >= 4
     tree = xr.DataTree.from_dict({"posterior": posterior})
     with np.errstate(divide="ignore", invalid="ignore"):  # R-hat of constants
         kind = "all" if has_rhat else "stats"
-        table = pd.DataFrame(_stats.summary(tree, var_names=var_names, kind=kind, round_to="none"))
+        table = pd.DataFrame(_stats.summary(tree, kind=kind, round_to="none"))
+    varies = [flag for name in posterior.data_vars for flag in _varies(posterior[name])]
+    if not constant and len(varies) == len(table):
+        table = table[varies]
     if has_rhat:
         table = table[[name for name in table if not str(name).startswith(("ess_", "mcse_"))]]
         constant = table["r_hat"].isna() & (table["sd"] == 0)
         table = table.assign(r_hat=table["r_hat"].mask(constant, 1.0))
     return table.round(3)
+
+
+def _varies(draws: xr.DataArray) -> np.ndarray:
+    """Say of each entry of a variable whether it differs between draws; the only entry counts as if it did."""
+    values = draws.transpose("chain", "draw", ...).to_numpy()
+    values = values.reshape(values.shape[0] * values.shape[1], -1)
+    return (values != values[0]).any(0) | (values.shape[1] == 1)
 
 
 def psis(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -129,14 +131,19 @@ def _psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     return log_weights - np.logaddexp.reduce(log_weights), khat
 
 
-def loo(data: Any, var_name: str | None = None, variational: bool = False) -> Any:
-    """Estimate the expected log predictive density of each row from the others; see `pyro_vnd.diagnostics.loo`."""
+def likelihood(data: Any, var_name: str | None = None) -> xr.DataArray:
+    """Return the log-likelihoods of the rows of an observed site, or of the only one."""
     found = dataset(data, "log_likelihood")
     if var_name is None and len(found) != 1:
         raise ValueError(f"argument `var_name` must name one of the observed sites {list(found)}")
     if var_name is not None and var_name not in found:
         raise ValueError(f"argument `var_name` must be one of the observed sites {list(found)}; got {var_name!r}")
-    terms = found[next(iter(found)) if var_name is None else var_name]
+    return found[next(iter(found)) if var_name is None else var_name]
+
+
+def loo(data: Any, var_name: str | None = None, variational: bool = False) -> Any:
+    """Estimate the expected log predictive density of each row from the others; see `pyro_vnd.diagnostics.loo`."""
+    terms = likelihood(data, var_name)
     rows = [dim for dim in terms.dims if dim not in ("chain", "draw")]
     if terms.isnull().all(["chain", "draw"]).any():
         terms = terms.stack(observation=rows).dropna("observation", how="all").reset_index("observation")

@@ -104,7 +104,9 @@ def test_summary_of_several_fits_tells_whether_they_agree():
         "mask": ((*SAMPLE, "unit"), np.stack([np.ones((3, 1000)), same > 0], -1).astype(int)),
         "settled": (SAMPLE, np.repeat([[2], [2], [5]], 1000, 1)),
     }
-    table = adapter.summary(adapter.from_groups({"posterior": variables}, {}))
+    data = adapter.from_groups({"posterior": variables}, {})
+    assert adapter.summary(data).index.tolist() == ["agree", "shifted", "mask[1]", "settled"]
+    table = adapter.summary(data, constant=True)
     assert list(table.columns) == ["mean", "sd", "eti89_lb", "eti89_ub", "r_hat"]
     assert not table.isna().any(axis=None)
     r_hat = table["r_hat"]
@@ -112,8 +114,7 @@ def test_summary_of_several_fits_tells_whether_they_agree():
     assert r_hat[["agree", "mask[1]"]].max() < 1.01
     assert r_hat["shifted"] > 1.1  # power: one of three fits is off by a standard deviation
     assert r_hat["settled"] > 100
-    names = adapter.summary(adapter.from_groups({"posterior": variables}, {}), ["agree"]).index
-    assert names.tolist() == ["agree"]
+    assert adapter.summary(data, ["agree"]).index.tolist() == ["agree"]
 
 
 def test_summary_of_few_draws_of_several_fits_has_no_r_hat():
