@@ -16,6 +16,7 @@ from pyro_vnd._state import module_mode
 from pyro_vnd.diagnostics.metrics.calibration import check_rows
 from pyro_vnd.diagnostics.metrics.classification import evaluate, net_cost
 from pyro_vnd.diagnostics.posterior import _arviz
+from pyro_vnd.diagnostics.posterior.loo import loo
 from pyro_vnd.infer import module_local_params
 from pyro_vnd.nn import NestedNet, narrow, recalibrate_batchnorm
 from pyro_vnd.nn.width import Rounding
@@ -311,7 +312,12 @@ def loo_widths(
 
 
 def smallest_width(
-    scores: Mapping[float, Any], *, within: float = 1.0, var_name: str | None = None, variational: bool = True
+    scores: Mapping[float, Any],
+    *,
+    within: float = 1.0,
+    var_name: str | None = None,
+    variational: bool = True,
+    force: bool = False,
 ) -> float:
     r"""Return the narrowest width that predicts about as well as the best one.
 
@@ -327,6 +333,7 @@ def smallest_width(
         within: Standard errors c of the difference that a narrower one may be worse by.
         var_name: As in `loo`, for what `to_arviz` returned.
         variational: As in `loo`, for what `to_arviz` returned.
+        force: As in `loo`, for what `to_arviz` returned.
 
     Returns:
         The key of the width.
@@ -354,7 +361,9 @@ def smallest_width(
         raise ValueError("smallest_width: argument `scores` must have at least one width; it is empty")
     if not within >= 0:
         raise ValueError(f"smallest_width: argument `within` must be >= 0; got {within}")
-    by_width = {width: _densities(width, found, var_name, variational) for width, found in sorted(scores.items())}
+    by_width = {
+        width: _densities(width, found, var_name, variational, force) for width, found in sorted(scores.items())
+    }
     sizes = {width: len(densities) for width, densities in by_width.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"smallest_width: argument `scores` must be of the same rows; got numbers of rows {sizes}")
@@ -366,13 +375,13 @@ def smallest_width(
     raise AssertionError("the best width is within its own error")
 
 
-def _densities(width: float, found: Any, var_name: str | None, variational: bool) -> np.ndarray:
+def _densities(width: float, found: Any, var_name: str | None, variational: bool, force: bool) -> np.ndarray:
     if isinstance(found, Tensor):
         values = found.detach().cpu().double().numpy()
     elif hasattr(found, "elpd_i"):
         values = found.elpd_i.to_numpy().ravel()
     elif hasattr(found, "groups"):  # both of ArviZ's containers have it
-        values = _arviz.loo(found, var_name, variational).elpd_i.to_numpy().ravel()
+        values = loo(found, var_name=var_name, variational=variational, force=force).elpd_i.to_numpy().ravel()
     else:
         values = np.asarray(found, dtype=float)
     if values.ndim != 1 or not values.size or not np.isfinite(values).all():

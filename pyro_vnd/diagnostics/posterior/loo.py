@@ -1,14 +1,23 @@
 """Leave-one-out predictive densities, and models ranked by them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from pyro_vnd.diagnostics.posterior import _arviz
+from pyro_vnd.diagnostics.posterior.khat import THRESHOLD, guide_khat
+from pyro_vnd.diagnostics.posterior.names import find_name
 
 __all__ = ["compare", "loo"]
 
+_CURE = (
+    'Fit for longer, or give the guide more freedom, as by `AutoNested(latents="conditional")`, or use '
+    "draws of MCMC with `variational=False`; where rows have latents of their own, hold rows out. `force=True` "
+    "goes on all the same"
+)
 
-def loo(data: Any, *, var_name: str | None = None, variational: bool = True) -> Any:
+
+def loo(data: Any, *, var_name: str | None = None, variational: bool = True, force: bool = False) -> Any:
     r"""Estimate how well each row is predicted from all others, by Pareto-smoothed importance sampling.
 
     $$\mathrm{elpd} = \sum_n \log p(y_n \mid y_{-n})
@@ -21,9 +30,10 @@ def loo(data: Any, *, var_name: str | None = None, variational: bool = True) -> 
 
     Args:
         data: What `to_arviz` returned; chains are taken together.
-        var_name: The observed site, if there are several.
+        var_name: The observed site, if there are several, by its own name or as in `data`.
         variational: Whether to correct for the guide; False takes the draws for those of the posterior, as those of
             MCMC are.
+        force: Whether to go on where the result cannot be trusted.
 
     Returns:
         ArviZ's `ELPDData`, the same in both of its lines. `elpd`, its standard error `se` over rows, and the effective
@@ -31,7 +41,8 @@ def loo(data: Any, *, var_name: str | None = None, variational: bool = True) -> 
         `good_k`; `warning` tells if one is not. Rows that the model masks are left out.
 
     Raises:
-        ValueError: If `data` lacks a group or variable, or has several observed sites and none is named.
+        ValueError: If `data` lacks a group or variable, or has several observed sites and none is named; and, without
+            `force`, if k-hat is above 0.7 for the guide, which then is not to be corrected, or for all rows.
 
     Warns:
         UserWarning: If a k-hat is too large for the estimate to be trusted.
@@ -53,16 +64,22 @@ def loo(data: Any, *, var_name: str | None = None, variational: bool = True) -> 
         >>> round(float(result.elpd)), result.elpd_i.dims
         (-11, ('data',))
     """
-    return _arviz.loo(data, var_name, variational)
+    found, trouble = _loo("loo", data, var_name, variational, force)
+    if trouble and not force:
+        raise ValueError(f"loo: argument `data` cannot tell: {trouble}. {_CURE}")
+    return found
 
 
-def compare(datasets: Mapping[Any, Any], *, var_name: str | None = None, variational: bool = True) -> Any:
+def compare(
+    datasets: Mapping[Any, Any], *, var_name: str | None = None, variational: bool = True, force: bool = False
+) -> Any:
     """Rank models of the same data by their leave-one-out predictive density.
 
     Args:
         datasets: What `to_arviz` returned for each model, or `loo` made of it, by name or by width.
         var_name: As in `loo`.
         variational: As in `loo`.
+        force: Whether to rank models where some result cannot be trusted.
 
     Returns:
         A data frame with a row a model, best first: `rank` from 0; `elpd`, `se` and `p` as in `loo`; `elpd_diff`, the
@@ -70,15 +87,43 @@ def compare(datasets: Mapping[Any, Any], *, var_name: str | None = None, variati
         `warning`, whether k-hat says not to trust the row.
 
     Raises:
-        ValueError: If there are less than two models, or as `loo`.
+        ValueError: If there are less than two models, or as `loo`: a ranking by what cannot be trusted is none.
 
     Source: Yao et al., "Using stacking to average Bayesian predictive distributions", 2018.
     """
     if len(datasets) < 2:
         raise ValueError(f"compare: argument `datasets` must have at least two models; got {list(datasets)}")
-    elpds = {
-        str(name): data if hasattr(data, "elpd_i") else _arviz.loo(data, var_name, variational)
+    found = {
+        name: (data, _trouble(data)) if hasattr(data, "elpd_i") else _loo("compare", data, var_name, variational, force)
         for name, data in datasets.items()
     }
+    troubles = [f"{name!r}: {trouble}" for name, (_, trouble) in found.items() if trouble]
+    if troubles and not force:
+        raise ValueError(
+            f"compare: argument `datasets` has models that cannot be ranked: {'; '.join(troubles)}. {_CURE}"
+        )
+    elpds = {str(name): elpd for name, (elpd, _) in found.items()}
     # ArviZ turns names into strings; widths stay the numbers that they are.
     return _arviz.compare(elpds).rename(index={str(name): name for name in datasets})
+
+
+def _loo(caller: str, data: Any, var_name: str | None, variational: bool, force: bool) -> tuple[Any, str]:
+    """Return the estimate, and why it is not to be trusted, if so; without `force` then no estimate."""
+    if var_name is not None:
+        var_name = find_name(var_name, _arviz.dataset(data, "log_likelihood"))
+    _arviz.likelihood(data, var_name)  # or there is nothing to ask the guide about
+    of_guide = guide_khat(caller, data).max().item() if variational else -math.inf
+    trouble = f"its guide has a k-hat of {of_guide:.2f}, above {THRESHOLD}, and is too far from the posterior"
+    if of_guide <= THRESHOLD:
+        trouble = ""
+    elif not force:
+        return None, trouble
+    elpd = _arviz.loo(data, var_name, variational)
+    elpd.trouble = trouble  # `compare` may get the estimate alone
+    return elpd, _trouble(elpd)
+
+
+def _trouble(elpd: Any) -> str:
+    smallest = float(elpd.pareto_k.min())
+    of_rows = f"the k-hats of all rows are above {THRESHOLD}, from {smallest:.2f} up" if smallest > THRESHOLD else ""
+    return getattr(elpd, "trouble", "") or of_rows
