@@ -32,14 +32,15 @@ if TYPE_CHECKING:
     from pyro_vnd.diagnostics.plots.widths import plot_ood as plot_ood
     from pyro_vnd.diagnostics.plots.widths import plot_reliability as plot_reliability
     from pyro_vnd.diagnostics.plots.widths import plot_widths as plot_widths
-    from pyro_vnd.diagnostics.posterior._arviz import summary as summary
     from pyro_vnd.diagnostics.posterior.khat import khat as khat
     from pyro_vnd.diagnostics.posterior.khat import khat_by_row as khat_by_row
     from pyro_vnd.diagnostics.posterior.khat import resample as resample
+    from pyro_vnd.diagnostics.posterior.lengths import length_posterior as length_posterior
     from pyro_vnd.diagnostics.posterior.loo import compare as compare
     from pyro_vnd.diagnostics.posterior.loo import loo as loo
     from pyro_vnd.diagnostics.posterior.sbc import rank_uniformity as rank_uniformity
     from pyro_vnd.diagnostics.posterior.sbc import sbc as sbc
+    from pyro_vnd.diagnostics.posterior.summary import summary as summary
     from pyro_vnd.diagnostics.posterior.to_arviz import to_arviz as to_arviz
 
 _NAMES = {
@@ -55,10 +56,11 @@ _NAMES = {
     "plots.laws": ("plot_keep_probs", "plot_laws", "plot_length_posterior"),
     "plots.prefixes": ("plot_class_lengths", "plot_rate_distortion"),
     "plots.widths": ("plot_ood", "plot_reliability", "plot_widths"),
-    "posterior._arviz": ("summary",),
     "posterior.khat": ("khat", "khat_by_row", "resample"),
+    "posterior.lengths": ("length_posterior",),
     "posterior.loo": ("compare", "loo"),
     "posterior.sbc": ("rank_uniformity", "sbc"),
+    "posterior.summary": ("summary",),
     "posterior.to_arviz": ("to_arviz",),
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}

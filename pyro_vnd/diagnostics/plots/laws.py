@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from pyro_vnd.diagnostics.plots.axes import one_axes
+from pyro_vnd.diagnostics.posterior.names import find_name
 from pyro_vnd.distributions import OrderedMask
 
 __all__ = ["plot_keep_probs", "plot_laws", "plot_length_posterior"]
@@ -35,7 +36,7 @@ def plot_keep_probs(
         The axes.
     """
     ax = one_axes(ax, figsize)
-    for name in var_names:
+    for name in (find_name(name, data.posterior) for name in var_names):
         kept = (data.posterior[name] != 0).astype(float)  # units are the last dimension, whatever its name
         rows = [dim for dim in kept.dims[:-1] if dim not in ("chain", "draw")]
         units = np.arange(1, kept.shape[-1] + 1)
@@ -56,7 +57,7 @@ def plot_keep_probs(
 
 
 def plot_length_posterior(
-    data: Any, var_names: Sequence[str], *, prob: float = 0.9, ax: Axes | None = None, figsize: Any = None
+    data: Any, var_names: Sequence[str] = (), *, prob: float = 0.9, ax: Axes | None = None, figsize: Any = None
 ) -> Axes:
     """Plot the posterior over the kept lengths: bars for all fits together, a cross for each, steps for the prior.
 
@@ -64,8 +65,8 @@ def plot_length_posterior(
     and rows. Where there is a mask for each row of the data, the probabilities are means over the rows.
 
     Args:
-        data: What `to_arviz` returned; its prior is shown if it has one.
-        var_names: Mask or `NestedNormal` sites.
+        data: What `to_arviz` returned, whose prior is shown if it has one, or `length_posterior`.
+        var_names: Mask or `NestedNormal` sites; `length_posterior` is about a single one.
         prob: Mass of the shortest central interval of lengths that the legend names.
         ax: Axes to draw on.
         figsize: Size of a new figure, in inches.
@@ -76,26 +77,21 @@ def plot_length_posterior(
     Raises:
         ValueError: If a name is no mask site of the data.
     """
-    known = [str(name).removesuffix("_length") for name in data.posterior.data_vars if str(name).endswith("_length")]
-    unknown = [name for name in var_names if name not in known]
-    if unknown:
-        raise ValueError(f"plot_length_posterior: `var_names` must be mask sites, {known}; got {unknown}")
+    laws = _laws_of_lengths(data, var_names)
     ax = one_axes(ax, figsize)
-    for number, name in enumerate(var_names):
-        num_units, color = data.posterior[name].shape[-1], f"C{number}"
+    for number, (name, (chains, prior)) in enumerate(laws.items()):
+        num_units, color = chains.shape[-1], f"C{number}"
         lengths = np.arange(1, num_units + 1)
-        chains = _length_probs(data.posterior[f"{name}_length"], num_units)
         pooled = chains.mean(0)
         low, high = (1 + np.searchsorted(pooled.cumsum(), level) for level in ((1 - prob) / 2, (1 + prob) / 2))
         label = f"{name}: mean {lengths @ pooled:.1f}, {prob:.0%} in {low}-{min(high, num_units)}"
         # Bars of several sites stand side by side.
-        width = 0.8 / len(var_names)
-        at = lengths + width * (number - (len(var_names) - 1) / 2)
+        width = 0.8 / len(laws)
+        at = lengths + width * (number - (len(laws) - 1) / 2)
         ax.bar(at, pooled, width, color=color, alpha=0.5, label=label)
         if len(chains) > 1:
             ax.plot(np.tile(at, (len(chains), 1)).T, chains.T, "x", color=color, markersize=4)
-        if "prior" in data and f"{name}_length" in data.prior:
-            prior = _length_probs(data.prior[f"{name}_length"], num_units, exact=True).mean(0)
+        if prior is not None:
             edges = np.arange(num_units + 1) + 0.5
             ax.stairs(prior, edges, baseline=None, color=color, linestyle="--", label=f"{name}: prior")
     ax.margins(y=0.04 + 0.08 * len(ax.get_legend_handles_labels()[1]))  # room for the legend
@@ -103,6 +99,25 @@ def plot_length_posterior(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(fontsize="small", loc="upper left")
     return ax
+
+
+def _laws_of_lengths(data: Any, var_names: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+    """Return the law of each mask, a row a chain, and that of its prior if there is one, by name."""
+    if "probs" in data:  # of `length_posterior`
+        probs = data["probs"]
+        return {data.attrs["site"]: (probs.mean([dim for dim in probs.dims if dim != "length"]).to_numpy()[None], None)}
+    names = [find_name(name, data.posterior) for name in var_names]
+    known = [str(name).removesuffix("_length") for name in data.posterior.data_vars if str(name).endswith("_length")]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(f"plot_length_posterior: `var_names` must be mask sites, {known}; got {unknown}")
+    laws = {}
+    for name in names:
+        num_units, variable = data.posterior[name].shape[-1], f"{name}_length"
+        has_prior = "prior" in data and variable in data.prior
+        prior = _length_probs(data.prior[variable], num_units, exact=True).mean(0) if has_prior else None
+        laws[name] = _length_probs(data.posterior[variable], num_units), prior
+    return laws
 
 
 def _length_probs(lengths: Any, num_units: int, exact: bool = False) -> np.ndarray:
