@@ -96,6 +96,22 @@ def test_chains_nested_normals_and_seeds():
     assert to_arviz(coded, guide, num_samples=1, num_prior=0, parallel=True).posterior.sizes["draw"] == 1
 
 
+def test_laws_of_lengths_are_those_of_each_draw():
+    def mixed():
+        rare = pyro.sample("rare", dist.Bernoulli(0.5))
+        last = torch.where(rare > 0, 0.3, 0.9).unsqueeze(-1)
+        pyro.sample("mask", OrderedMask(probs=torch.cat([1 - last, last], -1)))
+
+    def single():
+        with pyro.plate("data", 3):
+            pyro.sample("mask", OrderedMask(probs=torch.tensor([0.25, 0.75])))
+
+    assert "law" not in to_arviz(mixed, mixed, num_samples=20, parallel=True).posterior["mask_length"].attrs
+    for parallel in (False, True):
+        attrs = to_arviz(single, [single, single], num_samples=5, parallel=parallel).posterior["mask_length"].attrs
+        np.testing.assert_allclose(attrs["law"], [0.25, 0.75] * 2)
+
+
 def test_a_plate_that_subsamples_keeps_its_rows():
     def subsampling(y):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
