@@ -5,7 +5,7 @@ from pyro_vnd.infer.elbo import NestedELBO
 from pyro_vnd.infer.fit import NonFiniteLossError, fit
 from pyro_vnd.infer.guides import AutoNested, module_local_params
 from pyro_vnd.infer.local_reparam import LocalReparameterization
-from pyro_vnd.infer.result import FitResult, LengthCollapseWarning
+from pyro_vnd.infer.result import FitResult, LengthCollapseWarning, PoorFitWarning
 from pyro_vnd.infer.schedules import MaskSchedule, cosine, cosine_to_zero, linear
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "NestedELBO",
     "NonFiniteLossError",
     "Plateau",
+    "PoorFitWarning",
     "cosine",
     "cosine_to_zero",
     "fit",

@@ -92,6 +92,14 @@ class NestedELBO(TraceMeanField_ELBO):
             return torch_item(self._at_every_length(conditional, model, args, kwargs))
         return torch_item(super().loss(model, guide, *args, **kwargs))
 
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Return the negative ELBO as a number, after a backward pass; what `pyro.infer.SVI` calls."""
+        if conditional_part(guide, args, kwargs) is None:
+            return torch_item(super().loss_and_grads(model, guide, *args, **kwargs))
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        loss.backward()
+        return loss.item()
+
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return the negative ELBO with its gradient; unlike Pyro's, it never waits for the device to look at it."""
         if (conditional := conditional_part(guide, args, kwargs)) is not None:

@@ -18,6 +18,7 @@ from pyro_vnd.distributions.nested import NestedLaw
 from pyro_vnd.infer._fit.checkpoint import Checkpoint
 from pyro_vnd.infer._fit.checks import (
     check_arguments,
+    check_elbo,
     check_programs,
     make_lr_scheduler,
     make_optimizer,
@@ -26,15 +27,17 @@ from pyro_vnd.infer._fit.checks import (
 )
 from pyro_vnd.infer._fit.data import check_data, first_rows, shuffled_batches
 from pyro_vnd.infer._fit.fingerprint import describe_data, describe_optimisation, describe_schedules
+from pyro_vnd.infer._fit.finish import estimate_khat, settle_laws
 from pyro_vnd.infer._fit.handlers import ScaleToDataset
 from pyro_vnd.infer._fit.held_out import mean_log_likelihood
-from pyro_vnd.infer._fit.mask_sources import MaskCuts, nested_laws, parts_with_temperature
+from pyro_vnd.infer._fit.mask_sources import MaskCuts, conditional_laws, nested_laws, parts_with_temperature
 from pyro_vnd.infer._fit.objective import NonFiniteLossError, Objective
 from pyro_vnd.infer._fit.optimisation import Step
+from pyro_vnd.infer._fit.recipe import recipe_for
 from pyro_vnd.infer._fit.rows import check_laws_by_row
-from pyro_vnd.infer._fit.settings import Settings
+from pyro_vnd.infer._fit.settings import KLWeights, Settings
 from pyro_vnd.infer.callbacks import StoppingRule
-from pyro_vnd.infer.elbo import NestedELBO
+from pyro_vnd.infer.elbo import NestedELBO, conditional_part
 from pyro_vnd.infer.guides import module_local_params
 from pyro_vnd.infer.local_reparam import LocalReparameterization
 from pyro_vnd.infer.result import ElboParts, FitResult
@@ -48,10 +51,10 @@ def fit(
     guide: Callable[..., Any],
     data: Data,
     *,
-    num_epochs: int = 100,
+    num_epochs: int | None = None,
     batch_size: int | None = None,
-    lr: float = 0.01,
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    lr: float | None = None,
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     lr_schedule: LRSchedule | None = None,
     clip_norm: float | None = None,
     elbo: ELBO | None = None,
@@ -66,6 +69,7 @@ def fit(
     plate: str = "data",
     checkpoint: str | Path | None = None,
     resume: bool | Literal["extend"] = False,
+    khat: bool = True,
     seed: int | None = 0,
     progress: bool = True,
 ) -> FitResult:
@@ -95,14 +99,18 @@ def fit(
         data: A tensor, a tuple of tensors, or a mapping from names of arguments to tensors; all have the same number of
             rows, and are finite. Where values are missing, one of them says so, `{"y": y.nan_to_num(), "observed":
             ~y.isnan()}`, and the model hides the rest, `poutine.mask(mask=observed)`.
-        num_epochs: Passes over the data; with `stop` at most.
+        num_epochs: Passes over the data; with `stop` at most. By default 100, or 500 for an `AutoNested` whose latents
+            know the lengths.
         batch_size: Rows of a mini-batch; the rows that do not fill a last one wait for the next epoch's shuffle. By
             default all rows. An autoguide with laws by row needs to know the rows: number them, `i` among the data and
             `pyro.plate("data", N, subsample=i)` in the model.
-        lr: Learning rate, handed to the optimiser.
-        optimizer: Makes a torch optimiser from parameters and `lr`.
+        lr: Learning rate, handed to the optimiser. By default 0.01, or 0.1 for an `AutoNested` whose latents know the
+            lengths: its parameters are in units of the prior.
+        optimizer: Makes a torch optimiser from parameters and `lr`. By default `torch.optim.Adam`, with betas
+            (0.9, 0.95) for such a guide.
         lr_schedule: Makes a torch `LRScheduler` from the optimiser and the number of all steps, such as
-            `cosine_to_zero()`; it is stepped after every step.
+            `cosine_to_zero()`; it is stepped after every step. By default there is none, or `cosine_to_zero()` for
+            such a guide.
         clip_norm: Largest norm of the gradient of all parameters together; a longer one is shortened to it.
         elbo: The objective, `NestedELBO()` by default.
         kl_weight: Weight, or schedule of it, of the KL of the latents outside the plate of the data that are no masks,
@@ -133,6 +141,9 @@ def fit(
             those of the first call, and what differs is named; what is no part of the file, model, guide, `stop` and
             `validation`, is not looked at. "extend" goes on to a larger `num_epochs`, too, with schedules stretched
             over the new number, from where they then stand.
+        khat: Whether to estimate at the end how far a Pyro autoguide is from the posterior, from 256 draws, and to warn
+            if it is far. Guides with latents in the plate of the data, other guides and mini-batches are passed over,
+            and so are weights of KLs other than one.
         seed: Seed of shuffling, initialisation and draws; None goes on with the caller's random numbers.
         progress: Whether to show a progress bar.
 
@@ -145,7 +156,8 @@ def fit(
             message names the site. What model and guide raise themselves stays what it is.
 
     Warns:
-        LengthCollapseWarning: If a learned law has all its mass on one length.
+        LengthCollapseWarning: If a law that was learned by gradients has all its mass on one length.
+        PoorFitWarning: If k-hat of the guide is above 0.7.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -175,20 +187,28 @@ def fit(
         checkpoint=checkpoint,
     )
     check_programs(model, guide, data)
-    num_data, num_epochs, lr = num_rows(data), whole_number("num_epochs", num_epochs), positive_number("lr", lr)
+    num_data = num_rows(data)
+    num_epochs = None if num_epochs is None else whole_number("num_epochs", num_epochs)
+    lr = None if lr is None else positive_number("lr", lr)
     batch_size = num_data if batch_size is None else whole_number("batch_size", batch_size, num_data)
     clip_norm = None if clip_norm is None else positive_number("clip_norm", clip_norm, ", or None")
-    num_steps = num_epochs * (num_data // batch_size)
-    anneal = 0.0 if schedule is None else schedule.anneal
-    settings = Settings(num_steps, kl_weight, local_kl_weight, length_weight, temperature, anneal)
     layers: Any = "all" if local_reparam is True else local_reparam
     handlers = [partial(LocalReparameterization, layers)] if layers else []
 
     both = (model, guide)
     started, devices = time.perf_counter(), cuda_devices([*both, *named_parts(data).values()])
     with module_local_params(*both), random_numbers(seed, devices), module_mode(both, training=True):
-        scale = partial(ScaleToDataset, plate, num_data, batch_size, mark=isinstance(elbo, NestedELBO))
-        objective = Objective(elbo, model, guide, scale, first_rows(data, batch_size), settings[0].weights)
+        scale = partial(ScaleToDataset, plate, num_data, mark=isinstance(elbo, NestedELBO))
+        check_elbo(elbo, guide, first_rows(data, batch_size))
+        objective = Objective(elbo, model, guide, partial(scale, batch_size), first_rows(data, batch_size))
+        recipe = recipe_for(guide)
+        num_epochs = recipe.num_epochs if num_epochs is None else num_epochs
+        lr = recipe.lr if lr is None else lr
+        optimizer = recipe.optimizer if optimizer is None else optimizer
+        lr_schedule = recipe.lr_schedule if lr_schedule is None else lr_schedule
+        num_steps = num_epochs * (num_data // batch_size)
+        anneal = 0.0 if schedule is None else schedule.anneal
+        settings = Settings(num_steps, kl_weight, local_kl_weight, length_weight, temperature, anneal)
         validated = validation is not None
         check_laws_by_row(model, guide, first_rows(data, batch_size), plate, num_data, validated=validated)
         keep_own_params(both)
@@ -225,7 +245,8 @@ def fit(
                     parts.append(step(batch, settings[result.num_steps]))
                     result.num_steps += 1
             record = objective.record
-            result.add_epoch(ElboParts.mean(parts, num_data), record.laws | nested_laws(both), record.visible)
+            laws = record.laws | nested_laws(both) | conditional_laws(guide)
+            result.add_epoch(ElboParts.mean(parts, num_data), laws, record.visible)
             if validation is not None:
                 log_likelihood = mean_log_likelihood(model, guide, validation, batch_size, plate)
                 result.validation_log_likelihood.append(log_likelihood)
@@ -235,7 +256,17 @@ def fit(
                 file.save(result)
             if result.converged:
                 break
-    result.warn_of_collapse({name for name, (law, _) in objective.record.laws.items() if _is_given(law)})
+        ratios, conditional = None, conditional_part(guide)
+        with torch.random.fork_rng(devices):
+            last = settings[max(result.num_steps - 1, 0)].weights
+            if conditional is not None:
+                ratios = settle_laws(conditional, model, data, batch_size, partial(scale, weights=last))
+                result.describe_laws(conditional_laws(guide), objective.record.visible)
+            if khat and last == KLWeights():
+                result.khat = estimate_khat(guide, model, data, plate, ratios, result.seconds)
+    result.warn_of_poor_fit()
+    given = {name for name, (law, _) in objective.record.laws.items() if _is_given(law)}
+    result.warn_of_collapse(given | conditional_laws(guide).keys())  # the latter are the best ones there are
     return result
 
 

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -15,16 +16,21 @@ from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.modes import most_probable, name_modes, say_modes
 from pyro_vnd.distributions.nested import NestedLaw
 
-__all__ = ["ElboParts", "FitResult", "LearnedLaw", "LengthCollapseWarning", "LengthSummary"]
+__all__ = ["ElboParts", "FitResult", "LearnedLaw", "LengthCollapseWarning", "LengthSummary", "PoorFitWarning"]
 
 _COLLAPSED = 0.05  # nats of entropy: for two lengths, odds of about 100 to 1
 _AT_PRIOR = 0.01  # nats of KL: for two lengths, .57 where the prior has .5
+_KHAT = 0.7  # where importance weights have a mean that can be estimated
 _SHOWN = 10  # laws in a summary
 _VALIDATION = "log-likelihood of the validation data"
 
 
 class LengthCollapseWarning(UserWarning):
     """A learned law of lengths has put all its mass on one length."""
+
+
+class PoorFitWarning(UserWarning):
+    """A guide is far from the posterior, by its k-hat."""
 
 
 class ElboParts(NamedTuple):
@@ -152,6 +158,8 @@ class FitResult:
         validation_log_likelihood: Log-likelihood of the validation data after each epoch, if there are any.
         lengths: The law of each mask site at the end.
         mean_length: E L of each mask site in each epoch.
+        khat: k-hat of the guide, of a Pyro autoguide without latents in the plate of the data: above 0.7 it misses mass
+            of the posterior. NaN where it was not estimated.
         converged: Whether the rule that `fit` was given as `stop` held, which ended training after the last epoch here.
         num_steps: Steps of the optimiser.
         seconds: Wall-clock time.
@@ -165,6 +173,7 @@ class FitResult:
     validation_log_likelihood: list[float] = field(default_factory=list)
     lengths: dict[str, LengthSummary] = field(default_factory=dict)
     mean_length: dict[str, list[float]] = field(default_factory=dict)
+    khat: float = math.nan
     converged: bool = False
     num_steps: int = 0
     seconds: float = 0.0
@@ -222,7 +231,26 @@ class FitResult:
         lines = [f"nats per row: ELBO {shown['ELBO']}{terms}"]
         if "KL of latents" in shown:
             lines.append(f"KL of latents {shown['KL of latents']}, of lengths {shown['KL of lengths']}")
+        if not math.isnan(self.khat):
+            lines.append(f"k-hat of the guide {self.khat:.2f}, {'above' if self.khat > _KHAT else 'below'} {_KHAT}")
+        moving = [name for name in self.lengths if self.still_moves(name)]
+        if moving:
+            names = ", ".join(moving[:_SHOWN])
+            lines.append(f"still moving in the last tenth of the epochs: the mean length of {names}; train for longer")
         return lines + [f"{name} {value}" for name, value in shown.items() if name == _VALIDATION]
+
+    def still_moves(self, name: str) -> bool:
+        """Say whether the mean length of a site moved in the last tenth of the epochs, by 1 % of its units or more.
+
+        Of a law that has come to rest its mean length goes up and down; what moves goes one way.
+        """
+        history = self.mean_length.get(name, [])
+        if len(history) < 20:
+            return False
+        last = history[-(len(history) // 10) - 1 :]
+        way = abs(last[-1] - last[0])
+        path = sum(abs(b - a) for a, b in pairwise(last))
+        return way > 0.01 * self.lengths[name].num_units and way > 0.5 * path
 
     def add_epoch(
         self, parts: ElboParts, laws: Mapping[str, LearnedLaw], visible: Mapping[str, Any] | None = None
@@ -239,9 +267,15 @@ class FitResult:
         self.kl.append(parts.log_likelihood - parts.elbo)
         self.kl_latents.append(parts.kl_latents)
         self.kl_lengths.append(parts.kl_lengths)
-        self.lengths = {name: LengthSummary.of(*law, (visible or {}).get(name)) for name, law in laws.items()}
+        self.describe_laws(laws, visible)
         for name, summary in self.lengths.items():
             self.mean_length.setdefault(name, []).append(summary.mean)
+
+    def describe_laws(self, laws: Mapping[str, LearnedLaw], visible: Mapping[str, Any] | None = None) -> None:
+        """Keep what laws of lengths look like, as in `add_epoch`."""
+        self.lengths = self.lengths | {
+            name: LengthSummary.of(*law, (visible or {}).get(name)) for name, law in laws.items()
+        }
 
     def progress(self) -> str:
         """Say in one line where the fit stands."""
@@ -249,6 +283,17 @@ class FitResult:
         if self.validation_log_likelihood:
             parts.append(f"validation={self.validation_log_likelihood[-1]:.4g}")
         return ", ".join([*parts, *(f"E[L {name}]={summary.mean:.1f}" for name, summary in self.lengths.items())])
+
+    def warn_of_poor_fit(self) -> None:
+        """Warn of a guide with a large k-hat."""
+        if self.khat > _KHAT:
+            warnings.warn(
+                f"k-hat of the guide is {self.khat:.2f}: above {_KHAT} it misses mass of the posterior, and what it "
+                "says of lengths may be wrong. Train for longer; let other latents know the lengths, "
+                "AutoNested(model, latents='conditional'); or compare with MCMC. `khat=False` leaves this check out",
+                PoorFitWarning,
+                stacklevel=3,
+            )
 
     def warn_of_collapse(self, given: Collection[str] = ()) -> None:
         """Warn of laws that have put all their mass on one length.

@@ -254,7 +254,8 @@ class _Terms:
     def with_lengths(self, guide: AutoConditional, out: Values, log_likelihood: Tensor, kl: Values) -> Evaluation:
         """Add the terms of the lengths, and find the best laws of these."""
         plan, laws = guide.plan, self.laws
-        length_weight = self.program.length_weight([each.name for each in plan.lengths])
+        # At a weight of zero the best law is on the best length, as it is just above.
+        length_weight = max(self.program.length_weight([each.name for each in plan.lengths]), 1e-6)
         grid = (plan.num_shared, plan.num_by_row)
         loss = -(laws.weight * self.outside).sum() / self.num_draws
         value = self.outside.detach().mean(0).reshape(grid).mean(1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyro.infer import ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
@@ -17,13 +17,15 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vnd._compat import QuietModule
 from pyro_vnd._data import Data, as_arguments, named_parts
-from pyro_vnd.infer.elbo import NestedELBO
+from pyro_vnd.infer.elbo import NestedELBO, conditional_part
+from pyro_vnd.infer.guides import AutoNested
 from pyro_vnd.infer.schedules import LRSchedule, MaskSchedule
 from pyro_vnd.nn.net import NetGuide
 
 __all__ = [
     "check_arguments",
     "check_checkpoint",
+    "check_elbo",
     "check_programs",
     "make_lr_scheduler",
     "make_optimizer",
@@ -129,7 +131,8 @@ def check_arguments(
     Raises:
         ValueError: If one is no such thing; the message says what would be.
     """
-    _check_maker("optimizer", optimizer, Optimizer, "a class of torch.optim or a function of parameters and `lr`")
+    if optimizer is not None:
+        _check_maker("optimizer", optimizer, Optimizer, "a class of torch.optim or a function of parameters and `lr`")
     if lr_schedule is not None:
         expected = "a function of an optimiser and the number of steps, such as cosine_to_zero(), or None"
         _check_maker("lr_schedule", lr_schedule, LRScheduler, expected)
@@ -166,6 +169,22 @@ def check_arguments(
     if resume and checkpoint is None:
         raise ValueError("fit: argument `resume` needs the `checkpoint` to go on from")
     check_checkpoint(checkpoint)
+
+
+def check_elbo(elbo: ELBO, guide: Any, batch: Data) -> None:
+    """Check that an objective can train an `AutoNested` whose latents know the lengths, which is called if it is new.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if not isinstance(guide, AutoNested) or isinstance(elbo, NestedELBO | TraceEnum_ELBO):
+        return
+    args, kwargs = as_arguments(batch)
+    if conditional_part(guide, args, kwargs) is not None:
+        raise ValueError(
+            f"fit: argument `elbo` must be NestedELBO(), the default, or TraceEnum_ELBO, for an AutoNested whose "
+            f"latents know the lengths; got {type(elbo).__name__}. AutoNested(model, latents='mean_field') takes it"
+        )
 
 
 def _check_maker(argument: str, maker: Any, kind: type, expected: str) -> None:

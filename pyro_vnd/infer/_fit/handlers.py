@@ -154,6 +154,8 @@ class EvaluationRecord(Messenger):
                     log_prob = msg["fn"].log_prob(msg["value"])
                     self.log_likelihood += scale_and_mask(log_prob, msg["scale"], msg["mask"]).sum()
             return
+        if msg["infer"].get("at_every_length"):  # there is no one law of it in a vectorised evaluation
+            return
         sights = self._sights[name] = self._sights.get(name, 0) + 1  # the first in the guide, the second in the model
         law = _lengths(msg["infer"].get("uncut", msg["fn"]))
         if law is None or sights > 2:

@@ -13,12 +13,13 @@ from pyro_vnd.distributions.masks import Cut
 from pyro_vnd.distributions.nested import NestedLaw
 from pyro_vnd.infer._fit.handlers import EvaluationRecord
 from pyro_vnd.infer.auto_parts import AutoMask, AutoNestedNormal
+from pyro_vnd.infer.elbo import conditional_part
 from pyro_vnd.infer.result import LearnedLaw
 from pyro_vnd.infer.schedules import MaskSchedule
 from pyro_vnd.nn import NestedNet, Width
 from pyro_vnd.nn.width import nearest
 
-__all__ = ["MaskCuts", "nested_laws", "parts_with_temperature"]
+__all__ = ["MaskCuts", "conditional_laws", "nested_laws", "parts_with_temperature"]
 
 
 class MaskCuts:
@@ -132,6 +133,15 @@ def nested_laws(objects: Iterable[Any]) -> dict[str, LearnedLaw]:
         for net in _parts(objects, NestedNet)
         for (name, law), width in zip(net.laws.items(), net.widths.values(), strict=True)
     }
+
+
+def conditional_laws(guide: Any) -> dict[str, LearnedLaw]:
+    """Return the laws of lengths of a guide whose other latents know them, as they are now; none of other guides."""
+    part = conditional_part(guide)
+    if part is None:
+        return {}
+    priors = {each.name: each.prior for each in part.plan.lengths}
+    return {name: LearnedLaw(law, priors[name]) for name, law in part.laws().items()}
 
 
 def _parts(objects: Iterable[Any], kind: Any) -> list[Any]:

@@ -38,7 +38,6 @@ class Objective:
         guide: The guide.
         scale: Makes the handler that scales a batch to the data, from weights of KLs.
         first_batch: Rows for the first evaluation.
-        weights: Weights of KLs in it.
 
     Attributes:
         module: Model, guide and ELBO, whose parameters are trained.
@@ -56,13 +55,12 @@ class Objective:
         guide: Any,
         scale: Callable[[KLWeights], ScaleToDataset],
         first_batch: Data,
-        weights: KLWeights,
     ) -> None:
         self.module: Any = elbo(model, guide)
         self.scale = scale
         self.keeps_parts = isinstance(elbo, NestedELBO)
         self.record = EvaluationRecord(score=not self.keeps_parts)
-        first, sites = scale(weights), ProgramSites()
+        first, sites = scale(KLWeights()), ProgramSites()
         with poutine.trace(param_only=True) as trace:
             try:
                 self._evaluate(first_batch, first, partial(elbo.differentiable_loss, *sites.watch(model, guide)))

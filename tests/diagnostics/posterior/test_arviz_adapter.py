@@ -293,12 +293,3 @@ def interpreter(version):
         if subprocess.run([path, "-c", check], capture_output=True, timeout=60).returncode == 0:
             return path
     return None
-
-
-def test_summary_of_a_name_that_is_not_there():
-    data = adapter.from_groups({"posterior": {"w": (["chain", "draw"], np.zeros((1, 5)))}}, {})
-    message = r"summary: argument `var_names` names \['v'\]; variables of the posterior: \['w'\]"
-    for names in (["w", "v"], "v"):
-        with pytest.raises(ValueError, match=message):
-            adapter.summary(data, names)
-    assert [*adapter.summary(data, ["w"]).index] == ["w"]

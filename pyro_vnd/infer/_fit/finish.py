@@ -1,0 +1,143 @@
+"""What is found out at the end of a fit: the law of lengths from all data, and whether the guide fits the posterior."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from pyro.ops.stats import fit_generalized_pareto
+from torch import Tensor
+
+from pyro_vnd._data import Data, as_arguments, num_rows, split_rows
+from pyro_vnd._state import module_mode
+from pyro_vnd.infer._conditional.evaluation import Evaluation, evaluate
+from pyro_vnd.infer._conditional.guide import AutoConditional
+from pyro_vnd.infer._fit.handlers import ScaleToDataset
+
+__all__ = ["estimate_khat", "settle_laws"]
+
+_NUM_DRAWS = 256
+_ROUND = 16
+_ACCURATE = 0.005  # nats of standard error
+_SECONDS = 1.0  # for draws of a guide one by one
+
+
+@torch.no_grad()
+def settle_laws(
+    guide: AutoConditional, model: Any, data: Data, batch_size: int, scale: Callable[[int], ScaleToDataset]
+) -> Tensor | None:
+    """Give a guide the laws of lengths that are best for its other latents, from all rows and many draws.
+
+    Args:
+        guide: The guide.
+        model: The model.
+        data: All of them.
+        batch_size: Rows that are evaluated together.
+        scale: Makes the handler that scales a number of rows to the data.
+
+    Returns:
+        Logarithms of importance weights of draws of the guide, or None if there are none to be had in passing.
+    """
+    shared: list[Any] = []
+    rows: list[Any] = []
+    weights: list[Tensor] = []
+    with module_mode([guide, model], training=False):
+        for _ in range(_NUM_DRAWS // _ROUND):
+            found = [(num_rows(batch), _evaluate(guide, model, batch, scale)) for batch in split_rows(data, batch_size)]
+            total = sum(n for n, _ in found)
+            shared.append(sum(n / total * each.logits for n, each in found))
+            if guide.plan.by_row:
+                by_row: list[Any] = [each.logits_by_row for _, each in found]
+                rows.append(sum(n / total * logits for (n, _), logits in zip(found, by_row, strict=True)))
+            weights.append(found[0][1].log_weights)
+            if len(shared) >= 4 and _is_accurate(shared) and (not rows or _is_accurate(rows)):
+                break
+    mean: Any = torch.stack(shared).mean(0)
+    guide.learn(mean, torch.stack(rows).mean(0) if rows else None, share=1.0)
+    if len(found) > 1 or guide.plan.by_row or any(block.rows for block in guide.plan.blocks):
+        return None
+    return _ratios(mean, guide.logits, torch.cat(weights))
+
+
+def _evaluate(guide: AutoConditional, model: Any, batch: Data, scale: Callable[[int], ScaleToDataset]) -> Evaluation:
+    args, kwargs = as_arguments(batch)
+    with scale(num_rows(batch)):
+        return evaluate(guide, model, args, kwargs, _ROUND)
+
+
+def _is_accurate(rounds: Any) -> bool:
+    """Say whether the means of rounds are accurate, each length counting by its probability."""
+    stacked = torch.stack(rounds)
+    law = stacked.mean(0).softmax(-1)
+    stacked = stacked - (law * stacked).sum(-1, keepdim=True)
+    error = stacked.std(0) / math.sqrt(len(rounds))
+    return bool(((law * error).sum(-1) < _ACCURATE).all())
+
+
+def _ratios(logits: Tensor, log_q: Tensor, log_weights: Tensor) -> Tensor:
+    """Return log p - log q of draws, each of a length of its own, which is a systematic sample of their law."""
+    places = (torch.arange(len(log_weights), device=log_q.device) + 0.5) / len(log_weights)
+    length = torch.searchsorted(log_q.exp().cumsum(0)[:-1].contiguous(), places)
+    length = length[torch.randperm(len(length))]
+    of_length = logits - log_weights.mean(0) - log_q  # what the lengths add
+    return log_weights.gather(1, length.unsqueeze(1)).squeeze(1) + of_length[length]
+
+
+@torch.no_grad()
+def estimate_khat(guide: Any, model: Any, data: Data, plate: str, log_ratios: Tensor | None, seconds: float) -> float:
+    """Estimate k-hat of the importance weights of a Pyro autoguide whose size is not that of the data.
+
+    Args:
+        guide: The guide.
+        model: The model.
+        data: All of them.
+        plate: Name of the plate of their rows.
+        log_ratios: Logarithms of importance weights, if they are known.
+        seconds: What the fit took, of which a tenth may be spent, or a second if that is more.
+
+    Returns:
+        k-hat; at most zero where no draw counts far more than others; nan if it is not to be had.
+    """
+    if log_ratios is None:
+        if not isinstance(guide, AutoGuide) or _is_by_row(guide, plate):
+            return math.nan
+        found = _draw_ratios(guide, model, data, max(_SECONDS, seconds / 10))
+        if found is None:
+            return math.nan
+        log_ratios = found
+    log_ratios = log_ratios.double()
+    log_ratios = log_ratios - log_ratios.logsumexp(0) + math.log(len(log_ratios))
+    if not torch.isfinite(log_ratios).all():
+        return math.inf
+    num_tail = min(len(log_ratios) // 5, int(3 * len(log_ratios) ** 0.5))
+    ordered = log_ratios.sort().values.exp()
+    tail = ordered[-num_tail:] - ordered[-num_tail - 1]
+    if ordered[-1] < 2 or tail[0] <= 0:
+        return 0.0
+    khat, _ = fit_generalized_pareto(tail)
+    return float(khat)
+
+
+def _is_by_row(guide: AutoGuide, plate: str) -> bool:
+    prototype: Any = guide.prototype_trace
+    sites = [site for _, site in prototype.iter_stochastic_nodes()]
+    return any(frame.name == plate for site in sites for frame in site["cond_indep_stack"])
+
+
+def _draw_ratios(guide: Any, model: Any, data: Data, seconds: float) -> Tensor | None:
+    args, kwargs = as_arguments(data)
+    ratios, end = [], time.perf_counter() + seconds
+    with module_mode([guide, model], training=False):
+        for i in range(_NUM_DRAWS):
+            drawn = poutine.trace(guide).get_trace(*args, **kwargs)
+            trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
+            free = [name for name, _ in trace.iter_stochastic_nodes() if name not in drawn.nodes]
+            trace.compute_log_prob(lambda name, _, free=tuple(free): name not in free)
+            log_p: Any = sum(site.get("log_prob_sum", 0) for site in trace.nodes.values())
+            ratios.append(torch.as_tensor(log_p - drawn.log_prob_sum()))
+            if time.perf_counter() > end:
+                return torch.stack(ratios) if i >= 99 else None
+    return torch.stack(ratios)
