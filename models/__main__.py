@@ -17,7 +17,7 @@ MODELS = {
     "demo": "a Bayesian classifier of any width and an OrderedVAE, trained and compared (models/demo)",
     "nest": f"an ordinary net made Bayesian and cuttable (models/nested_zoo.py): {', '.join(NETS)}",
     "MaskedPerceptron": "Bayesian classifier of any width, its masks written out (models/masked_perceptron.py)",
-    "OrderedRegression": "order of a regression: exact, NUTS, enumerated, straight-through (models/order_selection.py)",
+    "OrderedRegression": "regression whose order is learned, and known exactly (models/order_selection.py)",
     "GaussianMixture": "mixture whose number of components is learned (models/mixture.py)",
     "Autoregression": "autoregression whose order is learned (models/autoregression.py)",
     "FactorModel": "Bayesian principal components whose rank is learned (models/factor_model.py)",

@@ -18,9 +18,8 @@ class Autoregression:
     $$z \sim \mathrm{OrderedMask.geometric}(\rho), \qquad a_i \sim N(0, s^2), \qquad
       y_t \sim N\Big(\sum_i z_i a_i y_{t-i}, \sigma^2\Big), \quad t = K+1..T.$$
 
-    All orders are judged by the same T - K values. The log-likelihood is quadratic in the mask, which suits
-    straight-through gradients: `AutoNested(model)` and `fit` find the order. The law of the order is less exact, since
-    mean field has one law of the coefficients for all orders; `models.order_selection` has ways without that.
+    All orders are judged by the same T - K values. `AutoNested(model)` and `fit` find the law of the order, with
+    coefficients, and a noise, that know the order; with known noise it is that of a formula, to a thousandth.
 
     Args:
         max_order: K.
@@ -38,7 +37,7 @@ class Autoregression:
         ...     y[t] += 0.9 * y[t - 1] - 0.8 * y[t - 2]
         >>> model = Autoregression(4, noise=1.0)
         >>> guide = AutoNested(model)
-        >>> result = fit(model, guide, y, num_epochs=150, lr=0.05, progress=False)
+        >>> result = fit(model, guide, y, num_epochs=100, progress=False)
         >>> int(guide.laws["mask"].mode.sum())
         2
     """

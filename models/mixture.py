@@ -1,12 +1,11 @@
 """A mixture of Gaussians whose number of components is learned."""
 
 import math
-from functools import partial
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide import AutoNormal, init_to_value
+from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
 from pyro_vnd.distributions import OrderedMask
@@ -22,13 +21,11 @@ class GaussianMixture:
       \log \sigma_k \sim N(\log s_0, 0.3^2 I), \quad
       x_n \sim \sum_{k \le L} \frac{w_k}{\sum_{j \le L} w_j} N(\mu_k, \mathrm{diag}\, \sigma_k^2).$$
 
-    A dropped component has weight zero, so that no gradient of the log-density tells what it would be worth, and the
-    slope of a linear weight says too much of a far one. The mask is marked for enumeration instead: fit with
-    `TraceEnum_ELBO(max_plate_nesting=1)`, which compares whole mixtures.
+    A dropped component has weight zero, so that no slope tells what it would be worth. `AutoNested` compares whole
+    mixtures instead: each length has components of its own, and is fitted beside the others.
 
-    A mixture has many local optima. Hold the lengths near their prior at first, by `length_weight`, so that every
-    prefix learns to be a good mixture; start at scattered points, as `guide_from` does, not anywhere; let Adam forget
-    the large gradients of that phase; and of several starts keep the one with the best ELBO.
+    A mixture has many local optima. Start at scattered points, as `guide_from` does, not anywhere, and of several
+    starts keep the one with the best ELBO.
 
     Args:
         num_components: K.
@@ -40,13 +37,13 @@ class GaussianMixture:
         ValueError: If an argument is not positive.
 
     Example:
-        >>> from pyro.infer import TraceEnum_ELBO
         >>> from pyro_vnd.infer import fit
-        >>> model, x = GaussianMixture(4), torch.randn(100, 2)
+        >>> x = torch.randn(100, 2) + torch.tensor([[-4.0, 0.0], [4.0, 0.0]]).repeat(50, 1)
+        >>> model = GaussianMixture(4)
         >>> guide = model.guide_from(x)
-        >>> result = fit(model, guide, x, num_epochs=2, elbo=TraceEnum_ELBO(max_plate_nesting=1), progress=False)
-        >>> guide.laws["mask"].probs.shape
-        torch.Size([4])
+        >>> result = fit(model, guide, x, num_epochs=150, progress=False)
+        >>> int(guide.laws["mask"].mode.sum())
+        2
     """
 
     def __init__(
@@ -62,8 +59,7 @@ class GaussianMixture:
         """Run the model on points, shape (N, D)."""
         _check_points(x)
         k, shape = self.prior.num_units, (self.prior.num_units, x.shape[1])
-        prior = OrderedMask.uniform(k, dtype=x.dtype, device=x.device)
-        mask = pyro.sample("mask", prior, infer={"enumerate": "parallel"})
+        mask = pyro.sample("mask", OrderedMask.uniform(k, dtype=x.dtype, device=x.device))
         weights = pyro.sample("weights", dist.Dirichlet(x.new_full((k,), self.concentration)))
         means = pyro.sample("means", dist.Normal(x.new_zeros(shape), self.spread).to_event(2))
         scales = pyro.sample("scales", dist.LogNormal(x.new_full(shape, math.log(self.scale)), 0.3).to_event(2))
@@ -78,7 +74,7 @@ class GaussianMixture:
         k = self.prior.num_units
         means = farthest_points(x, k, start)
         values = {"means": means, "scales": torch.full_like(means, self.scale), "weights": x.new_full((k,), 1 / k)}
-        return AutoNested(self, base=partial(AutoNormal, init_loc_fn=init_to_value(values=values)))
+        return AutoNested(self, init_loc_fn=init_to_value(values=values))
 
 
 def farthest_points(x: Tensor, count: int, start: int = 0) -> Tensor:
