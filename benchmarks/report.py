@@ -24,6 +24,7 @@ from benchmarks import (
     matryoshka,
     nested_nets_report,
     nested_speed,
+    order_law,
     ordered_latents_report,
     ordered_speed,
 )
@@ -74,6 +75,7 @@ PAGES = {
     "gradient": _page("gradient", "masks", tables=masks.gradient_tables),
     "nested_nets": _page("nested_nets", tables=nested_nets_report.markdown, figures=nested_nets_report.figures),
     "nested_speed": _page("nested_speed", tables=nested_speed.markdown),
+    "order_law": _page("order_law", tables=order_law.markdown),
     "ordered_latents": _page(
         "ordered_latents", tables=ordered_latents_report.markdown, figures=ordered_latents_report.figures
     ),

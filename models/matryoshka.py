@@ -111,7 +111,11 @@ class MatryoshkaEmbedding(PyroModule):
 
     @cached_property
     def guide(self) -> AutoNested:
-        """A guide that learns the law of each view's lengths, the same for all images."""
+        """A guide that learns the law of each view's lengths, the same for all images, by gradients.
+
+        Its masks are independent, mean field, as `create_plates` makes it, which lets batches be of any size. There are
+        no other latents that could know the lengths.
+        """
         model = poutine.block(self, hide=["label"])  # so that the guide does without labels
         return AutoNested(model, shared_plates=["data"], create_plates=self._plates)
 

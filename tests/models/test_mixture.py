@@ -1,16 +1,13 @@
 """The mixture finds how many components the data have, and scores a prefix of them as the smaller mixture."""
 
-from functools import partial
-
 import pytest
 import torch
 from pyro import poutine
 from pyro.distributions import Categorical, MixtureSameFamily, Normal
-from pyro.infer import TraceEnum_ELBO
 from torch import Tensor
 
 from models.mixture import GaussianMixture, farthest_points
-from pyro_vnd.infer import AutoNested, cosine_to_zero, fit, linear
+from pyro_vnd.infer import AutoNested, fit
 
 K = 8
 CENTRES = torch.tensor([[-5.0, -3.0], [0.0, 4.0], [5.0, -3.0], [-6.0, 4.0], [6.0, 4.0]], dtype=torch.float64)
@@ -24,28 +21,12 @@ def points(num_components: int, seed: int) -> Tensor:
     return CENTRES[component] + 0.8 * torch.randn(200, 2, generator=generator, dtype=torch.float64)
 
 
-def train(x: Tensor, start: int, num_epochs: int = 400) -> tuple[AutoNested, float]:
-    """Return the guide of a fit, and its ELBO."""
+def train(x: Tensor, start: int) -> tuple[AutoNested, float]:
+    """Return the guide of a fit with the defaults, in 200 epochs, and its ELBO."""
     model = GaussianMixture(K)
     guide = model.guide_from(x, start)
-    result = fit(
-        model,
-        guide,
-        x,
-        num_epochs=num_epochs,
-        lr=0.1,
-        lr_schedule=cosine_to_zero(),
-        optimizer=partial(torch.optim.Adam, betas=(0.9, 0.95)),
-        length_weight=linear(300, 1, warmup=0.5),
-        elbo=TraceEnum_ELBO(max_plate_nesting=1),
-        seed=start,
-        progress=False,
-    )
-    return guide, sum(result.elbo[-30:]) / 30
-
-
-def best_of(x: Tensor, starts: int, num_epochs: int) -> AutoNested:
-    return max((train(x, start, num_epochs) for start in range(starts)), key=lambda fitted: fitted[1])[0]
+    result = fit(model, guide, x, num_epochs=200, seed=start, khat=False, progress=False)
+    return guide, result.elbo[-1]
 
 
 def found(guide: AutoNested) -> tuple[int, list[bool]]:
@@ -55,24 +36,22 @@ def found(guide: AutoNested) -> tuple[int, list[bool]]:
     return count, (distances.amin(-1) < 0.6).tolist()
 
 
-@pytest.mark.filterwarnings("ignore:the law of lengths at site 'mask' has collapsed")  # it is what is inferred
-@pytest.mark.parametrize(("planted", "num_epochs"), [(3, 250), (5, 400)])
-def test_finds_the_planted_components(planted: int, num_epochs: int):
-    count, centres = found(best_of(points(planted, seed=1), starts=2, num_epochs=num_epochs))
+@pytest.mark.parametrize("planted", [3, 5])
+def test_finds_the_planted_components(planted: int):
+    count, centres = found(train(points(planted, seed=1), start=0)[0])
     assert count == planted
     assert centres == [i < planted for i in range(5)]
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:the law of lengths at site 'mask' has collapsed")
-@pytest.mark.parametrize(("planted", "single", "best"), [(3, 19, 7), (5, 15, 7)])
-def test_how_often(planted: int, single: int, best: int):
-    """Eight data sets, three starts each: 21 of 24 fits find three components, 17 five, and all of the best ones."""
+@pytest.mark.parametrize(("planted", "single"), [(3, 22), (5, 22)])
+def test_how_often(planted: int, single: int):
+    """Eight data sets, three starts each: HOWOFTEN."""
     fits = [[train(points(planted, seed), start) for start in range(3)] for seed in range(8)]
     counts = [[found(guide)[0] for guide, _ in starts] for starts in fits]
     kept = [found(max(starts, key=lambda fitted: fitted[1])[0])[0] for starts in fits]
     assert sum(count == planted for row in counts for count in row) >= single
-    assert sum(count == planted for count in kept) >= best
+    assert kept == 8 * [planted]
 
 
 def smaller_mixture(values: dict[str, Tensor], length: int) -> MixtureSameFamily:
