@@ -23,9 +23,9 @@ class FactorModel:
 
     A dropped component enters as $z^2$, which has no slope at zero: a straight-through gradient would not tell what it
     is worth. `AutoNested` compares whole models instead: each rank has loadings of its own, and is fitted beside the
-    others, by `fit` as it is. Loadings that start at zero, at which no direction is better than another, now and then
-    stay without one: let them start at a draw of the prior. Rotated, the kept loadings explain the data as well, which
-    no Normal law has, so that k-hat may be above 0.7 where the rank is the right one.
+    others, by `fit` as it is. Now and then a component stays where it is of no use, so of several seeds keep the one
+    with the best ELBO. Rotated, the kept loadings explain the data as well, which no Normal law has: k-hat may be above
+    0.7 where the rank is the right one.
 
     Args:
         max_rank: K.
@@ -36,11 +36,10 @@ class FactorModel:
         ValueError: If `loading_scale` is not positive.
 
     Example:
-        >>> from pyro.infer.autoguide import init_to_sample
         >>> from pyro_vnd.infer import AutoNested, fit
-        >>> x = torch.randn(50, 2) @ torch.randn(2, 5) + 0.1 * torch.randn(50, 5)
+        >>> x = torch.randn(60, 2) @ torch.randn(2, 8) + 0.3 * torch.randn(60, 8)
         >>> model = FactorModel(3)
-        >>> guide = AutoNested(model, init_loc_fn=init_to_sample)
+        >>> guide = AutoNested(model)
         >>> result = fit(model, guide, x, num_epochs=150, khat=False, progress=False)
         >>> int(guide.laws["mask"].mode.sum())
         2

@@ -4,7 +4,6 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.distributions import MultivariateNormal
-from pyro.infer.autoguide import init_to_sample
 from torch import Tensor
 
 from models.datasets import load
@@ -24,7 +23,7 @@ def simulate(rank: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def learned(x: Tensor, model: FactorModel, num_epochs: int = 200, **kwargs) -> AutoNested:
-    guide = AutoNested(model, init_loc_fn=init_to_sample)
+    guide = AutoNested(model)
     fit(model, guide, x, num_epochs=num_epochs, khat=False, progress=False, **kwargs)
     return guide
 
