@@ -1,11 +1,12 @@
 """What is fitted and reported in the benchmark of the law of the order; its numbers are in tests/integration."""
 
 import json
+from statistics import median
 
 import pytest
 import torch
 
-from benchmarks.order_law import METHODS, diabetes, main, markdown, random_problem, wine
+from benchmarks.order_law import METHODS, RESULTS, diabetes, main, markdown, random_problem, wine
 
 
 @pytest.mark.parametrize("problem", [diabetes(), wine(), *map(random_problem, range(20))], ids=lambda p: p.name)
@@ -66,3 +67,15 @@ def test_a_quick_run_leaves_the_committed_result_alone(capsys):
     with pytest.raises(SystemExit):
         main(["--quick"])
     assert "--quick needs --json FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("noise", ["known", "latent"])
+def test_the_committed_result_says_what_its_page_says(noise):
+    rows = [row for row in json.loads(RESULTS.read_text())["rows"] if row["noise"] == noise]
+    conditional, mean_field = (
+        [row["tv"] for row in rows if row["method"] == method] for method in ("conditional", "mean_field")
+    )
+    assert len({row["problem"] for row in rows}) == 22
+    assert median(conditional) < 0.02
+    assert max(conditional) < 0.1
+    assert median(mean_field) > 0.2
