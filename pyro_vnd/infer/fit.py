@@ -20,6 +20,7 @@ from pyro_vnd.infer._fit.checks import (
     check_arguments,
     check_elbo,
     check_programs,
+    check_schedules,
     make_lr_scheduler,
     make_optimizer,
     positive_number,
@@ -212,6 +213,7 @@ def fit(
         validated = validation is not None
         check_laws_by_row(model, guide, first_rows(data, batch_size), plate, num_data, validated=validated)
         keep_own_params(both)
+        check_schedules(guide, schedule, temperature)
         cuts = None if schedule is None else MaskCuts(schedule, both, objective.record, plate)
         with_temperature = [] if temperature is None else parts_with_temperature(both)
         made = make_optimizer(optimizer, objective.parameters, lr)

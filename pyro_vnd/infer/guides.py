@@ -144,7 +144,8 @@ class AutoNested(AutoGuideList):
         elif self._given:
             plan = f"the model gives rows to plates {sorted(self._given)}"
         else:
-            trace: Any = poutine.block(poutine.trace(self.model).get_trace)(*args, **kwargs)
+            with torch.no_grad(), poutine.block():
+                trace: Any = poutine.trace(self.model).get_trace(*args, **kwargs)
             plan = make_plan(trace, sites, self._num_draws)
         if isinstance(plan, Plan):
             return plan

@@ -266,7 +266,7 @@ class _Terms:
             scale = self._by_row(out[f"scale:{plan.by_row[0].name}"]).mean((0, 1))
             prior: Any = sum(self._by_row(out[f"length:{each.name}"]).mean(0) for each in plan.by_row)
             rows = torch.zeros_like(prior) if self.rows is None else self.rows.mean(0)
-            loss = loss - (laws.row_weight * (rows + length_weight * scale * prior)).sum()
+            loss = loss - (laws.row_weight * (rows + length_weight * scale * _finite(prior))).sum()
             prior, rows = prior.detach(), rows.detach()
             best, total = scale * prior + rows / length_weight, scale.expand_as(prior)
             shared = [i + 1 for i, size in enumerate(guide.logits_by_row.shape[1:-1]) if size == 1]
@@ -280,7 +280,7 @@ class _Terms:
             value = value + length_weight * (total * best.logsumexp(1)).flatten(1).sum(1)
             log_weights = log_weights + length_weight * (total * best.logsumexp(1)).flatten(1).sum(1)
             assert laws.log_by_row is not None
-            divergence = (laws.log_by_row.movedim(-1, 1) - prior.unflatten(0, grid)) * total.unsqueeze(1)
+            divergence = (laws.log_by_row.movedim(-1, 1) - _finite(prior).unflatten(0, grid)) * total.unsqueeze(1)
             name = "+".join(each.name for each in plan.by_row)
             kl_lengths[name] = (laws.row_weight.unflatten(0, grid) * divergence).sum()
             logits_by_row = best.movedim(1, -1)
@@ -289,13 +289,18 @@ class _Terms:
         else:
             scale = out[f"scale:{plan.shared[0].name}"].mean()
             prior = sum(out[f"length:{each.name}"].mean(0) for each in plan.shared)
-            loss = loss - length_weight * scale * (laws.weight * prior).sum()
+            loss = loss - length_weight * scale * (laws.weight * _finite(prior)).sum()
             prior = prior.detach().reshape(grid)[:, 0]
             logits = prior + value / (length_weight * scale)
             elbo = length_weight * scale * logits.logsumexp(-1)
             name = "+".join(each.name for each in plan.shared)
-            kl_lengths[name] = scale * (laws.shared * (laws.log_shared - prior)).sum()
+            kl_lengths[name] = scale * (laws.shared * (laws.log_shared - _finite(prior))).sum()
         if not loss.requires_grad:  # there are masks alone, whose law is known without a step
             loss = loss + 0 * guide.logits.sum()
         loss = loss - loss.detach() - elbo
         return Evaluation(loss, elbo, log_likelihood, kl, kl_lengths, logits, logits_by_row, log_weights)
+
+
+def _finite(log_prior: Tensor) -> Tensor:
+    """Return a log-law with zero in the place of log 0: a law that is learned has nothing there but its floor."""
+    return log_prior.masked_fill(log_prior == -torch.inf, 0)

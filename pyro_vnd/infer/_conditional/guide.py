@@ -295,12 +295,15 @@ class AutoConditional(AutoGuide):
         self, quantiles: list[float], *args: Any, num_samples: int = 1000, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Return quantiles of each latent, stacked in a new first dimension: of draws, as laws of lengths are mixed."""
-        with torch.random.fork_rng():
+        prototype: Any = self.prototype_trace
+        depth = max((-frame.dim for frame in self._prototype_frames.values()), default=0)
+        with torch.random.fork_rng(), poutine.block(), pyro.plate("quantiles", num_samples, dim=-depth - 1):
             torch.manual_seed(0)
-            drawn = [poutine.block(self)(*args, **kwargs) for _ in range(num_samples)]
+            drawn = self(*args, **kwargs)
         found = {}
-        for name in drawn[0]:
-            values = torch.stack([draw[name] for draw in drawn])
+        for name, value in drawn.items():
+            values = value.expand(torch.broadcast_shapes(value.shape, (num_samples, *(1 for _ in value.shape[1:]))))
+            values = values.reshape(num_samples, *prototype.nodes[name]["value"].shape)
             # By entries this is the mask of the quantile of the length, too.
             levels = torch.as_tensor(quantiles, dtype=values.dtype, device=values.device)
             found[name] = values.quantile(levels, 0, interpolation="nearest")
