@@ -172,16 +172,17 @@ def check_arguments(
     check_checkpoint(checkpoint)
 
 
-def check_elbo(elbo: ELBO, guide: Any, batch: Data) -> None:
-    """Check that an objective can train an `AutoNested` whose latents know the lengths, which is called if it is new.
+def check_elbo(elbo: ELBO, guide: Any) -> None:
+    """Check that an objective can train an `AutoNested` whose latents know the lengths.
 
     Raises:
         ValueError: If it cannot.
     """
-    if not isinstance(guide, AutoNested) or isinstance(elbo, NestedELBO | TraceEnum_ELBO):
-        return
-    args, kwargs = as_arguments(batch)
-    if conditional_part(guide, args, kwargs) is not None:
+    if (
+        isinstance(guide, AutoNested)
+        and guide.conditional is not None
+        and not isinstance(elbo, NestedELBO | TraceEnum_ELBO)
+    ):
         raise ValueError(
             f"fit: argument `elbo` must be NestedELBO(), the default, or TraceEnum_ELBO, for an AutoNested whose "
             f"latents know the lengths; got {type(elbo).__name__}. AutoNested(model, latents='mean_field') takes it"
