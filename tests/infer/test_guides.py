@@ -200,7 +200,7 @@ def test_a_guide_is_true_and_says_what_it_has(regression):
     assert guide
     first = "first: E[L] = 2.5, sd[L] = 1.1, modes 1-4 of 4; entropy 1.39 nats"
     assert repr(guide).startswith(f"AutoNested({first}; w: AutoNormal; second: E[L] = 1.9")
-    assert repr(guide).endswith("; b: AutoNormal)")
+    assert repr(guide).endswith("; b: AutoNormal; mean field)")
 
 
 def test_a_guide_of_many_masks_is_still_short_in_print():
@@ -210,7 +210,9 @@ def test_a_guide_of_many_masks_is_still_short_in_print():
 
     guide = AutoNested(model)
     guide()
-    assert repr(guide).endswith("; mask9: E[L] = 2.5, sd[L] = 1.1, modes 1-4 of 4; entropy 1.39 nats; and 30 more)")
+    assert repr(guide).endswith(
+        "; mask9: E[L] = 2.5, sd[L] = 1.1, modes 1-4 of 4; entropy 1.39 nats; and 30 more; mean field, as 1.21e+24 combinations of lengths are more than 256)"
+    )
 
 
 def test_a_model_without_masks_is_an_error():

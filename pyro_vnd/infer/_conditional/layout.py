@@ -216,7 +216,7 @@ def plan(trace: Any, latents: Mapping[str, Any], num_draws: int) -> Plan | str:
     result = Plan(shared, by_row, list(blocks.values()))
     number = result.num_shared * result.num_by_row
     if number > MAX_COMBINATIONS:
-        return f"{number} combinations of lengths are more than {MAX_COMBINATIONS}"
+        return f"{number:.3g} combinations of lengths are more than {MAX_COMBINATIONS}"
     numbers = number * num_draws * sum(torch.as_tensor(site["value"]).numel() for site in observed)
     if numbers > MAX_OBSERVED:
         return f"{numbers:.2g} observed numbers in a step, over all lengths, are more than {MAX_OBSERVED:.2g}"
