@@ -261,9 +261,10 @@ def fit(
             finish(result, objective, data, batch_size, partial(scale, weights=last), khat=khat and last == KLWeights())
             if file is not None:
                 file.save(result)
-    result.warn_of_poor_fit()
+    conditional = conditional_laws(guide)
+    result.warn_of_poor_fit(knows_lengths=bool(conditional))
     given = {name for name, (law, _) in objective.record.laws.items() if _is_given(law)}
-    result.warn_of_collapse(given | conditional_laws(guide).keys())  # the latter are the best ones there are
+    result.warn_of_collapse(given | conditional.keys())  # the latter are the best ones there are
     return result
 
 

@@ -284,16 +284,21 @@ class FitResult:
             parts.append(f"validation={self.validation_log_likelihood[-1]:.4g}")
         return ", ".join([*parts, *(f"E[L {name}]={summary.mean:.1f}" for name, summary in self.lengths.items())])
 
-    def warn_of_poor_fit(self) -> None:
-        """Warn of a guide with a large k-hat."""
-        if self.khat is not None and self.khat > _KHAT:
-            warnings.warn(
-                f"k-hat of the guide is {self.khat:.2f}: above {_KHAT} it misses mass of the posterior, and what it "
-                "says of lengths may be wrong. Train for longer; let other latents know the lengths, "
-                "AutoNested(model, latents='conditional'); or compare with MCMC. `khat=False` leaves this check out",
-                PoorFitWarning,
-                stacklevel=3,
-            )
+    def warn_of_poor_fit(self, *, knows_lengths: bool) -> None:
+        """Warn of a guide with a large k-hat.
+
+        Args:
+            knows_lengths: Whether its other latents know the lengths of masks.
+        """
+        if self.khat is None or self.khat <= _KHAT:
+            return
+        cure = "" if knows_lengths else "let other latents know the lengths, AutoNested(model, latents='conditional'); "
+        warnings.warn(
+            f"k-hat of the guide is {self.khat:.2f}: above {_KHAT} it misses mass of the posterior, and what it says "
+            f"of lengths may be wrong. Train for longer; {cure}or compare with MCMC. khat=False leaves this check out",
+            PoorFitWarning,
+            stacklevel=3,
+        )
 
     def warn_of_collapse(self, given: Collection[str] = ()) -> None:
         """Warn of laws that have put all their mass on one length.
