@@ -40,7 +40,8 @@ class AutoNested(AutoGuideList):
     `NestedELBO`, and so in `fit`, which has settings for this guide, models are taken as they are written; under
     `pyro.infer.SVI` with `TraceEnum_ELBO` they must broadcast, as enumeration wants it. The best law is a running mean
     of the last steps; `fit` takes it from all data at the end. Masks in the plate of the data have a law for each row,
-    of which the latents in that plate know the lengths; several masks outside it have a joint law.
+    of which the latents in that plate know the lengths. Several masks outside it have a joint law, or, if their lengths
+    have more than 256 combinations, a law each, and the tables of the others are sums of one for each mask.
 
     Mean field, `latents="mean_field"`, is for models with too many lengths or too dear ones. It is much cheaper in
     large models, but wrong about lengths wherever other latents matter: they have one law, which must fit all lengths.
@@ -64,7 +65,7 @@ class AutoNested(AutoGuideList):
     |---|---|
     | arguments for mean field | are not given: `noise`, `temperature`, `base`, `create_plates` |
     | masks | are outside plates, or in one stack of plates with data |
-    | combinations of lengths | are at most 256 |
+    | combinations of lengths | are at most 256, or the lengths of all masks, if these are outside plates |
     | plates of latents | do not subsample |
     | observed numbers, by combination and draw | are at most $2^{24}$ in a step |
 

@@ -178,14 +178,14 @@ def check_elbo(elbo: ELBO, guide: Any) -> None:
     Raises:
         ValueError: If it cannot.
     """
-    if (
-        isinstance(guide, AutoNested)
-        and guide.conditional is not None
-        and not isinstance(elbo, NestedELBO | TraceEnum_ELBO)
-    ):
+    part = guide.conditional if isinstance(guide, AutoNested) else None
+    if part is None or isinstance(elbo, NestedELBO):
+        return
+    if part.plan.separate or not isinstance(elbo, TraceEnum_ELBO):
+        other = "" if part.plan.separate else ", or TraceEnum_ELBO,"
         raise ValueError(
-            f"fit: argument `elbo` must be NestedELBO(), the default, or TraceEnum_ELBO, for an AutoNested whose "
-            f"latents know the lengths; got {type(elbo).__name__}. AutoNested(model, latents='mean_field') takes it"
+            f"fit: argument `elbo` must be NestedELBO(), the default{other} for an AutoNested whose latents know the "
+            f"lengths; got {type(elbo).__name__}. AutoNested(model, latents='mean_field') takes it"
         )
 
 

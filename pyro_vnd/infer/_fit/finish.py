@@ -94,6 +94,10 @@ def settle_laws(
             if len(shared) >= 4 and _is_accurate(shared) and (not rows or _is_accurate(rows)):
                 break
     mean: Any = torch.stack(shared).mean(0)
+    if guide.plan.separate:  # each is the best for the others as they are: they go there together, step by step
+        for logits in shared:
+            guide.learn(logits, None)
+        return None
     guide.learn(mean, torch.stack(rows).mean(0) if rows else None, share=1.0)
     if len(found) > 1 or guide.plan.by_row or any(block.rows for block in guide.plan.blocks):
         return None
