@@ -18,8 +18,8 @@ from pyro_vnd.distributions.nested import NestedLaw
 from pyro_vnd.infer._fit.checkpoint import Checkpoint
 from pyro_vnd.infer._fit.checks import (
     check_arguments,
-    check_elbo,
     check_programs,
+    check_schedules,
     make_lr_scheduler,
     make_optimizer,
     positive_number,
@@ -27,7 +27,7 @@ from pyro_vnd.infer._fit.checks import (
 )
 from pyro_vnd.infer._fit.data import check_data, first_rows, shuffled_batches
 from pyro_vnd.infer._fit.fingerprint import describe_data, describe_optimisation, describe_schedules
-from pyro_vnd.infer._fit.finish import estimate_khat, settle_laws
+from pyro_vnd.infer._fit.finish import finish
 from pyro_vnd.infer._fit.handlers import ScaleToDataset
 from pyro_vnd.infer._fit.held_out import mean_log_likelihood
 from pyro_vnd.infer._fit.mask_sources import MaskCuts, conditional_laws, nested_laws, parts_with_temperature
@@ -37,7 +37,7 @@ from pyro_vnd.infer._fit.recipe import recipe_for
 from pyro_vnd.infer._fit.rows import check_laws_by_row
 from pyro_vnd.infer._fit.settings import KLWeights, Settings
 from pyro_vnd.infer.callbacks import StoppingRule
-from pyro_vnd.infer.elbo import NestedELBO, conditional_part
+from pyro_vnd.infer.elbo import NestedELBO
 from pyro_vnd.infer.guides import module_local_params
 from pyro_vnd.infer.local_reparam import LocalReparameterization
 from pyro_vnd.infer.result import ElboParts, FitResult
@@ -199,7 +199,6 @@ def fit(
     started, devices = time.perf_counter(), cuda_devices([*both, *named_parts(data).values()])
     with module_local_params(*both), random_numbers(seed, devices), module_mode(both, training=True):
         scale = partial(ScaleToDataset, plate, num_data, mark=isinstance(elbo, NestedELBO))
-        check_elbo(elbo, guide, first_rows(data, batch_size))
         objective = Objective(elbo, model, guide, partial(scale, batch_size), first_rows(data, batch_size))
         recipe = recipe_for(guide)
         num_epochs = recipe.num_epochs if num_epochs is None else num_epochs
@@ -212,6 +211,7 @@ def fit(
         validated = validation is not None
         check_laws_by_row(model, guide, first_rows(data, batch_size), plate, num_data, validated=validated)
         keep_own_params(both)
+        check_schedules(guide, schedule, temperature)
         cuts = None if schedule is None else MaskCuts(schedule, both, objective.record, plate)
         with_temperature = [] if temperature is None else parts_with_temperature(both)
         made = make_optimizer(optimizer, objective.parameters, lr)
@@ -256,17 +256,15 @@ def fit(
                 file.save(result)
             if result.converged:
                 break
-        ratios, conditional = None, conditional_part(guide)
-        with torch.random.fork_rng(devices):
+        if rest:
             last = settings[max(result.num_steps - 1, 0)].weights
-            if conditional is not None:
-                ratios = settle_laws(conditional, model, data, batch_size, partial(scale, weights=last))
-                result.describe_laws(conditional_laws(guide), objective.record.visible)
-            if khat and last == KLWeights():
-                result.khat = estimate_khat(guide, model, data, plate, ratios, result.seconds)
-    result.warn_of_poor_fit()
+            finish(result, objective, data, batch_size, partial(scale, weights=last), khat=khat and last == KLWeights())
+            if file is not None:
+                file.save(result)
+    conditional = conditional_laws(guide)
+    result.warn_of_poor_fit(knows_lengths=bool(conditional))
     given = {name for name, (law, _) in objective.record.laws.items() if _is_given(law)}
-    result.warn_of_collapse(given | conditional_laws(guide).keys())  # the latter are the best ones there are
+    result.warn_of_collapse(given | conditional.keys())  # the latter are the best ones there are
     return result
 
 

@@ -28,41 +28,67 @@ __all__ = ["AutoNested", "module_local_params"]
 
 
 class AutoNested(AutoGuideList):
-    r"""Guide for any Pyro model with ordered masks, or numbers that may be cut; other sites go to a Pyro autoguide.
+    r"""Guide for any Pyro model with ordered masks, or numbers that may be cut.
 
-    Each `OrderedMask` site gets an independent `OrderedMaskStraightThrough` whose logits, one a length, are learned and
-    start at the law of the model; a `RelaxedOrderedMask` gets another one, of the same temperature. A `NestedNormal` or
-    `NestedAutoregressive` gets a `NestedNormal` with learned means, deviations and logits, which start there, too, the
-    latter's given zeros. Sites keep the order of the model, as `TraceMeanField_ELBO` wants it.
+    By default all other latents w know the lengths L, and the law of the lengths is the best one there is for them,
 
-    In a plate every row has a law of its own, as mean field has it. A plate named in `shared_plates` has one law of
-    lengths for all its rows, each of which still draws a mask of its own: cheap for data plates, and the way to learn
-    how long prefixes should be over a population. A plate to which the model gives rows, `pyro.plate("data", N,
-    subsample=i)`, has these here, and each row starts at the prior that it has when a call first has it.
+    $$q(L, w) = q(L) \, q(w \mid L), \qquad q(L = k) \propto p(L = k) \exp(\mathrm{ELBO}_k),$$
+
+    where $q(w \mid L = k)$ is a Normal law for each length, with correlations where these are few enough, and
+    $\mathrm{ELBO}_k$ what it makes of the model at that length. Each step evaluates all lengths, with the same
+    `num_draws` draws, and trains their laws with equal weight, so that none is given up before it was learned. Under
+    `NestedELBO`, and so in `fit`, which has settings for this guide, models are taken as they are written; under
+    `pyro.infer.SVI` with `TraceEnum_ELBO` they must broadcast, as enumeration wants it. The best law is a running mean
+    of the last steps; `fit` takes it from all data at the end. Masks in the plate of the data have a law for each row,
+    of which the latents in that plate know the lengths. Several masks outside it have a joint law, or, if their lengths
+    have more than 256 combinations, a law each, and the tables of the others are sums of one for each mask.
+
+    Mean field, `latents="mean_field"`, is for models with too many lengths or too dear ones. It is much cheaper in
+    large models, but wrong about lengths wherever other latents matter: they have one law, which must fit all lengths.
+    Each `OrderedMask` site then gets an independent `OrderedMaskStraightThrough` with learned logits; a
+    `RelaxedOrderedMask` another one, of the same temperature; a `NestedNormal` or `NestedAutoregressive` a
+    `NestedNormal`, the latter's from zeros; other sites an `AutoNormal`. All lengths start at their law in the model,
+    and sites keep its order, as `TraceMeanField_ELBO` wants it. A mask that the model marks for enumeration gets an
+    exact `OrderedMask` with the same mark, for `TraceEnum_ELBO`.
+
+    A plate named in `shared_plates` has one law of lengths for all its rows, each of which still draws a mask of its
+    own: cheap for data plates, and the way to learn how long prefixes should be over a population. A plate to which the
+    model gives rows, `pyro.plate("data", N, subsample=i)`, has these here, and each row starts at the prior that it has
+    when a call first has it.
 
     The mask and the scale that a latent has in the model, `poutine.mask`, `poutine.scale` and `law.mask(...)`, hold for
     its site here, so that rows that a model hides cost nothing and teach nothing. They are those of each call, for
-    which the model is run once more where it has any.
+    which the model is run once more where it has any. Weights of KLs that a site of the model has,
+    `infer={"kl_weight": w}` or `"length_weight"`, are those of its site here, where `NestedELBO` reads them.
 
-    A mask that the model marks for enumeration, by `infer={"enumerate": "parallel"}` or by
-    `AutoNested(config_enumerate(model))`, gets an exact `OrderedMask` with the same mark: `TraceEnum_ELBO` then takes
-    the expectation over all K lengths, without noise or bias, for K evaluations of what depends on the mask.
+    | latents know the lengths by default where | |
+    |---|---|
+    | arguments for mean field | are not given: `noise`, `temperature`, `base`, `create_plates` |
+    | masks | are outside plates, or in one stack of plates with data |
+    | combinations of lengths | are at most 256, or the lengths of all masks, if these are outside plates |
+    | plates of latents | do not subsample |
+    | observed numbers, by combination and draw | are at most $2^{24}$ in a step |
 
-    Weights of KLs that a site of the model has, `infer={"kl_weight": w}` or `"length_weight"`, are those of its site
-    here, where `NestedELBO` reads them.
+    A block of D latents has correlations where lengths times $D^2$ are at most $2^{20}$, and laws for each length at
+    all where lengths times D are at most $2^{17}$. `repr` says what there is, and why if it is mean field.
 
     Args:
         model: A Pyro model.
+        latents: "conditional" if all other latents must know the lengths, "mean_field" if they must not; by default
+            they do where the table above has it.
         noise: Noise of the straight-through masks, for all sites or by site name.
         temperature: Temperature of the straight-through masks, for all sites or by site name.
         shared_plates: Names of plates whose rows share the law of their lengths.
         base: Makes the autoguide of all other sites from a model, `AutoMultivariateNormal` say. By default an
             `AutoNormal` for each run of sites between two masks.
         create_plates: As in Pyro's autoguides, for plates of another size in each call.
+        num_draws: Draws of latents that know the lengths for each of these; every second one mirrors the one before.
+        init_loc_fn: Where these start, as in Pyro's autoguides; their deviations start at 3 % of those of the prior.
 
     Raises:
-        ValueError: On the first call, if `noise` or `temperature` names a site, or `shared_plates` a plate, that the
-            model does not have, if the model has no mask, or weights of KLs beside a `base`.
+        ValueError: If `latents` or `num_draws` is no such thing. On the first call, if "conditional" does not fit, if
+            `noise` or `temperature` names a site, or `shared_plates` a plate, that the model does not have, if the
+            model has no mask, or weights of KLs beside a `base`.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -92,6 +118,12 @@ class AutoNested(AutoGuideList):
         num_draws: int = 4,
         init_loc_fn: Callable[[Any], Any] = init_to_median,
     ) -> None:
+        if latents not in ("conditional", "mean_field", None):
+            raise ValueError(
+                f"AutoNested: argument `latents` must be 'conditional', 'mean_field' or None; got {latents!r}"
+            )
+        if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 1:
+            raise ValueError(f"AutoNested: argument `num_draws` must be an integer >= 1; got {num_draws!r}")
         super().__init__(model, create_plates=create_plates)
         self._noise, self._temperature = noise, temperature
         self._latents, self._num_draws, self._init_loc_fn = latents, num_draws, init_loc_fn
@@ -144,7 +176,8 @@ class AutoNested(AutoGuideList):
         elif self._given:
             plan = f"the model gives rows to plates {sorted(self._given)}"
         else:
-            trace: Any = poutine.block(poutine.trace(self.model).get_trace)(*args, **kwargs)
+            with torch.no_grad(), poutine.block():
+                trace: Any = poutine.trace(self.model).get_trace(*args, **kwargs)
             plan = make_plan(trace, sites, self._num_draws)
         if isinstance(plan, Plan):
             return plan
@@ -242,7 +275,10 @@ class AutoNested(AutoGuideList):
 
     def __repr__(self) -> str:
         parts: list[Any] = [*self] or [self]
-        return f"AutoNested({_some([_describe(part) for part in parts], '; ')})"
+        text = _some([_describe(part) for part in parts], "; ")
+        if self.prototype_trace is not None and self.conditional is None:
+            text += f"; mean field{f', as {self._why}' if self._why else ''}"
+        return f"AutoNested({text})"
 
 
 def _of(setting: Any, name: str, default: Any) -> Any:

@@ -159,7 +159,7 @@ class FitResult:
         lengths: The law of each mask site at the end.
         mean_length: E L of each mask site in each epoch.
         khat: k-hat of the guide, of a Pyro autoguide without latents in the plate of the data: above 0.7 it misses mass
-            of the posterior. NaN where it was not estimated.
+            of the posterior. None where it was not estimated.
         converged: Whether the rule that `fit` was given as `stop` held, which ended training after the last epoch here.
         num_steps: Steps of the optimiser.
         seconds: Wall-clock time.
@@ -173,7 +173,7 @@ class FitResult:
     validation_log_likelihood: list[float] = field(default_factory=list)
     lengths: dict[str, LengthSummary] = field(default_factory=dict)
     mean_length: dict[str, list[float]] = field(default_factory=dict)
-    khat: float = math.nan
+    khat: float | None = None
     converged: bool = False
     num_steps: int = 0
     seconds: float = 0.0
@@ -231,7 +231,7 @@ class FitResult:
         lines = [f"nats per row: ELBO {shown['ELBO']}{terms}"]
         if "KL of latents" in shown:
             lines.append(f"KL of latents {shown['KL of latents']}, of lengths {shown['KL of lengths']}")
-        if not math.isnan(self.khat):
+        if self.khat is not None:
             lines.append(f"k-hat of the guide {self.khat:.2f}, {'above' if self.khat > _KHAT else 'below'} {_KHAT}")
         moving = [name for name in self.lengths if self.still_moves(name)]
         if moving:
@@ -284,16 +284,21 @@ class FitResult:
             parts.append(f"validation={self.validation_log_likelihood[-1]:.4g}")
         return ", ".join([*parts, *(f"E[L {name}]={summary.mean:.1f}" for name, summary in self.lengths.items())])
 
-    def warn_of_poor_fit(self) -> None:
-        """Warn of a guide with a large k-hat."""
-        if self.khat > _KHAT:
-            warnings.warn(
-                f"k-hat of the guide is {self.khat:.2f}: above {_KHAT} it misses mass of the posterior, and what it "
-                "says of lengths may be wrong. Train for longer; let other latents know the lengths, "
-                "AutoNested(model, latents='conditional'); or compare with MCMC. `khat=False` leaves this check out",
-                PoorFitWarning,
-                stacklevel=3,
-            )
+    def warn_of_poor_fit(self, *, knows_lengths: bool) -> None:
+        """Warn of a guide with a large k-hat.
+
+        Args:
+            knows_lengths: Whether its other latents know the lengths of masks.
+        """
+        if self.khat is None or self.khat <= _KHAT:
+            return
+        cure = "" if knows_lengths else "let other latents know the lengths, AutoNested(model, latents='conditional'); "
+        warnings.warn(
+            f"k-hat of the guide is {self.khat:.2f}: above {_KHAT} it misses mass of the posterior, and what it says "
+            f"of lengths may be wrong. Train for longer; {cure}or compare with MCMC. khat=False leaves this check out",
+            PoorFitWarning,
+            stacklevel=3,
+        )
 
     def warn_of_collapse(self, given: Collection[str] = ()) -> None:
         """Warn of laws that have put all their mass on one length.

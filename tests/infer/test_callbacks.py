@@ -181,7 +181,8 @@ def test_masks_and_temperatures_count_too(y):
 
     lengths = []
     watch = lambda elbo: lengths.append(len(elbo))  # noqa: E731
-    fit(model, AutoNested(model), y, num_epochs=20, temperature=linear(1, 0.2, 0.5), stop=watch, progress=False)
+    guide = AutoNested(model, latents="mean_field")
+    fit(model, guide, y, num_epochs=20, temperature=linear(1, 0.2, 0.5), stop=watch, progress=False)
     assert max(lengths) == 10
     lengths.clear()
     net = nest(torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)), torch.zeros(1, 1))

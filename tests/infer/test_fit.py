@@ -51,7 +51,7 @@ def test_result_has_nats_per_row_and_lengths(y):
 
 def test_seed_repeats_a_fit_and_leaves_the_callers_random_numbers_alone(y):
     def train(seed):
-        guide = AutoNested(lengths)
+        guide = AutoNested(lengths, latents="mean_field")
         fit(lengths, guide, y, num_epochs=5, batch_size=20, lr=0.05, seed=seed, progress=False)
         return guide.laws["mask"].probs
 

@@ -55,7 +55,7 @@ def test_noise_and_temperature_by_site(regression):
 
 def test_sites_keep_the_order_of_the_model(regression):
     # TraceMeanField_ELBO warns, which is an error here, where the order differs.
-    guide = AutoNested(two_masks)
+    guide = AutoNested(two_masks, latents="mean_field")
     TraceMeanField_ELBO().differentiable_loss(two_masks, guide, *regression)
     nodes = [
         name for name in poutine.trace(guide).get_trace(*regression).nodes if name in {"first", "w", "second", "b"}
@@ -74,7 +74,7 @@ def test_other_sites_go_to_the_autoguide_of_choice(base, regression):
 
 @pytest.mark.parametrize("noise", ["logistic", "gumbel"])
 def test_every_parameter_gets_a_gradient(noise, regression):
-    guide = AutoNested(two_masks, noise=noise)
+    guide = AutoNested(two_masks, noise=noise, latents="mean_field")
     with module_local_params(guide):
         TraceMeanField_ELBO()(two_masks, guide)(*regression).backward()
     gradients = {name: p.grad for name, p in guide.named_parameters()}
@@ -84,7 +84,7 @@ def test_every_parameter_gets_a_gradient(noise, regression):
 
 def test_a_law_for_each_row_of_a_plate():
     y = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    guide = AutoNested(groups)
+    guide = AutoNested(groups, latents="mean_field")
     fit(groups, guide, y, plate="groups", num_epochs=500, lr=0.05, lr_schedule=cosine_to_zero(), progress=False)
     law = guide.laws["mask"]
     assert law.batch_shape == (4,)
@@ -114,7 +114,7 @@ def test_a_length_the_prior_rules_out_stays_ruled_out():
         mask = pyro.sample("mask", OrderedMask(probs=torch.tensor([0.5, 0.0, 0.5])))
         pyro.sample("y", dist.Normal(mask.sum(-1), 0.1), obs=torch.tensor(2.0))
 
-    guide = AutoNested(model)
+    guide = AutoNested(model, latents="mean_field")
     with module_local_params(guide):
         elbo = TraceMeanField_ELBO()(model, guide)
         elbo()
@@ -151,7 +151,7 @@ def test_quantiles_are_those_of_the_length():
 
 def test_svi_with_the_global_store_trains_the_same_guide():
     y = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    guide = AutoNested(groups)
+    guide = AutoNested(groups, latents="mean_field")
     svi = SVI(groups, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
     for _ in range(300):
         svi.step(y)
@@ -192,7 +192,7 @@ def test_unknown_names_are_errors(arguments, message, regression):
 
 
 def test_a_guide_is_true_and_says_what_it_has(regression):
-    guide = AutoNested(two_masks)
+    guide = AutoNested(two_masks, latents="mean_field")
     assert guide
     assert len(guide) == 0
     assert repr(guide) == "AutoNested(not called yet)"
@@ -200,7 +200,7 @@ def test_a_guide_is_true_and_says_what_it_has(regression):
     assert guide
     first = "first: E[L] = 2.5, sd[L] = 1.1, modes 1-4 of 4; entropy 1.39 nats"
     assert repr(guide).startswith(f"AutoNested({first}; w: AutoNormal; second: E[L] = 1.9")
-    assert repr(guide).endswith("; b: AutoNormal)")
+    assert repr(guide).endswith("; b: AutoNormal; mean field)")
 
 
 def test_a_guide_of_many_masks_is_still_short_in_print():
@@ -210,7 +210,11 @@ def test_a_guide_of_many_masks_is_still_short_in_print():
 
     guide = AutoNested(model)
     guide()
-    assert repr(guide).endswith("; mask9: E[L] = 2.5, sd[L] = 1.1, modes 1-4 of 4; entropy 1.39 nats; and 30 more)")
+    ninth = "; mask9: E[L] = 2.5, sd[L] = 1.1, modes 1-4 of 4; entropy 1.39 nats; and 30 more"
+    assert repr(guide).endswith(f"{ninth})")
+    mean_field = AutoNested(model, latents="mean_field")
+    mean_field()
+    assert repr(mean_field).endswith(f"{ninth}; mean field)")
 
 
 def test_a_model_without_masks_is_an_error():

@@ -106,7 +106,7 @@ def test_an_enumerated_law_is_exact(mark: str):
     [(lambda model: model, OrderedMaskStraightThrough, None), (config_enumerate, OrderedMask, "parallel")],
 )
 def test_the_mark_of_a_site_decides(mark, law: type, kept: str | None):
-    guide = AutoNested(mark(one_order_for_all_groups))
+    guide = AutoNested(mark(one_order_for_all_groups), latents="mean_field")
     node = poutine.trace(guide).get_trace(torch.randn(4, K), torch.randn(4)).nodes["mask"]
     assert type(node["fn"]) is law
     assert node["infer"].get("enumerate") == kept
@@ -116,4 +116,4 @@ def test_an_enumerated_mask_wants_an_elbo_that_enumerates():
     x, y = torch.randn(4, K), torch.randn(4)
     model = config_enumerate(one_order_for_all_groups)
     with pytest.raises(NotImplementedError, match="site 'mask' of the guide must be reparameterised"):
-        fit(model, AutoNested(model), [x, y], num_epochs=1, progress=False)
+        fit(model, AutoNested(model, latents="mean_field"), [x, y], num_epochs=1, progress=False)

@@ -69,7 +69,7 @@ def test_a_law_at_its_prior_is_called_so():
 
 def test_a_fit_says_whether_laws_left_their_prior(y):
     model_prior = OrderedMask.geometric(0.5, K)
-    guide = AutoNested(masked_mean)
+    guide = AutoNested(masked_mean, latents="mean_field")
     result = fit(masked_mean, guide, y, num_epochs=1, optimizer=still, progress=False)
     assert result.lengths["mask"].kl == pytest.approx(0, abs=1e-9)
     assert "it is at its prior" in str(result)
@@ -169,7 +169,7 @@ def test_collapse_warns():
         with pyro.plate("data", len(rows)):
             pyro.sample("y", dist.Normal(mask.sum(-1), 0.5), obs=rows)
 
-    guide = AutoNested(model)
+    guide = AutoNested(model, latents="mean_field")
     with pytest.warns(LengthCollapseWarning, match=r"site 'mask' has collapsed \(E\[L\] = 3.0"):
         fit(model, guide, y, num_epochs=400, lr=0.1, progress=False)
     assert guide.laws["mask"].mode.sum() == 3

@@ -38,6 +38,7 @@ _stats: Any = arviz_stats  # the same functions in both lines, whose types say n
 _IS_LEGACY = az.__version__.startswith("0.")
 MIN_DRAWS = 25  # ArviZ fits a tail to a fifth of the draws, at least five
 _ROUNDING, _UNDERFLOW = 1e-5, 700.0  # logarithms of weights that differ by less are equal, by more 1 and 0
+_EVEN = 2.0  # no draw counts twice as much as the average: the tail has a shape, but it is none to fear
 _COMPARISON = ["rank", "elpd", "se", "p", "elpd_diff", "dse", "weight", "warning"]
 
 Groups = Mapping[str, Mapping[str, tuple[Any, ...]]]
@@ -102,8 +103,8 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Smooth importance weights by a Pareto tail; return their logarithms, normalised, and k-hat.
 
     Where there is no tail to fit, weights are left as they are: k-hat is NaN for less than `MIN_DRAWS` of them, -inf
-    where several are the largest, as weights are bounded then, and inf where a few of them leave nothing for others or
-    one is not a number.
+    where several are the largest, as weights are bounded then, at most 0 where no weight is twice the average, and inf
+    where a few of them leave nothing for others or one is not a number.
 
     Args:
         log_weights: Shape (..., num_draws).
@@ -125,7 +126,8 @@ def _psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     if num_draws >= MIN_DRAWS and tail[int(num_tail / 4 + 0.5) - 1] - cutoff > _ROUNDING and -tail[0] < _UNDERFLOW:
         # This takes the logarithms of 1 / weight, being made for likelihoods.
         smoothed, khat = _stats.base.array_stats.psislw(-log_weights)
-        return smoothed, float(khat)
+        is_even = np.exp(log_weights).mean() > 1 / _EVEN
+        return smoothed, min(float(khat), 0.0) if is_even else float(khat)
     is_bounded = (ordered > -_ROUNDING).sum() >= MIN_DRAWS / 5  # the largest weight is no chance
     khat = np.nan if num_draws < MIN_DRAWS else -np.inf if is_bounded else np.inf
     return log_weights - np.logaddexp.reduce(log_weights), khat

@@ -56,7 +56,8 @@ def evaluate(guide: AutoConditional, model: Callable[..., Any], args: Any, kwarg
     laws = _Laws(guide)
     draws = [_Draw.of(block, tables, laws, num_draws) for block, tables in zip(plan.blocks, guide.tables, strict=True)]
     program = Program(model, args, kwargs, plan.row_frames)
-    values = _values(guide, draws, num_draws)
+    masks = plan.masks(laws.grid)
+    values = _values(guide, draws, masks, num_draws)
     if guide.way is None:
         guide.way = find_way(program, {name: value[: laws.number].detach() for name, value in values.items()})
     out = evaluate_all(program, values, guide.way)
@@ -68,7 +69,7 @@ def evaluate(guide: AutoConditional, model: Callable[..., Any], args: Any, kwarg
     log_likelihood = found.expected.clone()
     kl = {}
     for draw in draws:
-        for name, log_q, weighted in draw.log_q(program, out, plan.masks()):
+        for name, log_q, weighted in draw.log_q(program, out, masks):
             log_p = out[f"log_prob:{name}"]
             kl[name] = found.expectation(name, (log_q - log_p).detach())
             found.add(name, program.kl_weight(name) * log_p - weighted)
@@ -82,6 +83,8 @@ class _Laws:
         number: Combinations; those of a row are the inner ones.
         of_shared: Which combination outside plates each has, shape (number,).
         shared: Probabilities of these, shape (num_shared,).
+        grid: The lengths of all combinations, from 0, shape (number, lengths).
+        factor: One over their weight in the loss, in units of the same weight for all, shape (num_shared,).
         weight: What a term weighs that does not depend on the lengths of rows, shape (number,).
         row_weight: What a term of a row weighs, shape (number, *rows), with one where the law is shared.
     """
@@ -92,7 +95,11 @@ class _Laws:
         self.shared = self.log_shared.exp()
         self.number = plan.num_shared * plan.num_by_row
         self.of_shared = torch.arange(self.number, device=self.shared.device) // plan.num_by_row
-        self.weight = self.shared[self.of_shared] / plan.num_by_row
+        self.grid = guide.draw_combinations()
+        self.separate = plan.separate
+        sizes = [law.new_full(law.shape, len(law)) for law in guide.split(self.shared)]
+        self.factor = 1 / (torch.cat(sizes) * self.shared)
+        self.weight = self.shared[self.of_shared] / (plan.num_by_row * len(sizes))
         self.row_weight = self.weight
         if self.log_by_row is not None:
             conditional = self.log_by_row.exp().movedim(-1, 1).flatten(0, 1)
@@ -125,7 +132,9 @@ class _Draw:
     @classmethod
     def of(cls, block: Block, tables: Tables, laws: _Laws, num_draws: int) -> "_Draw":
         """Draw."""
-        law, shape = tables.law(), (*block.shape, block.size)
+        shape = (*block.shape, block.size)
+        at = laws.grid.reshape(-1, *(1 for _ in block.shape), laws.grid.shape[-1])
+        law = tables.law(at if laws.separate and tables.knows_lengths else None)
         noise = torch.randn((-(-num_draws // 2), 1, *shape), dtype=law.loc.dtype, device=law.loc.device)
         noise = torch.stack([noise, -noise], 1).flatten(0, 1)[:num_draws]
         if not tables.knows_lengths:
@@ -136,7 +145,7 @@ class _Draw:
             factor = 1 / (laws.number * laws.row_weight)
         else:
             index = laws.of_shared
-            factor = 1 / (len(laws.shared) * laws.shared)
+            factor = laws.factor
         ones = (1,) * (len(shape) - factor.dim())
         law.factor = factor.reshape(-1, *ones, *factor.shape[1:], 1)
         return cls(block, tables, index, law, noise, law.of_noise(noise))
@@ -148,8 +157,9 @@ class _Draw:
             terms = self.law.log_prob_of(self.value, self.noise, None)[:, self.index]
             exact = terms.detach()
         else:
-            at = self.index.reshape((-1,) + (1,) * len(self.block.shape))
-            law, value, noise = self.tables.law(at), self.value[:, self.index], self.noise
+            law, value, noise = self.law, self.value[:, self.index], self.noise
+            if len(law.loc) != len(self.index):
+                law = self.tables.law(self.index.reshape((-1,) + (1,) * len(self.block.shape)))
             with torch.no_grad():
                 exact = law.log_prob_of(value, noise, weights)
             weights = weights * torch.cat(
@@ -187,9 +197,9 @@ class _Draw:
         return torch.cat(parts, -1)
 
 
-def _values(guide: AutoConditional, draws: list[_Draw], num_draws: int) -> Values:
+def _values(guide: AutoConditional, draws: list[_Draw], masks: Values, num_draws: int) -> Values:
     """Return the values of all latents, draws and combinations together in the first dimension."""
-    plan, masks = guide.plan, guide.plan.masks()
+    plan = guide.plan
     number = plan.num_shared * plan.num_by_row
     lead = num_draws * number
     values: Values = {}
@@ -266,7 +276,7 @@ class _Terms:
             scale = self._by_row(out[f"scale:{plan.by_row[0].name}"]).mean((0, 1))
             prior: Any = sum(self._by_row(out[f"length:{each.name}"]).mean(0) for each in plan.by_row)
             rows = torch.zeros_like(prior) if self.rows is None else self.rows.mean(0)
-            loss = loss - (laws.row_weight * (rows + length_weight * scale * prior)).sum()
+            loss = loss - (laws.row_weight * (rows + length_weight * scale * _finite(prior))).sum()
             prior, rows = prior.detach(), rows.detach()
             best, total = scale * prior + rows / length_weight, scale.expand_as(prior)
             shared = [i + 1 for i, size in enumerate(guide.logits_by_row.shape[1:-1]) if size == 1]
@@ -280,22 +290,38 @@ class _Terms:
             value = value + length_weight * (total * best.logsumexp(1)).flatten(1).sum(1)
             log_weights = log_weights + length_weight * (total * best.logsumexp(1)).flatten(1).sum(1)
             assert laws.log_by_row is not None
-            divergence = (laws.log_by_row.movedim(-1, 1) - prior.unflatten(0, grid)) * total.unsqueeze(1)
+            divergence = (laws.log_by_row.movedim(-1, 1) - _finite(prior).unflatten(0, grid)) * total.unsqueeze(1)
             name = "+".join(each.name for each in plan.by_row)
             kl_lengths[name] = (laws.row_weight.unflatten(0, grid) * divergence).sum()
             logits_by_row = best.movedim(1, -1)
-        if not plan.shared:
+        if plan.separate:
+            scale = out[f"scale:{plan.shared[0].name}"].mean()
+            of_each = [out[f"length:{each.name}"].mean(0) for each in plan.shared]
+            split = [guide.split(x)[i] for i, x in enumerate(of_each)]  # where each has its lengths in turn
+            prior = torch.cat(split)
+            loss = loss - length_weight * scale * (laws.shared * _finite(prior)).sum()
+            prior = prior.detach()
+            logits = prior + value / (length_weight * scale)
+            for each, law, p in zip(plan.shared, guide.split(laws.log_shared), guide.split(prior), strict=True):
+                kl_lengths[each.name] = scale * (law.exp() * (law - _finite(p))).sum()
+            elbo = (laws.weight * value).sum() - length_weight * sum(kl_lengths.values())
+        elif not plan.shared:
             logits, elbo = torch.zeros_like(value), value.sum()
         else:
             scale = out[f"scale:{plan.shared[0].name}"].mean()
             prior = sum(out[f"length:{each.name}"].mean(0) for each in plan.shared)
-            loss = loss - length_weight * scale * (laws.weight * prior).sum()
+            loss = loss - length_weight * scale * (laws.weight * _finite(prior)).sum()
             prior = prior.detach().reshape(grid)[:, 0]
             logits = prior + value / (length_weight * scale)
             elbo = length_weight * scale * logits.logsumexp(-1)
             name = "+".join(each.name for each in plan.shared)
-            kl_lengths[name] = scale * (laws.shared * (laws.log_shared - prior)).sum()
+            kl_lengths[name] = scale * (laws.shared * (laws.log_shared - _finite(prior))).sum()
         if not loss.requires_grad:  # there are masks alone, whose law is known without a step
             loss = loss + 0 * guide.logits.sum()
         loss = loss - loss.detach() - elbo
         return Evaluation(loss, elbo, log_likelihood, kl, kl_lengths, logits, logits_by_row, log_weights)
+
+
+def _finite(log_prior: Tensor) -> Tensor:
+    """Return a log-law with zero in the place of log 0: a law that is learned has nothing there but its floor."""
+    return log_prior.masked_fill(log_prior == -torch.inf, 0)

@@ -69,7 +69,9 @@ class AutoConditional(AutoGuide):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
         plan = self.plan
-        prior = _joint([each.prior for each in plan.shared], like=plan.like)
+        sizes = [each.num_units for each in plan.shared]
+        joints = [[each] for each in plan.shared] if plan.separate else [plan.shared]
+        prior = torch.cat([_joint([each.prior for each in joint], like=plan.like) for joint in joints], -1)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long, device=prior.device))
         self.logits = PyroParam(prior, constraints.real)
         self._has_rows = bool(plan.by_row)
@@ -87,7 +89,8 @@ class AutoConditional(AutoGuide):
             center = torch.cat([centers[latent.name] for latent in block.latents], -1)
             spread = torch.cat([spreads[latent.name] for latent in block.latents], -1)
             laws = plan.num_shared * (plan.num_by_row if block.by_row_length else 1)
-            setattr(self, f"tables_{i}", Tables(block, laws, center, spread))
+            offsets = [sum(sizes[:j]) for j in range(len(sizes))] if plan.separate else [0]
+            setattr(self, f"tables_{i}", Tables(block, laws, center, spread, offsets))
 
     @torch.no_grad()
     def _start(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -113,7 +116,6 @@ class AutoConditional(AutoGuide):
         spreads = {}
         for name, values in draws.items():
             low, high = torch.stack(values[1:]).sort(0).values[[_PRIOR_DRAWS // 4, -1 - _PRIOR_DRAWS // 4]]
-
             spreads[name] = ((high - low) / 1.54).clamp(1e-6, 1e6)
         return {name: values[0] for name, values in draws.items()}, spreads
 
@@ -125,7 +127,27 @@ class AutoConditional(AutoGuide):
     def floored_logits(self) -> tuple[Tensor, Tensor | None]:
         """Return the log-laws of training, without gradient: of the lengths outside plates, and of those of a row."""
         by_row = _with_floor(self.logits_by_row.detach()) if self._has_rows else None
-        return _with_floor(self.logits.detach()), by_row
+        return torch.cat([_with_floor(law) for law in self.split(self.logits.detach())]), by_row
+
+    def split(self, shared: Tensor) -> list[Tensor]:
+        """Return the laws in what belongs to the lengths outside plates: one for each if they are separate, or one."""
+        return list(shared.split([each.num_units for each in self.plan.shared])) if self.plan.separate else [shared]
+
+    def draw_combinations(self) -> Tensor:
+        """Return the lengths, from 0, of all combinations, shape (combinations, lengths).
+
+        If lengths are separate, those of each in turn, with the others drawn from their laws.
+        """
+        if not self.plan.separate:
+            return self.plan.grid()
+        laws = [law.exp() for law in self.split(self.floored_logits()[0])]
+        total = sum(len(law) for law in laws)
+        grid = torch.stack([torch.multinomial(law, total, replacement=True) for law in laws], -1)
+        start = 0
+        for i, law in enumerate(laws):
+            grid[start : start + len(law), i] = torch.arange(len(law), device=law.device)
+            start += len(law)
+        return grid
 
     def _leaves(self) -> tuple[Tensor, Tensor | None]:
         r"""Return the same, with a gradient from which the backward pass reads the ELBO of each length.
@@ -159,14 +181,23 @@ class AutoConditional(AutoGuide):
             self.num_updates += logits is not None
             share = 1 / max(min(int(self.num_updates), self.horizon), 1)
         for name, new in (("logits", logits), ("logits_by_row", logits_by_row)):
-            if new is not None and not new.isnan().any():
-                old, new = getattr(self, name), new.log_softmax(-1).clamp_min(-1e4)
-                old.copy_(torch.lerp(old, new.reshape(old.shape), share).log_softmax(-1))
+            if new is None or new.isnan().any():
+                continue
+            parameter = getattr(self, name)
+            pairs = [(parameter, new.reshape(parameter.shape))]
+            if name == "logits":
+                pairs = list(zip(self.split(parameter), self.split(new), strict=True))
+            for old, best in pairs:
+                best = best.log_softmax(-1).clamp_min(-1e4)
+                old.copy_(torch.lerp(old, best, share).log_softmax(-1))
 
     def laws(self) -> dict[str, OrderedMask]:
         """Return the learned law of each length, without gradient."""
         shared = self.logits.detach()
-        found = _marginals(self.plan.shared, shared)
+        joints = [[each] for each in self.plan.shared] if self.plan.separate else [self.plan.shared]
+        found: dict[str, OrderedMask] = {}
+        for joint, law in zip(joints, self.split(shared), strict=True):
+            found |= _marginals(joint, law)
         if self._has_rows:
             by_row = self.logits_by_row.detach()
             mixed = by_row + shared.reshape((-1,) + (1,) * (by_row.dim() - 1))
@@ -178,10 +209,17 @@ class AutoConditional(AutoGuide):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
-        training = self.training and torch.is_grad_enabled()
+        training = self.training and torch.is_grad_enabled() and not self.plan.separate
         laws = self._leaves() if training else (self.logits, self.logits_by_row if self._has_rows else None)
         masks: dict[str, Tensor] = {}
-        index, factor = self._draw_masks(self.plan.shared, laws[0], plates, masks)
+        if self.plan.separate:
+            drawn = [
+                self._draw_masks([each], law, plates, masks, enumerate_="")
+                for each, law in zip(self.plan.shared, self.split(laws[0]), strict=True)
+            ]
+            index, factor = torch.stack([number for number, _ in drawn], -1), torch.ones_like(drawn[0][1])
+        else:
+            index, factor = self._draw_masks(self.plan.shared, laws[0], plates, masks)
         result = {each.name: masks[each.name] for each in self.plan.shared if not each.nested}
         # Outside the plates first, as enumeration wants it.
         order = sorted(range(len(self.plan.blocks)), key=lambda i: len(self.plan.blocks[i].rows))
@@ -221,7 +259,12 @@ class AutoConditional(AutoGuide):
         return {latent.name: self._unpack(latent, law, drawn, masks, plates) for latent in block.latents}
 
     def _draw_masks(
-        self, lengths: list[Lengths], log_q: Tensor, plates: dict[str, Any], masks: dict[str, Tensor]
+        self,
+        lengths: list[Lengths],
+        log_q: Tensor,
+        plates: dict[str, Any],
+        masks: dict[str, Tensor],
+        enumerate_: str = "parallel",
     ) -> tuple[Tensor, Tensor]:
         """Draw lengths one after another from their joint law, shape (..., combinations).
 
@@ -235,7 +278,7 @@ class AutoConditional(AutoGuide):
             first = i - len(lengths) - 1  # its dimension, and those of the later ones behind it
             fn = OrderedMask(logits=log_q.logsumexp([*range(first + 1, 0)]), validate_args=False)
             name = f"{each.name}_mask" if each.nested else each.name
-            infer: Any = {"enumerate": "parallel", "is_auxiliary": each.nested}
+            infer: Any = {"is_auxiliary": each.nested} | ({"enumerate": enumerate_} if enumerate_ else {})
             with ExitStack() as stack:
                 for frame in each.frames:
                     stack.enter_context(plates[frame.name])
@@ -258,12 +301,15 @@ class AutoConditional(AutoGuide):
 
     def describe(self) -> str:
         """Say which laws there are, for the repr of the guide."""
-        laws = [f"{name}: {LengthSummary.of(law)}" for name, law in self.laws().items()]
+        every = list(self.laws().items())
+        laws = [f"{name}: {LengthSummary.of(law)}" for name, law in every[:10]]
+        laws += [f"and {len(every) - 10} more"] if len(every) > 10 else []
         for block, tables in zip(self.plan.blocks, self.tables, strict=True):
             names = ", ".join(latent.name for latent in block.latents[:10])
             more = f" and {len(block.latents) - 10} more" if len(block.latents) > 10 else ""
             kind = "multivariate Normal" if tables.correlated else "Normal"
-            given = f"for each of {tables.num_laws} lengths" if tables.knows_lengths else "for all lengths"
+            each_of = "each length of each, added" if self.plan.separate else f"each of {tables.num_laws} lengths"
+            given = f"for {each_of}" if tables.knows_lengths else "for all lengths"
             laws.append(f"{names}{more}: a {kind} {given}")
         return "; ".join(laws)
 
@@ -295,12 +341,15 @@ class AutoConditional(AutoGuide):
         self, quantiles: list[float], *args: Any, num_samples: int = 1000, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Return quantiles of each latent, stacked in a new first dimension: of draws, as laws of lengths are mixed."""
-        with torch.random.fork_rng():
+        prototype: Any = self.prototype_trace
+        depth = max((-frame.dim for frame in self._prototype_frames.values()), default=0)
+        with torch.random.fork_rng(), poutine.block(), pyro.plate("quantiles", num_samples, dim=-depth - 1):
             torch.manual_seed(0)
-            drawn = [poutine.block(self)(*args, **kwargs) for _ in range(num_samples)]
+            drawn = self(*args, **kwargs)
         found = {}
-        for name in drawn[0]:
-            values = torch.stack([draw[name] for draw in drawn])
+        for name, value in drawn.items():
+            values = value.expand(torch.broadcast_shapes(value.shape, (num_samples, *(1 for _ in value.shape[1:]))))
+            values = values.reshape(num_samples, *prototype.nodes[name]["value"].shape)
             # By entries this is the mask of the quantile of the length, too.
             levels = torch.as_tensor(quantiles, dtype=values.dtype, device=values.device)
             found[name] = values.quantile(levels, 0, interpolation="nearest")

@@ -129,11 +129,14 @@ class Plan:
         shared: Lengths outside all plates.
         by_row: Lengths in the plates of rows.
         blocks: The other latents.
+        separate: Whether the lengths outside plates have laws of their own, and tables that are added, as their
+            combinations are too many. There is then an evaluation for each length of each, the others drawn.
     """
 
     shared: list[Lengths]
     by_row: list[Lengths]
     blocks: list[Block]
+    separate: bool = False
 
     @property
     def lengths(self) -> list[Lengths]:
@@ -147,21 +150,26 @@ class Plan:
 
     @property
     def num_shared(self) -> int:
-        """Combinations of the lengths outside plates."""
-        return math.prod(each.num_units for each in self.shared)
+        """Combinations of the lengths outside plates, or, if they are separate, all their lengths."""
+        sizes = [each.num_units for each in self.shared]
+        return sum(sizes) if self.separate else math.prod(sizes)
 
     @property
     def num_by_row(self) -> int:
         """Combinations of the lengths of one row."""
         return math.prod(each.num_units for each in self.by_row)
 
-    def masks(self) -> dict[str, Tensor]:
-        """Return the mask of each length in all combinations, the last one changing first, shape (..., num_units)."""
+    def grid(self) -> Tensor:
+        """Return all combinations of lengths, from 0, the last one changing first, shape (combinations, lengths)."""
         grids = torch.meshgrid(*(torch.arange(each.num_units) for each in self.lengths), indexing="ij")
+        return torch.stack([grid.reshape(-1) for grid in grids], -1).to(self.like.device)
+
+    def masks(self, grid: Tensor) -> dict[str, Tensor]:
+        """Return the mask of each length in some combinations, shape (combinations, num_units)."""
         found = {}
-        for each, grid in zip(self.lengths, grids, strict=True):
-            units = torch.arange(each.num_units)
-            found[each.name] = (units <= grid.reshape(-1, 1)).to(self.like)
+        for i, each in enumerate(self.lengths):
+            units = torch.arange(each.num_units, device=grid.device)
+            found[each.name] = (units <= grid[:, i : i + 1]).to(self.like)
         return found
 
     @property
@@ -215,8 +223,11 @@ def plan(trace: Any, latents: Mapping[str, Any], num_draws: int) -> Plan | str:
         block.latents.append(Latent(name, site["fn"], site["cond_indep_stack"], frozenset(names), start=block.size))
     result = Plan(shared, by_row, list(blocks.values()))
     number = result.num_shared * result.num_by_row
+    if number > MAX_COMBINATIONS and not by_row and sum(each.num_units for each in shared) <= MAX_COMBINATIONS:
+        result.separate = True
+        number = result.num_shared
     if number > MAX_COMBINATIONS:
-        return f"{number} combinations of lengths are more than {MAX_COMBINATIONS}"
+        return f"{number:.3g} combinations of lengths are more than {MAX_COMBINATIONS}"
     numbers = number * num_draws * sum(torch.as_tensor(site["value"]).numel() for site in observed)
     if numbers > MAX_OBSERVED:
         return f"{numbers:.2g} observed numbers in a step, over all lengths, are more than {MAX_OBSERVED:.2g}"

@@ -62,7 +62,14 @@ class Program:
         trace: Any = poutine.trace(_Given(values)(self.model)).get_trace(*self.args, **self.kwargs)
         out: Values = {}
         for name, site in trace.nodes.items():
-            if site["type"] != "sample" or site_is_subsample(site) or not (site["is_observed"] or name in values):
+            if site["type"] != "sample" or site_is_subsample(site):
+                continue
+            if not site["is_observed"] and name not in values:  # its law is the same in model and guide
+                if site["infer"].get("enumerate"):
+                    raise ValueError(
+                        f"NestedELBO: site {name!r} of the model is marked for enumeration, and the guide has none of "
+                        "it: only TraceEnum_ELBO sums it out"
+                    )
                 continue
             self._infer[name] = site["infer"]
             if self.rows and self.rows.keys() <= {frame.name for frame in site["cond_indep_stack"]}:

@@ -1,7 +1,8 @@
 """Normal laws of a block of latents, one for each combination of lengths."""
 
 import math
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any, Self, cast
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -143,6 +144,7 @@ class Tables(PyroModule):
         num_laws: Combinations of lengths.
         center: Where they start, shape block.shape + (D,).
         spread: Deviation of the prior, the same shape.
+        offsets: Where the laws of each of several separate lengths begin, whose entries are added.
     """
 
     loc: Any
@@ -151,17 +153,22 @@ class Tables(PyroModule):
     center: Tensor
     spread: Tensor
 
-    def __init__(self, block: Block, num_laws: int, center: Tensor, spread: Tensor) -> None:
+    def __init__(
+        self, block: Block, num_laws: int, center: Tensor, spread: Tensor, offsets: Sequence[int] = (0,)
+    ) -> None:
         super().__init__()
         size, rows = block.size, math.prod(block.shape)
         self.knows_lengths = num_laws * rows * size <= MAX_TABLE
         self.num_laws = num_laws if self.knows_lengths else 1
+        self.offsets = tuple(offsets)
         self.correlated = size > 1 and self.num_laws * rows * size**2 <= MAX_CHOLESKY
         self.register_buffer("center", center)
         self.register_buffer("spread", spread)
         shape = (self.num_laws, *block.shape, size)
         self.loc = PyroParam(center.new_zeros(shape))
-        self.log_scale = PyroParam(center.new_full(shape, math.log(INIT_SCALE)))
+        self.log_scale = PyroParam(
+            center.new_full(shape, math.log(INIT_SCALE) / (len(offsets) if self.knows_lengths else 1))
+        )
         if self.correlated:
             self.lower = PyroParam(center.new_zeros(*shape, size))
 
@@ -169,7 +176,8 @@ class Tables(PyroModule):
         """Return the laws of all combinations, or of some.
 
         Args:
-            index: Numbers of combinations, shape (...) that broadcasts with the rows.
+            index: Numbers of combinations, shape (...) that broadcasts with the rows; or of separate lengths, from 0,
+                shape (..., lengths).
 
         Returns:
             A law of batch shape (num_laws, *rows), or that of `index` broadcast with the rows.
@@ -178,10 +186,19 @@ class Tables(PyroModule):
         # An optimiser like Adam moves all D^2 entries by the same amount: together they must not make (I + A) singular.
         lower = self.lower * min(1.0, (10 / self.loc.shape[-1]) ** 1.5) if self.correlated else None
         if index is not None:
-            index = torch.zeros_like(index) if self.num_laws == 1 else index
-            loc, log_scale = at_rows(loc, index), at_rows(log_scale, index)
-            lower = None if lower is None else at_rows(lower, index, 2)
+            loc, log_scale = self._at(loc, index), self._at(log_scale, index)
+            lower = None if lower is None else self._at(lower, index, 2)
         return TableNormal(loc, log_scale, lower, self.center, self.spread)
+
+    def _at(self, table: Tensor, index: Tensor, event_dim: int = 1) -> Tensor:
+        if len(self.offsets) > 1:
+            indices = [offset + i for offset, i in zip(self.offsets, index.unbind(-1), strict=True)]
+        else:
+            indices = [index]
+        if self.num_laws == 1:
+            return at_rows(table, torch.zeros_like(indices[0]), event_dim)
+        total: Any = sum(at_rows(table, each, event_dim) for each in indices)
+        return cast(Tensor, total)
 
 
 def at_rows(table: Tensor, index: Tensor, event_dim: int = 1) -> Tensor:

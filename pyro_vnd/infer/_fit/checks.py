@@ -27,6 +27,7 @@ __all__ = [
     "check_checkpoint",
     "check_elbo",
     "check_programs",
+    "check_schedules",
     "make_lr_scheduler",
     "make_optimizer",
     "positive_number",
@@ -171,20 +172,35 @@ def check_arguments(
     check_checkpoint(checkpoint)
 
 
-def check_elbo(elbo: ELBO, guide: Any, batch: Data) -> None:
-    """Check that an objective can train an `AutoNested` whose latents know the lengths, which is called if it is new.
+def check_elbo(elbo: ELBO, guide: Any) -> None:
+    """Check that an objective can train an `AutoNested` whose latents know the lengths.
 
     Raises:
         ValueError: If it cannot.
     """
-    if not isinstance(guide, AutoNested) or isinstance(elbo, NestedELBO | TraceEnum_ELBO):
+    part = guide.conditional if isinstance(guide, AutoNested) else None
+    if part is None or isinstance(elbo, NestedELBO):
         return
-    args, kwargs = as_arguments(batch)
-    if conditional_part(guide, args, kwargs) is not None:
+    if part.plan.separate or not isinstance(elbo, TraceEnum_ELBO):
+        other = "" if part.plan.separate else ", or TraceEnum_ELBO,"
         raise ValueError(
-            f"fit: argument `elbo` must be NestedELBO(), the default, or TraceEnum_ELBO, for an AutoNested whose "
-            f"latents know the lengths; got {type(elbo).__name__}. AutoNested(model, latents='mean_field') takes it"
+            f"fit: argument `elbo` must be NestedELBO(), the default{other} for an AutoNested whose latents know the "
+            f"lengths; got {type(elbo).__name__}. AutoNested(model, latents='mean_field') takes it"
         )
+
+
+def check_schedules(guide: Any, schedule: Any, temperature: Any) -> None:
+    """Check that a guide whose latents know the lengths is not told where to take its masks from.
+
+    Raises:
+        ValueError: If it is.
+    """
+    for name, value in (("schedule", schedule), ("temperature", temperature)):
+        if value is not None and conditional_part(guide) is not None:
+            raise ValueError(
+                f"fit: argument `{name}` is for masks that are drawn; the latents of this AutoNested know the lengths, "
+                "and each step trains all of these alike. Leave it out, or use AutoNested(model, latents='mean_field')"
+            )
 
 
 def _check_maker(argument: str, maker: Any, kind: type, expected: str) -> None:

@@ -11,18 +11,56 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
-from pyro_vnd._data import Data, as_arguments, num_rows, split_rows
-from pyro_vnd._state import module_mode
+from pyro_vnd._data import Data, as_arguments, named_parts, num_rows, split_rows
+from pyro_vnd._state import cuda_devices, module_mode
 from pyro_vnd.infer._conditional.evaluation import Evaluation, evaluate
 from pyro_vnd.infer._conditional.guide import AutoConditional
 from pyro_vnd.infer._fit.handlers import ScaleToDataset
+from pyro_vnd.infer._fit.mask_sources import conditional_laws
+from pyro_vnd.infer._fit.objective import Objective
+from pyro_vnd.infer.elbo import conditional_part
+from pyro_vnd.infer.result import FitResult
 
-__all__ = ["estimate_khat", "settle_laws"]
+__all__ = ["estimate_khat", "finish", "settle_laws"]
 
 _NUM_DRAWS = 256
 _ROUND = 16
 _ACCURATE = 0.005  # nats of standard error
 _SECONDS = 1.0  # for draws of a guide one by one
+
+
+def finish(
+    result: FitResult,
+    objective: Objective,
+    data: Data,
+    batch_size: int,
+    scale: Callable[[int], ScaleToDataset],
+    *,
+    khat: bool,
+) -> None:
+    """Settle the laws of lengths that have a closed form, and say how far the guide is from the posterior.
+
+    The random numbers that this takes are given back.
+
+    Args:
+        result: What is known of the fit, to which it is added.
+        objective: The objective, with model and guide.
+        data: All of them.
+        batch_size: Rows that are evaluated together.
+        scale: Makes the handler that scales a number of rows to the data.
+        khat: Whether to estimate k-hat.
+    """
+    model, guide, record = objective.module.model, objective.module.guide, objective.record
+    conditional, ratios = conditional_part(guide), None
+    with torch.random.fork_rng(cuda_devices([model, guide, *named_parts(data).values()])):
+        if conditional is not None:
+            ratios = settle_laws(conditional, model, data, batch_size, scale)
+            result.describe_laws(conditional_laws(guide), record.visible)
+        if khat and ratios is None and batch_size == num_rows(data) and isinstance(guide, AutoGuide):
+            plate = scale(batch_size).plate
+            ratios = None if _is_by_row(guide, plate) else _draw_ratios(guide, model, data, result.seconds)
+        if khat and ratios is not None:
+            result.khat = estimate_khat(ratios)
 
 
 @torch.no_grad()
@@ -56,6 +94,10 @@ def settle_laws(
             if len(shared) >= 4 and _is_accurate(shared) and (not rows or _is_accurate(rows)):
                 break
     mean: Any = torch.stack(shared).mean(0)
+    if guide.plan.separate:  # each is the best for the others as they are: they go there together, step by step
+        for logits in shared:
+            guide.learn(logits, None)
+        return None
     guide.learn(mean, torch.stack(rows).mean(0) if rows else None, share=1.0)
     if len(found) > 1 or guide.plan.by_row or any(block.rows for block in guide.plan.blocks):
         return None
@@ -86,28 +128,8 @@ def _ratios(logits: Tensor, log_q: Tensor, log_weights: Tensor) -> Tensor:
     return log_weights.gather(1, length.unsqueeze(1)).squeeze(1) + of_length[length]
 
 
-@torch.no_grad()
-def estimate_khat(guide: Any, model: Any, data: Data, plate: str, log_ratios: Tensor | None, seconds: float) -> float:
-    """Estimate k-hat of the importance weights of a Pyro autoguide whose size is not that of the data.
-
-    Args:
-        guide: The guide.
-        model: The model.
-        data: All of them.
-        plate: Name of the plate of their rows.
-        log_ratios: Logarithms of importance weights, if they are known.
-        seconds: What the fit took, of which a tenth may be spent, or a second if that is more.
-
-    Returns:
-        k-hat; at most zero where no draw counts far more than others; nan if it is not to be had.
-    """
-    if log_ratios is None:
-        if not isinstance(guide, AutoGuide) or _is_by_row(guide, plate):
-            return math.nan
-        found = _draw_ratios(guide, model, data, max(_SECONDS, seconds / 10))
-        if found is None:
-            return math.nan
-        log_ratios = found
+def estimate_khat(log_ratios: Tensor) -> float:
+    """Return k-hat of importance weights, given their logarithms; at most zero where none is twice the average."""
     log_ratios = log_ratios.double()
     log_ratios = log_ratios - log_ratios.logsumexp(0) + math.log(len(log_ratios))
     if not torch.isfinite(log_ratios).all():
@@ -127,9 +149,11 @@ def _is_by_row(guide: AutoGuide, plate: str) -> bool:
     return any(frame.name == plate for site in sites for frame in site["cond_indep_stack"])
 
 
+@torch.no_grad()
 def _draw_ratios(guide: Any, model: Any, data: Data, seconds: float) -> Tensor | None:
+    """Return log p - log q of draws one by one, or None if a second, or a tenth of the fit, is not enough for 100."""
     args, kwargs = as_arguments(data)
-    ratios, end = [], time.perf_counter() + seconds
+    ratios, end = [], time.perf_counter() + max(_SECONDS, seconds / 10)
     with module_mode([guide, model], training=False):
         for i in range(_NUM_DRAWS):
             drawn = poutine.trace(guide).get_trace(*args, **kwargs)

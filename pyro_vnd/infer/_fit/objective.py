@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_vnd._compat import stray_params
 from pyro_vnd._data import Data, as_arguments
-from pyro_vnd.infer._fit.checks import foreign_dtype
+from pyro_vnd.infer._fit.checks import check_elbo, foreign_dtype
 from pyro_vnd.infer._fit.handlers import EvaluationRecord, ScaleToDataset
 from pyro_vnd.infer._fit.settings import KLWeights
 from pyro_vnd.infer.elbo import NestedELBO
@@ -69,6 +69,7 @@ class Objective:
                 self._explain(error, first_batch)
                 raise
         sites.check()
+        check_elbo(elbo, guide)
         first.check()
         if self.keeps_parts:  # an ELBO that enumerates has dimensions without plates
             self._check_shapes()
@@ -112,6 +113,7 @@ class Objective:
 
     def _explain(self, error: Exception, batch: Data) -> None:
         """Raise an error that says what to do, if one of the first evaluation is a known mistake."""
+        check_elbo(self.module.elbo, self.module.guide)
         if names := stray_params((self.module.model, self.module.guide)):
             raise ValueError(_of_no_module(names[0])) from error
         if isinstance(error, AttributeError) and error.name == "param_state":

@@ -109,6 +109,16 @@ def hidden(x: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Normal(mean + z + mask.sum(-1), 0.5), obs=y)
 
 
+def separate(x: Tensor, y: Tensor) -> None:
+    """So many masks that their lengths have no joint law."""
+    total = torch.zeros(())
+    for i in range(6):
+        total = total + pyro.sample(f"mask{i}", OrderedMask.uniform(K)).sum(-1)
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(w[..., 0] + w[..., 1] * (total - 12) / 3, 0.7), obs=y)
+
+
 PROGRAMS = {
     program.__name__: Program(program)
     for program in (
@@ -121,5 +131,6 @@ PROGRAMS = {
         nested_by_row,
         local,
         hidden,
+        separate,
     )
 }

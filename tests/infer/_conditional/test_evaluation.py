@@ -1,5 +1,6 @@
 """All lengths at once are what the guide, drawn length by length, says of each; and what Pyro's own objective says."""
 
+import warnings
 from typing import Any
 
 import pyro
@@ -17,7 +18,7 @@ from pyro_vnd.infer._conditional.guide import AutoConditional
 
 from .programs import PROGRAMS, Program
 
-NUM_DRAWS = 4000
+NUM_DRAWS = 1500
 
 
 @pytest.fixture(params=PROGRAMS.values(), ids=PROGRAMS)
@@ -61,7 +62,7 @@ def drawn_log_weights(program: Program, guide: AutoNested, num_draws: int) -> tu
 
 @torch.no_grad()
 def test_the_bound_of_the_guide_is_that_of_its_draws(program: Program):
-    """sum_k q_k (ELBO_k + log p_k - log q_k) at the laws as they are, from 4,000 draws each; z-score at most 4."""
+    """sum_k q_k (ELBO_k + log p_k - log q_k) at the laws as they are, from 1,500 draws each; z-score at most 4."""
     guide = shaken(program)
     with module_local_params(guide):
         guide.eval()
@@ -79,7 +80,7 @@ def test_the_bound_of_the_guide_is_that_of_its_draws(program: Program):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["regression", "features", "nested", "autoregressive", "local"])
 def test_each_length_has_the_elbo_of_its_draws(name: str):
-    """For one length outside plates: log p_k + ELBO_k of 4,000 draws of the guide that have it; z-scores at most 4."""
+    """For one length outside plates: log p_k + ELBO_k of 1,500 draws of the guide that have it; z-scores at most 4."""
     program = PROGRAMS[name]
     guide = shaken(program)
     part = conditional(guide)
@@ -98,7 +99,7 @@ def test_each_length_has_the_elbo_of_its_draws(name: str):
 
 @pytest.mark.parametrize("name", ["two_masks", "nested", "autoregressive", "by_row", "nested_by_row", "hidden"])
 def test_pyros_enumeration_learns_the_same_laws(name: str):
-    """`TraceEnum_ELBO` has the same bound, and its backward pass the same best laws; z-scores over 60 evaluations."""
+    """`TraceEnum_ELBO` has the same bound, and its backward pass the same best laws; z-scores over 30 evaluations."""
     program = PROGRAMS[name]
     guide = shaken(program)
     part = conditional(guide)
@@ -107,7 +108,7 @@ def test_pyros_enumeration_learns_the_same_laws(name: str):
     results: dict[str, list[Tensor]] = {"theirs": [], "ours": []}
     laws: dict[str, list[Tensor]] = {"theirs": [], "ours": []}
     with module_local_params(guide):
-        for _ in range(60):
+        for _ in range(30):
             for whose in results:
                 guide.load_state_dict(before)
                 if whose == "theirs":
@@ -122,10 +123,11 @@ def test_pyros_enumeration_learns_the_same_laws(name: str):
                     part.learn(each.logits, each.logits_by_row)
                 results[whose].append(bound)
                 law = part.logits if not part.plan.by_row else part.logits_by_row
-                laws[whose].append(law.detach().clone().flatten())
+                law = law.detach().clone()
+                laws[whose].append((law[..., ::2, :] if name == "hidden" else law).flatten())  # the others stay put
     for found, count in ((results, 1), (laws, 2)):
         theirs, ours = torch.stack(found["theirs"]), torch.stack(found["ours"])
-        error = (theirs.var(0) / 60 + ours.var(0) / 60).sqrt() + 1e-4
+        error = (theirs.var(0) / 30 + ours.var(0) / 30).sqrt() + 1e-4
         assert ((theirs.mean(0) - ours.mean(0)).abs() < (3.5 + count) * error).all()
 
 
@@ -167,8 +169,8 @@ class Shifted(nn.Module):
 
 
 def test_a_parameter_of_the_model_follows_the_law_of_the_lengths():
-    """d/ds sum_k q_k ELBO_k = sum_k q_k k sum_n (y_n - w - s k), at w of the guide; one evaluation of 4,000 draws."""
-    model, y = Shifted(), torch.tensor([1.0, 2.0, 0.5])
+    """d/ds sum_k q_k ELBO_k = sum_k q_k k sum_n (y_n - w - s k), at w of the guide; one evaluation of 1,500 draws."""
+    model, y = Shifted(), torch.tensor([4.0, 6.0, 5.0])
     guide = AutoNested(model)
     with module_local_params(model, guide):
         guide(y)
@@ -180,7 +182,7 @@ def test_a_parameter_of_the_model_follows_the_law_of_the_lengths():
         mean = (table.center + table.spread * table.loc).squeeze(-1).detach()
     lengths = torch.arange(1.0, 4.0)
     expected = -(part.logits.exp() * lengths * (y.sum() - 3 * (mean + model.shift * lengths))).sum()
-    assert gradient == pytest.approx(expected.item(), abs=0.05)
+    assert gradient == pytest.approx(expected.item(), abs=0.1)
     uniform = -(lengths * (y.sum() - 3 * (mean + model.shift * lengths))).mean()
     assert abs(gradient - uniform) > 1  # power
 
@@ -255,29 +257,24 @@ def test_weights_of_kls_are_those_of_the_objective(kl_weight: float):
 
 
 def test_a_model_that_cannot_be_mapped_is_evaluated_one_length_after_another():
-    program = PROGRAMS["regression"]
+    program = PROGRAMS["two_masks"]
 
     def stubborn(x: Tensor, y: Tensor) -> None:
-        program.model(x, y)
-        trace = poutine.trace(program.model)
-        del trace
-        if pyro.sample("flag", dist.Normal(0.0, 1.0)).item() > 1e9:
-            raise AssertionError
+        trace = poutine.trace(program.model).get_trace(x, y)
+        assert trace.nodes["w"]["value"].item() < 1e9  # a number, which a batch has not
 
     found = []
     for model in (program.model, stubborn):
         torch.manual_seed(0)
-        guide = AutoNested(poutine.block(model, hide=["flag"]))
+        guide = AutoNested(program.model)
         with module_local_params(guide):
             guide(*program.data)
             torch.manual_seed(1)
-            if model is stubborn:
-                with pytest.warns(UserWarning, match="one length after another"):
-                    found.append(
-                        evaluate(
-                            conditional(guide), poutine.condition(model, {"flag": torch.zeros(())}), program.data, {}, 2
-                        )
-                    )
-            else:
-                found.append(evaluate(conditional(guide), model, program.data, {}, 2))
-    assert len(found) == 2
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                found.append(evaluate(conditional(guide), model, program.data, {}, 4))
+        assert [
+            str(each.message).startswith("the model is evaluated for one length after another") for each in caught
+        ] == [True] * (model is stubborn)
+    torch.testing.assert_close(found[1].logits, found[0].logits)
+    torch.testing.assert_close(found[1].loss, found[0].loss)

@@ -56,7 +56,7 @@ def test_kl_weight_scales_latents_outside_the_plate_only(y):
 
 def test_parts_of_the_elbo(y):
     # One mask, exact KL: ELBO = log-likelihood of the drawn length - KL(q || p), both known.
-    guide = AutoNested(lengths)
+    guide = AutoNested(lengths, latents="mean_field")
     record = EvaluationRecord()
     elbo = pyro.infer.TraceMeanField_ELBO()
     guide(y)
@@ -158,7 +158,7 @@ def test_weights_of_a_site_hold_under_other_elbos(y):
 
 
 def test_laws_are_recorded_with_their_priors(y):
-    guide = AutoNested(masked_mean)
+    guide = AutoNested(masked_mean, latents="mean_field")
     record = EvaluationRecord()
     for _ in range(2):
         with record:
@@ -183,7 +183,7 @@ def test_auto_nested_takes_the_weights_that_sites_of_the_model_have(y):
     kl = {}
     for weight in (None, 0.5, 0.0):
         infer = {} if weight is None else {"kl_weight": weight}
-        guide = AutoNested(lambda y, infer=infer: weighted_sites(y, infer))
+        guide = AutoNested(lambda y, infer=infer: weighted_sites(y, infer), latents="mean_field")
         arguments = {"optimizer": still, "num_epochs": 3, "progress": False}
         kl[weight] = torch.tensor(fit(lambda y, infer=infer: weighted_sites(y, infer), guide, y, **arguments).kl)
     assert kl[None][0] > 0.1

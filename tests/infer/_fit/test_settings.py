@@ -93,7 +93,7 @@ def test_a_large_length_weight_holds_the_law_at_the_prior(y):
 
 
 def test_temperature_reaches_every_mask_and_stays(y, labelled):
-    guide = AutoNested(masked_mean)
+    guide = AutoNested(masked_mean, latents="mean_field")
     fit(masked_mean, guide, y, num_epochs=5, temperature=linear(1.0, 0.5), progress=False)
     assert guide[0].temperature == 0.5
     net = make_net()
