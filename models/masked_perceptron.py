@@ -60,8 +60,8 @@ class MaskedPerceptron:
     def guide(self) -> AutoNested:
         """A mean-field guide in which all images share the law of each mask.
 
-        Mean field, as `base` and `create_plates` make it: pairs of two lengths of 64 are too many to be fitted each by
-        itself, which weights that know the lengths take.
+        Mean field, as `base` and `create_plates` make it: an image has 64 x 64 pairs of lengths, and weights that know
+        the lengths would be fitted to each. Batches may be of any size.
         """
         normal = partial(AutoNormal, init_loc_fn=init_to_sample, init_scale=0.02)
         return AutoNested(self, shared_plates=["data"], base=normal, create_plates=_data_plate)

@@ -140,13 +140,13 @@ def test_the_default_guide_of_mask_and_weights_in_one_site(data: Data):
     assert total_variation(learned(data.model.nested, features, y), truth) <= 0.01  # .0002
 
 
-def test_sharp_evidence_and_unknown_noise():
+@pytest.mark.parametrize("noise", [NOISE, None])
+def test_sharp_evidence_with_known_and_unknown_noise(noise: float | None):
     features, y = SHARP.draw(orthonormal=False)
-    unknown = OrderedRegression(SHARP.prior, weight_scale=SHARP.weight_scale)
-    for model in (SHARP.model, unknown):
-        truth = model.order_posterior(features, y)
-        assert total_variation(learned(model, features, y), truth) <= 0.02
-        assert total_variation(learned(model, features, y, latents="mean_field"), truth) > 0.25
+    model = OrderedRegression(SHARP.prior, noise, SHARP.weight_scale)
+    truth = model.order_posterior(features, y)
+    assert total_variation(learned(model, features, y), truth) <= 0.02
+    assert total_variation(learned(model, features, y, latents="mean_field"), truth) > 0.25
 
 
 @pytest.mark.parametrize(("name", "value"), [("noise", 0.0), ("weight_scale", float("nan"))])
