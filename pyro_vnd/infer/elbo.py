@@ -96,6 +96,8 @@ class NestedELBO(TraceMeanField_ELBO):
         """Return the negative ELBO as a number, after a backward pass; what `pyro.infer.SVI` calls."""
         if conditional_part(guide, args, kwargs) is None:
             return torch_item(super().loss_and_grads(model, guide, *args, **kwargs))
+        # SVI trains the parameters that it sees in a call of the guide and the model.
+        poutine.replay(model, trace=poutine.trace(guide).get_trace(*args, **kwargs))(*args, **kwargs)
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         loss.backward()
         return loss.item()
@@ -114,7 +116,9 @@ class NestedELBO(TraceMeanField_ELBO):
         if guide.training and torch.is_grad_enabled():
             guide.learn(found.logits, found.logits_by_row)
         self.log_likelihood = found.log_likelihood
-        self.kl, self.kl_lengths = found.kl | found.kl_lengths, found.kl_lengths
+        self.kl, self.kl_lengths = dict(found.kl), found.kl_lengths
+        for name, kl in found.kl_lengths.items():  # a `NestedNormal` is in both
+            self.kl[name] = self.kl[name] + kl if name in self.kl else kl
         return found.loss
 
     def _mean(self, total: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pyro.nn import PyroModule
 from torch.distributions import kl_divergence
 
 from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough
-from pyro_vnd.infer import NestedELBO, module_local_params
+from pyro_vnd.infer import AutoNested, NestedELBO, module_local_params
 
 N, K = 7, 3
 Y = torch.linspace(-1, 2, N, dtype=torch.float64)
@@ -290,3 +290,38 @@ def test_a_latent_of_the_guide_alone_is_named():
 
     with pytest.raises(ValueError, match="site 'nu' of the guide is no latent of the model"):
         NestedELBO().differentiable_loss(lambda: pyro.sample("mu", dist.Normal(0.0, 1.0)), guide)
+
+
+def of_order(x, y):
+    mask = pyro.sample("mask", OrderedMask.uniform(K))
+    w = pyro.sample("w", dist.Normal(torch.zeros(K), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ (mask * w), 0.5), obs=y)
+
+
+def test_svi_trains_a_guide_whose_latents_know_the_lengths():
+    x = torch.randn(40, K)
+    y = x[:, 0] - 0.3 * x[:, 1] + 0.5 * torch.randn(40)
+    kept = x * torch.ones(K, K).tril().unsqueeze(-2)
+    exact = dist.LowRankMultivariateNormal(torch.zeros(40), kept, torch.full((40,), 0.25)).log_prob(y)
+    assert exact.softmax(-1).max() < 0.95
+    guide = AutoNested(of_order)
+    svi = pyro.infer.SVI(of_order, guide, pyro.optim.Adam({"lr": 0.02, "betas": (0.9, 0.95)}), NestedELBO())
+    for _ in range(400):
+        svi.step(x, y)
+    assert (guide.laws["mask"].probs - exact.softmax(-1)).abs().max() < 0.03
+    with torch.no_grad():
+        assert svi.evaluate_loss(x, y) == pytest.approx(-(exact.logsumexp(-1) - torch.tensor(K).log()).item(), abs=0.2)
+
+
+def test_a_nested_normal_has_both_parts_of_its_kl_at_every_length():
+    def model():
+        w = pyro.sample("w", NestedNormal(torch.zeros(K), torch.ones(K), torch.zeros(K)))
+        with pyro.plate("data", N):
+            pyro.sample("y", dist.Normal(w.sum(-1).unsqueeze(-1), 1.0), obs=Y)
+
+    guide, elbo = AutoNested(model), NestedELBO()
+    elbo.loss(model, guide)
+    # Of narrow laws: about log(1 / scale) for each unit that is kept, and nothing of the lengths at their prior.
+    assert elbo.kl_lengths["w"].abs() < 1e-5
+    assert elbo.kl["w"] > 3

@@ -191,6 +191,11 @@ def test_unknown_names_are_errors(arguments, message, regression):
         AutoNested(two_masks, **arguments)(*regression)
 
 
+def test_a_kind_of_latents_that_there_is_not_is_an_error():
+    with pytest.raises(ValueError, match="`latents` must be 'conditional', 'mean_field' or None; got 'meanfield'"):
+        AutoNested(two_masks, latents="meanfield")
+
+
 def test_a_guide_is_true_and_says_what_it_has(regression):
     guide = AutoNested(two_masks, latents="mean_field")
     assert guide
