@@ -24,7 +24,7 @@ SMALL = {
         "num_epochs=40": "num_epochs=2",
         "1.0], 200": "1.0], 30",
     },
-    "05_the_mask_in_your_model": {"= 1000, 1500, 3": "= 20, 20, 1"},
+    "05_the_mask_in_your_model": {"= 500, 1500, 3": "= 20, 20, 1"},
     "06_scaling_up": {
         "= 100_000, 100_000, 1000, 5": "= 1_000, 2_000, 10, 5",
         "min_run_time=1": "min_run_time=0",
