@@ -115,8 +115,10 @@ plt.show()
 #
 # Gradient ascent on $E f(z) - \mathrm{KL}(q \| p)$ has a known answer: $q_k \propto p_k e^{f_k}$,
 # with $f_k$ the value of the mask of length k. The straight-through gradient comes close to it.
-# What is left is its bias: it looks at neighbouring lengths and smooths sharp peaks. Where the law
-# itself is the result, enumerate instead.
+# What is left is its bias: it looks at neighbouring lengths and smooths sharp peaks. That is good
+# enough for a net, where the law is the way to good prefixes. Where the law itself is the result,
+# take the answer: `AutoNested` finds out $f_k$ at every length and has the law in closed form
+# (notebook 05).
 
 # %%
 prior = OrderedMask.uniform(K)
