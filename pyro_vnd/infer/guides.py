@@ -61,13 +61,13 @@ class AutoNested(AutoGuideList):
     which the model is run once more where it has any. Weights of KLs that a site of the model has,
     `infer={"kl_weight": w}` or `"length_weight"`, are those of its site here, where `NestedELBO` reads them.
 
-    | latents know the lengths by default where | |
+    | latents know the lengths by default where these | are so |
     |---|---|
-    | arguments for mean field | are not given: `noise`, `temperature`, `base`, `create_plates` |
-    | masks | are outside plates, or in one stack of plates with data |
-    | combinations of lengths | are at most 256, or the lengths of all masks, if these are outside plates |
-    | plates of latents | do not subsample |
-    | observed numbers, by combination and draw | are at most $2^{24}$ in a step |
+    | arguments for mean field | not given: `noise`, `temperature`, `base`, `create_plates` |
+    | masks | outside plates, or in one stack of plates with data |
+    | combinations of lengths | at most 256, or the lengths of all masks, if these are outside plates |
+    | plates of latents | not subsampled |
+    | observed numbers, by combination and draw | at most $2^{24}$ in a step |
 
     A block of D latents has correlations where lengths times $D^2$ are at most $2^{20}$, and laws for each length at
     all where lengths times D are at most $2^{17}$. `repr` says what there is, and why if it is mean field.
