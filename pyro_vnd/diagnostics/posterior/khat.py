@@ -117,7 +117,7 @@ def resample(data: Any, num_samples: int | None = None, *, threshold: float = TH
         raise ValueError(
             f"resample: k-hat must be at most {threshold} in each chain; got {', '.join(f'{k:.2f}' for k in khats)}. "
             "The guide misses mass of the posterior, which weights cannot bring back, and more draws seldom do: fit "
-            "for longer, or give the guide more freedom, as by base=AutoMultivariateNormal of AutoNested, or use MCMC."
+            "for longer, or let other latents know the lengths, AutoNested(model, latents='conditional'), or use MCMC."
         )
     random = np.random.default_rng(seed)
     index = np.stack([_systematic(np.exp(chain), num_samples, random) for chain in log_weights])
