@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_vnd.infer._conditional.every_length import Values, evaluate_all, find_way
 from pyro_vnd.infer._conditional.guide import AutoConditional
-from pyro_vnd.infer._conditional.layout import Block
+from pyro_vnd.infer._conditional.layout import Block, Lengths
 from pyro_vnd.infer._conditional.program import Program
 from pyro_vnd.infer._conditional.tables import TableNormal, Tables
 
@@ -263,63 +263,86 @@ class _Terms:
 
     def with_lengths(self, guide: AutoConditional, out: Values, log_likelihood: Tensor, kl: Values) -> Evaluation:
         """Add the terms of the lengths, and find the best laws of these."""
-        plan, laws = guide.plan, self.laws
+        plan = guide.plan
         # At a weight of zero the best law is on the best length, as it is just above.
-        length_weight = max(self.program.length_weight([each.name for each in plan.lengths]), 1e-6)
+        weight = max(self.program.length_weight([each.name for each in plan.lengths]), 1e-6)
         grid = (plan.num_shared, plan.num_by_row)
-        loss = -(laws.weight * self.outside).sum() / self.num_draws
+        loss = -(self.laws.weight * self.outside).sum() / self.num_draws
         value = self.outside.detach().mean(0).reshape(grid).mean(1)
         log_weights = self.outside.detach().reshape(-1, *grid).mean(2)
         kl_lengths: Values = {}
         logits_by_row = None
         if plan.by_row:
-            scale = self._by_row(out[f"scale:{plan.by_row[0].name}"]).mean((0, 1))
-            prior: Any = sum(self._by_row(out[f"length:{each.name}"]).mean(0) for each in plan.by_row)
-            rows = torch.zeros_like(prior) if self.rows is None else self.rows.mean(0)
-            loss = loss - (laws.row_weight * (rows + length_weight * scale * _finite(prior))).sum()
-            prior, rows = prior.detach(), rows.detach()
-            best, total = scale * prior + rows / length_weight, scale.expand_as(prior)
-            shared = [i + 1 for i, size in enumerate(guide.logits_by_row.shape[1:-1]) if size == 1]
-            if shared:
-                best, total, prior = best.sum(shared, True), total.sum(shared, True), prior.mean(shared, True)
-            # Rows that the model hides have their prior.
-            best = torch.where(total > 0, best / total.clamp_min(torch.finfo(total.dtype).tiny), prior).unflatten(
-                0, grid
-            )
-            total = total.unflatten(0, grid)[:, 0]
-            value = value + length_weight * (total * best.logsumexp(1)).flatten(1).sum(1)
-            log_weights = log_weights + length_weight * (total * best.logsumexp(1)).flatten(1).sum(1)
-            assert laws.log_by_row is not None
-            divergence = (laws.log_by_row.movedim(-1, 1) - _finite(prior).unflatten(0, grid)) * total.unsqueeze(1)
-            name = "+".join(each.name for each in plan.by_row)
-            kl_lengths[name] = (laws.row_weight.unflatten(0, grid) * divergence).sum()
-            logits_by_row = best.movedim(1, -1)
-        if plan.separate:
-            scale = out[f"scale:{plan.shared[0].name}"].mean()
-            of_each = [out[f"length:{each.name}"].mean(0) for each in plan.shared]
-            split = [guide.split(x)[i] for i, x in enumerate(of_each)]  # where each has its lengths in turn
-            prior = torch.cat(split)
-            loss = loss - length_weight * scale * (laws.shared * _finite(prior)).sum()
-            prior = prior.detach()
-            logits = prior + value / (length_weight * scale)
-            for each, law, p in zip(plan.shared, guide.split(laws.log_shared), guide.split(prior), strict=True):
-                kl_lengths[each.name] = scale * (law.exp() * (law - _finite(p))).sum()
-            elbo = (laws.weight * value).sum() - length_weight * sum(kl_lengths.values())
-        elif not plan.shared:
-            logits, elbo = torch.zeros_like(value), value.sum()
+            added, gain, divergence, logits_by_row = self._lengths_by_row(guide, out, weight)
+            loss, value, log_weights = loss + added, value + gain, log_weights + gain
+            kl_lengths["+".join(each.name for each in plan.by_row)] = divergence
+        if plan.shared:
+            lengths = self._separate_lengths if plan.separate else self._joint_lengths
+            added, logits, elbo, divergences = lengths(guide, out, weight, value)
+            loss, kl_lengths = loss + added, kl_lengths | divergences
         else:
-            scale = out[f"scale:{plan.shared[0].name}"].mean()
-            prior = sum(out[f"length:{each.name}"].mean(0) for each in plan.shared)
-            loss = loss - length_weight * scale * (laws.weight * _finite(prior)).sum()
-            prior = prior.detach().reshape(grid)[:, 0]
-            logits = prior + value / (length_weight * scale)
-            elbo = length_weight * scale * logits.logsumexp(-1)
-            name = "+".join(each.name for each in plan.shared)
-            kl_lengths[name] = scale * (laws.shared * (laws.log_shared - _finite(prior))).sum()
+            logits, elbo = torch.zeros_like(value), value.sum()
         if not loss.requires_grad:  # there are masks alone, whose law is known without a step
             loss = loss + 0 * guide.logits.sum()
         loss = loss - loss.detach() - elbo
         return Evaluation(loss, elbo, log_likelihood, kl, kl_lengths, logits, logits_by_row, log_weights)
+
+    def _lengths_by_row(
+        self, guide: AutoConditional, out: Values, length_weight: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the loss, what the best laws add to the ELBO, the KL at those so far, and the best log-laws."""
+        plan, laws = guide.plan, self.laws
+        grid = (plan.num_shared, plan.num_by_row)
+        scale = self._by_row(out[f"scale:{plan.by_row[0].name}"]).mean((0, 1))
+        prior: Any = sum(self._by_row(out[f"length:{each.name}"]).mean(0) for each in plan.by_row)
+        rows = torch.zeros_like(prior) if self.rows is None else self.rows.mean(0)
+        loss = -(laws.row_weight * (rows + length_weight * scale * _finite(prior))).sum()
+        prior, rows = prior.detach(), rows.detach()
+        best, total = scale * prior + rows / length_weight, scale.expand_as(prior)
+        shared = [i + 1 for i, size in enumerate(guide.logits_by_row.shape[1:-1]) if size == 1]
+        if shared:
+            best, total, prior = best.sum(shared, True), total.sum(shared, True), prior.mean(shared, True)
+        # Rows that the model hides have their prior.
+        best = torch.where(total > 0, best / total.clamp_min(torch.finfo(total.dtype).tiny), prior)
+        best, prior = best.unflatten(0, grid), _finite(prior).unflatten(0, grid)
+        total = total.unflatten(0, grid)[:, 0]
+        gain = length_weight * (total * best.logsumexp(1)).flatten(1).sum(1)
+        assert laws.log_by_row is not None
+        divergence = (laws.log_by_row.movedim(-1, 1) - prior) * total.unsqueeze(1)
+        return loss, gain, (laws.row_weight.unflatten(0, grid) * divergence).sum(), best.movedim(1, -1)
+
+    def _joint_lengths(
+        self, guide: AutoConditional, out: Values, length_weight: float, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Values]:
+        """Return the loss, the best log-law, the bound that it reaches, and the KL at the law so far."""
+        plan, laws = guide.plan, self.laws
+        weight = length_weight * _scale(out, plan.shared)
+        prior: Any = sum(out[f"length:{each.name}"].mean(0) for each in plan.shared)
+        loss = -weight * (laws.weight * _finite(prior)).sum()
+        prior = prior.detach().reshape(plan.num_shared, plan.num_by_row)[:, 0]
+        logits = prior + value / weight
+        divergence = _scale(out, plan.shared) * (laws.shared * (laws.log_shared - _finite(prior))).sum()
+        return loss, logits, weight * logits.logsumexp(-1), {"+".join(each.name for each in plan.shared): divergence}
+
+    def _separate_lengths(
+        self, guide: AutoConditional, out: Values, length_weight: float, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Values]:
+        """Return the same for lengths that have a law each, the best for the others as they are; the bound so far."""
+        plan, laws = guide.plan, self.laws
+        weight = length_weight * _scale(out, plan.shared)
+        of_each = [out[f"length:{each.name}"].mean(0) for each in plan.shared]
+        prior = torch.cat([guide.split(x)[i] for i, x in enumerate(of_each)])  # where each has its lengths in turn
+        loss = -weight * (laws.shared * _finite(prior)).sum()
+        prior = prior.detach()
+        terms = laws.shared * (laws.log_shared - _finite(prior)) * _scale(out, plan.shared)
+        divergences = {each.name: x.sum() for each, x in zip(plan.shared, guide.split(terms), strict=True)}
+        bound = (laws.weight * value).sum() - length_weight * terms.sum()
+        return loss, prior + value / weight, bound, divergences
+
+
+def _scale(out: Values, lengths: list[Lengths]) -> Tensor:
+    """Return how often the lengths outside plates count; hardly, where the model hides them."""
+    return out[f"scale:{lengths[0].name}"].mean().clamp_min(1e-6)
 
 
 def _finite(log_prior: Tensor) -> Tensor:
