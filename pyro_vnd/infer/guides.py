@@ -69,8 +69,9 @@ class AutoNested(AutoGuideList):
     | plates of latents | not subsampled |
     | observed numbers, by combination and draw | at most $2^{24}$ in a step |
 
-    A block of D latents has correlations where lengths times $D^2$ are at most $2^{20}$, and laws for each length at
-    all where lengths times D are at most $2^{17}$. `repr` says what there is, and why if it is mean field.
+    All latents are one block, or, where lengths are by row or latents are too many, those in the same plates with data
+    are. A block of D latents has correlations where lengths times $D^2$ are at most $2^{20}$, and laws for each length
+    at all where lengths times D are at most $2^{17}$. `repr` says what there is, and why if it is mean field.
 
     Args:
         model: A Pyro model.

@@ -232,7 +232,7 @@ class FitResult:
         if "KL of latents" in shown:
             lines.append(f"KL of latents {shown['KL of latents']}, of lengths {shown['KL of lengths']}")
         if self.khat is not None:
-            lines.append(f"k-hat of the guide {self.khat:.2f}, {'above' if self.khat > _KHAT else 'below'} {_KHAT}")
+            lines.append(f"k-hat of the guide {self.khat:.3g}, {'above' if self.khat > _KHAT else 'below'} {_KHAT}")
         moving = [name for name in self.lengths if self.still_moves(name)]
         if moving:
             names = ", ".join(moving[:_SHOWN])
@@ -294,8 +294,9 @@ class FitResult:
             return
         cure = "" if knows_lengths else "let other latents know the lengths, AutoNested(model, latents='conditional'); "
         warnings.warn(
-            f"k-hat of the guide is {self.khat:.2f}: above {_KHAT} it misses mass of the posterior, and what it says "
-            f"of lengths may be wrong. Train for longer; {cure}or compare with MCMC. khat=False leaves this check out",
+            f"k-hat of the guide is {self.khat:.3g}: above {_KHAT} it misses mass of the posterior, and what it says "
+            f"of lengths may be wrong. Train for longer, perhaps at a lower `lr`; {cure}or compare with MCMC. "
+            "khat=False leaves this check out",
             PoorFitWarning,
             stacklevel=3,
         )

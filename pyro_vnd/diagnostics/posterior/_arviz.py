@@ -158,13 +158,19 @@ def loo(data: Any, var_name: str | None = None, variational: bool = False) -> An
     # What arviz_stats.loo and loo_approximate_posterior do, but for rows whose weights have no tail, where they raise.
     by_row = log_weights.stack(sample=("chain", "draw"))
     smoothed, khat = psis(by_row.to_numpy())
-    return _stats.loo(
+    found = _stats.loo(
         xr.DataTree.from_dict({"log_likelihood": terms.to_dataset(name=terms.name)}),
         pointwise=True,
         reff=1.0,  # draws of a guide are independent
         log_weights=by_row.copy(data=smoothed).unstack("sample"),
         pareto_k=by_row.isel(sample=0, drop=True).copy(data=khat),
     )
+    if variational:  # the density of rows that were seen is to be that of the posterior, too, and not of the guide
+        ratios = (stats["log_p"] - stats["log_q"]).stack(sample=("chain", "draw"))
+        weighted = terms.stack(sample=("chain", "draw")) + ratios.copy(data=psis(ratios.to_numpy())[0])
+        seen = np.logaddexp.reduce(weighted.transpose(..., "sample").to_numpy(), axis=-1).sum()
+        found.p = seen - found.elpd
+    return found
 
 
 def compare(elpds: Mapping[str, Any]) -> pd.DataFrame:

@@ -42,7 +42,15 @@ class Evaluation:
     log_weights: Tensor
 
 
-def evaluate(guide: AutoConditional, model: Callable[..., Any], args: Any, kwargs: Any, num_draws: int) -> Evaluation:
+def evaluate(
+    guide: AutoConditional,
+    model: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    num_draws: int,
+    *,
+    release: bool = False,
+) -> Evaluation:
     """Evaluate a model at all lengths.
 
     Args:
@@ -51,6 +59,7 @@ def evaluate(guide: AutoConditional, model: Callable[..., Any], args: Any, kwarg
         args: Arguments of both.
         kwargs: The same, by name.
         num_draws: Draws of the other latents, the same noise for all lengths; every second one mirrors the one before.
+        release: Whether latents that the model hides, of which a fit learns nothing, are given back their prior.
     """
     plan = guide.plan
     laws = _Laws(guide)
@@ -65,10 +74,12 @@ def evaluate(guide: AutoConditional, model: Callable[..., Any], args: Any, kwarg
 
     found = _Terms(program, laws, num_draws)
     for name in program.observed:
-        found.add(name, out[f"log_prob:{name}"])
+        found.add(name, _possible(out[f"log_prob:{name}"]))
     log_likelihood = found.expected.clone()
     kl = {}
     for draw in draws:
+        if release:
+            draw.release(program, out, masks)
         for name, log_q, weighted in draw.log_q(program, out, masks):
             log_p = out[f"log_prob:{name}"]
             kl[name] = found.expectation(name, (log_q - log_p).detach())
@@ -176,6 +187,12 @@ class _Draw:
                 x = program.reduce(latent.name, x[..., latent.start : latent.stop].sum(-1), lead=2)
                 both.append(x + weight * density)
             yield latent.name, both[0].detach(), both[1]
+
+    def release(self, program: Program, out: Values, masks: Values) -> None:
+        """Give coordinates that count in no draw the location and the deviation of their prior."""
+        weights = self._weights(program, out, masks)
+        if weights is not None and (hidden := weights.amax((0, 1)) == 0).any():
+            self.tables.release(hidden)
 
     def _weights(self, program: Program, out: Values, masks: Values) -> Tensor | None:
         """Return how much each coordinate counts, shape (num_draws, combinations, *rows, D), or None for once."""
@@ -343,6 +360,12 @@ class _Terms:
 def _scale(out: Values, lengths: list[Lengths]) -> Tensor:
     """Return how often the lengths outside plates count; hardly, where the model hides them."""
     return out[f"scale:{lengths[0].name}"].mean().clamp_min(1e-6)
+
+
+def _possible(log_prob: Tensor) -> Tensor:
+    """Return a log-likelihood with a very small number where the data rule out a length, but not all of them."""
+    impossible = log_prob == -torch.inf
+    return log_prob.masked_fill(impossible & ~impossible.all(1, keepdim=True), -1e5)
 
 
 def _finite(log_prior: Tensor) -> Tensor:

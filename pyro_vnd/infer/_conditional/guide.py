@@ -12,6 +12,8 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroParam
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -51,6 +53,8 @@ class AutoConditional(AutoGuide):
     logits: Any
     logits_by_row: Any
     num_updates: Tensor
+    possible: Tensor
+    possible_by_row: Tensor
 
     def __init__(
         self,
@@ -63,17 +67,22 @@ class AutoConditional(AutoGuide):
         super().__init__(model)
         self.plan, self.shared_plates, self.num_draws = plan, tuple(shared_plates), num_draws
         self.init_loc_fn, self.horizon = init_loc_fn, _HORIZON
+        self._enumerated = True
         self.way: str | None = None  # in which a model can be evaluated for all lengths
         self.hides: Mapping[str, Any] = {}  # sites of the model in this call, if it hides or scales some
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._setup_prototype(*args, **kwargs)
+        try:
+            super()._setup_prototype(*args, **kwargs)
+        except KeyError as error:  # a site that the guide around this one has not met
+            raise ValueError(_comes_and_goes(error.args[0])) from error
         plan = self.plan
         sizes = [each.num_units for each in plan.shared]
         joints = [[each] for each in plan.shared] if plan.separate else [plan.shared]
         prior = torch.cat([_joint([each.prior for each in joint], like=plan.like) for joint in joints], -1)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long, device=prior.device))
         self.logits = PyroParam(prior, constraints.real)
+        self.register_buffer("possible", prior > -900)
         self._has_rows = bool(plan.by_row)
         if self._has_rows:
             rows = [1] * max(-frame.dim for frame in plan.row_frames)
@@ -84,6 +93,7 @@ class AutoConditional(AutoGuide):
                 prior = prior[tuple(slice(0, n) for n in rows[len(rows) - prior.dim() + 1 :])]
             prior = prior.expand(plan.num_shared, *rows, plan.num_by_row).contiguous()
             self.logits_by_row = PyroParam(prior, constraints.real)
+            self.register_buffer("possible_by_row", prior > -900)
         centers, spreads = self._start(*args, **kwargs)
         for i, block in enumerate(plan.blocks):
             center = torch.cat([centers[latent.name] for latent in block.latents], -1)
@@ -103,7 +113,13 @@ class AutoConditional(AutoGuide):
         draws: dict[str, list[Tensor]] = {name: [] for name in latents}
         for program in programs:
             trace: Any = poutine.block(poutine.trace(program).get_trace)(*args, **kwargs)
+            known = latents.keys() | {each.name for each in self.plan.lengths}
+            drawn = [name for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)]
+            if new := [name for name in drawn if name not in known]:
+                raise ValueError(_comes_and_goes(new[0]))
             for block, latent in latents.values():
+                if latent.name not in trace.nodes and not latent.nested:
+                    raise ValueError(_comes_and_goes(latent.name))
                 if not latent.nested:
                     value = trace.nodes[latent.name]["value"]
                 elif latent.name not in trace.nodes:
@@ -155,16 +171,29 @@ class AutoConditional(AutoGuide):
         With $V_k$ the ELBO of length k, log p included, the loss $-\sum_k q_k (V_k - \log q_k)$ has in the logit k the
         gradient $-q_k (V_k - \log q_k)$, but for a constant times $q_k$.
         """
-        shared, by_row = self.floored_logits()
+        shared = _with_floor(self.logits.detach(), self.possible)
+        by_row = _with_floor(self.logits_by_row.detach(), self.possible_by_row) if self._has_rows else None
         log_q = shared.clone()
-        shared.requires_grad_().register_hook(lambda gradient: self.learn(log_q - gradient * (-log_q).exp(), None))
+        self._enumerated = True
+
+        def best(log_law: Tensor, gradient: Tensor) -> Tensor:
+            if not self._enumerated:
+                raise RuntimeError(
+                    "AutoNested: its latents know the lengths, which an objective must not draw but sum over: train "
+                    "it with NestedELBO or TraceEnum_ELBO, or use AutoNested(model, latents='mean_field')"
+                )
+            return torch.where(log_law > -900, log_law - gradient, -1e4)
+
+        shared.requires_grad_().register_hook(
+            lambda gradient: self.learn(best(log_q, gradient * (-log_q).clamp_max(80).exp()), None)
+        )
         if by_row is not None:
             log_r = by_row.clone()
             # A law that rows share has the sum of their gradients.
             number = math.prod(frame.size for frame in self.plan.row_frames if frame.name in self.shared_plates)
             outer = log_q.reshape((-1,) + (1,) * (log_r.dim() - 1))
             by_row.requires_grad_().register_hook(
-                lambda gradient: self.learn(None, log_r - gradient * (-log_r - outer).exp() / number)
+                lambda gradient: self.learn(None, best(log_r, gradient * (-log_r - outer).clamp_max(80).exp() / number))
             )
         return shared, by_row
 
@@ -188,7 +217,7 @@ class AutoConditional(AutoGuide):
             if name == "logits":
                 pairs = list(zip(self.split(parameter), self.split(new), strict=True))
             for old, best in pairs:
-                best = best.log_softmax(-1).clamp_min(-1e4)
+                best = best.to(old).log_softmax(-1).clamp_min(-1e4)
                 old.copy_(torch.lerp(old, best, share).log_softmax(-1))
 
     def laws(self) -> dict[str, OrderedMask]:
@@ -282,12 +311,14 @@ class AutoConditional(AutoGuide):
             with ExitStack() as stack:
                 for frame in each.frames:
                     stack.enter_context(plates[frame.name])
-                mask = pyro.sample(name, fn, infer=infer)
+                with _Enumeration() as seen:
+                    mask = pyro.sample(name, fn, infer=infer)
+            self._enumerated &= seen.enumerated
             masks[each.name] = mask
             length = mask.detach().sum(-1).long() - 1
             log_q = _select(log_q, length, first)
             index = index * each.num_units + length
-        return index, (-log_q.detach().squeeze(-1)).exp() / number
+        return index, (-log_q.detach().squeeze(-1)).exp().clamp_max(1e9) / number
 
     def _weights(self, block: Block, law: TableNormal) -> Tensor:
         """Return how much each coordinate counts in the model of this call, shape (*rows, D)."""
@@ -356,6 +387,13 @@ class AutoConditional(AutoGuide):
         return found
 
 
+def _comes_and_goes(name: str) -> str:
+    return (
+        f"AutoNested: site {name!r} is not in every run of the model: sites may not depend on a length. Draw all of "
+        "them, and multiply by the mask what is to be dropped"
+    )
+
+
 def _joint(priors: list[OrderedMask | NestedLaw], like: Tensor) -> Tensor:
     """Return the log-law of independent lengths over their combinations, shape (..., combinations)."""
     joint = like.new_zeros(1)
@@ -376,9 +414,21 @@ def _marginals(lengths: list[Lengths], joint: Tensor) -> dict[str, OrderedMask]:
     return found
 
 
-def _with_floor(log_q: Tensor) -> Tensor:
-    uniform = math.log(_FLOOR / log_q.shape[-1])
-    return torch.logaddexp(log_q, torch.full_like(log_q, uniform)).log_softmax(-1)
+def _with_floor(log_q: Tensor, possible: Tensor | None = None) -> Tensor:
+    """Return a log-law with some probability for all lengths, or for all that the prior does not rule out."""
+    floor = torch.full_like(log_q, math.log(_FLOOR / log_q.shape[-1]))
+    if possible is not None:
+        floor = torch.where(possible, floor, -torch.inf)
+    return torch.logaddexp(log_q, floor).log_softmax(-1)
+
+
+class _Enumeration(Messenger):
+    """See whether a site is enumerated."""
+
+    enumerated = False
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.enumerated |= msg["infer"].get("_enumerate_dim") is not None
 
 
 def _select(log_q: Tensor, index: Tensor, dim: int) -> Tensor:

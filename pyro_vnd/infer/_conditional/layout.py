@@ -214,6 +214,10 @@ def plan(trace: Any, latents: Mapping[str, Any], num_draws: int) -> Plan | str:
         return "there is no mask"
     if len({frozenset(frame.name for frame in each.frames) for each in by_row}) > 1:
         return "masks are in several plates"
+    # Latents of one block may be correlated: rows are apart only where a length is theirs, or latents are too many.
+    size = sum(math.prod(site["fn"].batch_shape + site["fn"].event_shape) for _, site in others)
+    if not by_row and math.prod(each.num_units for each in shared) * size**2 <= MAX_CHOLESKY:
+        row_plates = set()
     blocks: dict[tuple[str, ...], Block] = {}
     in_rows = {frame.name for each in by_row for frame in each.frames}
     for name, site in others:

@@ -190,6 +190,14 @@ class Tables(PyroModule):
             lower = None if lower is None else self._at(lower, index, 2)
         return TableNormal(loc, log_scale, lower, self.center, self.spread)
 
+    @torch.no_grad()
+    def release(self, which: Tensor) -> None:
+        """Give coordinates, shape (*rows, D), their prior, as far as it is known, and no part in the others."""
+        self.loc.masked_fill_(which, 0)
+        self.log_scale.masked_fill_(which, 0)
+        if self.correlated:
+            self.lower.masked_fill_(which.unsqueeze(-1) | which.unsqueeze(-2), 0)
+
     def _at(self, table: Tensor, index: Tensor, event_dim: int = 1) -> Tensor:
         if len(self.offsets) > 1:
             indices = [offset + i for offset, i in zip(self.offsets, index.unbind(-1), strict=True)]

@@ -53,10 +53,17 @@ def finish(
     model, guide, record = objective.module.model, objective.module.guide, objective.record
     conditional, ratios = conditional_part(guide), None
     with torch.random.fork_rng(cuda_devices([model, guide, *named_parts(data).values()])):
-        if conditional is not None:
+        # Another objective may sum out what a draw is needed of here: its running mean is kept.
+        if conditional is not None and objective.keeps_parts:
             ratios = settle_laws(conditional, model, data, batch_size, scale)
             result.describe_laws(conditional_laws(guide), record.visible)
-        if khat and ratios is None and batch_size == num_rows(data) and isinstance(guide, AutoGuide):
+        if (
+            khat
+            and ratios is None
+            and (conditional is None or conditional.plan.separate)
+            and batch_size == num_rows(data)
+            and isinstance(guide, AutoGuide)
+        ):
             plate = scale(batch_size).plate
             ratios = None if _is_by_row(guide, plate) else _draw_ratios(guide, model, data, result.seconds)
         if khat and ratios is not None:
@@ -100,14 +107,14 @@ def settle_laws(
         return None
     guide.learn(mean, torch.stack(rows).mean(0) if rows else None, share=1.0)
     if len(found) > 1 or guide.plan.by_row or any(block.rows for block in guide.plan.blocks):
-        return None
+        return None  # for latents by row, whose number grows with the data, the weights of all together say little
     return _ratios(mean, guide.logits, torch.cat(weights))
 
 
 def _evaluate(guide: AutoConditional, model: Any, batch: Data, scale: Callable[[int], ScaleToDataset]) -> Evaluation:
     args, kwargs = as_arguments(batch)
     with scale(num_rows(batch)):
-        return evaluate(guide, model, args, kwargs, _ROUND)
+        return evaluate(guide, model, args, kwargs, _ROUND, release=True)
 
 
 def _is_accurate(rounds: Any) -> bool:

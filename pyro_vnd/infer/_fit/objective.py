@@ -194,6 +194,13 @@ class ProgramSites:
         """
         prototype: Any = None if self.auto is None else self.auto.prototype_trace
         latent = self.guide.latent if prototype is None else dict(prototype.iter_stochastic_nodes())
+        for name, site in latent.items() if prototype is not None else ():
+            expected, got = tuple(site["fn"].event_shape), self.model.latent.get(name)
+            if got is not None and got != expected:
+                raise ValueError(
+                    f"fit: site {name!r} has events of shape {expected} in the guide, and of shape {got} in the model: "
+                    "is it the guide of another model?"
+                )
         missing = [name for name in latent if name not in self.model.latent]
         if missing and self.model.ran and (self.guide.ran or prototype is not None):
             how = "observed in the model" if missing[0] in self.model.observed else "not in the model"
@@ -206,7 +213,7 @@ class ProgramSites:
 class _Sites(Messenger):
     def __init__(self) -> None:
         super().__init__()
-        self.latent: dict[str, None] = {}
+        self.latent: dict[str, Any] = {}
         self.observed: set[str] = set()
         self.ran = False
 
@@ -214,7 +221,7 @@ class _Sites(Messenger):
         if msg["is_observed"]:
             self.observed.add(msg["name"])
         elif not site_is_subsample(msg) and not msg["infer"].get("is_auxiliary"):
-            self.latent[msg["name"]] = None
+            self.latent[msg["name"]] = tuple(msg["fn"].event_shape)
 
     def __exit__(self, kind: Any, *error: Any) -> None:
         self.ran = kind is None
