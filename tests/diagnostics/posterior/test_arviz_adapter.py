@@ -178,7 +178,10 @@ def test_correction_for_an_approximate_posterior():
     theirs = arviz_stats.loo_approximate_posterior(tree, stats["log_p"], stats["log_q"], pointwise=True)
     np.testing.assert_allclose(corrected.elpd_i, theirs.elpd_i)
     np.testing.assert_allclose(corrected.pareto_k, theirs.pareto_k)
-    assert corrected.p == pytest.approx(theirs.p)
+    # Theirs takes the density of rows that were seen from draws of the guide as they are.
+    unbiased = adapter.loo(normal_data(bias=0.0)[0]).p
+    assert abs(corrected.p - unbiased) < 0.15
+    assert abs(theirs.p - unbiased) > 0.3
 
 
 def test_loo_keeps_dimensions_and_leaves_out_rows_without_a_likelihood():

@@ -145,7 +145,9 @@ def test_slashes_and_colons_become_dots(tmp_path):
 
 
 def test_slashes_in_results_by_row_and_ranks(tmp_path):
-    by_row = khat_by_row(scoped, AutoNested(scoped), torch.randn(3), plate="block/rows:all", num_samples=25)
+    by_row = khat_by_row(
+        scoped, AutoNested(scoped, latents="mean_field"), torch.randn(3), plate="block/rows:all", num_samples=25
+    )
     by_row.to_netcdf(str(tmp_path / "khat.nc"), engine="h5netcdf")
     assert by_row.dims == ("block.rows.all",)
 
