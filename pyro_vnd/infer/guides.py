@@ -1,5 +1,6 @@
 """An automatic guide for models with ordered masks, and parameters that belong to their modules."""
 
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -84,12 +85,16 @@ class AutoNested(AutoGuideList):
             `AutoNormal` for each run of sites between two masks.
         create_plates: As in Pyro's autoguides, for plates of another size in each call.
         num_draws: Draws of latents that know the lengths for each of these; every second one mirrors the one before.
-        init_loc_fn: Where these start, as in Pyro's autoguides; their deviations start at 3 % of those of the prior.
+        init_loc_fn: Where latents that are no masks start, as in Pyro's autoguides. By default those that know the
+            lengths start at the median of the prior, with 3 % of its deviation.
 
     Raises:
         ValueError: If `latents` or `num_draws` is no such thing. On the first call, if "conditional" does not fit, if
             `noise` or `temperature` names a site, or `shared_plates` a plate, that the model does not have, if the
             model has no mask, or weights of KLs beside a `base`.
+
+    Warns:
+        UserWarning: On the first call, if other latents are mean field although nobody asked for it.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -117,7 +122,7 @@ class AutoNested(AutoGuideList):
         base: Callable[[Callable[..., Any]], AutoGuide] | None = None,
         create_plates: Callable[..., Any] | None = None,
         num_draws: int = 4,
-        init_loc_fn: Callable[[Any], Any] = init_to_median,
+        init_loc_fn: Callable[[Any], Any] | None = None,
     ) -> None:
         if latents not in ("conditional", "mean_field", None):
             raise ValueError(
@@ -144,9 +149,16 @@ class AutoNested(AutoGuideList):
         keys = ("kl_weight", "length_weight")
         self._weights = {name: {k: s["infer"][k] for k in keys if k in s["infer"]} for name, s in run.sites.items()}
         if (plan := self._plan(run.sites, args, kwargs)) is not None:
-            self.append(AutoConditional(self.model, plan, self._shared_plates, self._num_draws, self._init_loc_fn))
+            start = self._init_loc_fn or init_to_median
+            self.append(AutoConditional(self.model, plan, self._shared_plates, self._num_draws, start))
             return
         others = [name for name in run.sites if name not in parts]
+        if others and self._latents is None and not self._chose_mean_field():
+            warnings.warn(
+                f"AutoNested: {_some(others)} and the lengths are independent here, mean field, as {self._why}. What "
+                "is learned of lengths may be far off; latents='mean_field' says that this is meant",
+                stacklevel=2,
+            )
         if self._base is not None and (weighted := [name for name in others if self._weights[name]]):
             raise ValueError(
                 f"AutoNested: sites {weighted} have weights of KLs in `infer`, which cannot be told apart in the guide "
@@ -159,7 +171,8 @@ class AutoNested(AutoGuideList):
                     noise, temperature = _of(self._noise, name, "logistic"), _of(self._temperature, name, 0.2)
                     self.append(make(self._only([name]), name, noise, temperature, self._shared_plates, run.rows))
             elif self._base is None:
-                self.append(AutoNormal(self._only(names)))
+                given = {} if self._init_loc_fn is None else {"init_loc_fn": self._init_loc_fn}
+                self.append(AutoNormal(self._only(names), **given))
             elif names[0] == others[0]:
                 self.append(self._base(self._only(others)))
 
@@ -167,10 +180,7 @@ class AutoNested(AutoGuideList):
         """Say what a conditional guide consists of; none if it is not wanted, or does not fit."""
         if self._latents == "mean_field":
             return None
-        defaults = {"noise": "logistic", "temperature": 0.2, "base": None, "create_plates": None}
-        given = {"noise": self._noise, "temperature": self._temperature, "base": self._base}
-        given["create_plates"] = self.create_plates
-        changed = [name for name, value in given.items() if value != defaults[name]]
+        changed = self._chose_mean_field()
         plan: Plan | str
         if changed:
             plan = f"argument `{changed[0]}` is for mean field"
@@ -186,6 +196,13 @@ class AutoNested(AutoGuideList):
             raise ValueError(f"AutoNested: argument `latents` must be 'mean_field' here, not 'conditional': {plan}")
         self._why = plan
         return None
+
+    def _chose_mean_field(self) -> list[str]:
+        """Return the arguments for mean field that were given."""
+        defaults = {"noise": "logistic", "temperature": 0.2, "base": None, "create_plates": None}
+        given = {"noise": self._noise, "temperature": self._temperature, "base": self._base}
+        given["create_plates"] = self.create_plates
+        return [name for name, value in given.items() if value != defaults[name]]
 
     @property
     def conditional(self) -> AutoConditional | None:

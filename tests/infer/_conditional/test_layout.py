@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
 from pyro_vnd.distributions import OrderedMask, RelaxedOrderedMask
@@ -112,10 +113,34 @@ def soft(y: Tensor) -> None:
 def test_what_does_not_fit_is_mean_field_and_says_why_if_it_may_not_be(model, arguments, reason):
     y = torch.zeros(4)
     guide = AutoNested(model, **arguments)
-    guide(y)
+    guide(y)  # there is no other latent, or it is asked for: no warning
     assert guide.conditional is None
     with pytest.raises(ValueError, match=rf"AutoNested: argument `latents` must be 'mean_field' here.*{reason}"):
         AutoNested(model, latents="conditional", **arguments)(y)
+
+
+def test_mean_field_that_nobody_asked_for_is_a_warning():
+    def model(y: Tensor) -> None:
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+        many(y)
+
+    y = torch.zeros(4)
+    with pytest.warns(UserWarning, match=r"AutoNested: w and the lengths are independent here, mean field, as 1e\+06"):
+        AutoNested(model)(y)
+    AutoNested(model, latents="mean_field")(y)
+
+
+def test_starts_are_those_that_were_given_in_both_families():
+    y = torch.zeros(4)
+    starts = {}
+    for latents in ("conditional", "mean_field"):
+        start = init_to_value(values={"w": torch.tensor(2.5)})
+        guide = AutoNested(plain, latents=latents, init_loc_fn=start)
+        guide(y)
+        torch.manual_seed(0)
+        starts[latents] = guide.median(y)["w"]
+    assert starts["conditional"] == pytest.approx(2.5, abs=0.02)
+    assert starts["mean_field"] == 2.5
 
 
 def test_a_discrete_latent_is_for_enumeration():

@@ -97,7 +97,7 @@ def test_numbers_beside_them_are_about_these_rows_too():
             pyro.sample("mask", OrderedMask.uniform(4))
             pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 0.3), obs=Y[i])
 
-    guide = AutoNested(model)
+    guide = AutoNested(model, latents="mean_field")
     how = {"num_epochs": 200, "batch_size": 10, "lr": 0.05, "lr_schedule": cosine_to_zero(), "progress": False}
     fit(model, guide, torch.arange(N), **how)
     assert (guide[1].locs.z - Y / 1.09).abs().max() < 0.15
