@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pyro.infer import ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO
 from tqdm.auto import tqdm
 
 from pyro_vnd._compat import keep_own_params, quiet_lookups
@@ -38,7 +38,7 @@ from pyro_vnd.infer._fit.rows import check_laws_by_row
 from pyro_vnd.infer._fit.settings import KLWeights, Settings
 from pyro_vnd.infer.callbacks import StoppingRule
 from pyro_vnd.infer.elbo import NestedELBO
-from pyro_vnd.infer.guides import module_local_params
+from pyro_vnd.infer.guides import AutoNested, module_local_params
 from pyro_vnd.infer.local_reparam import LocalReparameterization
 from pyro_vnd.infer.result import ElboParts, FitResult
 from pyro_vnd.infer.schedules import LRSchedule, MaskSchedule, Schedule
@@ -199,6 +199,8 @@ def fit(
     started, devices = time.perf_counter(), cuda_devices([*both, *named_parts(data).values()])
     with module_local_params(*both), random_numbers(seed, devices), module_mode(both, training=True):
         scale = partial(ScaleToDataset, plate, num_data, mark=isinstance(elbo, NestedELBO))
+        if isinstance(guide, AutoNested) and not isinstance(elbo, NestedELBO | TraceEnum_ELBO):
+            guide.leave_lengths_to(type(elbo).__name__)
         objective = Objective(elbo, model, guide, partial(scale, batch_size), first_rows(data, batch_size))
         recipe = recipe_for(guide)
         num_epochs = recipe.num_epochs if num_epochs is None else num_epochs

@@ -133,7 +133,7 @@ class AutoNested(AutoGuideList):
         super().__init__(model, create_plates=create_plates)
         self._noise, self._temperature = noise, temperature
         self._latents, self._num_draws, self._init_loc_fn = latents, num_draws, init_loc_fn
-        self._why = ""
+        self._why = self._drawn_by = ""
         self._shared_plates = (shared_plates,) if isinstance(shared_plates, str) else tuple(shared_plates)
         self._base = base
         self._weights: dict[str, Any] = {}
@@ -184,6 +184,8 @@ class AutoNested(AutoGuideList):
         plan: Plan | str
         if changed:
             plan = f"argument `{changed[0]}` is for mean field"
+        elif self._drawn_by:
+            plan = f"{self._drawn_by} draws lengths"
         elif self._given:
             plan = f"the model gives rows to plates {sorted(self._given)}"
         else:
@@ -196,6 +198,11 @@ class AutoNested(AutoGuideList):
             raise ValueError(f"AutoNested: argument `latents` must be 'mean_field' here, not 'conditional': {plan}")
         self._why = plan
         return None
+
+    def leave_lengths_to(self, objective: str) -> None:
+        """Be mean field, if that is still open, as an objective can only draw lengths, and not sum over them."""
+        if self.prototype_trace is None and self._latents is None:
+            self._drawn_by = objective
 
     def _chose_mean_field(self) -> list[str]:
         """Return the arguments for mean field that were given."""

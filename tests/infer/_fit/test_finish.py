@@ -127,7 +127,11 @@ def test_objectives_that_cannot_train_conditional_latents(elbo):
     x, y = correlated_data(10)
     message = f"`elbo` must be NestedELBO.*or TraceEnum_ELBO.*got {type(elbo).__name__}.*latents='mean_field'"
     with pytest.raises(ValueError, match=message):
-        fit(regression, AutoNested(regression), (x, y), num_epochs=1, elbo=elbo, progress=False)
+        fit(regression, AutoNested(regression, latents="conditional"), (x, y), num_epochs=1, elbo=elbo, progress=False)
+    open_guide = AutoNested(regression)
+    with pytest.warns(UserWarning, match=f"mean field, as {type(elbo).__name__} draws lengths"):
+        fit(regression, open_guide, (x, y), num_epochs=1, elbo=elbo, khat=False, progress=False)
+    assert open_guide.conditional is None
     mean_field = AutoNested(regression, latents="mean_field")
     fit(regression, mean_field, (x, y), num_epochs=1, elbo=elbo, khat=False, progress=False)
 
