@@ -1,7 +1,8 @@
 """What a model has at its latents in one call, for guides and objectives: rows of plates, hidden rows, scales."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from pyro_vnd.distributions.nested import innermost
 __all__ = [
     "AsInModel",
     "ModelRun",
+    "in_plates",
     "is_mask",
     "is_plain",
     "masked_like",
@@ -122,6 +124,14 @@ def _own_scale(site: Any) -> Any:
         if frame.full_size not in (None, frame.size):
             scale = scale / (frame.full_size / frame.size)
     return scale
+
+
+def in_plates(plates: Mapping[str, Any], frames: Iterable[Any]) -> ExitStack:
+    """Return a context in all plates of some frames."""
+    with ExitStack() as stack:
+        for frame in frames:
+            stack.enter_context(plates[frame.name])
+        return stack.pop_all()
 
 
 def weight_in_model(site: Any, one: Tensor) -> Tensor:

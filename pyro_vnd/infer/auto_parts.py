@@ -1,7 +1,6 @@
 """Parts of an automatic guide: one site each, an ordered mask, hard or soft, or ordered numbers that may be cut."""
 
 from collections.abc import Collection
-from contextlib import ExitStack
 from typing import Any
 
 import pyro
@@ -16,7 +15,7 @@ from torch.distributions import Normal, transform_to
 from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough, RelaxedOrderedMask
 from pyro_vnd.distributions.nested import NestedLaw, innermost
 from pyro_vnd.distributions.straight_through import Noise
-from pyro_vnd.infer._model_sites import run_model
+from pyro_vnd.infer._model_sites import in_plates, run_model
 from pyro_vnd.infer.result import LengthSummary
 
 __all__ = ["AutoLengths", "AutoMask", "AutoNestedNormal", "AutoRelaxedMask", "part_for"]
@@ -134,9 +133,7 @@ class AutoLengths(AutoGuide):
         plates = self._create_plates(*args, **kwargs)
         if self.seen is not None:
             self._start_rows(plates, args, kwargs)
-        with ExitStack() as stack:
-            for frame in self._frames:
-                stack.enter_context(plates[frame.name])
+        with in_plates(plates, self._frames):
             fn = self._law().to_event(self._event_dim - 1)
             value = pyro.sample(self.site_name, fn, infer={"enumerate": self._enumerate})
         return {self.site_name: value}

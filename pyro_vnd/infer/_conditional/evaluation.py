@@ -205,9 +205,7 @@ class _Draw:
         for latent in latents:
             part = self.noise.new_ones(*lead, *self.block.shape, latent.size)
             if f"weight:{latent.name}" in out:
-                weight = out[f"weight:{latent.name}"].reshape(*lead, *latent.batch, *(1 for _ in latent.event))
-                weight = latent.collect(weight.expand(*lead, *latent.batch, *latent.event))
-                part = part * weight.reshape(part.shape)
+                part = part * latent.weigh(out[f"weight:{latent.name}"]).reshape(part.shape)
             if latent.nested:
                 part = part * masks[latent.name].reshape(lead[1], *(1 for _ in self.block.shape), -1)
             parts.append(part)
@@ -250,7 +248,6 @@ class _Terms:
 
     def __init__(self, program: Program, laws: _Laws, num_draws: int) -> None:
         self.program, self.laws, self.num_draws = program, laws, num_draws
-        self.region = [1] * (laws.row_weight.dim() - 1)
         self.outside = laws.weight.new_zeros(num_draws, laws.number)
         self.rows: Tensor | None = None
         self.expected = laws.weight.new_zeros(())

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import pyro
@@ -18,15 +17,15 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.distributions.nested import NestedLaw, find_mask
+from pyro_vnd.distributions.nested import find_mask
+from pyro_vnd.infer._conditional.laws import is_possible, joint_prior, marginals, select, with_floor
 from pyro_vnd.infer._conditional.layout import Block, Latent, Lengths, Plan
 from pyro_vnd.infer._conditional.tables import TableNormal, Tables, at_rows
-from pyro_vnd.infer._model_sites import weight_in_model
+from pyro_vnd.infer._model_sites import in_plates, weight_in_model
 from pyro_vnd.infer.result import LengthSummary
 
 __all__ = ["AutoConditional"]
 
-_FLOOR = 1e-6  # share of the uniform law in that of the lengths while training, so that none is without a gradient
 _HORIZON = 25  # steps in the running mean of the law of the lengths
 _PRIOR_DRAWS = 15
 
@@ -78,22 +77,22 @@ class AutoConditional(AutoGuide):
             raise ValueError(_comes_and_goes(error.args[0])) from error
         plan = self.plan
         sizes = [each.num_units for each in plan.shared]
-        joints = [[each] for each in plan.shared] if plan.separate else [plan.shared]
-        prior = torch.cat([_joint([each.prior for each in joint], like=plan.like) for joint in joints], -1)
+        priors = [joint_prior([each.prior for each in group], like=plan.like) for group in plan.groups]
+        prior = torch.cat(priors, -1)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long, device=prior.device))
         self.logits = PyroParam(prior, constraints.real)
-        self.register_buffer("possible", prior > -900)
+        self.register_buffer("possible", is_possible(prior))
         self._has_rows = bool(plan.by_row)
         if self._has_rows:
             rows = [1] * max(-frame.dim for frame in plan.row_frames)
             for frame in plan.row_frames:
                 rows[frame.dim] = 1 if frame.name in self.shared_plates else frame.size
-            prior = _joint([each.prior for each in plan.by_row], like=plan.like)
+            prior = joint_prior([each.prior for each in plan.by_row], like=plan.like)
             if prior.shape[:-1].numel() > math.prod(rows):  # a law that rows share starts at that of the first
                 prior = prior[tuple(slice(0, n) for n in rows[len(rows) - prior.dim() + 1 :])]
             prior = prior.expand(plan.num_shared, *rows, plan.num_by_row).contiguous()
             self.logits_by_row = PyroParam(prior, constraints.real)
-            self.register_buffer("possible_by_row", prior > -900)
+            self.register_buffer("possible_by_row", is_possible(prior))
         centers, spreads = self._start(*args, **kwargs)
         for i, block in enumerate(plan.blocks):
             center = torch.cat([centers[latent.name] for latent in block.latents], -1)
@@ -142,12 +141,12 @@ class AutoConditional(AutoGuide):
 
     def floored_logits(self) -> tuple[Tensor, Tensor | None]:
         """Return the log-laws of training, without gradient: of the lengths outside plates, and of those of a row."""
-        by_row = _with_floor(self.logits_by_row.detach()) if self._has_rows else None
-        return torch.cat([_with_floor(law) for law in self.split(self.logits.detach())]), by_row
+        by_row = with_floor(self.logits_by_row.detach()) if self._has_rows else None
+        return torch.cat([with_floor(law) for law in self.split(self.logits.detach())]), by_row
 
     def split(self, shared: Tensor) -> list[Tensor]:
         """Return the laws in what belongs to the lengths outside plates: one for each if they are separate, or one."""
-        return list(shared.split([each.num_units for each in self.plan.shared])) if self.plan.separate else [shared]
+        return list(shared.split([math.prod(each.num_units for each in group) for group in self.plan.groups]))
 
     def draw_combinations(self) -> Tensor:
         """Return the lengths, from 0, of all combinations, shape (combinations, lengths).
@@ -155,7 +154,7 @@ class AutoConditional(AutoGuide):
         If lengths are separate, those of each in turn, with the others drawn from their laws.
         """
         if not self.plan.separate:
-            return self.plan.grid()
+            return self.plan.grid
         laws = [law.exp() for law in self.split(self.floored_logits()[0])]
         total = sum(len(law) for law in laws)
         grid = torch.stack([torch.multinomial(law, total, replacement=True) for law in laws], -1)
@@ -171,8 +170,8 @@ class AutoConditional(AutoGuide):
         With $V_k$ the ELBO of length k, log p included, the loss $-\sum_k q_k (V_k - \log q_k)$ has in the logit k the
         gradient $-q_k (V_k - \log q_k)$, but for a constant times $q_k$.
         """
-        shared = _with_floor(self.logits.detach(), self.possible)
-        by_row = _with_floor(self.logits_by_row.detach(), self.possible_by_row) if self._has_rows else None
+        shared = with_floor(self.logits.detach(), self.possible)
+        by_row = with_floor(self.logits_by_row.detach(), self.possible_by_row) if self._has_rows else None
         log_q = shared.clone()
         self._enumerated = True
 
@@ -182,7 +181,7 @@ class AutoConditional(AutoGuide):
                     "AutoNested: its latents know the lengths, which an objective must not draw but sum over: train "
                     "it with NestedELBO or TraceEnum_ELBO, or use AutoNested(model, latents='mean_field')"
                 )
-            return torch.where(log_law > -900, log_law - gradient, -1e4)
+            return torch.where(is_possible(log_law), log_law - gradient, -1e4)
 
         shared.requires_grad_().register_hook(
             lambda gradient: self.learn(best(log_q, gradient * (-log_q).clamp_max(80).exp()), None)
@@ -223,14 +222,13 @@ class AutoConditional(AutoGuide):
     def laws(self) -> dict[str, OrderedMask]:
         """Return the learned law of each length, without gradient."""
         shared = self.logits.detach()
-        joints = [[each] for each in self.plan.shared] if self.plan.separate else [self.plan.shared]
         found: dict[str, OrderedMask] = {}
-        for joint, law in zip(joints, self.split(shared), strict=True):
-            found |= _marginals(joint, law)
+        for group, law in zip(self.plan.groups, self.split(shared), strict=True):
+            found |= marginals(group, law)
         if self._has_rows:
             by_row = self.logits_by_row.detach()
             mixed = by_row + shared.reshape((-1,) + (1,) * (by_row.dim() - 1))
-            found |= _marginals(self.plan.by_row, mixed.logsumexp(0))
+            found |= marginals(self.plan.by_row, mixed.logsumexp(0))
         return found
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -281,9 +279,7 @@ class AutoConditional(AutoGuide):
             law.factor = factor.unsqueeze(-1) if tables.knows_lengths else None
         if any(latent.name in self.hides for latent in block.latents):
             law.weights = self._weights(block, law)
-        with ExitStack() as stack:
-            for frame in block.rows:
-                stack.enter_context(plates[frame.name])
+        with in_plates(plates, block.rows):
             drawn = pyro.sample(f"_latents_{number}", law, infer={"is_auxiliary": True})
         return {latent.name: self._unpack(latent, law, drawn, masks, plates) for latent in block.latents}
 
@@ -308,15 +304,12 @@ class AutoConditional(AutoGuide):
             fn = OrderedMask(logits=log_q.logsumexp([*range(first + 1, 0)]), validate_args=False)
             name = f"{each.name}_mask" if each.nested else each.name
             infer: Any = {"is_auxiliary": each.nested} | ({"enumerate": enumerate_} if enumerate_ else {})
-            with ExitStack() as stack:
-                for frame in each.frames:
-                    stack.enter_context(plates[frame.name])
-                with _Enumeration() as seen:
-                    mask = pyro.sample(name, fn, infer=infer)
+            with in_plates(plates, each.frames), _Enumeration() as seen:
+                mask = pyro.sample(name, fn, infer=infer)
             self._enumerated &= seen.enumerated
             masks[each.name] = mask
             length = mask.detach().sum(-1).long() - 1
-            log_q = _select(log_q, length, first)
+            log_q = select(log_q, length, first)
             index = index * each.num_units + length
         return index, (-log_q.detach().squeeze(-1)).exp().clamp_max(1e9) / number
 
@@ -324,10 +317,8 @@ class AutoConditional(AutoGuide):
         """Return how much each coordinate counts in the model of this call, shape (*rows, D)."""
         parts = []
         for latent in block.latents:
-            one = law.loc.new_ones(latent.batch)
-            weight = weight_in_model(self.hides[latent.name], one).reshape([*latent.batch, *(1 for _ in latent.event)])
-            coordinates = latent.collect(weight.expand([*latent.batch, *latent.event]))
-            parts.append(coordinates.reshape(*block.shape, latent.size))
+            weight = weight_in_model(self.hides[latent.name], law.loc.new_ones(latent.batch))
+            parts.append(latent.weigh(weight).reshape(*block.shape, latent.size))
         return torch.cat(parts, -1)
 
     def describe(self) -> str:
@@ -357,9 +348,7 @@ class AutoConditional(AutoGuide):
             weights = drawn.new_zeros(*shape, drawn.shape[-1])
             weights[..., latent.start : latent.stop] = 1 - mask
             log_density = -law.log_prob_of(drawn, law.noise_of(drawn), weights).sum(-1)
-        with ExitStack() as stack:
-            for frame in latent.frames:
-                stack.enter_context(plates[frame.name])
+        with in_plates(plates, latent.frames):
             delta = dist.Delta(value, log_density=log_density, event_dim=latent.fn.event_dim)
             return pyro.sample(latent.name, delta)
 
@@ -394,34 +383,6 @@ def _comes_and_goes(name: str) -> str:
     )
 
 
-def _joint(priors: list[OrderedMask | NestedLaw], like: Tensor) -> Tensor:
-    """Return the log-law of independent lengths over their combinations, shape (..., combinations)."""
-    joint = like.new_zeros(1)
-    for prior in priors:
-        law = prior.mask_law if isinstance(prior, NestedLaw) else prior
-        # A length that the prior rules out would have an infinite KL: its probability underflows to zero and stays.
-        joint = (joint.unsqueeze(-1) + law.logits.detach().clamp_min(-1e3).unsqueeze(-2)).flatten(-2)
-    return joint
-
-
-def _marginals(lengths: list[Lengths], joint: Tensor) -> dict[str, OrderedMask]:
-    """Return the law of each of some lengths from their joint log-law, shape (..., combinations)."""
-    found = {}
-    joint = joint.reshape(*joint.shape[:-1], *(each.num_units for each in lengths), 1)
-    for i, each in enumerate(lengths):
-        others = [j - len(lengths) - 1 for j in range(len(lengths) + 1) if j != i]
-        found[each.name] = OrderedMask(logits=joint.logsumexp(others))
-    return found
-
-
-def _with_floor(log_q: Tensor, possible: Tensor | None = None) -> Tensor:
-    """Return a log-law with some probability for all lengths, or for all that the prior does not rule out."""
-    floor = torch.full_like(log_q, math.log(_FLOOR / log_q.shape[-1]))
-    if possible is not None:
-        floor = torch.where(possible, floor, -torch.inf)
-    return torch.logaddexp(log_q, floor).log_softmax(-1)
-
-
 class _Enumeration(Messenger):
     """See whether a site is enumerated."""
 
@@ -429,11 +390,3 @@ class _Enumeration(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         self.enumerated |= msg["infer"].get("_enumerate_dim") is not None
-
-
-def _select(log_q: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Return log_q at an index of one dimension; those before it broadcast with the index."""
-    rest = log_q.shape[log_q.dim() + dim + 1 :]
-    shape = torch.broadcast_shapes(log_q.shape[:dim], index.shape)
-    place = index.expand(shape).reshape(*shape, 1, *(1 for _ in rest)).expand(*shape, 1, *rest)
-    return log_q.expand(*shape, *log_q.shape[dim:]).gather(len(shape), place).squeeze(len(shape))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import pyro.distributions as dist
@@ -86,6 +87,11 @@ class Latent:
         rest = [i for i in range(lead + depth) if i not in inner]
         return x.permute([*rest, *inner, *range(lead + depth, x.dim())]).reshape(*outer, self.size)
 
+    def weigh(self, weight: Tensor) -> Tensor:
+        """Turn a weight of each element, shape (..., *batch), into one of each coordinate, as `collect` has them."""
+        ones = (1,) * len(self.event)
+        return self.collect(weight.reshape([*weight.shape, *ones]).expand([*weight.shape, *self.event]))
+
 
 @dataclass
 class Lengths:
@@ -144,6 +150,11 @@ class Plan:
         return self.shared + self.by_row
 
     @property
+    def groups(self) -> list[list[Lengths]]:
+        """Those outside plates by their laws: one for all, or one for each."""
+        return [[each] for each in self.shared] if self.separate else [self.shared]
+
+    @cached_property
     def like(self) -> Tensor:
         """A tensor with the dtype and device of the laws."""
         return cast(Tensor, self.lengths[0].prior.length_probs.detach())
@@ -151,16 +162,16 @@ class Plan:
     @property
     def num_shared(self) -> int:
         """Combinations of the lengths outside plates, or, if they are separate, all their lengths."""
-        sizes = [each.num_units for each in self.shared]
-        return sum(sizes) if self.separate else math.prod(sizes)
+        return sum(math.prod(each.num_units for each in group) for group in self.groups)
 
     @property
     def num_by_row(self) -> int:
         """Combinations of the lengths of one row."""
         return math.prod(each.num_units for each in self.by_row)
 
+    @cached_property
     def grid(self) -> Tensor:
-        """Return all combinations of lengths, from 0, the last one changing first, shape (combinations, lengths)."""
+        """All combinations of lengths, from 0, the last one changing first, shape (combinations, lengths)."""
         grids = torch.meshgrid(*(torch.arange(each.num_units) for each in self.lengths), indexing="ij")
         return torch.stack([grid.reshape(-1) for grid in grids], -1).to(self.like.device)
 
