@@ -14,7 +14,7 @@ from torch import nn
 
 from pyro_vnd.diagnostics import to_arviz
 from pyro_vnd.diagnostics.posterior._arviz import dataset, datasets
-from pyro_vnd.distributions import LogUniform, NestedNormal, OrderedMask
+from pyro_vnd.distributions import NestedNormal, OrderedMask
 from pyro_vnd.infer import AutoNested
 from pyro_vnd.nn import NestedClassifier, nest
 
@@ -112,24 +112,6 @@ def test_laws_of_lengths_are_those_of_each_draw():
         np.testing.assert_allclose(attrs["law"], [0.25, 0.75] * 2)
 
 
-def test_a_plate_that_subsamples_keeps_its_rows():
-    def subsampling(y):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(y), subsample_size=3) as rows:
-            local = pyro.sample("local", dist.Normal(z, 1.0))
-            pyro.sample("y", dist.Normal(local, 1.0), obs=y[rows])
-
-    def guide(y):
-        pyro.sample("z", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(y), subsample_size=3) as rows:
-            pyro.sample("local", dist.Normal(y[rows], 1e-3))
-
-    data = to_arviz(subsampling, [guide, guide], torch.arange(100.0), num_samples=20, parallel=True)
-    rows = data.observed_data["y"].values
-    assert len(set(rows)) == 3
-    np.testing.assert_allclose(data.posterior["local"], np.broadcast_to(rows, (2, 20, 3)), atol=0.01)
-
-
 def multiplied(x):
     w = pyro.sample("w", dist.Normal(torch.zeros(4), 1.0).to_event(1))
     with pyro.plate("data", len(x), dim=-1):
@@ -183,20 +165,6 @@ def test_a_net_is_refused():
     net = nest(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), X[:1], num_blocks=4)
     with pytest.raises(ValueError, match="do not broadcast"):
         to_arviz(NestedClassifier(net), net.guide, (X, torch.tensor([0, 1, 2])), num_samples=4, parallel=True)
-
-
-def test_an_improper_prior_has_no_draws():
-    def improper():
-        w = pyro.sample("w", LogUniform())
-        pyro.sample("y", dist.Normal(w, 1.0), obs=torch.tensor(2.0))
-
-    def guide():
-        pyro.sample("w", dist.Normal(2.0, 0.1))
-
-    data = to_arviz(improper, guide, num_samples=5, parallel=True)
-    assert "prior" not in datasets(data)
-    with pytest.raises(ValueError, match="`num_prior` must be 0"):
-        to_arviz(improper, guide, num_samples=5, num_prior=5, parallel=True)
 
 
 def test_errors_of_the_model_are_its_own():

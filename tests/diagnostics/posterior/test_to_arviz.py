@@ -222,7 +222,8 @@ def test_parts_can_be_left_out(fitted):
     assert set(only.prior.data_vars) == {"w", "mask", "mask_length"}
 
 
-def test_an_improper_prior_has_no_draws():
+@pytest.mark.parametrize("parallel", [False, True])
+def test_an_improper_prior_has_no_draws(parallel: bool):
     def improper():
         w = pyro.sample("w", LogUniform())
         pyro.sample("y", dist.Normal(w, 1.0), obs=torch.tensor(2.0))
@@ -230,11 +231,11 @@ def test_an_improper_prior_has_no_draws():
     def guide():
         pyro.sample("w", dist.Normal(2.0, 0.1))
 
-    data = to_arviz(improper, guide, num_samples=5)
+    data = to_arviz(improper, guide, num_samples=5, parallel=parallel)
     assert not hasattr(data, "prior")
     assert data.posterior_predictive["y"].shape == (1, 5)
     with pytest.raises(ValueError, match="`num_prior` must be 0"):
-        to_arviz(improper, guide, num_samples=5, num_prior=5)
+        to_arviz(improper, guide, num_samples=5, num_prior=5, parallel=parallel)
 
 
 def test_data_without_a_sampler_are_not_predicted():

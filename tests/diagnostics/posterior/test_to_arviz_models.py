@@ -70,7 +70,8 @@ def test_scale_counts_in_the_joint_but_not_by_row():
     np.testing.assert_allclose(data.sample_stats["log_p"][0], log_normal(z, 0, 1) + 2.5 * by_row.sum(-1))
 
 
-def test_a_plate_that_subsamples_keeps_its_rows():
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_plate_that_subsamples_keeps_its_rows(parallel: bool):
     def subsampling(y):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(y), subsample_size=3) as rows:
@@ -83,7 +84,7 @@ def test_a_plate_that_subsamples_keeps_its_rows():
             pyro.sample("local", dist.Normal(y[rows], 1e-3))
 
     y = torch.arange(100.0)
-    data = to_arviz(subsampling, [guide, guide], y, num_samples=20)
+    data = to_arviz(subsampling, [guide, guide], y, num_samples=20, parallel=parallel)
     rows = data.observed_data["y"].values
     assert len(set(rows)) == 3
     np.testing.assert_allclose(data.posterior["local"], np.broadcast_to(rows, (2, 20, 3)), atol=0.01)
