@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import optimize, stats
 from torch import Tensor
 
 Objective = Callable[[Tensor], Tensor]  # masks (n, K) to values (n,)
@@ -52,6 +52,34 @@ def kl(q: Tensor, p: Tensor) -> float:
         if q_k > 0:
             total += q_k * (math.log(q_k) - math.log(p_k)) if p_k > 0 else math.inf
     return total
+
+
+def tilted(probs: Tensor, price: float, cost: Tensor | None = None) -> Tensor:
+    """Probabilities of the lengths at a price, length by length: the weight of one over the sum of all weights.
+
+    Each weight is taken relative to the one it is compared with, so that the exponents are those that count.
+    """
+    costs = [sum((cost if cost is not None else torch.ones(len(probs))).tolist()[:k]) for k in range(1, len(probs) + 1)]
+    pairs = list(zip(probs.tolist(), costs, strict=True))
+
+    def over(p: float, c: float, q: float, d: float) -> float:
+        exponent = price * (c - d)
+        return 0.0 if q == 0 else math.inf if exponent > 700 else q / p * math.exp(exponent)
+
+    found = [1 / sum(over(p, c, q, d) for q, d in pairs) if p > 0 else 0.0 for p, c in pairs]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def price_of(probs: Tensor, mean_length: float, cost: Tensor | None = None) -> float:
+    """The price at which laws, shape (N, K), have a mean length on average, by Brent's method."""
+
+    def excess(price: float) -> float:
+        return sum(length_moments(tilted(row, price, cost))[0] for row in probs) / len(probs) - mean_length
+
+    bound = 1.0
+    while excess(-bound) < 0 or excess(bound) > 0:
+        bound *= 2
+    return float(optimize.brentq(excess, -bound, bound, xtol=1e-13, rtol=1e-14))
 
 
 def chain_probs(chain_logits: Tensor) -> Tensor:

@@ -18,13 +18,14 @@ from pyro_vnd._compat import all_true
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions.constraints import check_expandable, got, tail_sum, within
 from pyro_vnd.distributions.derived import KeepsDerived, derived
+from pyro_vnd.distributions.tilt import Tiltable, tilted_logits
 
 __all__ = ["LengthLaw", "batch_facts", "gumbel_like", "log_or_minus_infinity", "span"]
 
 _HALF_PRECISION = (torch.bfloat16, torch.float16)  # too coarse for sums of thousands of probabilities
 
 
-class LengthLaw(KeepsDerived, TorchDistribution):
+class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
     r"""Base of the distributions over masks that keep a random prefix of K ordered units.
 
     The length L takes the values 1..K with $P(L = k) = p_k$; unit i is kept with probability
@@ -50,6 +51,7 @@ class LengthLaw(KeepsDerived, TorchDistribution):
     temperature: Any
     _param: Tensor
     _is_logits: bool
+    _may_have_zeros: bool  # whether a length may be impossible, and its log-probability -inf
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class LengthLaw(KeepsDerived, TorchDistribution):
         if (probs is None) == (logits is None):
             given = "both" if logits is not None else "none"
             raise ValueError(f"{type(self).__name__}: give exactly one of `probs` and `logits`; got {given}")
-        self._is_logits = probs is None
+        self._is_logits, self._may_have_zeros = probs is None, probs is not None
         param = self._check_shape(logits if probs is None else probs)
         self._param = param.float() if param.dtype in _HALF_PRECISION else param
         if validate_args is None:
@@ -200,11 +202,21 @@ class LengthLaw(KeepsDerived, TorchDistribution):
     def _with(self, param: Tensor, batch_shape: torch.Size, _instance: Self | None = None) -> Self:
         """Return a law that differs in its parameter and batch shape alone; the new parameter is not checked."""
         new = self._get_checked_instance(type(self), _instance)
-        new._param, new._is_logits = param, self._is_logits
+        new._param, new._is_logits, new._may_have_zeros = param, self._is_logits, self._may_have_zeros
         if self._has_temperature:
             new.temperature = self.temperature
         TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
+        return new
+
+    @property
+    def _log_weights(self) -> Tensor:
+        return self._param if self._is_logits else self._log_probs
+
+    def _tilt_by(self, price: Tensor, costs: Tensor) -> Self:
+        logits = tilted_logits(self._log_weights, price, costs)
+        new = self._with(logits, broadcast_shapes(self.batch_shape, logits.shape[:-1]))
+        new._is_logits = True  # also where a length may be impossible: probabilities would underflow
         return new
 
     @classmethod

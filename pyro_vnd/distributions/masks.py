@@ -212,7 +212,7 @@ class OrderedMask(LengthLaw):
         if self._validate_args:
             self._validate_sample(value)
         one_hot, log_probs = tail_difference(value.to(self._log_probs.dtype)), self._log_probs
-        if self._is_logits:
+        if not self._may_have_zeros:
             result = (one_hot * log_probs).sum(-1)
         else:
             # 0 * -inf is nan: sum over the possible lengths, then say which masks were impossible.
@@ -268,6 +268,7 @@ class CutMask(OrderedMask):
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     _is_logits = False
+    _may_have_zeros = True
 
     base: Any
 
@@ -337,6 +338,10 @@ class CutMask(OrderedMask):
     def _rows(self, rows: Tensor) -> "CutMask":
         base = self.base._rows(rows)
         return CutMask(base, Cut(self.given.lengths.reshape(-1).index_select(0, rows), base))
+
+    def _tilt_by(self, price: Tensor, costs: Tensor) -> "CutMask":
+        base = self.base._tilt_by(price, costs)
+        return CutMask(base, Cut(self.given.length, base))
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Return all K masks as the base does; those of other lengths than the given ones have probability zero."""

@@ -17,11 +17,12 @@ from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions.constraints import check_expandable, counted, got, nested_vector, tail_sum, within
 from pyro_vnd.distributions.masks import Cut, OrderedMask
 from pyro_vnd.distributions.straight_through import Noise, OrderedMaskStraightThrough
+from pyro_vnd.distributions.tilt import Tiltable
 
 __all__ = ["NestedLaw", "NestedNormal", "find_mask", "in_range", "innermost"]
 
 
-class NestedLaw(TorchDistribution):
+class NestedLaw(Tiltable, TorchDistribution):
     """Base of the laws of K ordered coordinates that are zero past a random length.
 
     Attributes:
@@ -100,6 +101,16 @@ class NestedLaw(TorchDistribution):
         """Return the law cut to lengths that are known to be right."""
         new = copy(self)
         new.mask_law = self.mask_law._cut_by(cut)
+        return new
+
+    @property
+    def _log_weights(self) -> Tensor:
+        return self.mask_law._log_weights
+
+    def _tilt_by(self, price: Tensor, costs: Tensor) -> Self:
+        mask_law = self.mask_law._tilt_by(price, costs)
+        new = self.expand(mask_law.batch_shape)
+        new.mask_law = mask_law
         return new
 
     @property

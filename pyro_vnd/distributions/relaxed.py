@@ -71,7 +71,12 @@ class RelaxedOrderedMask(LengthLaw):
     @property
     def _finite_log_probs(self) -> Tensor:
         log_probs = self._log_probs
-        return log_probs if self._is_logits else log_probs.clamp_min(math.log(torch.finfo(log_probs.dtype).tiny))
+        if not self._may_have_zeros:
+            return log_probs
+        # A price may have made possible lengths less probable than any positive number.
+        impossible = log_probs == -torch.inf
+        least = log_probs.detach().masked_fill(impossible, 0).amin(-1, keepdim=True)
+        return torch.where(impossible, least.clamp_max(math.log(torch.finfo(log_probs.dtype).tiny)), log_probs)
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Draw soft masks, shape sample_shape + batch_shape + (K,)."""

@@ -100,7 +100,7 @@ class OrderedMaskStraightThrough(OrderedMask):
             param = self._param if self._is_logits else self._probs
             return logistic_mask(param, noise, temperature, self._is_logits)
         # Neither argmax nor softmax sees whether logits are normalised. Infinite ones would have NaN gradients.
-        log_weights = self._param if self._is_logits else self._log_probs.clamp_min(-1e30)
+        log_weights = self._log_weights.clamp_min(-1e30) if self._may_have_zeros else self._param
         scores = log_weights + noise
         soft = tail_sum((scores / temperature).softmax(-1))
         units = torch.arange(self.num_units, device=scores.device)
