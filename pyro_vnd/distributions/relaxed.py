@@ -1,6 +1,7 @@
 """The fully relaxed ordered mask."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,10 +74,10 @@ class RelaxedOrderedMask(LengthLaw):
         log_probs = self._log_probs
         if not self._may_have_zeros:
             return log_probs
-        # A price may have made possible lengths less probable than any positive number.
-        impossible = log_probs == -torch.inf
-        least = log_probs.detach().masked_fill(impossible, 0).amin(-1, keepdim=True)
-        return torch.where(impossible, least.clamp_max(math.log(torch.finfo(log_probs.dtype).tiny)), log_probs)
+        least: Any = math.log(torch.finfo(log_probs.dtype).tiny)
+        if self._is_logits:  # a price may have made possible lengths less probable than that
+            least = log_probs.detach().masked_fill(log_probs == -torch.inf, 0).amin(-1, keepdim=True).clamp_max(least)
+        return log_probs.clamp_min(least)
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Draw soft masks, shape sample_shape + batch_shape + (K,)."""

@@ -119,7 +119,8 @@ class Tiltable:
             tensor(2.)
         """
         where = f"{type(self).__name__}.price_at_mean_length"
-        return self._price(where, mean_length, self._costs(where, cost), shared).to(self._log_weights.dtype)
+        price = self._price(where, mean_length, self._costs(where, cost), shared).to(self._log_weights.dtype)
+        return price if shared else price.expand(broadcast_shapes(price.shape, self.batch_shape))
 
     def at_mean_length(self, mean_length: float | Tensor, cost: Tensor | None = None, *, shared: bool = False) -> Self:
         """Return the law tilted to a mean length, by the price that `price_at_mean_length` finds.

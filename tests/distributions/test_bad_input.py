@@ -231,6 +231,67 @@ def test_chain_logits(value, got):
         OrderedMask.from_chain_logits(value)
 
 
+WRONG_NUMBERS = {
+    "nan": (NAN, "finite number"),
+    "inf": (INF, "finite number"),
+    "text": ("dear", "'dear'"),
+    "nothing": (None, "None"),
+    "a boolean": (True, "True"),
+    "booleans": (torch.tensor([True, False, True]), "torch.bool"),
+    "complex numbers": (torch.ones(3, dtype=torch.complex64), "torch.complex64"),
+    "nan tensor": (torch.tensor([2.0, NAN, 2.0]), "must be finite"),
+    "another batch": (torch.full((2,), 2.0), "of shape (2,) must broadcast with the batch shape (3,)"),
+}
+WRONG_COSTS = {
+    "a list": ([1.0] * 4, "shape (..., 4), one a unit; got list"),
+    "a number": (1.0, "got float"),
+    "booleans": (torch.ones(4, dtype=torch.bool), "got (4,), torch.bool"),
+    "other units": (torch.ones(3), "got (3,)"),
+    "no dimension": (torch.tensor(1.0), "got ()"),
+    "negative": (torch.tensor([1.0, -1.0, 3.0, 1.0]), ">= 0"),
+    "nan": (torch.tensor([1.0, NAN, 3.0, 1.0]), "must be finite"),
+    "inf": (torch.tensor([1.0, INF, 3.0, 1.0]), "must be finite"),
+    "nothing past the first unit": (torch.tensor([1.0, 0.0, 0.0, 0.0]), "> 0 for one unit at least"),
+    "a row of nothing": (torch.tensor([[1.0] * 4, [0.0] * 4, [1.0] * 4]), "> 0 for one unit at least"),
+    "another batch": (torch.ones(2, 4), "of shape (2,) must broadcast with the batch shape (3,)"),
+}
+CALLS = {
+    "tilt": ("price", lambda law, *args: law.tilt(*args)),
+    "price_at_mean_length": ("mean_length", lambda law, *args: law.price_at_mean_length(*args)),
+    "at_mean_length": ("mean_length", lambda law, *args: law.at_mean_length(*args)),
+}
+each_call = pytest.mark.parametrize("call", CALLS)
+
+
+@each(LENGTH_CASES)
+@each_call
+@pytest.mark.parametrize(("value", "expected"), WRONG_NUMBERS.values(), ids=WRONG_NUMBERS)
+def test_wrong_prices_and_mean_lengths(case, call, value, expected):
+    argument, run = CALLS[call]
+    law = case.build((3,))
+    with pytest.raises(ValueError, match=re.escape(f"{case.cls.__name__}.{call}: argument `{argument}`")) as error:
+        run(law, value)
+    assert expected in str(error.value)
+
+
+@each(LENGTH_CASES)
+@each_call
+@pytest.mark.parametrize(("cost", "expected"), WRONG_COSTS.values(), ids=WRONG_COSTS)
+def test_wrong_costs(case, call, cost, expected):
+    law = case.build((3,))
+    with pytest.raises(ValueError, match=re.escape(f"{case.cls.__name__}.{call}: argument `cost`")) as error:
+        CALLS[call][1](law, 2.0, cost)
+    assert expected in str(error.value)
+
+
+@each(LENGTH_CASES)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("mean_length", [1, 4.0, 0.5, -INF, torch.tensor(4.5)])
+def test_mean_lengths_that_no_price_makes(case, mean_length, shared):
+    with pytest.raises(ValueError, match=r"`mean_length`.* (1 and 4; got|must be a finite number)"):
+        case.build((3,)).at_mean_length(mean_length, shared=shared)
+
+
 @each(over_lengths=True)
 def test_values_are_not_checked_without_validation(case):
     """Neither parameters nor samples: a check would wait for the GPU."""

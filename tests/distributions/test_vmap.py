@@ -146,6 +146,12 @@ def test_other_wrong_rows():
         vmap(lambda p: OrderedMask.geometric(p, 3).mean)(wrong[1])
     with pytest.raises(ValueError, match="cut: argument `length` must be integers from 1 to 3"):
         vmap(lambda length: OrderedMask.uniform(3).cut(length).mean)(torch.arange(5))
+    with pytest.raises(ValueError, match=r"argument `price` .* must be finite"):
+        vmap(lambda price: OrderedMask.uniform(4).tilt(price).probs)(torch.tensor([1.0, torch.nan]))
+    with pytest.raises(ValueError, match=r"argument `mean_length` .* strictly between"):
+        vmap(lambda mean: OrderedMask.uniform(4).at_mean_length(mean).probs)(torch.tensor([2.0, 5.0]))
+    with pytest.raises(ValueError, match=r"argument `cost` .* > 0 for one unit"):
+        vmap(lambda cost: OrderedMask.uniform(4).tilt(1.0, cost).probs)(torch.tensor([[1.0] * 4, [1.0, 0.0, 0.0, 0.0]]))
 
 
 @each([case for case in CASES if case.over_lengths and not case.is_cut and hasattr(case.cls, "cut")])
