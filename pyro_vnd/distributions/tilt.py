@@ -16,9 +16,7 @@ from pyro_vnd.distributions.constraints import extremes, got, within
 
 __all__ = ["Tiltable", "tilted_logits"]
 
-_LEAST = (
-    -1e30
-)  # of the logits of possible lengths: far below any that counts, finite also once divided by a temperature
+_LEAST = -1e30  # of the logits of possible lengths: far below all that count, finite also over a temperature
 _REACH, _STEPS = 50.0, 54  # prices up to sinh(50) = 3e21 nats a unit, to a relative 1e-14
 _NEAR = 1e-3  # nats, on which logits depend nearly linearly
 _LARGEST = 80.0  # exp of it is finite in float32
