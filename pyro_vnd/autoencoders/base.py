@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 import pyro
@@ -17,13 +17,15 @@ from pyro_vnd.autoencoders.codes import CodeDecoder, CodeEncoder, Tail, check_ta
 from pyro_vnd.autoencoders.images import ImageCheck
 from pyro_vnd.autoencoders.lengths import LengthEncoder, LengthSource, check_lengths
 from pyro_vnd.autoencoders.likelihoods import GaussianLikelihood, Likelihood
+from pyro_vnd.autoencoders.prices import LengthsByPrice
 from pyro_vnd.distributions import NestedNormal, OrderedMask
+from pyro_vnd.distributions._fast.normals import normal_kl
 from pyro_vnd.distributions.nested import NestedLaw
 
 __all__ = ["EncoderGuide", "OrderedAutoencoder"]
 
 
-class OrderedAutoencoder(QuietModule):
+class OrderedAutoencoder(LengthsByPrice):
     r"""Autoencoder whose code can be cut at any length.
 
     $$L \sim p, \qquad z_i \sim N(0, 1) \text{ for } i \le L, \text{ else } 0, \qquad x \sim p(x \mid f(z, L)).$$
@@ -38,7 +40,7 @@ class OrderedAutoencoder(QuietModule):
         bodies: Encoder and decoder without what touches the code; `mlp_bodies(image_shape)` by default.
         likelihood: Law of an image given what the decoder puts out; `GaussianLikelihood(num_latents)` by default.
         prior_lengths: Law of the lengths a priori; uniform by default.
-        posterior_lengths: "prior", "global" or "amortised", see `LengthEncoder`.
+        posterior_lengths: "prior", "global", "amortised" or "priced", see `LengthEncoder`.
         tail: What the decoder has in place of dropped latents: "zeros", "filler", "mask" or "completion", see
             `CodeDecoder`.
         make_encoder: Makes the encoder from bodies, law of the lengths a priori and source of the learned one.
@@ -95,7 +97,14 @@ class OrderedAutoencoder(QuietModule):
         self._images.in_evaluation(x, self.prior_probs.dtype)
         with pyro.plate("data", len(x)):
             code = pyro.sample("code", self.prior())
-            return pyro.sample("x", self.likelihood_given(code, NestedNormal.mask_of(code)), obs=x)
+            return self._observe(x, code, NestedNormal.mask_of(code))
+
+    def _observe(self, x: Tensor, code: Tensor, mask: Tensor) -> Any:
+        """Observe images given codes and masks; what lengths are worth is said with one noise, as in `value_curve`."""
+        outputs = self.decoder(code, mask)
+        law = partial(self.likelihood.law, outputs, event_dim=len(self.image_shape))
+        infer: Any = {"value_law": partial(law, torch.ones_like(mask))}
+        return pyro.sample("x", law(mask), obs=x, infer=infer)
 
     def check_images(self, x: Tensor) -> None:
         """Check that the model takes these images: their shape, their type, and their pixels.
@@ -138,12 +147,21 @@ class OrderedAutoencoder(QuietModule):
         """Return the law of images given their codes, shape (..., K), and masks: batch shape (...)."""
         return self.likelihood.law(self.decoder(code, mask), mask, len(self.image_shape))
 
-    def encode(self, x: Tensor, length: int | Tensor | None = None) -> NestedNormal:
+    def encode(
+        self,
+        x: Tensor,
+        length: int | Tensor | None = None,
+        *,
+        price: float | Tensor | None = None,
+        mean_length: float | None = None,
+    ) -> NestedNormal:
         """Return the law of the codes of images.
 
         Args:
             x: Images, shape (N, *image_shape).
             length: Code length, 1..K, for all images or one an image; None leaves it random.
+            price: Of a latent, for random lengths that are worth it, as in `lengths`.
+            mean_length: In place of the price, as in `lengths`.
 
         Returns:
             A law with batch shape (N,).
@@ -151,7 +169,10 @@ class OrderedAutoencoder(QuietModule):
         Raises:
             ValueError: If images or lengths are invalid.
         """
+        self._check_one("encode", length=length, price=price, mean_length=mean_length)
         self.check_images(x)
+        if not (price is None and mean_length is None):
+            return self.encoder(x, priced=True).tilt(self._price("encode", price, mean_length))
         code = self.encoder(x)
         if length is None:
             return code
@@ -187,15 +208,35 @@ class OrderedAutoencoder(QuietModule):
     def _code_size(self) -> int:
         return self.num_latents
 
+    def _codes_and_costs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        law = self.encoder(x)
+        return law.loc, self._costs(law)
+
+    def _costs(self, law: NestedNormal) -> Tensor:
+        """Return the divergence of the first latents, given the mean code, for each length."""
+        prior = self.prior().given(law.loc)
+        return normal_kl(law.loc, law.scale, prior.loc, prior.scale).cumsum(-1)
+
     def _mask_of(self, code: Tensor) -> Tensor:
         return NestedNormal.mask_of(code)
 
-    def embed(self, x: Tensor, length: int | Tensor | None = None) -> Tensor:
+    def embed(
+        self,
+        x: Tensor,
+        length: int | Tensor | None = None,
+        *,
+        price: float | Tensor | None = None,
+        mean_length: float | None = None,
+        exact: int | None = None,
+    ) -> Tensor:
         """Return the mean codes of images, cut to a length.
 
         Args:
             x: Images, shape (N, *image_shape).
             length: Latents to keep, 1..K, for all images or one an image; None keeps all.
+            price: In place of a length, for the most probable one of each image at a price, as in `lengths`.
+            mean_length: The same for a mean length, as in `lengths`.
+            exact: As in `lengths`.
 
         Returns:
             Codes with zeros past the length, shape (N, K).
@@ -203,15 +244,26 @@ class OrderedAutoencoder(QuietModule):
         Raises:
             ValueError: If images or lengths are invalid.
         """
-        return self.encode(x, self.num_latents if length is None else length).mean
+        return self.encode(x, self._choose("embed", x, length, price, mean_length, exact)).mean
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, length: int | Tensor | None = None) -> Tensor:
+    def reconstruct(
+        self,
+        x: Tensor,
+        length: int | Tensor | None = None,
+        *,
+        price: float | Tensor | None = None,
+        mean_length: float | None = None,
+        exact: int | None = None,
+    ) -> Tensor:
         """Return the mean image for the mean code, cut to a length.
 
         Args:
             x: Images, shape (N, *image_shape).
             length: As in `embed`.
+            price: As in `embed`.
+            mean_length: As in `embed`.
+            exact: As in `embed`.
 
         Returns:
             Images, shape (N, *image_shape).
@@ -219,7 +271,7 @@ class OrderedAutoencoder(QuietModule):
         Raises:
             ValueError: If images or lengths are invalid.
         """
-        law = self.encode(x, self.num_latents if length is None else length)
+        law = self.encode(x, self._choose("reconstruct", x, length, price, mean_length, exact))
         return self.likelihood.mean(self.decoder(law.mean, law.keep_probs))
 
     @torch.no_grad()
@@ -300,4 +352,8 @@ class EncoderGuide(QuietModule):
         """Draw codes of images, shape (N, *image_shape)."""
         self._check(x)
         with pyro.plate("data", len(x)):
-            return pyro.sample("code", self.encoder(x))
+            return pyro.sample("code", self.encoder(x), infer=self._infer())
+
+    def _infer(self) -> Any:
+        """Tell `fit` of the value head, if the law of lengths is by values."""
+        return {"value_head": self.encoder.value_head} if self.encoder.source == "priced" else {}

@@ -93,9 +93,13 @@ class CodeEncoder(LengthEncoder):
         super().__init__(bodies, (1 if shared_scale else 2) * prior.num_units, prior, source)
         self.raw_scale = nn.Parameter(torch.zeros(self.num_latents)) if shared_scale else None
 
-    def forward(self, x: Tensor) -> NestedNormal:
-        """Return the law of the codes of images, batch shape (N,)."""
-        values, lengths = self.values_and_lengths(x)
+    @property
+    def _num_means(self) -> int:
+        return self.num_latents
+
+    def forward(self, x: Tensor, *, priced: bool = False) -> NestedNormal:
+        """Return the law of the codes of images, batch shape (N,); `priced` as in `values_and_lengths`."""
+        values, lengths = self.values_and_lengths(x, priced=priced)
         loc, raw_scale = values.chunk(2, -1) if self.raw_scale is None else (values, self.raw_scale)
         return NestedNormal(loc, nn.functional.softplus(raw_scale) + 1e-4, **lengths)
 

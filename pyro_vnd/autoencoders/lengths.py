@@ -7,10 +7,13 @@ from torch import Tensor, nn
 
 from pyro_vnd.autoencoders.bodies import Bodies
 from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.nn.values import MOMENTUM, ValueHead
 
 __all__ = ["LengthEncoder", "LengthParameters", "LengthSource", "check_lengths", "full_length"]
 
-LengthSource: TypeAlias = Literal["prior", "global", "amortised"]
+LengthSource: TypeAlias = Literal["prior", "global", "amortised", "priced"]
+HEAD_SHARE = 0.05  # of the weights of the encoder's body: what a value head may cost
+HEAD_HIDDEN = (32, 64)  # its hidden units, from and to
 
 
 class LengthParameters(TypedDict, total=False):
@@ -49,33 +52,77 @@ class LengthEncoder(nn.Module):
         num_values: Numbers for each image.
         prior: Law of the lengths a priori.
         source: Where q(L | x) comes from: "prior" leaves it at the prior, which makes the prior's rate a prescribed
-            one, as in nested dropout; "global" learns one law for all images; "amortised" one for each.
+            one, as in nested dropout; "global" learns one law for all images; "amortised" one for each, by gradients of
+            the bound; "priced" what each length is worth to each image, and from it the law at any price.
+
+    Attributes:
+        value_head: Predicts values of lengths from features of the body and code means, or None; see
+            `add_value_head`.
     """
 
     length_probs: Tensor
+    value_head: ValueHead | None
 
     def __init__(self, bodies: Bodies, num_values: int, prior: OrderedMask, source: LengthSource) -> None:
         super().__init__()
         self.body, self.source, self.num_latents, self.num_values = bodies.encoder, source, prior.num_units, num_values
         self.heads = nn.Linear(bodies.num_features, num_values + (self.num_latents if source == "amortised" else 0))
+        self.value_head = None
+        self._prior = prior
         if source == "prior":
             self.register_buffer("length_probs", prior.probs.detach().clone())
         elif source == "global":
             self.length_logits = nn.Parameter(prior.logits.detach().clone())
-        else:
+        elif source == "amortised":
             with torch.no_grad():  # starts at the prior
                 self.heads.weight[num_values:] = 0
                 self.heads.bias[num_values:] = prior.logits.detach()
+        else:
+            self.add_value_head()
 
-    def values_and_lengths(self, x: Tensor) -> tuple[Tensor, LengthParameters]:
-        """Return the numbers, shape (N, num_values), and what tells the law of the lengths."""
-        heads = self.heads(self.body(x))
+    @property
+    def _num_means(self) -> int:
+        """How many of the numbers, the first ones, are the mean code."""
+        return self.num_values
+
+    def add_value_head(self) -> ValueHead:
+        """Return the value head, a new one if there is none: a perceptron that costs a twentieth of the body."""
+        if self.value_head is None:
+            num_inputs = self.heads.in_features + self._num_means
+            budget = HEAD_SHARE * sum(p.numel() for p in self.body.parameters())
+            linear = num_inputs + self.num_latents  # h^2 + linear h = budget
+            hidden = int(((linear**2 + 4 * budget) ** 0.5 - linear) / 2)
+            hidden = min(max(hidden, HEAD_HIDDEN[0]), HEAD_HIDDEN[1])
+            self.value_head = ValueHead(num_inputs, self.num_latents, (hidden, hidden), self._prior)
+            self.value_head.to(self.heads.weight)
+        return self.value_head
+
+    def values_and_lengths(self, x: Tensor, *, priced: bool = False) -> tuple[Tensor, LengthParameters]:
+        """Return the numbers, shape (N, num_values), and what tells the law of the lengths.
+
+        Args:
+            x: Images.
+            priced: Whether to take the law at price zero from the value head, whatever the source.
+        """
+        features = self.body(x)
+        heads = self.heads(features)
+        if self.value_head is not None and (priced or self.source == "priced"):
+            # It looks on: what is good for it is not what is good for the code.
+            inputs = torch.cat([features, heads[..., : self._num_means]], -1).detach()
+            if self.training:
+                self.value_head.standardise(inputs, momentum=MOMENTUM)
+            return heads[..., : self.num_values], {"logits": self.value_head(inputs) + self.value_head.log_probs}
         if self.source == "prior":
             return heads, {"probs": self.length_probs}
         if self.source == "global":
             return heads, {"logits": self.length_logits}
         values, lengths = heads.split([self.num_values, self.num_latents], -1)
         return values, {"logits": lengths}
+
+    def value_inputs(self, x: Tensor) -> Tensor:
+        """Return what the value head looks at, shape (N, num_inputs)."""
+        features = self.body(x)
+        return torch.cat([features, self.heads(features)[..., : self._num_means]], -1)
 
     def narrow(self, num_values: int) -> nn.Sequential:
         """Return a plain net from images to the first numbers."""

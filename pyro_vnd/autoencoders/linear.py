@@ -36,7 +36,7 @@ class LinearGaussianVAE(OrderedVAE):
     Args:
         image_shape: Shape of an image, (D,) or (C, H, W).
         num_latents: K.
-        posterior_lengths: "prior", "global" or "amortised", see `LengthEncoder`.
+        posterior_lengths: "prior", "global", "amortised" or "priced", see `LengthEncoder`.
         noise: "shared", or "by_length" for a sigma for each length.
         scale: Where sigma starts.
         prior_lengths: As in `OrderedVAE`.

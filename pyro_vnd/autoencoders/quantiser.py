@@ -184,9 +184,9 @@ class TokenEncoder(LengthEncoder):
     def __init__(self, bodies: Bodies, prior: OrderedMask, source: LengthSource, *, block_size: int) -> None:
         super().__init__(bodies, prior.num_units * block_size, prior, source)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, OrderedMaskStraightThrough]:
+    def forward(self, x: Tensor, *, priced: bool = False) -> tuple[Tensor, OrderedMaskStraightThrough]:
         """Return values, shape (N, T * D), and the law, batch shape (N,) or none where images share it."""
-        values, lengths = self.values_and_lengths(x)
+        values, lengths = self.values_and_lengths(x, priced=priced)
         return values, OrderedMaskStraightThrough(0.2, **lengths)
 
 

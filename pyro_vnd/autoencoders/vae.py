@@ -72,7 +72,7 @@ class OrderedVAE(OrderedAutoencoder):
         bodies: Encoder and decoder without what touches the code; `mlp_bodies(image_shape)` by default.
         likelihood: Law of an image given what the decoder puts out; `GaussianLikelihood(num_latents)` by default.
         prior_lengths: Law of the lengths a priori; uniform by default.
-        posterior_lengths: "prior", "global" or "amortised", see `LengthEncoder`.
+        posterior_lengths: "prior", "global", "amortised" or "priced", see `LengthEncoder`.
         tail: What the decoder has in place of dropped latents: "zeros", "filler", "mask" or "completion", see
             `CodeDecoder`.
         make_encoder: As in `OrderedAutoencoder`.
@@ -148,7 +148,7 @@ class OrderedVAE(OrderedAutoencoder):
         with pyro.plate("data", len(x)):
             mask = pyro.sample("mask", OrderedMask(probs=self.prior_probs))
             code = pyro.sample("code", dist.Normal(zeros, 1.0).to_event(1))
-            return pyro.sample("x", self.likelihood_given(mask * code, mask), obs=x)
+            return self._observe(x, mask * code, mask)
 
     @cached_property
     def guide(self) -> EncoderGuide:

@@ -117,7 +117,7 @@ class OrderedVQVAE(OrderedAutoencoder):
         with pyro.plate("data", len(x)):
             mask = pyro.sample("mask", self.prior())
             code = pyro.sample("code", TokenPrior(self.quantiser.codebook, mask, self.blocks))
-            return pyro.sample("x", self.likelihood_given(code, mask), obs=x)
+            return self._observe(x, code, mask)
 
     @cached_property
     def guide(self) -> "TokenGuide":
@@ -129,12 +129,21 @@ class OrderedVQVAE(OrderedAutoencoder):
         prior = OrderedMask(probs=self.prior_probs)
         return prior if length is None else prior.cut(self._length(length))
 
-    def encode(self, x: Tensor, length: int | Tensor | None = None) -> OrderedMaskStraightThrough:
+    def encode(
+        self,
+        x: Tensor,
+        length: int | Tensor | None = None,
+        *,
+        price: float | Tensor | None = None,
+        mean_length: float | None = None,
+    ) -> OrderedMaskStraightThrough:
         """Return the law of the masks over blocks; given its mask a code is a point, see `embed` and `tokens`.
 
         Args:
             x: Images, shape (N, *image_shape).
             length: Code length, 1..K, for all images or one an image; None leaves it random.
+            price: Of a block, in nats beyond its own rate, for random lengths that are worth it, as in `lengths`.
+            mean_length: In place of the price, as in `lengths`.
 
         Returns:
             A law with batch shape (N,).
@@ -142,9 +151,22 @@ class OrderedVQVAE(OrderedAutoencoder):
         Raises:
             ValueError: If images or lengths are invalid.
         """
+        self._check_one("encode", length=length, price=price, mean_length=mean_length)
         self.check_images(x)
+        if not (price is None and mean_length is None):
+            return self.encoder(x, priced=True)[1].tilt(self._price("encode", price, mean_length))
         law = self.encoder(x)[1].expand((len(x),))
         return law if length is None else law.cut(self._length(length))
+
+    def _codes_and_costs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        nats = math.log(self.codebook_size)
+        counts = torch.arange(1, self.num_latents + 1).to(self.prior_probs)
+        tokens = counts if self.blocks.by_token else torch.full_like(counts, self.blocks.num_tokens)
+        return self.encoder(x)[0], nats * tokens
+
+    def _cut_code(self, codes: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        mask = self._mask(len(codes), length)
+        return self._code(codes, mask), mask
 
     @torch.no_grad()
     def tokens(self, x: Tensor, length: int | None = None) -> Tensor:
@@ -172,12 +194,23 @@ class OrderedVQVAE(OrderedAutoencoder):
         return (length if self.blocks.by_token else self.blocks.num_tokens) * math.log2(self.codebook_size)
 
     @torch.no_grad()
-    def embed(self, x: Tensor, length: int | Tensor | None = None) -> Tensor:
+    def embed(
+        self,
+        x: Tensor,
+        length: int | Tensor | None = None,
+        *,
+        price: float | Tensor | None = None,
+        mean_length: float | None = None,
+        exact: int | None = None,
+    ) -> Tensor:
         """Return the quantised codes of images, cut to a length.
 
         Args:
             x: Images, shape (N, *image_shape).
             length: Blocks to keep, 1..K, for all images or one an image; None keeps all.
+            price: In place of a length, for the most probable one of each image at a price, as in `lengths`.
+            mean_length: The same for a mean length, as in `lengths`.
+            exact: As in `lengths`.
 
         Returns:
             Flat codes, block by block, with zeros past the length, shape (N, T * D).
@@ -186,6 +219,7 @@ class OrderedVQVAE(OrderedAutoencoder):
             ValueError: If images or lengths are invalid.
         """
         self.check_images(x)
+        length = self._choose("embed", x, length, price, mean_length, exact)
         return self._code(self.encoder(x)[0], self._mask(len(x), length))
 
     @property
@@ -197,10 +231,18 @@ class OrderedVQVAE(OrderedAutoencoder):
         return NestedNormal.mask_of(used.to(code.dtype))
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, length: int | Tensor | None = None) -> Tensor:
+    def reconstruct(
+        self,
+        x: Tensor,
+        length: int | Tensor | None = None,
+        *,
+        price: float | Tensor | None = None,
+        mean_length: float | None = None,
+        exact: int | None = None,
+    ) -> Tensor:
         """Return the mean image for the quantised code, cut to a length; arguments and errors as in `embed`."""
         self.check_images(x)
-        mask = self._mask(len(x), length)
+        mask = self._mask(len(x), self._choose("reconstruct", x, length, price, mean_length, exact))
         return self.likelihood.mean(self.decoder(self._code(self.encoder(x)[0], mask), mask))
 
     @torch.no_grad()
@@ -275,7 +317,7 @@ class TokenGuide(EncoderGuide):
         self._check(x)
         values, lengths = self.encoder(x)
         with pyro.plate("data", len(x)):
-            mask = pyro.sample("mask", lengths)
+            mask = pyro.sample("mask", lengths, infer=self._infer())
             over_vectors = self.blocks.over_vectors(mask)
             vectors, penalty = self.quantiser(self.blocks.vectors(values), over_vectors)
             # In the loss as it is, a factor of the guide being subtracted from the bound; its value is zero.

@@ -18,7 +18,7 @@ from pyro_vnd.autoencoders.bodies import Bodies
 from pyro_vnd.autoencoders.codes import CodeDecoder, CodeEncoder, Tail
 from pyro_vnd.autoencoders.lengths import LengthEncoder, LengthSource
 from pyro_vnd.autoencoders.likelihoods import Likelihood
-from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.distributions import NestedNormal, OrderedMask
 from pyro_vnd.distributions.nested import NestedLaw
 from pyro_vnd.infer import module_local_params
 
@@ -287,6 +287,10 @@ class OrderedWAE(OrderedAutoencoder):
             make_encoder=make_encoder,
             make_decoder=make_decoder,
         )
+
+    def _costs(self, law: NestedNormal) -> Tensor:
+        """Return zero: codes are compared with their prior all together, so that no image pays for its own."""
+        return torch.zeros_like(law.loc)
 
     def objective(self, mmd_scale: float = 100.0, length_weight: float = 1.0, **kwargs: Any) -> AggregateMMD:
         r"""Return the objective, for `fit(..., elbo=...)` or `pyro.infer.SVI`.

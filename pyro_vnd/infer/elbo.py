@@ -25,7 +25,7 @@ from pyro_vnd.infer._conditional.guide import AutoConditional
 from pyro_vnd.infer._model_sites import is_mask, masked_like, owner_of, split_mask, visible_entries
 from pyro_vnd.infer.guides import AutoNested
 
-__all__ = ["NestedELBO"]
+__all__ = ["NestedELBO", "kl_terms"]
 
 
 class NestedELBO(TraceMeanField_ELBO):
@@ -262,7 +262,7 @@ def _keep_exact_kl(model_trace: Any, guide_trace: Any) -> None:
             continue
         (q, mask), (p, _) = split_mask(site), split_mask(model_site)
         try:
-            terms = _kl_terms(q, p, site["value"])
+            terms = kl_terms(q, p, site["value"])
         except NotImplementedError:
             continue
         batch_shape = site["fn"].batch_shape
@@ -276,7 +276,12 @@ def _keep_exact_kl(model_trace: Any, guide_trace: Any) -> None:
             site["kl"][weight] = scale_and_mask(kl, site["scale"], mask).sum()
 
 
-def _kl_terms(q: Any, p: Any, value: Any) -> dict[str, Any]:
+def kl_terms(q: Any, p: Any, value: Any) -> dict[str, Any]:
+    """Return the terms of the exact KL of two laws, given a draw, by the name of their weight in `infer`.
+
+    Raises:
+        NotImplementedError: If there is none.
+    """
     if isinstance(q, NestedLaw) and isinstance(p, NestedLaw):
         if not (isinstance(q, NestedNormal) and isinstance(p, NestedNormal)):
             if recall(value) is None:  # what was dropped is not known

@@ -36,12 +36,13 @@ from pyro_vnd.infer._fit.optimisation import Step
 from pyro_vnd.infer._fit.recipe import recipe_for
 from pyro_vnd.infer._fit.rows import check_laws_by_row
 from pyro_vnd.infer._fit.settings import KLWeights, Settings
+from pyro_vnd.infer._fit.values import calibrate_heads, value_sites
 from pyro_vnd.infer.callbacks import StoppingRule
 from pyro_vnd.infer.elbo import NestedELBO
 from pyro_vnd.infer.guides import AutoNested, module_local_params
 from pyro_vnd.infer.local_reparam import LocalReparameterization
 from pyro_vnd.infer.result import ElboParts, FitResult
-from pyro_vnd.infer.schedules import LRSchedule, MaskSchedule, Schedule
+from pyro_vnd.infer.schedules import LRSchedule, MaskSchedule, PriceSchedule, Schedule
 
 __all__ = ["NonFiniteLossError", "fit"]
 
@@ -62,7 +63,7 @@ def fit(
     local_kl_weight: Schedule = 1.0,
     length_weight: Schedule = 1.0,
     temperature: Schedule | None = None,
-    schedule: MaskSchedule | None = None,
+    schedule: MaskSchedule | PriceSchedule | None = None,
     local_reparam: bool | Literal["linear"] = False,
     validation: Data | None = None,
     stop: StoppingRule | None = None,
@@ -218,7 +219,8 @@ def fit(
         with_temperature = [] if temperature is None else parts_with_temperature(both)
         made = make_optimizer(optimizer, objective.parameters, lr)
         lr_scheduler = make_lr_scheduler(lr_schedule, made, num_steps)
-        step = Step(objective, made, lr_scheduler, cuts, with_temperature, handlers, clip_norm)
+        values = value_sites(both, objective, schedule, plate, num_data / batch_size)
+        step = Step(objective, made, lr_scheduler, cuts, with_temperature, handlers, clip_norm, values)
         result, file = FitResult(), None
         if checkpoint is not None:
             weights = {"kl_weight": kl_weight, "local_kl_weight": local_kl_weight, "length_weight": length_weight}
@@ -260,6 +262,7 @@ def fit(
                 break
         if rest:
             last = settings[max(result.num_steps - 1, 0)].weights
+            calibrate_heads(guide, data, plate)
             finish(result, objective, data, batch_size, partial(scale, weights=last), khat=khat and last == KLWeights())
             if file is not None:
                 file.save(result)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import accumulate
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +16,16 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 
 from pyro_vnd.distributions import OrderedMask
 
-__all__ = ["LRSchedule", "MaskSchedule", "Schedule", "cosine", "cosine_to_zero", "linear", "schedule_values"]
+__all__ = [
+    "LRSchedule",
+    "MaskSchedule",
+    "PriceSchedule",
+    "Schedule",
+    "cosine",
+    "cosine_to_zero",
+    "linear",
+    "schedule_values",
+]
 
 Schedule = float | Callable[[float], float]
 LRSchedule = Callable[[Optimizer, int], LRScheduler]
@@ -235,6 +244,83 @@ class MaskSchedule:
         if self.law == "uniform":
             return OrderedMask.uniform(num_blocks)
         return OrderedMask(probs=1 / torch.arange(1.0, num_blocks + 1))
+
+
+@dataclass(frozen=True)
+class PriceSchedule:
+    r"""Lengths of codes from random prices: what trains `posterior_lengths="priced"`, one law for every budget.
+
+    Each row has a price $\lambda$ for a unit, log-uniform between two bounds, and its length is
+
+    - drawn from the law that was learned, at that price, $q(L \mid x, \lambda) \propto p(L)^{1/T}
+      \exp((v_L(x) - \lambda L) / T)$, where v are the values that its head predicts;
+    - at full length with probability `full`, as long codes would be starved otherwise;
+    - or uniform, with probability `explore` of the rest in the end, and one at first: what was never seen is not known.
+
+    The head is trained by regression on what each row turned out to be worth at its length, which takes no further
+    evaluation; see `ValueHead`. The objective is an exact ELBO. Add to the model the price, observed, with $p(L \mid
+    \lambda) \propto p(L) e^{-\lambda L}$, and where the length comes from, as in `MaskSchedule`: the KL of the lengths
+    from that law is paid. It has the price in it, so that the bound is that of the images together with the cost of
+    their codes, and falls as prices rise. At temperature one, with the values known exactly, q is the best law of
+    lengths; at a higher one it is flatter, so that neighbours of the best length are seen, too, and the bound is a
+    bound still, but not the tightest. The law that is used afterwards has temperature one.
+
+    Args:
+        low: Lowest price, in nats a unit, > 0.
+        high: Highest price, > `low`.
+        full: Share of rows at full length.
+        explore: Share of the others with a uniform length once `warmup` is over.
+        temperature: T, > 0.
+        warmup: Share of the fit in which that share falls from one, on a line.
+
+    Raises:
+        ValueError: If an argument is invalid.
+
+    Example:
+        >>> schedule = PriceSchedule(full=0.25, explore=0.0)
+        >>> (schedule.draw(num_blocks=4, shape=(1000,)) == 0).float().mean()  # from the learned law
+        tensor(0.7500)
+    """
+
+    low: float = 0.5
+    high: float = 1000.0
+    full: float = 0.3
+    explore: float = 0.05
+    temperature: float = 20.0
+    warmup: float = 0.15
+    num_particles: ClassVar[int] = 1
+    sliced: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high < math.inf:
+            raise ValueError(
+                f"PriceSchedule: arguments `low` and `high` must be prices 0 < low < high; got {self.low}, {self.high}"
+            )
+        for name in ("full", "explore", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"PriceSchedule: argument `{name}` must be a share from 0 to 1; got {getattr(self, name)}"
+                )
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"PriceSchedule: argument `temperature` must be finite and > 0; got {self.temperature}")
+
+    @property
+    def anneal(self) -> float:
+        """Share of the fit in which shares change."""
+        return self.warmup
+
+    def draw(self, num_blocks: int, shape: tuple[int, ...] = (), t: float = 1.0) -> Tensor:
+        """Draw where lengths come from, as `MaskSchedule.draw` does: 0 stands for the learned law at a price."""
+        explore = self.explore
+        if t < self.warmup:
+            explore += (1 - explore) * (1 - t / self.warmup)
+        priced, uniform = (1 - self.full) * (1 - explore), (1 - self.full) * explore
+        return MaskSchedule(priced, uniform, self.full).draw(num_blocks, shape, t)
+
+    def draw_prices(self, shape: tuple[int, ...]) -> Tensor:
+        """Draw a price for each row, on the CPU."""
+        low, high = math.log(self.low), math.log(self.high)
+        return (low + (high - low) * torch.rand(shape)).exp()
 
 
 @lru_cache(maxsize=16)

@@ -6,6 +6,7 @@ from pyro_vnd.nn.narrow import narrow, recalibrate_batchnorm
 from pyro_vnd.nn.nest import nest
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.norms import NestedNorm
+from pyro_vnd.nn.values import ValueHead
 from pyro_vnd.nn.width import Width
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "NestedLayer",
     "NestedNet",
     "NestedNorm",
+    "ValueHead",
     "Width",
     "narrow",
     "nest",

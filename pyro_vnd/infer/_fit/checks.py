@@ -19,7 +19,7 @@ from pyro_vnd._compat import QuietModule
 from pyro_vnd._data import Data, as_arguments, named_parts
 from pyro_vnd.infer.elbo import NestedELBO, conditional_part
 from pyro_vnd.infer.guides import AutoNested
-from pyro_vnd.infer.schedules import LRSchedule, MaskSchedule
+from pyro_vnd.infer.schedules import LRSchedule, MaskSchedule, PriceSchedule
 from pyro_vnd.nn.net import NetGuide
 
 __all__ = [
@@ -152,8 +152,12 @@ def check_arguments(
         _refuse("local_reparam", "True, False or 'linear'", local_reparam)
     if local_reparam and not isinstance(elbo, NestedELBO):
         raise ValueError(f"fit: argument `local_reparam` needs a NestedELBO; {type(elbo).__name__} scores weights")
-    if not (schedule is None or isinstance(schedule, MaskSchedule)):
-        _refuse("schedule", "a MaskSchedule(), or None; schedules of weights go to `kl_weight` and its like", schedule)
+    if not (schedule is None or isinstance(schedule, MaskSchedule | PriceSchedule)):
+        _refuse(
+            "schedule",
+            "a MaskSchedule(), a PriceSchedule() or None; schedules of weights go to `kl_weight` and its like",
+            schedule,
+        )
     if not (stop is None or (callable(stop) and not isinstance(stop, type))):
         _refuse("stop", "a function of the ELBO by epoch, such as Plateau(), or None", stop)
     if not isinstance(plate, str):

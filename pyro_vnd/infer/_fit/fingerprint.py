@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from pyro_vnd._data import Data, named_parts
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer._fit.checks import make_lr_scheduler, make_optimizer
-from pyro_vnd.infer.schedules import LRSchedule, MaskSchedule, Schedule
+from pyro_vnd.infer.schedules import LRSchedule, MaskSchedule, PriceSchedule, Schedule
 
 __all__ = ["describe_data", "describe_optimisation", "describe_schedules", "skip_steps"]
 
@@ -31,7 +31,9 @@ def describe_data(data: Data) -> dict[str, str]:
     return described
 
 
-def describe_schedules(schedules: Mapping[str, Schedule | None], masks: MaskSchedule | None) -> dict[str, Any]:
+def describe_schedules(
+    schedules: Mapping[str, Schedule | None], masks: MaskSchedule | PriceSchedule | None
+) -> dict[str, Any]:
     """Describe schedules by their values at times t that do not depend on the number of steps.
 
     Example:

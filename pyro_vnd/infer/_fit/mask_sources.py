@@ -15,7 +15,7 @@ from pyro_vnd.infer._fit.handlers import EvaluationRecord
 from pyro_vnd.infer.auto_parts import AutoMask, AutoNestedNormal
 from pyro_vnd.infer.elbo import conditional_part
 from pyro_vnd.infer.result import LearnedLaw
-from pyro_vnd.infer.schedules import MaskSchedule
+from pyro_vnd.infer.schedules import MaskSchedule, PriceSchedule
 from pyro_vnd.nn import NestedNet, Width
 from pyro_vnd.nn.width import nearest
 
@@ -36,7 +36,9 @@ class MaskCuts:
         ValueError: If there is neither a code nor a nested net.
     """
 
-    def __init__(self, schedule: MaskSchedule, objects: Iterable[Any], record: EvaluationRecord, plate: str) -> None:
+    def __init__(
+        self, schedule: MaskSchedule | PriceSchedule, objects: Iterable[Any], record: EvaluationRecord, plate: str
+    ) -> None:
         self.schedule, self.sliced = schedule, schedule.sliced
         nets = _parts(objects, NestedNet)
         self.by_example = [net for net in nets if net.mask_per == "example"]

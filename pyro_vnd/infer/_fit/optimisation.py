@@ -13,6 +13,7 @@ from pyro_vnd._data import Data, num_rows
 from pyro_vnd.infer._fit.mask_sources import MaskCuts
 from pyro_vnd.infer._fit.objective import NonFiniteLossError, Objective
 from pyro_vnd.infer._fit.settings import Setting
+from pyro_vnd.infer._fit.values import ValueSites
 from pyro_vnd.infer.result import ElboParts
 
 __all__ = ["Step"]
@@ -29,6 +30,7 @@ class Step:
         with_temperature: Parts of model and guide whose masks have a temperature.
         handlers: Make more contexts for each evaluation of the objective.
         clip_norm: Largest norm of the gradient, or None.
+        values: Lets value heads learn from each evaluation, or None.
     """
 
     def __init__(
@@ -40,9 +42,11 @@ class Step:
         with_temperature: Sequence[Any],
         handlers: Sequence[Callable[[], AbstractContextManager[Any]]],
         clip_norm: float | None,
+        values: ValueSites | None = None,
     ) -> None:
         self.objective, self.optimizer, self.lr_schedule = objective, optimizer, lr_schedule
         self.cuts, self.with_temperature, self.handlers, self.clip_norm = cuts, with_temperature, handlers, clip_norm
+        self.values = values
 
     def __call__(self, batch: Data, setting: Setting) -> ElboParts:
         """Take a step.
@@ -65,7 +69,11 @@ class Step:
             with ExitStack() as stack:
                 for context in (particle, *(handler() for handler in self.handlers)):
                     stack.enter_context(context)
+                if self.values is not None:
+                    stack.enter_context(self.values)  # within: it sees laws before they are cut
                 loss = self.objective(batch, setting.weights)
+                if self.values is not None and (error := self.values.loss()) is not None:
+                    loss = loss + (error - error.detach())  # in the gradient of the heads, which have no other
                 # Here, so that memory holds the graph of one at a time.
                 (loss if len(particles) == 1 else loss / len(particles)).backward()
                 parts.append(self.objective.parts(loss))

@@ -1,0 +1,221 @@
+"""What rows turned out to be worth at the lengths that they had in a step: what value heads learn from."""
+
+from collections.abc import Iterable
+from copy import copy
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions import Delta, Unit
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import Trace_MMD
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from pyro_vnd._data import Data, as_arguments, map_parts, num_rows
+from pyro_vnd._state import module_mode
+from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.distributions.masks import Cut
+from pyro_vnd.distributions.nested import NestedLaw, innermost
+from pyro_vnd.infer._fit.objective import Objective
+from pyro_vnd.infer.elbo import kl_terms
+from pyro_vnd.infer.schedules import PriceSchedule
+from pyro_vnd.nn.values import ValueHead
+
+__all__ = ["ValueSites", "calibrate_heads", "value_sites"]
+
+NUM_CALIBRATION = 2000  # rows over which mean lengths are taken
+
+
+class ValueSites(Messenger):
+    r"""Let value heads learn from an evaluation of the objective, and draw lengths at random prices.
+
+    A site of the guide in the plate of the data whose `infer` has a "value_head" has a law of lengths by values. In
+    the evaluation its law is a constant: the head learns by regression alone. What a row is worth is the likelihood of
+    all that is observed of it less the divergence of its latents,
+
+    $$\hat v = \log p(x \mid z_{\le L}) - \mathrm{KL}(q(z_{\le L} \mid x) \| p(z_{\le L})).$$
+
+    An observed site may say in `infer["value_law"]` by which law values are taken: a function without arguments that
+    makes it.
+
+    Attributes:
+        rounds: What is known of each particle of the last evaluation.
+
+    Args:
+        plate: Name of the plate of the data.
+        row_scale: By how much rows in it are scaled.
+        with_kl: Whether the objective has the divergence of the latents of each row.
+        schedule: Where prices come from, or None: then lengths are from the law at price zero.
+    """
+
+    def __init__(self, plate: str, row_scale: float, with_kl: bool, schedule: PriceSchedule | None) -> None:
+        super().__init__()
+        self.plate, self.row_scale, self.with_kl, self.schedule = plate, row_scale, with_kl, schedule
+        self.rounds: list[_Round] = []
+
+    def __enter__(self) -> "ValueSites":
+        self.rounds = []
+        return super().__enter__()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or site_is_subsample(msg) or not self._is_by_row(msg):
+            return
+        law, name, head = msg["fn"], msg["name"], msg["infer"].get("value_head")
+        if not (isinstance(head, ValueHead) and isinstance(law, NestedLaw | OrderedMask)):
+            return
+        if not self.rounds or name in self.rounds[-1].priors:  # the guide of a new particle
+            self.rounds.append(_Round())
+        now = self.rounds[-1]
+        if name not in now.posteriors:
+            lengths = law.mask_law if isinstance(law, NestedLaw) else law
+            logits = lengths._param
+            now.heads[name], now.values[name] = head, logits - head.log_probs
+            if self.schedule is not None:
+                now.prices[name] = self.schedule.draw_prices(tuple(law.batch_shape)).to(logits)
+            law = now.posteriors[name] = self._at_price(law, now.prices.get(name), logits.detach(), tempered=True)
+        else:
+            law = now.priors[name] = self._at_price(law, now.prices.get(name))
+        msg["fn"] = law
+
+    def _at_price(self, law: Any, price: Tensor | None, logits: Tensor | None = None, *, tempered: bool = False) -> Any:
+        """Return a law of lengths, or of what has lengths, tilted by a price."""
+        mask = law.mask_law if isinstance(law, NestedLaw) else law
+        if logits is not None:
+            mask = mask._with(logits, mask.batch_shape)
+        if price is not None:
+            mask = mask.tilt(price)
+            if tempered and self.schedule is not None:
+                mask = mask._with(mask._param / self.schedule.temperature, mask.batch_shape)
+        if mask is law:
+            return law
+        if not isinstance(law, NestedLaw):
+            return mask
+        new = copy(law)
+        new.mask_law = mask
+        return new
+
+    def _is_by_row(self, msg: Any) -> bool:
+        return any(frame.name == self.plate for frame in msg["cond_indep_stack"])
+
+    @torch.no_grad()
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) or not self._is_by_row(msg) or not self.rounds:
+            return
+        now, name, value = self.rounds[-1], msg["name"], msg["value"]
+        if msg["is_observed"]:
+            if not (isinstance(msg["fn"], Unit) and msg["fn"].has_rsample):  # a factor of the guide
+                make = msg["infer"].get("value_law")
+                now.add((msg["fn"] if make is None else make()).log_prob(value), msg, self.row_scale)
+                now.visible = now.visible | torch.as_tensor(True if msg["mask"] is None else msg["mask"])
+        elif name in now.posteriors and name not in now.lengths:
+            mask = NestedLaw.mask_of(value) if isinstance(msg["fn"], NestedLaw) else value
+            now.lengths[name] = mask.detach().sum(-1).round().long()
+        elif not self.with_kl:
+            return
+        elif name in now.posteriors:
+            q, p = now.posteriors[name], now.priors[name]
+            if isinstance(q, NestedLaw):
+                cut = Cut(now.lengths[name], q.mask_law)
+                now.add(-kl_terms(q._cut_by(cut), p._cut_by(cut), value)["kl_weight"], msg, self.row_scale)
+        elif name not in now.others:
+            now.others[name] = msg["fn"]
+            if msg["infer"].get("is_auxiliary"):
+                now.add(-msg["fn"].log_prob(value), msg, self.row_scale)
+        else:
+            now.add(-_divergence(now.others[name], msg["fn"], value), msg, self.row_scale)
+
+    def loss(self) -> Tensor | None:
+        """Return the error of the heads in the last evaluation; None if none has a site."""
+        terms = [
+            now.heads[name].regression(
+                values.expand(now.lengths[name].shape + values.shape[-1:]).flatten(0, -2),
+                now.lengths[name].flatten(),
+                now.worth.expand(now.lengths[name].shape).flatten(),
+                now.visible.to(values.device).expand(now.lengths[name].shape).flatten(),
+            )
+            for now in self.rounds
+            if isinstance(now.worth, Tensor)
+            for name, values in now.values.items()
+        ]
+        if self.schedule is not None and not terms:
+            raise ValueError(
+                f"fit: argument `schedule` is a PriceSchedule, but no site in the plate {self.plate!r} has a law of "
+                "lengths by values that is drawn from"
+            )
+        self.rounds = []
+        return torch.stack(terms).sum() if terms else None
+
+
+class _Round:
+    """What is known of one particle."""
+
+    def __init__(self) -> None:
+        self.heads: dict[str, ValueHead] = {}
+        self.values: dict[str, Tensor] = {}
+        self.prices: dict[str, Tensor] = {}
+        self.posteriors: dict[str, Any] = {}
+        self.priors: dict[str, Any] = {}
+        self.lengths: dict[str, Tensor] = {}
+        self.others: dict[str, Any] = {}
+        self.worth: Tensor | float = 0.0
+        self.visible = torch.tensor(False)
+
+    def add(self, nats: Tensor, msg: Any, row_scale: float) -> None:
+        """Add what a site says of each row."""
+        self.worth = self.worth + scale_and_mask(nats, msg["scale"] / row_scale, msg["mask"])
+
+
+def _divergence(q: Any, p: Any, value: Tensor) -> Tensor:
+    if not isinstance(innermost(q), Delta):
+        try:
+            terms: Any = sum(kl_terms(q, p, value).values())
+            return terms
+        except NotImplementedError:
+            pass
+    return q.log_prob(value) - p.log_prob(value)
+
+
+@torch.no_grad()
+def calibrate_heads(guide: Any, data: Data, plate: str) -> None:
+    """Tell value heads which price leads to which mean length, over rows from all over the data."""
+    heads = [part for part in guide.modules() if isinstance(part, ValueHead)] if isinstance(guide, nn.Module) else []
+    if not heads:
+        return
+    size = num_rows(data)
+    rows = torch.linspace(0, size - 1, min(size, NUM_CALIBRATION)).round().long()
+    args, kwargs = as_arguments(map_parts(lambda part: part[rows.to(part.device)], data))
+    values = ValueSites(plate, 1.0, False, None)
+    with module_mode([guide], training=False), poutine.block(), values:
+        guide(*args, **kwargs)
+    for now in values.rounds:
+        for name, curves in now.values.items():
+            now.heads[name].calibrate(curves.flatten(0, -2))
+
+
+def value_sites(
+    objects: Iterable[Any], objective: Objective, schedule: Any, plate: str, row_scale: float
+) -> ValueSites | None:
+    """Return the handler that lets value heads learn, or None where there are none.
+
+    Args:
+        objects: Model and guide, whose parts are searched for heads.
+        objective: The objective, which was evaluated.
+        schedule: That of the fit.
+        plate: Name of the plate of the data.
+        row_scale: By how much rows in it are scaled.
+
+    Raises:
+        ValueError: If the schedule has prices, and no law of lengths is by values.
+    """
+    prices = schedule if isinstance(schedule, PriceSchedule) else None
+    parts = (part for root in objects if isinstance(root, nn.Module) for part in root.modules())
+    if not any(isinstance(part, ValueHead) for part in parts):
+        if prices is not None:
+            raise ValueError(
+                "fit: argument `schedule` is a PriceSchedule, for laws of lengths by values, of which the guide has "
+                "none: an autoencoder's has with posterior_lengths='priced', an AutoNested with `amortise`"
+            )
+        return None
+    return ValueSites(plate, row_scale, not isinstance(objective.module.elbo, Trace_MMD), prices)

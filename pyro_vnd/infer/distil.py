@@ -1,0 +1,231 @@
+"""Teach a model, after its fit, what each length is worth to each row."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_vnd._data import Data, as_arguments, check_rows, map_parts, num_rows, split_rows
+from pyro_vnd._sizes import check_sizes
+from pyro_vnd._state import cuda_devices, module_mode, random_numbers
+from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.nn.values import ValueHead, interpolate_values, spaced_lengths
+
+__all__ = ["DistilReport", "ValuedModel", "distil_lengths"]
+
+HELD_OUT, MOST_HELD_OUT = 0.1, 1000  # share of the rows that report on the head, and how many at most
+FINE = 64  # lengths of their curves, at most
+SHORT, LONG = 1.1, 0.9  # mean lengths at whose prices a head is trained: from this many units to this share of K
+
+
+class ValuedModel(Protocol):
+    """What `distil_lengths` needs of a model, which is an `nn.Module`: rows are the arguments of its methods.
+
+    Attributes:
+        num_units: K, in the value head that it returns.
+    """
+
+    def add_value_head(self) -> ValueHead:
+        """Return the model's value head, a new one if it has none."""
+
+    def value_inputs(self, *rows: Any, **named: Any) -> Tensor:
+        """Return what the head looks at, shape (N, num_inputs)."""
+
+    def value_curve(self, *rows: Any, lengths: Sequence[int], **named: Any) -> Tensor:
+        """Return what lengths are worth to rows, in nats, shape (N, number of lengths)."""
+
+
+@dataclass(frozen=True)
+class DistilReport:
+    """How well the lengths that a head predicts do on rows that it has not seen.
+
+    Attributes:
+        mean_lengths: Mean lengths at which this is asked.
+        prices: Prices at which the head has them.
+        share_of_gain: What the value of rows gains over one length for all of them, by choosing the length of each by
+            the head, as a share of what it gains by its true values; 1 is best, 0 no gain.
+        correlation: Of the mean lengths by row, the head's and the true ones.
+        num_rows: Rows that the head has learned from.
+        num_held_out: Rows that this is about.
+        seconds: Time that all took.
+    """
+
+    mean_lengths: tuple[float, ...]
+    prices: tuple[float, ...]
+    share_of_gain: tuple[float, ...]
+    correlation: tuple[float, ...]
+    num_rows: int
+    num_held_out: int
+    seconds: float
+
+    def __str__(self) -> str:
+        lines = [
+            f"lengths distilled from {self.num_rows} rows in {self.seconds:.1f} s; on {self.num_held_out} others:",
+            f"{'mean length':>13}{'price, nats':>13}{'share of gain':>15}{'correlation':>13}",
+        ]
+        columns = zip(self.mean_lengths, self.prices, self.share_of_gain, self.correlation, strict=True)
+        lines += [f"{m:13.4g}{price:13.4g}{share:15.2f}{r:13.2f}" for m, price, share, r in columns]
+        return "\n".join(lines)
+
+
+def distil_lengths(
+    model: ValuedModel,
+    data: Data,
+    *,
+    prices: tuple[float, float] | None = None,
+    num_lengths: int = 12,
+    num_rows_used: int = 20_000,
+    num_steps: int = 4000,
+    batch_size: int = 512,
+    lr: float = 0.003,
+    seed: int | None = 0,
+    progress: bool = True,
+) -> DistilReport:
+    r"""Teach the value head of a fitted model what each length is worth to each row.
+
+    Some rows are decoded at some lengths, between which the values v are interpolated, and the head, $\hat v$, is
+    trained to have the same laws at random prices,
+
+    $$\min \; E_{n, \lambda} \; \mathrm{KL}\big(\mathrm{softmax}(\log p + v(x_n) - \lambda L) \,\|\,
+      \mathrm{softmax}(\log p + \hat v(x_n) - \lambda L)\big).$$
+
+    Nothing else of the model changes. It need not have been fitted with a law that was learned: a model that was
+    trained under a fixed law knows afterwards, too, how long a code each row needs. Takes seconds.
+
+    Args:
+        model: An autoencoder of the library, an `AutoNested` with `amortise`, or another `ValuedModel`.
+        data: Rows as those of `fit`, such as its training data.
+        prices: Lowest and highest price for a unit, in nats, > 0, from which prices are drawn log-uniformly. By default
+            they are those of mean lengths from 1.1 units to nine tenths of K, log-uniform in the mean length.
+        num_lengths: Lengths that are decoded.
+        num_rows_used: Rows that are looked at, at most.
+        num_steps: Steps of Adam.
+        batch_size: Rows of a step.
+        lr: Learning rate, which falls to zero on half a cosine.
+        seed: Seed of the choice of rows and the prices; None goes on with the caller's random numbers.
+        progress: Whether to show progress bars.
+
+    Returns:
+        How well the head does on rows that were held back, one in ten.
+
+    Raises:
+        ValueError: If an argument is invalid.
+
+    Example:
+        >>> from pyro_vnd.autoencoders import OrderedVAE
+        >>> from pyro_vnd.distributions import OrderedMask
+        >>> vae, x = OrderedVAE((9,), num_latents=4, posterior_lengths="prior"), torch.rand(200, 9)
+        >>> report = distil_lengths(vae, x, num_steps=20, progress=False)
+        >>> vae.encode(x, mean_length=2.0).batch_shape
+        torch.Size([200])
+    """
+    name = "distil_lengths"
+    missing = [method for method in ("add_value_head", "value_inputs", "value_curve") if not hasattr(model, method)]
+    if missing or not isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"{name}: argument `model` must be an nn.Module with the methods of `ValuedModel`; {type(model).__name__} "
+            f"lacks {', '.join(missing) or 'those of an nn.Module'}"
+        )
+    check_rows(name, data)
+    check_sizes(name, num_lengths=num_lengths, num_rows_used=num_rows_used, num_steps=num_steps, batch_size=batch_size)
+    if prices is not None and not (len(prices) == 2 and 0 < prices[0] < prices[1] < math.inf):
+        raise ValueError(f"{name}: argument `prices` must be two prices, 0 < low < high; got {prices}")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"{name}: argument `lr` must be finite and > 0; got {lr}")
+    if num_rows(data) < 10:
+        raise ValueError(f"{name}: argument `data` must have 10 rows at least; got {num_rows(data)}")
+    started = time.perf_counter()
+    head = model.add_value_head()
+    with random_numbers(seed, cuda_devices([model])), module_mode([model], training=False):
+        chosen = torch.randperm(num_rows(data))[:num_rows_used]
+        num_held_out = min(math.ceil(HELD_OUT * len(chosen)), MOST_HELD_OUT)
+        held_out, seen = _rows(data, chosen[:num_held_out]), _rows(data, chosen[num_held_out:])
+        lengths = spaced_lengths(head.num_units, max(num_lengths, 2))
+        inputs, curves = _look(model, head, seen, lengths, batch_size, progress)
+        _train(head, inputs, curves, prices, num_steps, batch_size, lr, progress)
+        with torch.no_grad():
+            head.calibrate(head(inputs[: MOST_HELD_OUT * 2]))
+            fine = spaced_lengths(head.num_units, FINE)
+            inputs, curves = _look(model, head, held_out, fine, batch_size, progress)
+            scores = _scores(head, head(inputs), curves)
+    means, at, shares, correlation = scores
+    return DistilReport(
+        means, at, shares, correlation, len(chosen) - num_held_out, num_held_out, time.perf_counter() - started
+    )
+
+
+def _rows(data: Data, rows: Tensor) -> Data:
+    return map_parts(lambda part: part[rows.to(part.device)], data)
+
+
+@torch.no_grad()
+def _look(
+    model: ValuedModel, head: ValueHead, data: Data, lengths: Sequence[int], batch_size: int, progress: bool
+) -> tuple[Tensor, Tensor]:
+    """Return what the head is given of rows, and their value curves."""
+    inputs, curves = [], []
+    with tqdm(total=num_rows(data), desc="values", unit="row", disable=not progress) as bar:
+        for batch in split_rows(data, batch_size):
+            args, kwargs = as_arguments(batch)
+            inputs.append(model.value_inputs(*args, **kwargs))
+            values = model.value_curve(*args, lengths=lengths, **kwargs)
+            curves.append(interpolate_values(values, lengths, head.num_units))
+            bar.update(num_rows(batch))
+    return torch.cat(inputs), torch.cat(curves)
+
+
+def _train(
+    head: ValueHead,
+    inputs: Tensor,
+    curves: Tensor,
+    prices: tuple[float, float] | None,
+    num_steps: int,
+    batch_size: int,
+    lr: float,
+    progress: bool,
+) -> None:
+    head.standardise(inputs)
+    head.centre(curves)
+    head.calibrate(curves[: 2 * MOST_HELD_OUT])  # for the prices, for now
+    units = torch.arange(1, head.num_units + 1, device=curves.device).to(curves)
+    optimizer = torch.optim.Adam(head.parameters(), lr=lr)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    for _ in tqdm(range(num_steps), desc="distil", unit="step", disable=not progress):
+        rows = torch.randint(len(inputs), (batch_size,), device=inputs.device)
+        paid = _draw_prices(head, prices, batch_size).to(curves).unsqueeze(-1) * units - head.log_probs
+        with torch.enable_grad():
+            target = (curves[rows] - paid).softmax(-1)
+            loss = -(target * (head(inputs[rows]) - paid).log_softmax(-1)).sum(-1).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        optimizer.step()
+        scheduler.step()
+
+
+def _draw_prices(head: ValueHead, prices: tuple[float, float] | None, num: int) -> Tensor:
+    low, high = (SHORT, max(LONG * head.num_units, SHORT + 0.1)) if prices is None else prices
+    if prices is None and head.num_units < 2:
+        return torch.zeros(num)
+    drawn = (math.log(low) + (math.log(high) - math.log(low)) * torch.rand(num)).exp()
+    return head.price_at(drawn) if prices is None else drawn
+
+
+def _scores(head: ValueHead, predicted: Tensor, curves: Tensor) -> list[tuple[float, ...]]:
+    """Return mean lengths, prices, shares of the gain and correlations."""
+    rows: list[tuple[float, float, float, float]] = []
+    mine, best = (OrderedMask(logits=values + head.log_probs) for values in (predicted, curves))
+    for mean_length in (2.0, 4.0, 8.0, 12.0, 16.0, 32.0, 64.0):
+        if mean_length > LONG * head.num_units:
+            break
+        ours, theirs = (law.at_mean_length(mean_length, shared=True) for law in (mine, best))
+        fixed = curves[:, round(mean_length) - 1].mean()
+        gain, whole = ((law.probs * curves).sum(-1).mean() - fixed for law in (ours, theirs))
+        correlation = torch.corrcoef(torch.stack([ours.mean_length, theirs.mean_length]))[0, 1]
+        price = mine.price_at_mean_length(mean_length, shared=True)
+        rows.append((mean_length, price.item(), (gain / whole).item(), correlation.item()))
+    return [tuple(row[i] for row in rows) for i in range(4)]

@@ -1,0 +1,260 @@
+"""What each length is worth for each row, and from it the law of lengths at any price."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from pyro_vnd._sizes import check_sizes
+from pyro_vnd.distributions import OrderedMask
+
+__all__ = ["ValueHead", "interpolate_values", "spaced_lengths"]
+
+NUM_PRICES = 512
+LARGEST_PRICE, SMALLEST_PRICE = 100.0, 1e-4  # in units of the deviation of values
+MOMENTUM = 0.01  # of the running means of inputs, by batch
+AT_ONCE = 4_000_000  # numbers in a block of laws by price
+
+
+class ValueHead(nn.Module):
+    r"""Predict what each length is worth for a row, its *value curve*, from features of the row.
+
+    $$v_L(x) = E_q \log p(x \mid z_{\le L}) - \mathrm{KL}(q(z_{\le L} \mid x) \| p(z_{\le L})), \qquad L = 1..K.$$
+
+    Whatever a unit may cost, the best law of lengths follows from this curve: $q(L \mid x, \lambda) \propto
+    p(L) \exp(v_L(x) - \lambda L)$ at a price of $\lambda$ nats a unit. One head so serves all budgets. `fit` trains it
+    by regression on the one length that each row was seen at, and `distil_lengths` on whole curves.
+
+    A perceptron, whose inputs are standardised and whose outputs are deviations from a mean curve, by means that are
+    taken in training and kept with the weights. So are mean lengths at many prices, see `calibrate`.
+
+    Args:
+        num_inputs: Features of a row.
+        num_units: K.
+        hidden: Units of each hidden layer.
+        prior: Law of the lengths a priori; uniform by default.
+
+    Raises:
+        ValueError: If a size is not positive, or the prior is no single law over K that gives each a chance.
+
+    Example:
+        >>> head = ValueHead(num_inputs=3, num_units=4)
+        >>> head(torch.randn(5, 3)).shape
+        torch.Size([5, 4])
+    """
+
+    loc: Tensor
+    scale: Tensor
+    curve: Tensor
+    deviation: Tensor
+    seen: Tensor
+    prices: Tensor
+    mean_lengths: Tensor
+
+    log_probs: Tensor
+
+    def __init__(
+        self,
+        num_inputs: int,
+        num_units: int,
+        hidden: Sequence[int] = (64, 64),
+        prior: OrderedMask | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(type(self).__name__, num_inputs=num_inputs, num_units=num_units, hidden=tuple(hidden))
+        prior = OrderedMask.uniform(num_units) if prior is None else prior
+        if prior.batch_shape or prior.num_units != num_units or not (prior.probs > 0).all():
+            raise ValueError(
+                f"ValueHead: argument `prior` must be a single law over {num_units} units that gives each length a "
+                f"positive probability; got {prior!r}"
+            )
+        layers: list[nn.Module] = []
+        for n_in, n_out in pairwise([num_inputs, *hidden]):
+            layers += [nn.Linear(n_in, n_out), nn.SiLU()]
+        last = nn.Linear(hidden[-1] if hidden else num_inputs, num_units)
+        nn.init.zeros_(last.weight)  # the mean curve, for all rows
+        nn.init.zeros_(last.bias)
+        self.net = nn.Sequential(*layers, last)
+        self.num_inputs, self.num_units = num_inputs, num_units
+        for name, size, start in (
+            ("loc", (num_inputs,), 0.0),
+            ("scale", (num_inputs,), 1.0),
+            ("curve", (num_units,), 0.0),
+            ("deviation", (), 1.0),
+            ("seen", (num_units,), 0.0),
+            ("prices", (NUM_PRICES,), torch.nan),
+            ("mean_lengths", (NUM_PRICES,), torch.nan),
+        ):
+            self.register_buffer(name, torch.full(size, start))
+        self.register_buffer("log_probs", prior.logits.detach().clone())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the values of the lengths 1..K in nats, shape (..., K), of features, shape (..., num_inputs)."""
+        # A copy: what was seen may move it before the gradient is taken.
+        return self.curve + self.deviation.clone() * self.net((inputs - self.loc) / self.scale)
+
+    @torch.no_grad()
+    def standardise(self, inputs: Tensor, momentum: float = 1.0) -> None:
+        """Move mean and deviation of the inputs towards those of a batch.
+
+        Args:
+            inputs: Shape (N, num_inputs).
+            momentum: How far: 1 is all the way.
+        """
+        if len(inputs) < 2:
+            return
+        momentum = momentum if self.seen.any() else 1.0
+        self.loc.lerp_(inputs.mean(0), momentum)
+        self.scale.lerp_(inputs.std(0).clamp_min(1e-3), momentum)
+
+    @torch.no_grad()
+    def centre(self, curves: Tensor) -> None:
+        """Take the mean curve of some rows, shape (N, K), for that which the net deviates from."""
+        self.curve.copy_(curves.mean(0))
+        self.deviation.copy_((curves - self.curve).square().mean().sqrt().clamp_min(torch.finfo(curves.dtype).tiny))
+        self.seen.fill_(len(curves))
+
+    def regression(self, values: Tensor, lengths: Tensor, observed: Tensor, weights: Tensor | None = None) -> Tensor:
+        r"""Return the error of predictions where rows were seen at one length each, and note what was seen.
+
+        $$\sum_n w_n (v_{L_n}(x_n) - \hat v_n)^2 / 2 s^2,$$
+
+        with s the deviation of values: of order one for each row, whatever the units.
+
+        Args:
+            values: As the head returned them, shape (N, K).
+            lengths: L, integers 1..K, shape (N,).
+            observed: What they turned out to be worth, nats, shape (N,).
+            weights: w, shape (N,); one each by default.
+
+        Returns:
+            A scalar, with its gradient to the weights of the head.
+        """
+        weights = torch.ones_like(observed) if weights is None else weights.to(observed)
+        errors = (values.gather(-1, lengths.unsqueeze(-1) - 1).squeeze(-1) - observed) / self.deviation.clone()
+        self._note(lengths, observed, weights)
+        return (weights * errors.square()).sum() / 2
+
+    @torch.no_grad()
+    def _note(self, lengths: Tensor, observed: Tensor, weights: Tensor) -> None:
+        """Take what was seen, at a length a row, into the mean curve and the deviation from it.
+
+        Means over all that was ever seen: in the end they stand still, and what has changed since is for the net to
+        say. Means that forgot would tremble, at each length by itself, by more than neighbouring lengths differ.
+        """
+        rows = one_hot(lengths - 1, self.num_units).to(observed) * (weights > 0).unsqueeze(-1)
+        safe = torch.where(weights > 0, observed, 0)
+        counts, before = rows.sum(0), self.seen.sum()
+        total = counts.sum()
+        mean = safe.sum() / total.clamp_min(1)
+        means = torch.where(counts > 0, safe @ rows / counts.clamp_min(1), mean)
+        share = counts / (self.seen + counts).clamp_min(1)
+        self.curve.lerp_(means, torch.where(before > 0, share, 1.0))  # at first also where no row was
+        square = (rows.sum(-1) * (safe - self.curve[lengths - 1]).square()).sum() / total.clamp_min(1)
+        moved = self.deviation.square().lerp(square, total / (before + total).clamp_min(1))
+        self.deviation.copy_(
+            torch.where(total > 0, moved.sqrt().clamp_min(torch.finfo(moved.dtype).tiny), self.deviation)
+        )
+        self.seen += counts
+
+    @torch.no_grad()
+    def calibrate(self, values: Tensor) -> None:
+        """Keep the mean length over some rows at each of many prices: that of their laws at temperature one.
+
+        Args:
+            values: Values of the rows, shape (N, K).
+        """
+        span = torch.asinh(torch.tensor(LARGEST_PRICE / SMALLEST_PRICE, dtype=torch.float64)).item()
+        steps = torch.linspace(-span, span, NUM_PRICES, dtype=torch.float64, device=values.device)
+        spread = (values - values.mean(0)).square().mean().sqrt() + (values.mean(0).std() if self.num_units > 1 else 0)
+        prices = SMALLEST_PRICE * spread.double() * torch.sinh(steps)
+        lengths = torch.arange(1, self.num_units + 1, device=values.device).to(prices)
+        logits = values.double() + self.log_probs.double()
+        at_once = max(AT_ONCE // logits.numel(), 1)
+        means = [
+            ((logits - price.reshape(-1, 1, 1) * lengths).softmax(-1) @ lengths).mean(-1)
+            for price in prices.split(at_once)
+        ]
+        self.prices.copy_(prices)
+        self.mean_lengths.copy_(torch.cat(means))
+
+    def price_at(self, mean_length: float | Tensor) -> Tensor:
+        """Return the price at which the lengths of the rows of `calibrate` have a given mean.
+
+        Args:
+            mean_length: Strictly between 1 and K.
+
+        Returns:
+            Nats a unit, the shape of `mean_length`.
+
+        Raises:
+            ValueError: If it is not, or the head was not calibrated.
+        """
+        wanted = torch.as_tensor(mean_length, dtype=self.prices.dtype, device=self.prices.device)
+        if self.mean_lengths.isnan().any():
+            raise ValueError(
+                "ValueHead: argument `mean_length` needs a price, which is not known yet: fit the model with "
+                "posterior_lengths='priced', or call `distil_lengths`"
+            )
+        if not ((wanted > 1) & (wanted < self.num_units)).all():
+            raise ValueError(
+                f"ValueHead: argument `mean_length` must be strictly between 1 and {self.num_units}; got {mean_length}"
+            )
+        means = self.mean_lengths.flip(0)  # they fall as the price rises
+        after = torch.searchsorted(means.contiguous(), wanted).clamp(1, len(means) - 1)
+        low, high = means[after - 1], means[after]
+        share = ((wanted - low) / (high - low).clamp_min(torch.finfo(means.dtype).tiny)).clamp(0, 1)
+        prices = self.prices.flip(0)
+        return torch.lerp(prices[after - 1], prices[after], share)
+
+
+def spaced_lengths(num_units: int, num_lengths: int) -> list[int]:
+    """Return lengths from 1 to K with about the same ratio from one to the next.
+
+    Args:
+        num_units: K.
+        num_lengths: How many; all K if there are no more.
+
+    Returns:
+        The lengths, rising.
+
+    Example:
+        >>> spaced_lengths(32, 12)
+        [1, 2, 3, 4, 5, 6, 8, 11, 14, 18, 24, 32]
+    """
+    if num_lengths >= num_units:
+        return list(range(1, num_units + 1))
+    found: list[int] = []
+    for tried in range(num_lengths, 64 * num_units):
+        spaced = torch.logspace(0, 1, tried, base=num_units, dtype=torch.float64).round().long()
+        lengths = sorted({1, *spaced.tolist(), num_units} if num_lengths > 1 else {num_units})
+        if len(lengths) > num_lengths:
+            break
+        found = lengths
+    return found
+
+
+def interpolate_values(values: Tensor, lengths: Sequence[int], num_units: int) -> Tensor:
+    """Return the values of all lengths from those of some, on lines over the logarithm of the length.
+
+    Args:
+        values: Shape (N, n).
+        lengths: Of these, rising, the first and the last of them 1 and K.
+        num_units: K.
+
+    Returns:
+        Shape (N, K).
+
+    Example:
+        >>> interpolate_values(torch.tensor([[0.0, 2.0]]), [1, 4], num_units=4)
+        tensor([[0.0000, 1.0000, 1.5850, 2.0000]])
+    """
+    if len(lengths) == num_units:
+        return values
+    known = torch.tensor(lengths, dtype=values.dtype, device=values.device).log()
+    wanted = torch.arange(1, num_units + 1, device=values.device).to(values).log()
+    after = torch.searchsorted(known, wanted).clamp(1, len(lengths) - 1)
+    share = (wanted - known[after - 1]) / (known[after] - known[after - 1])
+    return torch.lerp(values[..., after - 1], values[..., after], share)
