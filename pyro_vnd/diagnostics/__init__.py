@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pyro_vnd.diagnostics.metrics.classification import evaluate as evaluate
     from pyro_vnd.diagnostics.metrics.classification import net_cost as net_cost
     from pyro_vnd.diagnostics.metrics.generative import generative_metrics as generative_metrics
+    from pyro_vnd.diagnostics.metrics.lengths import evaluate_lengths as evaluate_lengths
     from pyro_vnd.diagnostics.metrics.ood import ood_metrics as ood_metrics
     from pyro_vnd.diagnostics.metrics.predictive import classification_metrics as classification_metrics
     from pyro_vnd.diagnostics.metrics.prefixes import evaluate_prefixes as evaluate_prefixes
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from pyro_vnd.diagnostics.plots.laws import plot_keep_probs as plot_keep_probs
     from pyro_vnd.diagnostics.plots.laws import plot_laws as plot_laws
     from pyro_vnd.diagnostics.plots.laws import plot_length_posterior as plot_length_posterior
+    from pyro_vnd.diagnostics.plots.lengths import plot_lengths as plot_lengths
+    from pyro_vnd.diagnostics.plots.lengths import plot_sorted_by_length as plot_sorted_by_length
     from pyro_vnd.diagnostics.plots.prefixes import plot_class_lengths as plot_class_lengths
     from pyro_vnd.diagnostics.plots.prefixes import plot_rate_distortion as plot_rate_distortion
     from pyro_vnd.diagnostics.plots.widths import plot_ood as plot_ood
@@ -47,6 +50,7 @@ _NAMES = {
     "metrics.calibration": ("fit_temperature", "scale_temperature"),
     "metrics.classification": ("evaluate", "net_cost"),
     "metrics.generative": ("generative_metrics",),
+    "metrics.lengths": ("evaluate_lengths",),
     "metrics.ood": ("ood_metrics",),
     "metrics.predictive": ("classification_metrics",),
     "metrics.prefixes": ("evaluate_prefixes",),
@@ -54,6 +58,7 @@ _NAMES = {
     "plots.fits": ("plot_elbo", "plot_ranks"),
     "plots.images": ("plot_prefixes", "plot_samples", "plot_traversals"),
     "plots.laws": ("plot_keep_probs", "plot_laws", "plot_length_posterior"),
+    "plots.lengths": ("plot_lengths", "plot_sorted_by_length"),
     "plots.prefixes": ("plot_class_lengths", "plot_rate_distortion"),
     "plots.widths": ("plot_ood", "plot_reliability", "plot_widths"),
     "posterior.khat": ("khat", "khat_by_row", "resample"),

@@ -14,7 +14,7 @@ from pyro_vnd._state import module_mode
 from pyro_vnd.diagnostics.metrics.prefix_model import PrefixModel
 from pyro_vnd.diagnostics.plots.axes import one_axes
 
-__all__ = ["plot_prefixes", "plot_samples", "plot_traversals"]
+__all__ = ["pictures_of", "plot_prefixes", "plot_samples", "plot_traversals"]
 
 _DEFAULT_UNITS = 8
 
@@ -57,7 +57,7 @@ def plot_prefixes(
             )
     lengths = sorted(reconstructions)
     rows = [images, *(reconstructions[length] for length in lengths)]
-    pictures = np.concatenate([_pictures("plot_prefixes: `images`", row) for row in rows])
+    pictures = np.concatenate([pictures_of("plot_prefixes: `images`", row) for row in rows])
     ax = _mosaic(pictures, len(rows), ["data", *map(str, lengths)], ax, figsize, cmap)
     ax.set(xlabel="image", ylabel="code length")
     return ax
@@ -111,7 +111,7 @@ def plot_traversals(
         codes = code.repeat(len(units), num_steps, 1)
         for row, unit in zip(codes, units, strict=True):
             row[:, unit - 1] = values
-        images = _pictures("plot_traversals: images of `model`", model.decode(codes.flatten(0, 1)))
+        images = pictures_of("plot_traversals: images of `model`", model.decode(codes.flatten(0, 1)))
     ax = _mosaic(images, len(units), [str(unit) for unit in units], ax, figsize, cmap)
     ax.set(xlabel="value of the latent", ylabel="latent")
     width = images.shape[2]
@@ -158,14 +158,14 @@ def plot_samples(
     with torch.random.fork_rng(), torch.no_grad(), module_mode([model], training=False):
         for length in lengths:
             torch.manual_seed(seed)
-            rows.append(_pictures("plot_samples: images of `model`", model.sample(num_samples, length)))
+            rows.append(pictures_of("plot_samples: images of `model`", model.sample(num_samples, length)))
     labels = ["prior" if length is None else str(length) for length in lengths]
     ax = _mosaic(np.concatenate(rows), len(rows), labels, ax, figsize, cmap)
     ax.set(xlabel="sample", ylabel="code length")
     return ax
 
 
-def _pictures(what: str, images: ArrayLike | Tensor) -> np.ndarray:
+def pictures_of(what: str, images: ArrayLike | Tensor) -> np.ndarray:
     """Return images as (N, H, W) or (N, H, W, 3), square if they were flattened."""
     pixels = images.detach().cpu().double().numpy() if isinstance(images, Tensor) else np.asarray(images)
     if pixels.ndim == 2 and math.isqrt(pixels.shape[1]) ** 2 == pixels.shape[1]:

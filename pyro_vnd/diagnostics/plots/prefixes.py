@@ -9,7 +9,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from pyro_vnd.diagnostics.plots.axes import one_axes
+from pyro_vnd.diagnostics.plots.axes import one_axes, over_seeds
 
 __all__ = ["plot_class_lengths", "plot_rate_distortion"]
 
@@ -43,7 +43,7 @@ def plot_rate_distortion(
             )
         data = data.sortby("prefix")
         style: dict[str, Any] = {"color": f"C{number}", "elinewidth": 0.8}
-        (rate, rate_error), (distortion, error) = (_over_seeds(data[name]) for name in ("rate", "distortion"))
+        (rate, rate_error), (distortion, error) = (over_seeds(data[name]) for name in ("rate", "distortion"))
         ax.errorbar(rate, distortion, error, rate_error, marker="o", markersize=4, label=method or None, **style)
         for place, (length, x, y) in enumerate(zip(data["prefix"].values, rate, distortion, strict=True)):
             # Long codes may lie close together: every other label is on the other side of the line.
@@ -51,7 +51,7 @@ def plot_rate_distortion(
             offset = (-4, -4) if place % 2 else (4, 4)
             ax.annotate(str(length), (x, y), offset, textcoords="offset points", color=f"C{number}", **sides)
         if "rate_learned" in data:
-            (x, x_error), (y, y_error) = (_over_seeds(data[f"{name}_learned"]) for name in ("rate", "distortion"))
+            (x, x_error), (y, y_error) = (over_seeds(data[f"{name}_learned"]) for name in ("rate", "distortion"))
             ax.errorbar(x, y, y_error, x_error, marker="*", markersize=11, markerfacecolor="none", **style)
     if any("rate_learned" in data for data in methods.values()):
         ax.plot([], [], "*", markersize=11, color="0.4", markerfacecolor="none", label="learned lengths")
@@ -106,9 +106,3 @@ def plot_class_lengths(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(title="mean length", fontsize="small")
     return ax
-
-
-def _over_seeds(values: xr.DataArray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean over seeds and its standard error, zero for one seed."""
-    mean, number = values.mean("seed").to_numpy(), values.sizes["seed"]
-    return mean, values.std("seed", ddof=1).to_numpy() / number**0.5 if number > 1 else np.zeros_like(mean)
