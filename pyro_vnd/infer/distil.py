@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,20 +24,19 @@ SHORT, LONG = 1.1, 0.9  # mean lengths at whose prices a head is trained: from t
 
 
 class ValuedModel(Protocol):
-    """What `distil_lengths` needs of a model, which is an `nn.Module`: rows are the arguments of its methods.
+    """What `distil_lengths` needs of a model, an `nn.Module`: rows are the arguments of its methods, as of itself."""
 
-    Attributes:
-        num_units: K, in the value head that it returns.
-    """
+    @property
+    def add_value_head(self) -> Callable[[], ValueHead]:
+        """Return the model's value head, a new one if it has none: `add_value_head()`."""
 
-    def add_value_head(self) -> ValueHead:
-        """Return the model's value head, a new one if it has none."""
+    @property
+    def value_inputs(self) -> Callable[..., Tensor]:
+        """Return what the head looks at, shape (N, num_inputs): `value_inputs(*rows)`."""
 
-    def value_inputs(self, *rows: Any, **named: Any) -> Tensor:
-        """Return what the head looks at, shape (N, num_inputs)."""
-
-    def value_curve(self, *rows: Any, lengths: Sequence[int], **named: Any) -> Tensor:
-        """Return what lengths are worth to rows, in nats, shape (N, number of lengths)."""
+    @property
+    def value_curve(self) -> Callable[..., Tensor]:
+        """Return what lengths are worth to rows in nats, shape (N, number of them): `value_curve(*rows, lengths=)`."""
 
 
 @dataclass(frozen=True)

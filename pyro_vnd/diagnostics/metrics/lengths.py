@@ -1,7 +1,7 @@
 """What it is worth to choose the length of each code, beside one length for all."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
@@ -72,6 +72,7 @@ def evaluate_lengths(
     data: Rows,
     mean_lengths: Sequence[float] = (2, 4, 8, 12),
     *,
+    laws: Mapping[str, OrderedMask] | None = None,
     num_decoded: int = 12,
     num_samples: int = 1,
     seed: int = 0,
@@ -95,6 +96,7 @@ def evaluate_lengths(
         data: Test images x, and labels y if there are any: a tensor x, a pair (x, y), a mapping, or an iterable of
             batches.
         mean_lengths: Mean lengths, each from 1 to K.
+        laws: More laws of the lengths of these images, by name, with batch shape (N,), to tilt and score as well.
         num_decoded: Lengths that "decoded" decodes.
         num_samples: Draws of each code for the ELBO.
         seed: Seed of the draws, and the coordinate of the result: give each fit its own.
@@ -141,6 +143,13 @@ def evaluate_lengths(
             torch.manual_seed(seed)
             parts.append(_look(model, _to_device(batch[0], model), num_decoded, num_samples))
         curves = _join(parts)
+        for law, given in (laws or {}).items():
+            if law in LAWS or given.batch_shape != curves.error.shape[:1] or given.num_units != num_latents:
+                raise ValueError(
+                    f"{name}: argument `laws` must have names other than {', '.join(LAWS)}, and laws of batch shape "
+                    f"({len(curves.error)},) over {num_latents} units; got {law!r}: {given!r}"
+                )
+            curves.laws[law] = given.logits.double().cpu()
         head = getattr(getattr(model, "encoder", None), "value_head", None)
         if head is not None and not head.mean_lengths.isnan().any():
             logits = curves.laws["model"].double()
@@ -153,11 +162,12 @@ def evaluate_lengths(
             at_price = {"mean_length_at_price": variable(_LABELS, {}, "mean_length_at_price", ("mean_length",), means)}
     classes = torch.cat(labels).cpu() if labels else None
     scores: dict[str, list[list[Any]]] = defaultdict(list)
-    for law in LAWS:
+    names = [*LAWS, *(laws or {})]
+    for law in names:
         rows = [_score(curves, law, m, classes) for m in wanted]
         for key in rows[0]:
             scores[key].append([row[key] for row in rows])
-    coords: dict[str, Any] = {"seed": [seed], "law": list(LAWS)}
+    coords: dict[str, Any] = {"seed": [seed], "law": names}
     coords["mean_length"] = ("mean_length", wanted, {"long_name": "mean length", "units": "latents"})
     dims = {"length": ("image",), "length_by_class": ("class",), "mse_by_class": ("class",)}
     variables = {
