@@ -165,7 +165,7 @@ def cost(recipe: Recipe, seconds: float = 30.0) -> dict[str, float]:
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        x = torch.rand(20 * recipe.batch_size, 1, 28, 28)
+        x = torch.rand(60 * recipe.batch_size, 1, 28, 28)
         vaes = {method: build(method, 28, recipe) for method in ("fixed_uniform", "vnd", "priced")}
 
         def steps(method: str) -> None:
@@ -174,7 +174,7 @@ def cost(recipe: Recipe, seconds: float = 30.0) -> dict[str, float]:
 
         def encode(method: str, **price: Any) -> None:
             with torch.no_grad():
-                vaes[method].encode(x[:1000], **price)
+                vaes[method].eval().encode(x[:1000], **price)
 
         steps("priced")  # which calibrates it
         encodes = interleaved_medians(

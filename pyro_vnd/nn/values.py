@@ -12,10 +12,10 @@ from pyro_vnd.distributions import OrderedMask
 
 __all__ = ["ValueHead", "interpolate_values", "spaced_lengths"]
 
-NUM_PRICES = 512
+NUM_PRICES = 256
 LARGEST_PRICE, SMALLEST_PRICE = 100.0, 1e-4  # in units of the deviation of values
 MOMENTUM = 0.01  # of the running means of inputs, by batch
-AT_ONCE = 4_000_000  # numbers in a block of laws by price
+AT_ONCE = 1_000_000  # numbers in a block of laws by price
 
 
 class ValueHead(nn.Module):
@@ -92,8 +92,14 @@ class ValueHead(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the values of the lengths 1..K in nats, shape (..., K), of features, shape (..., num_inputs)."""
+        first, *rest = self.net
+        assert isinstance(first, nn.Linear)
+        weight = first.weight / self.scale  # on the weights, of which there are fewer than inputs
+        hidden = nn.functional.linear(inputs, weight, first.bias - weight @ self.loc)
+        for layer in rest:
+            hidden = layer(hidden)
         # A copy: what was seen may move it before the gradient is taken.
-        return self.curve + self.deviation.clone() * self.net((inputs - self.loc) / self.scale)
+        return torch.addcmul(self.curve, self.deviation.clone(), hidden)
 
     @torch.no_grad()
     def standardise(self, inputs: Tensor, momentum: float = 1.0) -> None:
@@ -167,12 +173,14 @@ class ValueHead(nn.Module):
             values: Values of the rows, shape (N, K).
         """
         span = torch.asinh(torch.tensor(LARGEST_PRICE / SMALLEST_PRICE, dtype=torch.float64)).item()
-        steps = torch.linspace(-span, span, NUM_PRICES, dtype=torch.float64, device=values.device)
+        steps = torch.linspace(span, -span, NUM_PRICES, dtype=torch.float64, device=values.device)
         spread = (values - values.mean(0)).square().mean().sqrt() + (values.mean(0).std() if self.num_units > 1 else 0)
         prices = SMALLEST_PRICE * spread.double() * torch.sinh(steps)
         lengths = torch.arange(1, self.num_units + 1, device=values.device).to(prices)
-        logits = values.double() + self.log_probs.double()
+        logits = values + self.log_probs
+        logits = logits - logits.amax(-1, keepdim=True)
         at_once = max(AT_ONCE // logits.numel(), 1)
+        prices, lengths = prices.to(logits), lengths.to(logits)
         means = [
             ((logits - price.reshape(-1, 1, 1) * lengths).softmax(-1) @ lengths).mean(-1)
             for price in prices.split(at_once)
@@ -202,12 +210,11 @@ class ValueHead(nn.Module):
             raise ValueError(
                 f"ValueHead: argument `mean_length` must be strictly between 1 and {self.num_units}; got {mean_length}"
             )
-        means = self.mean_lengths.flip(0)  # they fall as the price rises
-        after = torch.searchsorted(means.contiguous(), wanted).clamp(1, len(means) - 1)
-        low, high = means[after - 1], means[after]
-        share = ((wanted - low) / (high - low).clamp_min(torch.finfo(means.dtype).tiny)).clamp(0, 1)
-        prices = self.prices.flip(0)
-        return torch.lerp(prices[after - 1], prices[after], share)
+        # Prices fall, so that mean lengths rise.
+        after = torch.searchsorted(self.mean_lengths, wanted).clamp(1, NUM_PRICES - 1)
+        low, high = self.mean_lengths[after - 1], self.mean_lengths[after]
+        share = ((wanted - low) / (high - low).clamp_min(torch.finfo(low.dtype).tiny)).clamp(0, 1)
+        return torch.lerp(self.prices[after - 1], self.prices[after], share)
 
 
 def spaced_lengths(num_units: int, num_lengths: int) -> list[int]:

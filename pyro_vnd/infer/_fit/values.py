@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyro_vnd._data import Data, as_arguments, map_parts, num_rows
 from pyro_vnd._state import module_mode
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.distributions.masks import Cut
+from pyro_vnd.distributions._fast.normals import normal_kl
 from pyro_vnd.distributions.nested import NestedLaw, innermost
 from pyro_vnd.infer._fit.objective import Objective
 from pyro_vnd.infer.elbo import kl_terms
@@ -115,10 +115,10 @@ class ValueSites(Messenger):
         elif not self.with_kl:
             return
         elif name in now.posteriors:
-            q, p = now.posteriors[name], now.priors[name]
-            if isinstance(q, NestedLaw):
-                cut = Cut(now.lengths[name], q.mask_law)
-                now.add(-kl_terms(q._cut_by(cut), p._cut_by(cut), value)["kl_weight"], msg, self.row_scale)
+            if isinstance(msg["fn"], NestedLaw):
+                q, p = now.posteriors[name].given(value), now.priors[name].given(value)
+                kept = torch.arange(q.num_units, device=q.loc.device) < now.lengths[name].unsqueeze(-1)
+                now.add(-(kept * normal_kl(q.loc, q.scale, p.loc, p.scale)).sum(-1), msg, self.row_scale)
         elif name not in now.others:
             now.others[name] = msg["fn"]
             if msg["infer"].get("is_auxiliary"):
