@@ -156,7 +156,7 @@ class LengthsByPrice(QuietModule):
                 f"{type(self).__name__}: the model's `prior_lengths` gives some lengths no probability: there is no "
                 "choosing among them"
             )
-        lengths = spaced_lengths(self.num_latents, max(num_lengths, 2))
+        lengths = spaced_lengths(self.num_latents, num_lengths)
         values = interpolate_values(self.value_curve(x, lengths), lengths, self.num_latents)
         return OrderedMask(logits=values + self.prior_probs.log())
 

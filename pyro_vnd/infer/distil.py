@@ -144,7 +144,7 @@ def distil_lengths(
         chosen = torch.randperm(num_rows(data))[:num_rows_used]
         num_held_out = min(math.ceil(HELD_OUT * len(chosen)), MOST_HELD_OUT)
         held_out, seen = _rows(data, chosen[:num_held_out]), _rows(data, chosen[num_held_out:])
-        lengths = spaced_lengths(head.num_units, max(num_lengths, 2))
+        lengths = spaced_lengths(head.num_units, num_lengths)
         inputs, curves = _look(model, head, seen, lengths, batch_size, progress)
         _train(head, inputs, curves, prices, num_steps, batch_size, lr, progress)
         with torch.no_grad():

@@ -12,8 +12,8 @@ from pyro_vnd.distributions import OrderedMask
 
 __all__ = ["ValueHead", "interpolate_values", "spaced_lengths"]
 
-NUM_PRICES = 256
-LARGEST_PRICE, SMALLEST_PRICE = 100.0, 1e-4  # in units of the deviation of values
+NUM_PRICES = 512
+LARGEST_PRICE, SMALLEST_PRICE = 100.0, 1e-4  # in units of the spread of values
 MOMENTUM = 0.01  # of the running means of inputs, by batch
 AT_ONCE = 1_000_000  # numbers in a block of laws by price
 
@@ -139,6 +139,7 @@ class ValueHead(nn.Module):
             A scalar, with its gradient to the weights of the head.
         """
         weights = torch.ones_like(observed) if weights is None else weights.to(observed)
+        observed = torch.where(weights > 0, observed, 0)  # what is hidden may be anything
         errors = (values.gather(-1, lengths.unsqueeze(-1) - 1).squeeze(-1) - observed) / self.deviation.clone()
         self._note(lengths, observed, weights)
         return (weights * errors.square()).sum() / 2
@@ -151,18 +152,17 @@ class ValueHead(nn.Module):
         say. Means that forgot would tremble, at each length by itself, by more than neighbouring lengths differ.
         """
         rows = one_hot(lengths - 1, self.num_units).to(observed) * (weights > 0).unsqueeze(-1)
-        safe = torch.where(weights > 0, observed, 0)
         counts, before = rows.sum(0), self.seen.sum()
         total = counts.sum()
-        mean = safe.sum() / total.clamp_min(1)
-        means = torch.where(counts > 0, safe @ rows / counts.clamp_min(1), mean)
+        mean = observed.sum() / total.clamp_min(1)
+        means = torch.where(counts > 0, observed @ rows / counts.clamp_min(1), mean)
         share = counts / (self.seen + counts).clamp_min(1)
+        # From the curve before them: from their own mean a few rows, of one length each say, hardly deviate.
+        errors = observed - torch.where(before > 0, self.curve, mean)[lengths - 1]
+        square = (rows.sum(-1) * errors.square()).sum() / total.clamp_min(1)
+        moved = self.deviation.square().lerp(square, total / (before + total).clamp_min(1)).sqrt()
+        self.deviation.copy_(torch.where(square > 0, moved, self.deviation))
         self.curve.lerp_(means, torch.where(before > 0, share, 1.0))  # at first also where no row was
-        square = (rows.sum(-1) * (safe - self.curve[lengths - 1]).square()).sum() / total.clamp_min(1)
-        moved = self.deviation.square().lerp(square, total / (before + total).clamp_min(1))
-        self.deviation.copy_(
-            torch.where(total > 0, moved.sqrt().clamp_min(torch.finfo(moved.dtype).tiny), self.deviation)
-        )
         self.seen += counts
 
     @torch.no_grad()
@@ -173,12 +173,12 @@ class ValueHead(nn.Module):
             values: Values of the rows, shape (N, K).
         """
         span = torch.asinh(torch.tensor(LARGEST_PRICE / SMALLEST_PRICE, dtype=torch.float64)).item()
-        steps = torch.linspace(span, -span, NUM_PRICES, dtype=torch.float64, device=values.device)
-        spread = (values - values.mean(0)).square().mean().sqrt() + (values.mean(0).std() if self.num_units > 1 else 0)
-        prices = SMALLEST_PRICE * spread.double() * torch.sinh(steps)
+        steps = torch.linspace(-span, span, NUM_PRICES, dtype=torch.float64, device=values.device)
+        logits = values.double() + self.log_probs.double()
+        mean = logits.mean(0)
+        spread = 1 + (logits - mean).square().mean().sqrt() + mean.std(correction=0)  # a nat moves equal lengths, too
+        prices = SMALLEST_PRICE * spread * torch.sinh(steps)
         lengths = torch.arange(1, self.num_units + 1, device=values.device).to(prices)
-        logits = values + self.log_probs
-        logits = logits - logits.amax(-1, keepdim=True)
         at_once = max(AT_ONCE // logits.numel(), 1)
         prices, lengths = prices.to(logits), lengths.to(logits)
         means = [
@@ -222,7 +222,7 @@ def spaced_lengths(num_units: int, num_lengths: int) -> list[int]:
 
     Args:
         num_units: K.
-        num_lengths: How many; all K if there are no more.
+        num_lengths: How many, two at least; all K if there are no more.
 
     Returns:
         The lengths, rising.
@@ -233,10 +233,10 @@ def spaced_lengths(num_units: int, num_lengths: int) -> list[int]:
     """
     if num_lengths >= num_units:
         return list(range(1, num_units + 1))
-    found: list[int] = []
+    num_lengths, found = max(num_lengths, 2), [1, num_units]
     for tried in range(num_lengths, 64 * num_units):
         spaced = torch.logspace(0, 1, tried, base=num_units, dtype=torch.float64).round().long()
-        lengths = sorted({1, *spaced.tolist(), num_units} if num_lengths > 1 else {num_units})
+        lengths = sorted({1, *spaced.tolist(), num_units})
         if len(lengths) > num_lengths:
             break
         found = lengths
