@@ -172,8 +172,8 @@ class OrderedAutoencoder(LengthsByPrice):
         self._check_one("encode", length=length, price=price, mean_length=mean_length)
         self.check_images(x)
         if not (price is None and mean_length is None):
-            return self.encoder(x, priced=True).tilt(self._price("encode", price, mean_length))
-        code = self.encoder(x)
+            return self._encoded(x, priced=True).tilt(self._price("encode", price, mean_length))
+        code = self._encoded(x)
         if length is None:
             return code
         lengths = self._length(length)
@@ -209,7 +209,7 @@ class OrderedAutoencoder(LengthsByPrice):
         return self.num_latents
 
     def _codes_and_costs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        law = self.encoder(x)
+        law = self._encoded(x)
         return law.loc, self._costs(law)
 
     def _costs(self, law: NestedNormal) -> Tensor:

@@ -109,7 +109,7 @@ class LengthEncoder(nn.Module):
         if self.value_head is not None and (priced or self.source == "priced"):
             # It looks on: what is good for it is not what is good for the code.
             inputs = torch.cat([features, heads[..., : self._num_means]], -1).detach()
-            if self.training:
+            if self.value_head.training:
                 self.value_head.standardise(inputs, momentum=MOMENTUM)
             return heads[..., : self.num_values], {"logits": self.value_head(inputs) + self.value_head.log_probs}
         if self.source == "prior":

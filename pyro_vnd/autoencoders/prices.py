@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyro_vnd._compat import QuietModule
 from pyro_vnd._sizes import check_sizes
+from pyro_vnd._state import module_mode
 from pyro_vnd.autoencoders.codes import CodeDecoder
 from pyro_vnd.autoencoders.lengths import LengthEncoder
 from pyro_vnd.autoencoders.likelihoods import Likelihood
@@ -46,6 +47,11 @@ class LengthsByPrice(QuietModule):
     ) -> Any:
         """Return the law of the codes of images, or of their masks."""
         raise NotImplementedError
+
+    def _encoded(self, x: Tensor, *, priced: bool = False) -> Any:
+        """Return what the encoder says of images; outside of a fit nothing is learned from them, whatever the mode."""
+        with module_mode([self.encoder.value_head], training=False):
+            return self.encoder(x, priced=True) if priced else self.encoder(x)
 
     def add_value_head(self) -> ValueHead:
         """Return the part that predicts what lengths are worth, a new one, which knows nothing, if there is none.

@@ -154,15 +154,15 @@ class OrderedVQVAE(OrderedAutoencoder):
         self._check_one("encode", length=length, price=price, mean_length=mean_length)
         self.check_images(x)
         if not (price is None and mean_length is None):
-            return self.encoder(x, priced=True)[1].tilt(self._price("encode", price, mean_length))
-        law = self.encoder(x)[1].expand((len(x),))
+            return self._encoded(x, priced=True)[1].tilt(self._price("encode", price, mean_length))
+        law = self._encoded(x)[1].expand((len(x),))
         return law if length is None else law.cut(self._length(length))
 
     def _codes_and_costs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         nats = math.log(self.codebook_size)
         counts = torch.arange(1, self.num_latents + 1).to(self.prior_probs)
         tokens = counts if self.blocks.by_token else torch.full_like(counts, self.blocks.num_tokens)
-        return self.encoder(x)[0], nats * tokens
+        return self._encoded(x)[0], nats * tokens
 
     def _cut_code(self, codes: Tensor, length: int) -> tuple[Tensor, Tensor]:
         mask = self._mask(len(codes), length)
@@ -185,7 +185,7 @@ class OrderedVQVAE(OrderedAutoencoder):
         self.check_images(x)
         length = self.num_latents if length is None else int(self._length(length))
         mask = self.blocks.over_vectors(self._prefix(length).expand(len(x), -1))
-        index = self.quantiser.nearest(self.blocks.vectors(self.encoder(x)[0]), mask)
+        index = self.quantiser.nearest(self.blocks.vectors(self._encoded(x)[0]), mask)
         return index[:, :length] if self.blocks.by_token else index
 
     def bits(self, length: int | None = None) -> float:
@@ -220,7 +220,7 @@ class OrderedVQVAE(OrderedAutoencoder):
         """
         self.check_images(x)
         length = self._choose("embed", x, length, price, mean_length, exact)
-        return self._code(self.encoder(x)[0], self._mask(len(x), length))
+        return self._code(self._encoded(x)[0], self._mask(len(x), length))
 
     @property
     def _code_size(self) -> int:
@@ -243,7 +243,7 @@ class OrderedVQVAE(OrderedAutoencoder):
         """Return the mean image for the quantised code, cut to a length; arguments and errors as in `embed`."""
         self.check_images(x)
         mask = self._mask(len(x), self._choose("reconstruct", x, length, price, mean_length, exact))
-        return self.likelihood.mean(self.decoder(self._code(self.encoder(x)[0], mask), mask))
+        return self.likelihood.mean(self.decoder(self._code(self._encoded(x)[0], mask), mask))
 
     @torch.no_grad()
     def count_tokens(self, x: Tensor) -> None:
