@@ -19,6 +19,7 @@ from pyro_vnd.nn.values import ValueHead, interpolate_values, spaced_lengths
 __all__ = ["DistilReport", "ValuedModel", "distil_lengths"]
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000  # share of the rows that report on the head, and how many at most
+FEWEST_ROWS = 20  # of which two are held out: one has no correlation
 FINE = 64  # lengths of their curves, at most
 SHORT, LONG = 1.1, 0.9  # mean lengths at whose prices a head is trained: from this many units to this share of K
 
@@ -106,7 +107,7 @@ def distil_lengths(
         num_steps: Steps of Adam.
         batch_size: Rows of a step.
         lr: Learning rate, which falls to zero on half a cosine.
-        seed: Seed of the choice of rows and the prices; None goes on with the caller's random numbers.
+        seed: Seed of a new head, the choice of rows and the prices; None goes on with the caller's random numbers.
         progress: Whether to show progress bars.
 
     Returns:
@@ -136,11 +137,14 @@ def distil_lengths(
         raise ValueError(f"{name}: argument `prices` must be two prices, 0 < low < high; got {prices}")
     if not 0 < lr < math.inf:
         raise ValueError(f"{name}: argument `lr` must be finite and > 0; got {lr}")
-    if num_rows(data) < 10:
-        raise ValueError(f"{name}: argument `data` must have 10 rows at least; got {num_rows(data)}")
+    if min(num_rows(data), num_rows_used) < FEWEST_ROWS:
+        raise ValueError(
+            f"{name}: arguments `data` and `num_rows_used` must have {FEWEST_ROWS} rows at least; got {num_rows(data)} "
+            f"and {num_rows_used}"
+        )
     started = time.perf_counter()
-    head = model.add_value_head()
     with random_numbers(seed, cuda_devices([model])), module_mode([model], training=False):
+        head = model.add_value_head()
         chosen = torch.randperm(num_rows(data))[:num_rows_used]
         num_held_out = min(math.ceil(HELD_OUT * len(chosen)), MOST_HELD_OUT)
         held_out, seen = _rows(data, chosen[:num_held_out]), _rows(data, chosen[num_held_out:])
