@@ -5,11 +5,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-__all__ = ["log_scale", "one_axes", "over_seeds", "row_of_axes"]
+__all__ = ["log_scale", "one_axes", "row_of_axes"]
 
 
 def one_axes(ax: Axes | None, figsize: Any) -> Axes:
@@ -50,9 +49,3 @@ def log_scale(ax: Axes) -> None:
     ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.xaxis.set_minor_formatter(NullFormatter())
-
-
-def over_seeds(values: xr.DataArray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean over seeds and its standard error, zero for one seed."""
-    mean, number = values.mean("seed").to_numpy(), values.sizes["seed"]
-    return mean, values.std("seed", ddof=1).to_numpy() / number**0.5 if number > 1 else np.zeros_like(mean)

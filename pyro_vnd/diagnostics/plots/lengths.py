@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from pyro_vnd.diagnostics.plots.axes import one_axes, over_seeds
+from pyro_vnd.diagnostics.plots.axes import one_axes
 from pyro_vnd.diagnostics.plots.images import pictures_of
+from pyro_vnd.diagnostics.plots.prefixes import over_seeds
 
 __all__ = ["plot_lengths", "plot_sorted_by_length"]
 
@@ -123,7 +124,7 @@ def plot_sorted_by_length(
         )
     order = np.argsort(lengths, kind="stable")
     shown = order[np.linspace(0, len(order) - 1, min(num_images, len(order))).round().astype(int)]
-    pictures = pictures_of("plot_sorted_by_length: `images`", np.asarray(images)[shown])
+    pictures = pictures_of("plot_sorted_by_length: `images`", images)[shown]
     num_columns = -(-len(shown) // 2) if len(shown) > 10 else len(shown)
     ax = one_axes(ax, figsize)
     height, width = pictures.shape[1:3]

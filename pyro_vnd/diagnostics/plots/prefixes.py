@@ -9,9 +9,9 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from pyro_vnd.diagnostics.plots.axes import one_axes, over_seeds
+from pyro_vnd.diagnostics.plots.axes import one_axes
 
-__all__ = ["plot_class_lengths", "plot_rate_distortion"]
+__all__ = ["over_seeds", "plot_class_lengths", "plot_rate_distortion"]
 
 
 def plot_rate_distortion(
@@ -106,3 +106,9 @@ def plot_class_lengths(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(title="mean length", fontsize="small")
     return ax
+
+
+def over_seeds(values: xr.DataArray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean over seeds and its standard error, zero for one seed."""
+    mean, number = values.mean("seed").to_numpy(), values.sizes["seed"]
+    return mean, values.std("seed", ddof=1).to_numpy() / number**0.5 if number > 1 else np.zeros_like(mean)
