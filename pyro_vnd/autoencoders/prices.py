@@ -1,5 +1,6 @@
 """Lengths of codes at a price, or of a given mean: by what an encoder predicts, or by decoding."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -142,6 +143,10 @@ class LengthsByPrice(QuietModule):
             >>> vae.lengths(torch.rand(100, 64), mean_length=3.0, exact=4).mean_length.mean().round(decimals=3)
             tensor(3.)
         """
+        if not 0 < temperature < math.inf:
+            raise ValueError(
+                f"{type(self).__name__}.lengths: argument `temperature` must be finite and > 0; got {temperature}"
+            )
         if exact is None:
             encoded = self.encode(x, price=price, mean_length=mean_length)
             law = encoded.mask_law if isinstance(encoded, NestedLaw) else encoded
@@ -188,6 +193,7 @@ class LengthsByPrice(QuietModule):
     ) -> int | Tensor:
         """Return the length given, or those that are the most probable at a price, or else K."""
         self._check_one(method, length=length, price=price, mean_length=mean_length)
+        self._check_one(method, length=length, exact=exact)
         if length is not None:
             return length
         if price is None and mean_length is None and exact is None:

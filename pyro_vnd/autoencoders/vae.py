@@ -121,6 +121,11 @@ class OrderedVAE(OrderedAutoencoder):
                 f"{type(self).__name__}: argument `prior_latents` must be one of {get_args(PriorLatents)}; "
                 f"got {prior_latents!r}"
             )
+        if enumerate_lengths and posterior_lengths == "priced":
+            raise ValueError(
+                f"{type(self).__name__}: argument `enumerate_lengths` needs another posterior_lengths than 'priced', "
+                "whose head learns from the one length that each image is seen at"
+            )
         if enumerate_lengths and prior_latents != "independent":
             raise ValueError(
                 f"{type(self).__name__}: argument `enumerate_lengths` needs prior_latents='independent'; "
