@@ -94,7 +94,7 @@ class LengthEncoder(nn.Module):
             hidden = int(((linear**2 + 4 * budget) ** 0.5 - linear) / 2)
             hidden = min(max(hidden, HEAD_HIDDEN[0]), HEAD_HIDDEN[1])
             self.value_head = ValueHead(num_inputs, self.num_latents, (hidden, hidden), self._prior)
-            self.value_head.to(self.heads.weight)
+            self.value_head.to(self.heads.weight).train(self.training)
         return self.value_head
 
     def values_and_lengths(self, x: Tensor, *, priced: bool = False) -> tuple[Tensor, LengthParameters]:
