@@ -1,5 +1,6 @@
 """What each length is worth for each row, and from it the law of lengths at any price."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -172,21 +173,26 @@ class ValueHead(nn.Module):
         Args:
             values: Values of the rows, shape (N, K).
         """
-        span = torch.asinh(torch.tensor(LARGEST_PRICE / SMALLEST_PRICE, dtype=torch.float64)).item()
-        steps = torch.linspace(-span, span, NUM_PRICES, dtype=torch.float64, device=values.device)
         logits = values.double() + self.log_probs.double()
         mean = logits.mean(0)
         spread = 1 + (logits - mean).square().mean().sqrt() + mean.std(correction=0)  # a nat moves equal lengths, too
-        prices = SMALLEST_PRICE * spread * torch.sinh(steps)
-        lengths = torch.arange(1, self.num_units + 1, device=values.device).to(prices)
+        lengths = torch.arange(1, self.num_units + 1, device=values.device).to(logits)
         at_once = max(AT_ONCE // logits.numel(), 1)
-        prices, lengths = prices.to(logits), lengths.to(logits)
-        means = [
-            ((logits - price.reshape(-1, 1, 1) * lengths).softmax(-1) @ lengths).mean(-1)
-            for price in prices.split(at_once)
-        ]
+        places = steps = logits.new_tensor([-1.0, 1.0])
+        for number in (NUM_PRICES // 4, NUM_PRICES // 2, NUM_PRICES):
+            # At equal steps in the order of magnitude of the price and, together with that, in the mean length.
+            steps = _on_lines(torch.linspace(-1, 1, number).to(places), places, steps)
+            prices = SMALLEST_PRICE * spread * torch.sinh(math.asinh(LARGEST_PRICE / SMALLEST_PRICE) * steps)
+            means = torch.cat(
+                [
+                    ((logits - price.reshape(-1, 1, 1) * lengths).softmax(-1) @ lengths).mean(-1)
+                    for price in prices.split(at_once)
+                ]
+            )
+            fallen = (means[0] - means) / (means[0] - means[-1]).clamp_min(torch.finfo(means.dtype).tiny)
+            places = steps / 2 + fallen - 0.5 if self.num_units > 1 else steps
         self.prices.copy_(prices)
-        self.mean_lengths.copy_(torch.cat(means))
+        self.mean_lengths.copy_(means)
 
     def price_at(self, mean_length: float | Tensor) -> Tensor:
         """Return the price at which the lengths of the rows of `calibrate` have a given mean.
@@ -210,11 +216,7 @@ class ValueHead(nn.Module):
             raise ValueError(
                 f"ValueHead: argument `mean_length` must be strictly between 1 and {self.num_units}; got {mean_length}"
             )
-        # Prices fall, so that mean lengths rise.
-        after = torch.searchsorted(self.mean_lengths, wanted).clamp(1, NUM_PRICES - 1)
-        low, high = self.mean_lengths[after - 1], self.mean_lengths[after]
-        share = ((wanted - low) / (high - low).clamp_min(torch.finfo(low.dtype).tiny)).clamp(0, 1)
-        return torch.lerp(self.prices[after - 1], self.prices[after], share)
+        return _on_lines(wanted, self.mean_lengths.flip(0), self.prices.flip(0))  # means fall as the price rises
 
 
 def spaced_lengths(num_units: int, num_lengths: int) -> list[int]:
@@ -262,6 +264,12 @@ def interpolate_values(values: Tensor, lengths: Sequence[int], num_units: int) -
         return values
     known = torch.tensor(lengths, dtype=values.dtype, device=values.device).log()
     wanted = torch.arange(1, num_units + 1, device=values.device).to(values).log()
-    after = torch.searchsorted(known, wanted).clamp(1, len(lengths) - 1)
-    share = (wanted - known[after - 1]) / (known[after] - known[after - 1])
+    return _on_lines(wanted, known, values)
+
+
+def _on_lines(wanted: Tensor, known: Tensor, values: Tensor) -> Tensor:
+    """Return values, shape (..., m), at some places from those at others, which rise, shape (n,) and (..., n)."""
+    after = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
+    low, high = known[after - 1], known[after]
+    share = ((wanted - low) / (high - low).clamp_min(torch.finfo(known.dtype).tiny)).clamp(0, 1)
     return torch.lerp(values[..., after - 1], values[..., after], share)
