@@ -2,13 +2,19 @@
 
 import math
 import pickle
+from functools import cached_property
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
-from scipy.stats import chisquare
+from pyro.nn import PyroModule
+from scipy.stats import chisquare, kstest
+from torch import nn
 
-from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import MaskSchedule, cosine, cosine_to_zero, linear
+from pyro_vnd.autoencoders import OrderedVAE
+from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
+from pyro_vnd.infer import MaskSchedule, PriceSchedule, cosine, cosine_to_zero, fit, linear
 from pyro_vnd.infer.schedules import schedule_values
 
 
@@ -93,6 +99,15 @@ def test_the_learning_rate_rises_to_its_value_and_falls_towards_zero(total_steps
         (lambda: MaskSchedule(law=OrderedMask(logits=torch.zeros(2, 3))), r"single law; got batch shape \(2,\)"),
         (lambda: MaskSchedule(num_particles=0), "`num_particles` must be at least 1; got 0"),
         (lambda: MaskSchedule(anneal=1.5), r"`anneal` must be in \[0, 1\]; got 1.5"),
+        (lambda: PriceSchedule(0.0, 1.0), r"PriceSchedule: arguments `low` and `high` must be prices 0 < low < high"),
+        (lambda: PriceSchedule(2.0, 2.0), r"0 < low < high; got 2\.0, 2\.0"),
+        (lambda: PriceSchedule(1.0, math.inf), "0 < low < high; got 1.0, inf"),
+        (lambda: PriceSchedule(math.nan), "0 < low < high"),
+        (lambda: PriceSchedule(full=1.5), "`full` must be a share from 0 to 1; got 1.5"),
+        (lambda: PriceSchedule(explore=-0.1), "`explore` must be a share from 0 to 1; got -0.1"),
+        (lambda: PriceSchedule(warmup=math.nan), "`warmup` must be a share from 0 to 1; got nan"),
+        (lambda: PriceSchedule(temperature=0.0), "`temperature` must be finite and > 0; got 0.0"),
+        (lambda: PriceSchedule(temperature=math.inf), "`temperature` must be finite and > 0; got inf"),
     ],
 )
 def test_bad_arguments(make, message):
@@ -182,3 +197,91 @@ def test_shares_of_zero_never_occur():
 def test_a_law_over_other_blocks_gives_fractions():
     halves = MaskSchedule(0.0, 1.0, 0.0, law=OrderedMask.uniform(2)).draw(16, (100,))
     assert set(halves.flatten().tolist()) == {0.5, 1.0}
+
+
+def test_a_price_schedule_prints_as_the_call_that_made_it_and_can_be_pickled():
+    schedule = PriceSchedule(1.0, 400.0, full=0.2)
+    text = "PriceSchedule(low=1.0, high=400.0, full=0.2, explore=0.05, temperature=20.0, warmup=0.15)"
+    assert repr(schedule) == text
+    assert pickle.loads(pickle.dumps(schedule)) == schedule == eval(text)
+    assert PriceSchedule() != schedule
+
+
+@pytest.mark.parametrize("t", [0.0, 0.1, 0.2, 1.0])
+def test_lengths_are_uniform_at_first_and_then_at_a_price(t):
+    schedule = PriceSchedule(full=0.25, explore=0.1, warmup=0.2)
+    drawn = torch.stack([schedule.draw(4, (7,), t)[0, torch.randint(7, ())] for _ in range(N)])
+    explore = 1 - 0.9 * min(t / 0.2, 1)
+    expected = 0.75 * torch.tensor([1 - explore, *[explore / 4] * 4])
+    expected[-1] += 0.25
+    counts = torch.bincount((drawn * 4).long(), minlength=5).double()
+
+    def p_value(expected):
+        possible = expected > 0
+        assert counts[~possible].sum() == 0
+        return chisquare(counts[possible].numpy(), N * (expected / expected.sum()).numpy()[possible]).pvalue
+
+    assert p_value(expected) > 0.001
+    assert p_value(0.95 * expected + 0.05 * torch.tensor([0.0, 1, 0, 0, 0])) < 1e-4  # power
+
+
+@pytest.mark.parametrize("explore", [0.05, 0.1, 0.3, 0.7, 1 / 3, 1.0])
+def test_shares_sum_to_one_wherever_the_fit_stands(explore):
+    schedule = PriceSchedule(full=0.3, explore=explore, warmup=0.7)
+    for step in range(101):
+        assert schedule.draw(4, (3,), step / 100).shape == (1, 3)
+    assert schedule.draw(4, (1000,), 0.0).min() > 0  # none from the law that is not learned yet
+    assert (PriceSchedule(full=0.0, explore=0.0, warmup=0.0).draw(4, (1000,), 0.0) == 0).all()
+    assert (PriceSchedule(full=1.0).draw(4, (1000,), 0.5) == 1).all()
+    assert schedule.anneal == 0.7
+
+
+def test_prices_are_log_uniform():
+    schedule = PriceSchedule(0.5, 200.0)
+    prices = schedule.draw_prices((N,))
+    assert 0.5 <= prices.min() <= prices.max() <= 200
+    place = (prices / 0.5).log() / math.log(400)
+    assert kstest(place.numpy(), "uniform").pvalue > 0.001
+    assert kstest(((prices - 0.5) / 199.5).numpy(), "uniform").pvalue < 1e-6  # they are not uniform themselves
+    assert kstest((0.95 * place).numpy(), "uniform").pvalue < 1e-6  # nor with an end 5 % off
+    assert schedule.draw_prices((3, 2)).shape == (3, 2)
+
+
+@pytest.mark.parametrize("make", [lambda: OrderedVAE((4,), 3), lambda: MaskedRows()], ids=["amortised", "of one's own"])
+def test_prices_need_laws_by_values(make):
+    """Also where there are codes or masks that a `MaskSchedule` would cut."""
+    model = make()
+    with pytest.raises(ValueError, match="fit: argument `schedule` is a PriceSchedule, for laws of lengths by values"):
+        fit(model, model.guide, torch.rand(20, 4), num_epochs=1, schedule=PriceSchedule(), progress=False)
+
+
+def test_prices_need_a_head_that_is_drawn_from():
+    """A head that was distilled stays out of the fit of an amortised law."""
+    vae, x = OrderedVAE((4,), 3), torch.rand(20, 4)
+    vae.add_value_head()
+    fit(vae, vae.guide, x, num_epochs=1, progress=False)
+    with pytest.raises(ValueError, match="is a PriceSchedule, but no site in the plate 'data' has a law of lengths"):
+        fit(vae, vae.guide, x, num_epochs=1, schedule=PriceSchedule(), progress=False)
+
+
+class MaskedRows(PyroModule):
+    """A model with a mask for each row that knows of no value, and its guide."""
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            mask = pyro.sample("mask", OrderedMask.uniform(4))
+            pyro.sample("x", dist.Normal(mask, 1.0).to_event(1), obs=x)
+
+    @cached_property
+    def guide(self):
+        return RowsGuide()
+
+
+class RowsGuide(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("mask", OrderedMaskStraightThrough(0.2, logits=self.logits))
