@@ -13,7 +13,7 @@ from pyro_vnd.distributions import OrderedMask
 
 __all__ = ["ValueHead", "interpolate_values", "spaced_lengths"]
 
-NUM_PRICES = 512
+NUM_PRICES = 256
 LARGEST_PRICE, SMALLEST_PRICE = 100.0, 1e-4  # in units of the spread of values
 MOMENTUM = 0.01  # of the running means of inputs, by batch
 AT_ONCE = 1_000_000  # numbers in a block of laws by price
@@ -191,8 +191,8 @@ class ValueHead(nn.Module):
             )
             fallen = (means[0] - means) / (means[0] - means[-1]).clamp_min(torch.finfo(means.dtype).tiny)
             places = steps / 2 + fallen - 0.5 if self.num_units > 1 else steps
-        self.prices.copy_(prices)
-        self.mean_lengths.copy_(means)
+        self.prices.copy_(prices.flip(0))  # in the order of mean lengths, which fall as the price rises
+        self.mean_lengths.copy_(means.flip(0))
 
     def price_at(self, mean_length: float | Tensor) -> Tensor:
         """Return the price at which the lengths of the rows of `calibrate` have a given mean.
@@ -216,7 +216,7 @@ class ValueHead(nn.Module):
             raise ValueError(
                 f"ValueHead: argument `mean_length` must be strictly between 1 and {self.num_units}; got {mean_length}"
             )
-        return _on_lines(wanted, self.mean_lengths.flip(0), self.prices.flip(0))  # means fall as the price rises
+        return _on_lines(wanted, self.mean_lengths, self.prices)
 
 
 def spaced_lengths(num_units: int, num_lengths: int) -> list[int]:
