@@ -76,15 +76,16 @@ def rows(arch: str, seed: int, data: Data, recipe: Recipe) -> Iterator[dict[str,
     widths = evaluate_widths(net, data.scored, range(1, recipe.num_blocks + 1), None, data.ood, **shared)
     by_width = [metrics(widths.isel(width=k), cascade.whole_cost) for k in range(widths.sizes["width"])]
     by_cost = {name: np.array([values[name] for values in by_width]) for name in by_width[0]}
-    for values in by_width:
-        yield from flat("width", rounded(values["multiply_adds"]), values)
+    for width in WIDTHS:
+        yield from flat("stage", width, by_width[round(width * recipe.num_blocks) - 1])
     costs = [cost for cost in COSTS if cost * cascade.whole_cost >= cascade.multiply_adds[0]]
     result = evaluate_cascade(cascade, data.scored, data.calibration, costs, data.ood, **shared)
     for cost in costs:
+        yield from flat("cascade", cost, metrics(result.sel(mean_cost=cost), cascade.whole_cost))
+    for cost in (*costs, 1.0):
         between = {name: np.interp(cost, by_cost["multiply_adds"], values) for name, values in by_cost.items()}
         yield from flat("fixed", cost, between)
-        yield from flat("cascade", cost, metrics(result.sel(mean_cost=cost), cascade.whole_cost))
-    yield from flat("width", 1.0, {"fit_seconds": record.seconds})
+    yield from flat("fixed", 1.0, {"fit_seconds": record.seconds})
 
 
 def main(argv: list[str] | None = None) -> None:
