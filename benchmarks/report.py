@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from benchmarks import (
+    cascade_report,
     demo_report,
     fast_paths,
     masks,
@@ -74,6 +75,7 @@ PAGES = {
     "masks": _page("masks", tables=masks.speed_tables),
     "gradient": _page("gradient", "masks", tables=masks.gradient_tables),
     "nested_nets": _page("nested_nets", tables=nested_nets_report.markdown, figures=nested_nets_report.figures),
+    "cascade": _page("cascade", tables=cascade_report.markdown, figures=cascade_report.figures),
     "nested_speed": _page("nested_speed", tables=nested_speed.markdown),
     "order_law": _page("order_law", tables=order_law.markdown),
     "ordered_latents": _page(

@@ -1,5 +1,6 @@
 """Nets whose hidden layers can be cut to any width."""
 
+from pyro_vnd.nn.cascade import CascadeNet
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.likelihoods import NestedClassifier
 from pyro_vnd.nn.narrow import narrow, recalibrate_batchnorm
@@ -10,6 +11,7 @@ from pyro_vnd.nn.values import ValueHead
 from pyro_vnd.nn.width import Width
 
 __all__ = [
+    "CascadeNet",
     "NestedClassifier",
     "NestedLayer",
     "NestedNet",

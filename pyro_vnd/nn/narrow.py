@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from pyro_vnd._data import Rows, batches
 from pyro_vnd._state import module_mode
-from pyro_vnd.nn.axis import kept_channels, take
+from pyro_vnd.nn.axis import Index, kept_channels, take
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.norms import BATCH_NORMS, NestedNorm
@@ -21,7 +21,7 @@ from pyro_vnd.nn.submodules import replace_modules
 from pyro_vnd.nn.tracing.attention import Attention
 from pyro_vnd.nn.width import Rounding
 
-__all__ = ["narrow", "recalibrate_batchnorm"]
+__all__ = ["narrow", "narrow_layer", "recalibrate_batchnorm"]
 
 
 @torch.no_grad()
@@ -74,7 +74,8 @@ def narrow(
     for name, module in net.net.named_modules():
         if isinstance(module, NestedLayer):
             site = f"{net.prefix}{name}" if name else f"{net.prefix}layer"
-            narrowed[id(module)] = _narrow_layer(module, kept, site, draw)
+            index = module.output_axis.index(kept), module.input_axis.index(kept)
+            narrowed[id(module)] = narrow_layer(module, index, site, draw)
         elif isinstance(module, NestedNorm):
             narrowed[id(module)] = _narrow_norm(module, kept)
     # A copy takes what the memo has in place of copying it: wide weights are never copied.
@@ -107,8 +108,23 @@ def _as_graph(module: nn.Module) -> fx.GraphModule:
     return fx.GraphModule(module, graph, class_name=type(module).__name__)
 
 
-def _narrow_layer(layer: NestedLayer, kept: dict[str, int], site: str, draw: Mapping[str, Tensor] | None) -> nn.Module:
-    index = layer.output_axis.index(kept), layer.input_axis.index(kept)
+def narrow_layer(
+    layer: NestedLayer, index: tuple[Index, Index], site: str, draw: Mapping[str, Tensor] | None
+) -> nn.Module:
+    """Make a plain layer of some outputs and inputs of a nested one, at the posterior mean or with a draw.
+
+    Args:
+        layer: The nested layer.
+        index: Which outputs, and which inputs.
+        site: Name of its sites, without that of the parameter.
+        draw: As in `narrow`.
+
+    Returns:
+        A new module.
+
+    Raises:
+        ValueError: If the draw lacks a site, or has a part of it only.
+    """
     memo: dict[int, Any] = {}
     for name, mean in layer.plain.named_parameters():
         value = mean

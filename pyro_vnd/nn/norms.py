@@ -13,7 +13,7 @@ from pyro_vnd.nn.axis import Axis, Channels, kept_channels, take
 from pyro_vnd.nn.layers import apply_mask
 from pyro_vnd.nn.width import Width
 
-__all__ = ["BATCH_NORMS", "INSTANCE_NORMS", "NestedNorm"]
+__all__ = ["BATCH_NORMS", "INSTANCE_NORMS", "NestedNorm", "mixes_channels"]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -59,7 +59,7 @@ class NestedNorm(nn.Module):
         """Normalise the kept channels; dropped ones are left to the layers that read them."""
         plain = self.plain
         mask = self.axis.mask()
-        if mask is None or not _mixes_channels(plain):
+        if mask is None or not mixes_channels(plain):
             return self._sliced(x) if self.axis.is_sliced else plain(x)
         last = isinstance(plain, nn.LayerNorm | nn.RMSNorm)
         channel_dim = -1 if last else 1
@@ -123,7 +123,8 @@ def _num_channels(layer: Any) -> int:
     return layer.num_parameters if isinstance(layer, nn.PReLU) else layer.num_features
 
 
-def _mixes_channels(layer: Any) -> bool:
+def mixes_channels(layer: Any) -> bool:
+    """Say whether a torch norm takes statistics over the channels."""
     return isinstance(layer, nn.LayerNorm | nn.RMSNorm) or (isinstance(layer, nn.GroupNorm) and layer.num_groups == 1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -51,9 +51,16 @@ def num_parameters(net: NestedNet, kept: Mapping[str, int]) -> int:
     return count
 
 
-def multiply_adds(net: NestedNet, kept: Mapping[str, int]) -> int:
-    """Return how often linear and convolutional layers multiply for one example; arguments as in `num_parameters`."""
-    return sum(count * net.layers[name].num_parameters("weight", kept) for name, count in net.positions.items())
+def multiply_adds(net: NestedNet, kept: Mapping[str, int], layers: Collection[str] | None = None) -> int:
+    """Return how often linear and convolutional layers multiply for one example.
+
+    Args:
+        net: The nested net, made by `nest`.
+        kept: Units that groups keep; those left out keep all.
+        layers: Names of the layers that count; all by default.
+    """
+    names = net.positions if layers is None else layers
+    return sum(net.positions[name] * net.layers[name].num_parameters("weight", kept) for name in names)
 
 
 def _nested(net: NestedNet) -> dict[str, NestedLayer | NestedNorm]:

@@ -31,7 +31,7 @@ def evaluate_widths(
     net: NestedNet,
     data: Rows,
     widths: Sequence[float] | Sequence[int],
-    num_samples: int = 20,
+    num_samples: int | None = 20,
     ood: Mapping[str, Rows] | None = None,
     *,
     rounding: Rounding | None = None,
@@ -50,7 +50,8 @@ def evaluate_widths(
         data: Test data, as in `evaluate`.
         widths: Fractions in (0, 1] (floats) or numbers of blocks (ints). Widths that are one and the same net are
             scored once.
-        num_samples: Number of draws S of the weights.
+        num_samples: Number of draws S of the weights, each of which costs a pass; None is one pass with their posterior
+            mean.
         ood: Test data from outside the domain by name, as in `evaluate`.
         rounding: As in `Width.kept_blocks`: without it, a fraction that is no number of blocks is an error.
         calibrate: Validation data, as in `evaluate`; each width gets a temperature of its own.
@@ -61,7 +62,7 @@ def evaluate_widths(
         progress: Whether to show a progress bar.
 
     Returns:
-        The variables of `evaluate`, with dimensions (seed, width, ...), and `multiply_adds` for one row and
+        The variables of `evaluate`, with dimensions (seed, width, ...), and `multiply_adds` of one pass for a row and
         `parameters` of the narrowed net (seed, width). The coordinate `width` is the fraction in effect, the same in
         all groups or else the kept share of all their units. Beside it, `blocks` has the numbers of blocks, (width,)
         or, if groups differ, (width, group), and `requested` what was asked for: "0.3, 0.26", say, where both are
@@ -82,7 +83,7 @@ def evaluate_widths(
         (('seed', 'width'), [[19, 35, 67]], [1, 2, 4])
     """
     distinct = _distinct("evaluate_widths", net, widths, rounding)
-    if num_samples < 1:
+    if num_samples is not None and num_samples < 1:
         raise ValueError(f"evaluate_widths: `num_samples` must be at least 1; got {num_samples}")
     device = next(net.parameters()).device
     example = _first_input("evaluate_widths", data).to(device)
@@ -222,9 +223,11 @@ def _first_input(name: str, data: Rows) -> Tensor:
 
 
 def _narrow_draws(
-    net: NestedNet, blocks: Mapping[str, int], example: Tensor, num_samples: int, seed: int
+    net: NestedNet, blocks: Mapping[str, int], example: Tensor, num_samples: int | None, seed: int
 ) -> list[nn.Module]:
-    """Draw whole weights, the same whatever the width, and cut the net with each draw of them."""
+    """Draw whole weights, the same whatever the width, and cut the net with each draw of them, or with their mean."""
+    if num_samples is None:
+        return [narrow(net, blocks)]
     nets = []
     with torch.random.fork_rng(), module_local_params(net), net.cut(1.0):
         torch.manual_seed(seed)

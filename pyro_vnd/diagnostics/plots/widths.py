@@ -1,4 +1,4 @@
-"""Figures of what `evaluate` and `evaluate_widths` measured."""
+"""Figures of what `evaluate`, `evaluate_widths` and `evaluate_cascade` measured."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,16 +20,18 @@ def plot_widths(
     ax: Sequence[Axes] | Axes | None = None,
     figsize: Any = None,
 ) -> np.ndarray:
-    """Plot metrics against the width, or its cost, one panel a metric and one line a method.
+    """Plot metrics against the width, or the cost, one panel a metric and one line a method.
 
     Lines are means over seeds with a band of one standard error over seeds; from a single seed the band is the standard
-    error over rows, for metrics that have it. A method without widths is a dashed level line.
+    error over rows, for metrics that have it. A method without widths is a dashed level line; cascades have costs in
+    their place.
 
     Args:
-        datasets: What `evaluate_widths` or `evaluate` returned, by name of the method; fits joined along `seed`.
+        datasets: What `evaluate_widths`, `evaluate_cascade` or `evaluate` returned, by name of the method; fits joined
+            along `seed`.
         metrics: Names of variables; for those of foreign data select set and score first,
             `dataset.sel(ood="svhn", score="entropy")`.
-        x: What is on the horizontal axis: "width", "multiply_adds" or "parameters".
+        x: What is on the horizontal axis: "width", "multiply_adds" or "parameters"; with cascades "multiply_adds".
         ax: Axes to draw on, one a metric.
         figsize: Size of a new figure, in inches.
 
@@ -48,7 +50,7 @@ def plot_widths(
             mean, error = _over_seeds(data, metric)
             style: dict[str, Any] = {"color": f"C{number}", "label": method}
             band: dict[str, Any] = {"color": f"C{number}", "alpha": 0.2, "linewidth": 0}
-            if "width" in mean.dims:
+            if _sizes(mean):
                 position = data[x].mean("seed") if "seed" in data[x].dims else data[x]
                 panel.plot(position, mean, marker=".", **style)
                 panel.fill_between(position, mean - error, mean + error, **band)
@@ -56,7 +58,7 @@ def plot_widths(
                 panel.axhline(mean.item(), linestyle="--", linewidth=1, **style)
                 panel.axhspan((mean - error).item(), (mean + error).item(), **band)
         first = next(iter(methods.values()))
-        by_width = next((data for data in methods.values() if "width" in data.dims), first)
+        by_width = next((data for data in methods.values() if _sizes(data)), first)
         panel.set(xlabel=_label(by_width, x) if x in by_width.variables else x, ylabel=_label(first, metric))
         if x != "width":
             log_scale(panel)
@@ -148,16 +150,23 @@ def plot_ood(
     return axes
 
 
+_SIZES = {"width": "width", "mean_cost": "mean cost"}  # one or the other is a dimension
 _UNITS = {"entropy": " (nats)", "mutual_information": " (nats)"}
 
 
 def _panels(dataset: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
     """Yield the part of each width, with the beginning of its title."""
-    if "width" not in dataset.dims:
+    sizes = _sizes(dataset)
+    if not sizes:
         yield "", dataset
-        return
-    for width in dataset["width"].values:
-        yield f"width {width:.3g}, ", dataset.sel(width=width)
+    for name in sizes:
+        for size in dataset[name].values:
+            yield f"{_SIZES[name]} {size:.3g}, ", dataset.sel({name: size})
+
+
+def _sizes(data: xr.Dataset | xr.DataArray) -> list[str]:
+    """Return the dimension along which a method was scored at several sizes, if it was."""
+    return [name for name in _SIZES if name in data.dims]
 
 
 def _over_seeds(data: xr.Dataset, metric: str) -> tuple[xr.DataArray, xr.DataArray]:
@@ -175,14 +184,15 @@ def _check_metric(method: str, data: xr.Dataset, metric: str, x: str) -> None:
         raise ValueError(
             f"plot_widths: dataset {method!r} has no metric {metric!r}; it has {sorted(map(str, data.data_vars))}"
         )
-    extra = sorted(str(dim) for dim in data[metric].dims if dim not in ("seed", "width"))
+    extra = sorted(str(dim) for dim in data[metric].dims if dim not in ("seed", *_SIZES))
     if extra:
         raise ValueError(
             f"plot_widths: metric {metric!r} has the dimensions {extra} too; select from them first, as in "
             f"dataset.sel(ood=..., score=...)"
         )
-    if "width" in data[metric].dims and x not in data.variables:
-        raise ValueError(f"plot_widths: dataset {method!r} has no `x` {x!r}; it has width, multiply_adds, parameters")
+    if _sizes(data[metric]) and x not in data.variables:
+        known = [name for name in (*_SIZES, "multiply_adds", "parameters") if name in data.variables]
+        raise ValueError(f"plot_widths: dataset {method!r} has no `x` {x!r}; it has {', '.join(known)}")
 
 
 def _label(data: xr.Dataset, name: str) -> str:

@@ -17,7 +17,7 @@ from pyro_vnd.nn.tracing import channel_rules, structural_rules  # noqa: F401  (
 from pyro_vnd.nn.tracing.channels import Runs
 from pyro_vnd.nn.tracing.interpreter import Interpreter, find_rule
 
-__all__ = ["ChannelGroups", "LayerChannels", "Layout", "channel_groups"]
+__all__ = ["ChannelGroups", "LayerChannels", "Layout", "Tracer", "channel_groups"]
 
 Layout: TypeAlias = tuple[Run[str | None], ...]
 
@@ -158,7 +158,7 @@ def _undisturbed(net: nn.Module, inputs: Sequence[Any]) -> Iterator[None]:
 
 
 def _trace(net: nn.Module, excluded: set[int], num_inputs: int) -> fx.Graph:
-    tracer = _Tracer(excluded, num_inputs)
+    tracer = Tracer(excluded, num_inputs)
     try:
         return tracer.trace(net)
     except Exception as error:  # whatever the code of the net does with what is no tensor
@@ -168,8 +168,16 @@ def _trace(net: nn.Module, excluded: set[int], num_inputs: int) -> fx.Graph:
         raise ValueError(f"nest: torch.fx cannot trace {where}: {error}; {advice}") from error
 
 
-class _Tracer(fx.Tracer):
-    """Enters modules that have no rule; arguments that the example input leaves out keep their defaults."""
+class Tracer(fx.Tracer):
+    """Enters modules that have no rule; arguments that the example input leaves out keep their defaults.
+
+    Args:
+        excluded: Ids of modules that are not entered either.
+        num_inputs: How many arguments the net is given.
+
+    Attributes:
+        culprit: Name of the module in which tracing failed, "" if it did not.
+    """
 
     def __init__(self, excluded: set[int], num_inputs: int) -> None:
         super().__init__()
@@ -177,12 +185,14 @@ class _Tracer(fx.Tracer):
         self._excluded, self._num_inputs = excluded, num_inputs
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Say whether a module is one operation of the trace."""
         known = id(m) in self._excluded or find_rule(m) is not None
         return known or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        """Enter a module, or record its call."""
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -190,6 +200,7 @@ class _Tracer(fx.Tracer):
             raise
 
     def create_proxy(self, kind: str, target: Any, args: tuple[Any, ...], *rest: Any, **kwargs: Any) -> Any:
+        """Record an operation; of the net's arguments, those it is given."""
         if kind != "placeholder":
             return super().create_proxy(kind, target, args, *rest, **kwargs)
         if target.startswith("**"):
@@ -199,5 +210,5 @@ class _Tracer(fx.Tracer):
         if self._num_inputs < 0 and args:
             return args[0]
         names = [f"{target[1:]}_{i}" for i in range(count)] if target.startswith("*") else [target]
-        proxies = tuple(super(_Tracer, self).create_proxy(kind, name, (), *rest, **kwargs) for name in names)
+        proxies = tuple(super(Tracer, self).create_proxy(kind, name, (), *rest, **kwargs) for name in names)
         return proxies if target.startswith("*") else proxies[0]

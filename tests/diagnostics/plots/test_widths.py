@@ -6,7 +6,15 @@ import pytest
 import torch
 import xarray as xr
 
-from pyro_vnd.diagnostics import evaluate_learned, evaluate_widths, plot_ood, plot_reliability, plot_widths
+from pyro_vnd.diagnostics import (
+    evaluate_cascade,
+    evaluate_learned,
+    evaluate_widths,
+    plot_ood,
+    plot_reliability,
+    plot_widths,
+)
+from pyro_vnd.nn import CascadeNet
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +59,19 @@ def test_a_method_without_widths_is_a_level_line(seeds, trained, digits):
     np.testing.assert_allclose(ax.lines[1].get_xdata(), seeds["multiply_adds"].values[0])
     assert ax.get_xlabel() == "multiply-adds (per row)"
     assert ax.get_xscale() == "log"
+
+
+def test_a_cascade_is_drawn_against_what_it_costs(seeds, trained, digits):
+    cascade = CascadeNet(trained, [0.5, 1.0])
+    found = evaluate_cascade(cascade, digits.test, digits.validation, [0.5, 0.75], progress=False)
+    (ax,) = plot_widths({"cascade": found, "nested": seeds}, ["nll"], x="multiply_adds")
+    np.testing.assert_allclose(ax.lines[0].get_xdata(), found["multiply_adds"].values[0])
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), found["nll"].values[0])
+    assert ax.get_xlabel() == "multiply-adds (per row)"
+    titles = [panel.get_title() for panel in plot_reliability(found)]
+    assert [title.partition(",")[0] for title in titles] == ["mean cost 0.5", "mean cost 0.75"]
+    with pytest.raises(ValueError, match="dataset 'cascade' has no `x` 'width'; it has mean_cost, multiply_adds"):
+        plot_widths({"cascade": found}, ["nll"])
 
 
 def test_metrics_of_foreign_data_are_selected_first(seeds):
