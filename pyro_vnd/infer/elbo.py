@@ -283,7 +283,7 @@ def _kl_terms(q: Any, p: Any, value: Any) -> dict[str, Any]:
                 raise NotImplementedError
             # By the chain rule: each coordinate's divergence given the draws of those before it.
             q, p = q.given(value), p.given(value)
-        return dict(zip(("length_weight", "kl_weight"), kl_parts(q, p), strict=True))
+        return dict(zip(("length_weight", "kl_weight"), kl_parts(q, p, value), strict=True))
     return {_weight_of(q): kl_divergence(q, p)}
 
 
