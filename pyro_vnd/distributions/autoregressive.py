@@ -37,7 +37,8 @@ class NestedAutoregressive(NestedLaw):
     Pyro's objectives score a draw in both laws.
 
     Each coordinate may be a mixture of M Normals in place of one, with means, deviations and weights that depend on
-    those before it. Its divergence is then that of a draw, $-H(N_{q,i}) - \log p(n_i \mid n_{<i})$.
+    those before it. Its divergence is then estimated by a draw: the exact one from the Normal $N_i$ with its mean and
+    deviation, plus $\log N_i(n_i) - \log p(n_i \mid n_{<i})$.
 
     Sampling takes K evaluations of the conditioner, scoring takes one.
 
