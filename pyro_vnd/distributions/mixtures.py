@@ -1,10 +1,10 @@
 """Mixtures of Normals at ordered coordinates that are zero past a random length."""
 
+import math
 from typing import Self
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, MixtureSameFamily, Normal
 from torch.types import _size
 
 from pyro_vnd._compat import remember
@@ -48,22 +48,19 @@ class NestedMixture(NestedLaw):
         super().__init__(shape[:-1], shape[-1:], validate_args=False)
         self._validate_args = mask_law._validate_args
         self.mask_law = mask_law if mask_law.batch_shape == shape[:-1] else mask_law.expand(shape[:-1])
-        self._parts = loc, scale, logits
-
-    @property
-    def mixture(self) -> MixtureSameFamily:
-        """The uncut mixtures of the coordinates."""
-        return mixture_of(*self._parts)
+        self._parts = loc, scale, normalised(logits)
 
     @property
     def loc(self) -> Tensor:
         """Means of the uncut coordinates, shape batch_shape + (K,)."""
-        return self.mixture.mean
+        loc, _, log_weights = self._parts
+        return (log_weights.exp() * loc).sum(-1)
 
     @property
     def scale(self) -> Tensor:
         """Standard deviations of the uncut coordinates, shape batch_shape + (K,)."""
-        return self.mixture.stddev
+        loc, scale, log_weights = self._parts
+        return (log_weights.exp() * ((loc - self.loc.unsqueeze(-1)).square() + scale.square())).sum(-1).sqrt()
 
     def given(self, value: Tensor) -> Self:
         """Return this law: its coordinates know nothing of each other.
@@ -84,7 +81,7 @@ class NestedMixture(NestedLaw):
 
     def densities(self, dense: Tensor) -> Tensor:
         """Return the log-density of each uncut coordinate, shape (..., K)."""
-        return self.mixture.log_prob(dense)
+        return log_density(dense, *self._parts)
 
     def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
         """Return the same law with a larger batch shape."""
@@ -94,10 +91,15 @@ class NestedMixture(NestedLaw):
         return new
 
 
-def mixture_of(loc: Tensor, scale: Tensor, logits: Tensor) -> MixtureSameFamily:
-    """Return the law of mixtures of Normals, over the last dimension of their parameters."""
-    which = Categorical(logits=logits, validate_args=False)
-    return MixtureSameFamily(which, Normal(loc, scale, validate_args=False), validate_args=False)
+def normalised(logits: Tensor) -> Tensor:
+    """Do what `log_softmax` does over the last dimension, at once where that has a few entries only."""
+    return logits - logits.logsumexp(-1, keepdim=True)
+
+
+def log_density(value: Tensor, loc: Tensor, scale: Tensor, log_weights: Tensor) -> Tensor:
+    """Return the log-density of mixtures of Normals, over the last dimension of their parameters."""
+    distance = (value.unsqueeze(-1) - loc) / scale
+    return (log_weights - scale.log() - 0.5 * distance.square()).logsumexp(-1) - 0.5 * math.log(2 * math.pi)
 
 
 def draw(noise: Tensor, loc: Tensor, scale: Tensor, logits: Tensor | None = None) -> Tensor:
@@ -110,6 +112,6 @@ def draw(noise: Tensor, loc: Tensor, scale: Tensor, logits: Tensor | None = None
     drawn = torch.addcmul(picked_loc, picked_scale, noise)
     if not any(part.requires_grad for part in (loc, scale, logits)):
         return drawn
-    drawn, law = drawn.detach(), mixture_of(loc, scale, logits)
-    below = law.cdf(drawn)
-    return drawn - (below - below.detach()) / law.log_prob(drawn).detach().exp()
+    drawn, log_weights = drawn.detach(), normalised(logits)
+    below = (log_weights.exp() * torch.special.ndtr((drawn.unsqueeze(-1) - loc) / scale)).sum(-1)
+    return drawn - (below - below.detach()) / log_density(drawn, loc, scale, log_weights).detach().exp()
