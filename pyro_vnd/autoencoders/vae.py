@@ -23,7 +23,7 @@ from pyro_vnd.distributions.nested import NestedLaw
 __all__ = ["ElboTerms", "EnumeratingGuide", "OrderedVAE", "PriorLatents"]
 
 PriorLatents = Literal["independent", "autoregressive"]
-NUM_COMPONENTS = 10  # of the mixtures of a learned prior
+CONDITIONER: dict[str, Any] = {"hidden": (128, 128), "num_components": 10}  # of a learned prior
 
 
 class ElboTerms(NamedTuple):
@@ -128,9 +128,7 @@ class OrderedVAE(OrderedAutoencoder):
                 f"{type(self).__name__}: argument `enumerate_lengths` needs prior_latents='independent'; "
                 f"got {prior_latents!r}"
             )
-        self.conditioner = (
-            Conditioner(num_latents, num_components=NUM_COMPONENTS) if prior_latents == "autoregressive" else None
-        )
+        self.conditioner = Conditioner(num_latents, **CONDITIONER) if prior_latents == "autoregressive" else None
         self._enumerate_lengths = enumerate_lengths
 
     @property
