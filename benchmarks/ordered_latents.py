@@ -6,7 +6,8 @@ weights of the objective, and they differ in the lengths of the codes:
 - plain: all latents always;
 - fixed_geometric, fixed_uniform: nested dropout, lengths drawn from a fixed law;
 - vnd: ours, a law that is learned for each image, and codes cut by a `MaskSchedule`; a decoder that completes cut
-  codes, and has a noise for each length; in the VAE a prior in which each latent depends on those before it;
+  codes, and has a noise for each length; in the VAE a prior in which each latent depends on those before it, and
+  which is fitted on for a while when the rest stands still;
 - pca: principal components, of the linear model only.
 
 Of the models, vae_our_parts is there for the others: the VAE with the decoder, the noises and the prior that ours has.
@@ -40,6 +41,7 @@ from pyro_vnd.autoencoders import (
     OrderedVAE,
     OrderedVQVAE,
     OrderedWAE,
+    fit_prior,
     full_length,
     mlp_bodies,
 )
@@ -83,6 +85,7 @@ class Recipe:
         budget_offset: Offset of the law of budgets.
         budget_power: Exponent of the law of budgets.
         length_weight: Weight of the KL of the lengths.
+        prior_epochs: Passes over the codes by which a learned prior is fitted on.
         num_importance: Draws of the importance-weighted bound.
         num_generated: Samples for the Frechet distance.
     """
@@ -104,6 +107,7 @@ class Recipe:
     budget_offset: float = -0.75
     budget_power: float = 0.6
     length_weight: float = 1.0
+    prior_epochs: int = 20
     num_importance: int = 20
     num_generated: int = 10_000
 
@@ -203,8 +207,11 @@ def train(model: str, method: str, seed: int, data: Dataset, recipe: Recipe) -> 
     arguments = fit_arguments(model, method, recipe)
     if isinstance(net, OrderedWAE):
         arguments["elbo"] = net.objective(recipe.mmd_scale, recipe.length_weight)
-    record = fit(net, net.guide, images, **arguments, seed=seed, progress=sys.stderr.isatty())
-    return net, record.seconds
+    seconds = fit(net, net.guide, images, **arguments, seed=seed, progress=sys.stderr.isatty()).seconds
+    if isinstance(net, OrderedVAE) and net.conditioner is not None:
+        progress = sys.stderr.isatty()
+        seconds += fit_prior(net, images, num_epochs=recipe.prior_epochs, seed=seed, progress=progress).seconds
+    return net, seconds
 
 
 def rows(
@@ -245,6 +252,7 @@ def uses(model: str, method: str, field: str) -> bool:
         "token_dim": model == "vqvae_tokens",
         "num_tokens": model == "vqvae_dims",
         "keep": method == "fixed_geometric",
+        "prior_epochs": model == "vae_our_parts" or (model, method) == ("vae", "vnd"),
         **dict.fromkeys(
             ("learned", "budget", "full", "budget_offset", "budget_power", "length_weight"), method == "vnd"
         ),

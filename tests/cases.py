@@ -47,6 +47,13 @@ def half_of_the_last(x: Tensor) -> tuple[Tensor, Tensor]:
     return last / 2, 0.5 + last.tanh() ** 2 / 4
 
 
+def two_humps(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Condition each coordinate on the one before it: two Normals, the heavier one on the other side of zero."""
+    last = torch.nn.functional.pad(x[..., :-1], (1, 0)).unsqueeze(-1)
+    sides = torch.tensor([-1.0, 1.0]).to(x)
+    return sides + last / 4, 0.4 + last.tanh() ** 2 / 4, -sides * last
+
+
 def cut(law: Any) -> Any:
     """The law with every third length given, from the second on: two units, or all if there are no two."""
     given = torch.arange(law.batch_shape.numel()).reshape(law.batch_shape) % 3 == 1
@@ -224,6 +231,18 @@ CASES = [
         entropy=False,
         divergence=False,
         learned=("probs",),
+    ),
+    Case(
+        "nested-autoregressive-mixtures",
+        NestedAutoregressive,
+        {"logits": real},
+        {"temperature": positive},
+        options={"conditioner": two_humps},
+        hard=False,
+        moments=False,
+        entropy=False,
+        divergence=False,
+        learned=("logits", "temperature"),
     ),
     Case(
         "cut-exact",

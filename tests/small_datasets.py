@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -11,6 +12,11 @@ import torch
 from scipy.io import savemat
 
 from models.datasets import Dataset, Split, cifar10, fashion_mnist, svhn
+
+_folder = Path(os.environ.get("FASHION_MNIST_DIR") or fashion_mnist.SOURCE.installed)
+
+
+needs_fashion_mnist = pytest.mark.skipif(not _folder.is_dir(), reason=f"no {_folder}: {fashion_mnist.SOURCE.advice}")
 
 
 def idx(array: np.ndarray) -> bytes:

@@ -10,6 +10,7 @@ from pyro_vnd.autoencoders.likelihoods import (
     Likelihood,
 )
 from pyro_vnd.autoencoders.linear import LinearGaussianVAE
+from pyro_vnd.autoencoders.prior_fit import fit_prior
 from pyro_vnd.autoencoders.vae import OrderedVAE
 from pyro_vnd.autoencoders.vqvae import OrderedVQVAE
 from pyro_vnd.autoencoders.wae import OrderedWAE
@@ -26,6 +27,7 @@ __all__ = [
     "OrderedVQVAE",
     "OrderedWAE",
     "conv_bodies",
+    "fit_prior",
     "full_length",
     "linear_bodies",
     "mlp_bodies",

@@ -51,29 +51,37 @@ class Quantiser(nn.Module):
 
     $$t = \arg\min_v \sum_d m_d (z_d - e_{vd})^2, \qquad \hat z = e_t,$$
 
-    with the gradient of $\hat z$ passed straight to z. Codebook and encoder learn to meet from the penalty
+    with the gradient of $\hat z$ passed straight to z. The encoder learns to meet the codebook from the penalty
 
-    $$\sum_d m_d \left[ (\mathrm{sg}(z_d) - e_{td})^2 + \beta \, (z_d - \mathrm{sg}(e_{td}))^2 \right].$$
+    $$\beta \sum_d m_d (z_d - \mathrm{sg}(e_{td}))^2.$$
 
-    In training a vector of the codebook that has not been the nearest for a number of passes is replaced by one of
-    those at hand. So are all of them in the first pass, which puts the codebook where the data are.
+    In training each number of the codebook follows a running mean of what it stood for, at its own pace rather than at
+    that of an optimiser: a step of the encoder moves all vectors at once, further than a learning rate would let the
+    codebook come after. A vector of the codebook that has not been the nearest for a number of passes is replaced by
+    one of those at hand. So are all of them in the first pass, which puts the codebook where the data are.
 
     Args:
         codebook_size: V.
         dim: D, numbers of a vector.
         commitment: Weight beta of the pull of the encoder to the codebook.
+        decay: What a pass leaves of the weight of those before it.
         restart_after: Passes without use after which a vector is replaced.
 
-    Source: van den Oord, Vinyals and Kavukcuoglu, arXiv 1711.00937, equations 1 to 3; for restarts, Dhariwal et al.,
-    arXiv 2005.00341, section 3.
+    Source: van den Oord, Vinyals and Kavukcuoglu, arXiv 1711.00937, equations 1 to 3 and appendix A.1; for restarts,
+    Dhariwal et al., arXiv 2005.00341, section 3.
     """
 
+    codebook: Tensor
+    weight: Tensor
     idle: Tensor
 
-    def __init__(self, codebook_size: int, dim: int, commitment: float = 0.25, restart_after: int = 20) -> None:
+    def __init__(
+        self, codebook_size: int, dim: int, commitment: float = 0.25, decay: float = 0.9, restart_after: int = 20
+    ) -> None:
         super().__init__()
-        self.commitment, self.restart_after = commitment, restart_after
-        self.codebook = nn.Parameter(torch.randn(codebook_size, dim))
+        self.commitment, self.decay, self.restart_after = commitment, decay, restart_after
+        self.register_buffer("codebook", torch.randn(codebook_size, dim))
+        self.register_buffer("weight", torch.zeros(codebook_size, dim))
         self.register_buffer("idle", torch.full((codebook_size,), restart_after))
 
     def nearest(self, vectors: Tensor, mask: Tensor) -> Tensor:
@@ -104,11 +112,11 @@ class Quantiser(nn.Module):
         if self.training:
             self._restart(vectors.detach(), kept)
         index = self.nearest(vectors, kept)
-        if self.training:
-            self._note(index, kept)
         codes = embedding(index, self.codebook)
-        apart = (vectors.detach() - codes).square() + self.commitment * (vectors - codes.detach()).square()
-        return codes.detach() + (vectors - vectors.detach()), (kept * apart).sum((-2, -1))
+        if self.training:
+            self._follow(vectors.detach(), kept, index)
+        penalty = self.commitment * (kept * (vectors - codes).square()).sum((-2, -1))
+        return codes + (vectors - vectors.detach()), penalty
 
     @torch.no_grad()
     def _restart(self, vectors: Tensor, kept: Tensor) -> None:
@@ -116,12 +124,17 @@ class Quantiser(nn.Module):
         in_use = kept.amax(-1).flatten()
         picks = vectors.flatten(0, -2)[torch.multinomial(in_use, len(self.codebook), replacement=True)]
         self.codebook.copy_(torch.where(unused.unsqueeze(-1), picks, self.codebook))
+        self.weight[unused] = 0
         self.idle[unused] = 0
 
     @torch.no_grad()
-    def _note(self, index: Tensor, kept: Tensor) -> None:
-        uses = torch.bincount(index.flatten(), weights=kept.amax(-1).flatten(), minlength=len(self.codebook))
-        self.idle.copy_(torch.where(uses > 0, 0, self.idle + 1))
+    def _follow(self, vectors: Tensor, kept: Tensor, index: Tensor) -> None:
+        index, kept = index.flatten(), kept.flatten(0, -2)
+        parts = (kept, kept * vectors.flatten(0, -2))
+        uses, sums = (torch.zeros_like(self.codebook).index_add_(0, index, part) for part in parts)
+        self.weight.mul_(self.decay).add_(uses)
+        self.codebook.addcdiv_(sums - uses * self.codebook, self.weight.clamp_min(1e-9))
+        self.idle.copy_(torch.where(uses.amax(-1) > 0, 0, self.idle + 1))
 
 
 class TokenPrior(TorchDistribution):

@@ -9,7 +9,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from pyro_vnd.autoencoders.base import EncoderGuide, OrderedAutoencoder
 from pyro_vnd.autoencoders.bodies import Bodies
@@ -18,11 +17,13 @@ from pyro_vnd.autoencoders.conditioner import Conditioner
 from pyro_vnd.autoencoders.lengths import LengthEncoder, LengthSource
 from pyro_vnd.autoencoders.likelihoods import Likelihood
 from pyro_vnd.distributions import NestedAutoregressive, NestedNormal, OrderedMask
+from pyro_vnd.distributions.kl import kl_parts
 from pyro_vnd.distributions.nested import NestedLaw
 
 __all__ = ["ElboTerms", "EnumeratingGuide", "OrderedVAE", "PriorLatents"]
 
 PriorLatents = Literal["independent", "autoregressive"]
+CONDITIONER: dict[str, Any] = {"hidden": (128, 128), "num_components": 10}  # of a learned prior
 
 
 class ElboTerms(NamedTuple):
@@ -31,7 +32,7 @@ class ElboTerms(NamedTuple):
     Attributes:
         log_likelihood: E_q log p(x | z), estimated.
         kl_latents: Divergence of the kept latents from their prior, exact; from a prior that is autoregressive it is
-            that of each latent given the draws of those before it.
+            that of each latent given the draws of those before it, and from mixtures that of the draws themselves.
         kl_lengths: Divergence of the law of the lengths from its prior, exact.
     """
 
@@ -57,11 +58,12 @@ class OrderedVAE(OrderedAutoencoder):
 
     The latents may have a prior that is learned with the rest, in which each depends on those before it:
 
-    $$z_i \mid z_{<i} \sim N(\mu_i(z_{<i}), \sigma_i(z_{<i})).$$
+    $$z_i \mid z_{<i} \sim \sum_m w_{im}(z_{<i}) N(\mu_{im}(z_{<i}), \sigma_{im}(z_{<i})).$$
 
     A decoder that is good for short codes makes later latents repeat part of what earlier ones say; independent ones
     drawn from N(0, 1) then hardly ever look like the code of an image. Of latents that have an order such a prior is
-    the natural one: that of a code that is cut is the same, cut.
+    the natural one: that of a code that is cut is the same, cut. Mixtures follow the edges of the first latents' law,
+    which are sharp, and which one Normal overshoots, to where no decoder has been trained.
 
     Args:
         image_shape: As in `OrderedAutoencoder`.
@@ -131,7 +133,7 @@ class OrderedVAE(OrderedAutoencoder):
                 f"{type(self).__name__}: argument `enumerate_lengths` needs prior_latents='independent'; "
                 f"got {prior_latents!r}"
             )
-        self.conditioner = Conditioner(num_latents) if prior_latents == "autoregressive" else None
+        self.conditioner = Conditioner(num_latents, **CONDITIONER) if prior_latents == "autoregressive" else None
         self._enumerate_lengths = enumerate_lengths
 
     @property
@@ -182,9 +184,8 @@ class OrderedVAE(OrderedAutoencoder):
         p = p.expand(q.batch_shape)
         code = q.rsample((num_samples,))
         likelihood = self._log_prob(x, code).mean(0)
-        lengths = kl_divergence(q.mask_law, p.mask_law)
-        kl = kl_divergence(q, p.given(code)).expand(code.shape[:-1]).mean(0)
-        return ElboTerms(likelihood, kl - lengths, lengths)
+        lengths, latents = (kl.expand(code.shape[:-1]).mean(0) for kl in kl_parts(q, p.given(code), code))
+        return ElboTerms(likelihood, latents, lengths)
 
     @torch.no_grad()
     def log_likelihood(

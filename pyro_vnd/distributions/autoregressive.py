@@ -1,4 +1,4 @@
-"""Normal laws of ordered coordinates, each given those before it, that are zero past a random length."""
+"""Laws of ordered coordinates, each given those before it, that are zero past a random length."""
 
 from collections.abc import Callable
 from typing import ClassVar, Self
@@ -11,6 +11,7 @@ from torch.types import _size
 from pyro_vnd._compat import recall, remember
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions.constraints import got
+from pyro_vnd.distributions.mixtures import NestedMixture, draw
 from pyro_vnd.distributions.nested import NestedLaw, NestedNormal, in_range
 from pyro_vnd.distributions.straight_through import Noise, OrderedMaskStraightThrough
 
@@ -18,7 +19,7 @@ __all__ = ["NestedAutoregressive"]
 
 
 class NestedAutoregressive(NestedLaw):
-    r"""Normal law over K ordered coordinates, each given those before it, cut to zero past a random length.
+    r"""Law over K ordered coordinates, each Normal given those before it, cut to zero past a random length.
 
     $$L \sim p, \qquad n_i \sim N(\mu_i(n_{<i}), \sigma_i(n_{<i})), \qquad x_i = n_i \, 1[i \le L],$$
     $$\log p(x) = \log p_L + \sum_{i \le L} \log N(x_i; \mu_i(x_{<i}), \sigma_i(x_{<i})).$$
@@ -35,13 +36,18 @@ class NestedAutoregressive(NestedLaw):
     that of `given` on average over draws, which is how `NestedELBO` takes it. No divergence is registered, so that
     Pyro's objectives score a draw in both laws.
 
+    Each coordinate may be a mixture of M Normals in place of one, with means, deviations and weights that depend on
+    those before it. Its divergence is then estimated by a draw: the exact one from the Normal $N_i$ with its mean and
+    deviation, plus $\log N_i(n_i) - \log p(n_i \mid n_{<i})$.
+
     Sampling takes K evaluations of the conditioner, scoring takes one.
 
     Shapes: batch_shape (...), that of the lengths; event_shape (K,).
 
     Args:
         conditioner: Maps values, shape (..., K), to $\mu$ and $\sigma > 0$, which broadcast to that shape, entry i
-            depending on the entries before it alone: `pyro_vnd.autoencoders.Conditioner`, say.
+            depending on the entries before it alone: `pyro_vnd.autoencoders.Conditioner`, say. Or to $\mu$, $\sigma$
+            and the logits of mixtures, which broadcast to (..., K, M).
         logits: Unnormalised log-weights of the lengths 1..K, shape (..., K).
         probs: Weights of the lengths, in place of `logits`.
         temperature: Temperature of the straight-through mask, > 0.
@@ -71,7 +77,7 @@ class NestedAutoregressive(NestedLaw):
 
     def __init__(
         self,
-        conditioner: Callable[[Tensor], tuple[Tensor, Tensor]],
+        conditioner: Callable[[Tensor], tuple[Tensor, ...]],
         logits: Tensor | None = None,
         *,
         probs: Tensor | None = None,
@@ -90,7 +96,7 @@ class NestedAutoregressive(NestedLaw):
         super().__init__(self.mask_law.batch_shape, self.mask_law.event_shape, validate_args=False)
         self._validate_args = self.mask_law._validate_args
 
-    def given(self, value: Tensor) -> NestedNormal:
+    def given(self, value: Tensor) -> NestedNormal | NestedMixture:
         """Return the law that each coordinate has given those before it in `value`.
 
         Args:
@@ -112,8 +118,7 @@ class NestedAutoregressive(NestedLaw):
                 f"broadcast with the batch shape {tuple(self.batch_shape)}; got {tuple(value.shape)}"
             )
         making = recall(value)
-        loc, scale = self._condition(value if making is None else making[1], shape)
-        return NestedNormal._of(loc, scale, self.mask_law)
+        return self._law(*self._condition(value if making is None else making[1], shape))
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Draw vectors with zeros past a random length, shape sample_shape + batch_shape + (K,)."""
@@ -122,35 +127,42 @@ class NestedAutoregressive(NestedLaw):
         drawn: list[Tensor] = []
         for i in range(self.num_units):
             rest = torch.zeros_like(noise[..., i:])
-            loc, scale = self._condition(torch.cat([*drawn, rest], -1), mask.shape)
-            self._check(loc, scale)
-            drawn.append(torch.addcmul(loc[..., i : i + 1], scale[..., i : i + 1], noise[..., i : i + 1]))
+            parts = self._condition(torch.cat([*drawn, rest], -1), mask.shape)
+            self._check(*parts)
+            drawn.append(draw(noise[..., i : i + 1], *(part.narrow(mask.dim() - 1, i, 1) for part in parts)))
         dense = torch.cat(drawn, -1)
         return remember(mask * dense, (mask, dense))
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return log p_L + sum_{i <= L} log N(x_i), shape broadcast(value.shape[:-1], batch_shape)."""
-        if self._validate_args:
-            self._validate_sample(value)
-        law = self.given(value)
-        self._check(law.loc, law.scale)
-        return law.log_prob(value)
+    def densities(self, dense: Tensor) -> Tensor:
+        """Return the log-density of each uncut coordinate given those before it, shape (..., K)."""
+        parts = self._condition(dense, broadcast_shapes(dense.shape, self.batch_shape + self.event_shape))
+        self._check(*parts)
+        return self._law(*parts).densities(dense)
 
-    def _condition(self, value: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Return means and deviations of a shape, given values that broadcast to it."""
+    def _condition(self, value: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+        """Return means, deviations and perhaps logits for coordinates of a shape, given values that broadcast to it."""
         found = self.conditioner(value)
         parts = found if isinstance(found, tuple) else (found,)
         try:
-            loc, scale = (part.expand(shape) for part in parts)
+            mixed = len(parts) == 3
+            full = shape + torch.broadcast_shapes(*(part.shape for part in parts))[-1:] if mixed else shape
+            loc, scale, *logits = (part.expand(full) for part in parts)
+            if len(logits) != mixed:
+                raise ValueError
         except (ValueError, AttributeError, RuntimeError):
             came = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
             raise ValueError(
                 "NestedAutoregressive: argument `conditioner` must return means and deviations that broadcast to "
-                f"{tuple(shape)}; got {came}"
+                f"{tuple(shape)}, or means, deviations and logits of mixtures, one dimension more; got {came}"
             ) from None
-        return loc, scale
+        return loc, scale, *logits
 
-    def _check(self, loc: Tensor, scale: Tensor) -> None:
+    def _law(self, loc: Tensor, scale: Tensor, logits: Tensor | None = None) -> NestedNormal | NestedMixture:
+        if logits is None:
+            return NestedNormal._of(loc, scale, self.mask_law)
+        return NestedMixture(loc, scale, logits, self.mask_law)
+
+    def _check(self, loc: Tensor, scale: Tensor, logits: Tensor | None = None) -> None:
         if self._validate_args and not (in_range("loc", loc) and in_range("scale", scale)):
             raise ValueError(
                 "NestedAutoregressive: argument `conditioner` must return finite means and finite deviations > 0; got "

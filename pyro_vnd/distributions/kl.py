@@ -1,19 +1,20 @@
 """Exact Kullback-Leibler divergences, found by `torch.distributions.kl_divergence` and `TraceMeanField_ELBO`."""
 
 from itertools import product
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence, register_kl
 
+from pyro_vnd._compat import recall
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions._fast.gated_kl import gated_normal_kl
 from pyro_vnd.distributions._fast.log_uniform import log_uniform_kl
 from pyro_vnd.distributions._fast.normals import normal_kl
 from pyro_vnd.distributions.lengths import LengthLaw
 from pyro_vnd.distributions.masks import CutMask, OrderedMask, expectation
-from pyro_vnd.distributions.nested import NestedNormal
+from pyro_vnd.distributions.nested import NestedLaw, NestedNormal
 from pyro_vnd.distributions.relaxed import RelaxedOrderedMask
 from pyro_vnd.distributions.straight_through import OrderedMaskStraightThrough
 from pyro_vnd.distributions.weights import Gated, LogScaleNormal, LogUniform
@@ -64,13 +65,33 @@ def _kl_nested_normal(q: NestedNormal, p: NestedNormal) -> Tensor:
     return lengths + coordinates
 
 
-def kl_parts(q: NestedNormal, p: NestedNormal) -> tuple[Tensor, Tensor]:
-    """Return the two terms of the divergence, that of the lengths and that of the kept coordinates."""
+def kl_parts(q: NestedLaw, p: NestedLaw, value: Any = None) -> tuple[Tensor, Tensor]:
+    """Return the two terms of the divergence, that of the lengths and that of the kept coordinates.
+
+    From a mixture the latter is estimated by one draw: the exact one from a Normal with its moments, and the difference
+    of the two scores of the draw, which varies little where q is narrow or the mixture is nearly Normal.
+
+    Args:
+        q: A law whose coordinates are independent.
+        p: The same.
+        value: A sample of q, where a coordinate of q or p is a mixture.
+    """
     _check_units(q, p)
-    return kl_divergence(q.mask_law, p.mask_law), expectation(q.keep_probs, normal_kl(q.loc, q.scale, p.loc, p.scale))
+    lengths, weights = kl_divergence(q.mask_law, p.mask_law), q.keep_probs
+    if isinstance(q, NestedNormal) and isinstance(p, NestedNormal):
+        return lengths, expectation(weights, normal_kl(q.loc, q.scale, p.loc, p.scale))
+    making = recall(value)
+    mask, dense = (q.mask_of(value), value) if making is None else making
+    if making is None:  # what was dropped is not known, and must count nothing
+        weights = mask
+    if isinstance(q, NestedNormal):
+        near = NestedNormal._of(p.loc, p.scale, p.mask_law)
+        exact = normal_kl(q.loc, q.scale, p.loc, p.scale)
+        return lengths, expectation(weights, exact + near.densities(dense) - p.densities(dense))
+    return lengths, expectation(weights, q.densities(dense) - p.densities(dense))
 
 
-def _check_units(q: OrderedMask | NestedNormal, p: OrderedMask | NestedNormal) -> None:
+def _check_units(q: OrderedMask | NestedLaw, p: OrderedMask | NestedLaw) -> None:
     if q.num_units != p.num_units:
         raise ValueError(f"KL of masks over different numbers of units: {q.num_units} and {p.num_units}")
 

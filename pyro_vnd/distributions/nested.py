@@ -33,6 +33,8 @@ class NestedLaw(Tiltable, TorchDistribution):
     has_rsample = True
 
     mask_law: OrderedMask
+    loc: Any  # where coordinates are independent, means and
+    scale: Any  # standard deviations of the uncut ones, shape batch_shape + (K,)
 
     @property
     def keep_probs(self) -> Tensor:
@@ -130,9 +132,29 @@ class NestedLaw(Tiltable, TorchDistribution):
             value: Samples, shape (..., K).
 
         Returns:
-            A `NestedNormal`, whose coordinates are independent.
+            A law whose coordinates are independent.
         """
         raise NotImplementedError
+
+    def densities(self, dense: Tensor) -> Tensor:
+        """Return the log-density of each uncut coordinate where they are independent.
+
+        Args:
+            dense: Uncut coordinates, shape (..., K).
+
+        Returns:
+            Shape broadcast(dense.shape, batch_shape + (K,)).
+        """
+        raise NotImplementedError
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return log p_L + sum_{i <= L} log p(x_i), shape broadcast(value.shape[:-1], batch_shape)."""
+        if self._validate_args:
+            self._validate_sample(value)
+        making = recall(value)
+        mask, dense = (self.mask_of(value), value) if making is None else making
+        # A dropped coordinate counts nothing; a straight-through mask still passes its gradient.
+        return self.mask_law.log_prob(mask) + counted(mask, self.densities(dense)).sum(-1)
 
     def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
         """Return the same law with a larger batch shape."""
@@ -299,14 +321,9 @@ class NestedNormal(NestedLaw):
         dense = self._loc + self._scale * torch.randn(mask.shape, dtype=self._loc.dtype, device=mask.device)
         return remember(mask * dense, (mask, dense))
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return log p_L + sum_{i <= L} log N(x_i), shape broadcast(value.shape[:-1], batch_shape)."""
-        if self._validate_args:
-            self._validate_sample(value)
-        making = recall(value)
-        mask, dense = (self.mask_of(value), value) if making is None else making
-        # A dropped coordinate counts nothing; a straight-through mask still passes its gradient.
-        return self.mask_law.log_prob(mask) + counted(mask, self.normal.log_prob(dense)).sum(-1)
+    def densities(self, dense: Tensor) -> Tensor:
+        """Return the log-density of each uncut coordinate, shape broadcast(dense.shape, batch_shape + (K,))."""
+        return self.normal.log_prob(dense)
 
     def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
         """Return the same law with a larger batch shape."""

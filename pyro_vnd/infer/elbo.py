@@ -39,7 +39,8 @@ class NestedELBO(TraceMeanField_ELBO):
     registered KL are estimated by the scores of their draws. So are points (`Delta`), whose log-density Pyro leaves
     out: with an `AutoNormal` and a positive latent, `TraceMeanField_ELBO` lacks the Jacobian, and this one has it.
     Where the prior is a `NestedAutoregressive` the KL is that of each coordinate given the draws of those before it, by
-    the chain rule an unbiased estimate with less variance than a score.
+    the chain rule an unbiased estimate with less variance than a score. From a mixture it is the exact one from a
+    Normal with its moments, and the difference of the scores that the draw has in the two.
     Latents must be reparameterised, and none may depend in the model on one that comes after it in the guide. One that
     the guide lacks is drawn from the model, and costs nothing.
 
@@ -288,7 +289,7 @@ def kl_terms(q: Any, p: Any, value: Any) -> dict[str, Any]:
                 raise NotImplementedError
             # By the chain rule: each coordinate's divergence given the draws of those before it.
             q, p = q.given(value), p.given(value)
-        return dict(zip(("length_weight", "kl_weight"), kl_parts(q, p), strict=True))
+        return dict(zip(("length_weight", "kl_weight"), kl_parts(q, p, value), strict=True))
     return {_weight_of(q): kl_divergence(q, p)}
 
 

@@ -16,13 +16,18 @@ def moved(num_units: int, **options) -> Conditioner:
     return conditioner
 
 
+@pytest.mark.parametrize("num_components", [1, 3])
 @pytest.mark.parametrize(("num_units", "hidden"), [(6, (96, 96)), (6, (17,)), (2, (5, 3)), (3, ()), (20, (64, 32, 64))])
-def test_each_output_depends_on_all_inputs_before_it_and_on_nothing_else(num_units: int, hidden: tuple[int, ...]):
-    conditioner = moved(num_units, hidden=hidden)
-    for which in (0, 1):
-        jacobian = torch.autograd.functional.jacobian(lambda x, w=which: conditioner(x)[w], torch.randn(num_units) / 4)
-        assert torch.equal(jacobian.tril(-1) != 0, torch.ones(num_units, num_units).tril(-1) > 0)
-        assert (jacobian.triu() == 0).all()
+def test_each_output_depends_on_all_inputs_before_it_and_on_nothing_else(
+    num_units: int, hidden: tuple[int, ...], num_components: int
+):
+    conditioner, x = moved(num_units, hidden=hidden, num_components=num_components), torch.randn(num_units) / 4
+    assert len(conditioner(x)) == (2 if num_components == 1 else 3)
+    for which in range(len(conditioner(x))):
+        jacobian = torch.autograd.functional.jacobian(lambda x, w=which: conditioner(x)[w], x)
+        for part in jacobian.view(num_units, -1, num_units).unbind(1):
+            assert torch.equal(part.tril(-1) != 0, torch.ones(num_units, num_units).tril(-1) > 0)
+            assert (part.triu() == 0).all()
 
 
 def test_it_starts_at_standard_normals():
@@ -31,10 +36,24 @@ def test_it_starts_at_standard_normals():
     assert torch.equal(scale, torch.ones(3, 2, 5))
 
 
-def test_far_off_inputs_have_bounded_outputs():
-    conditioner = moved(8)
+@pytest.mark.parametrize("num_components", [2, 5, 10])
+def test_mixtures_start_apart_with_the_moments_of_standard_normals(num_components: int):
+    loc, scale, logits = (part for part in Conditioner(5, num_components=num_components)(torch.randn(3, 5)))
+    assert loc.shape == scale.shape == logits.shape == (3, 5, num_components)
+    assert (loc.diff() > 0.1).all()
+    probs = logits.softmax(-1)
+    mean = (probs * loc).sum(-1)
+    variance = (probs * (loc.square() + scale.square())).sum(-1) - mean.square()
+    torch.testing.assert_close(mean, torch.zeros(3, 5), atol=1e-6, rtol=0)
+    torch.testing.assert_close(variance, torch.ones(3, 5), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("num_components", [1, 4])
+def test_far_off_inputs_have_bounded_outputs(num_components: int):
+    conditioner = moved(8, num_components=num_components)
     near, far = (conditioner(size * torch.randn(500, 8)) for size in (1, 1e6))
     assert far[0].abs().max() < 3 * near[0].abs().max()
+    assert far[-1].abs().max() < 3 * near[-1].abs().max()
     assert torch.isfinite(far[1]).all()
     assert (far[1] > 0).all()
 
@@ -49,6 +68,7 @@ def test_one_unit_and_no_rows(dtype: torch.dtype):
 
 
 def test_sizes_are_checked():
-    for sizes in ((0,), (3, (0,)), (3, (4, -1))):
-        with pytest.raises(ValueError, match="Conditioner: arguments `num_units` and `hidden` must be positive; got "):
+    message = "Conditioner: arguments `num_units`, `hidden` and `num_components` must be positive; got "
+    for sizes in ((0,), (3, (0,)), (3, (4, -1)), (3, (4,), 0)):
+        with pytest.raises(ValueError, match=message):
             Conditioner(*sizes)

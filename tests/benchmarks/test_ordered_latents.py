@@ -20,7 +20,14 @@ def result(tmp_path_factory):
     """Every method, on digits, for one epoch; the second call finds all of it done."""
     folder = tmp_path_factory.mktemp("ordered_latents")
     recipe = replace(
-        RECIPE, epochs=1, batch_size=64, num_latents=4, codebook_size=8, num_importance=2, num_generated=100
+        RECIPE,
+        epochs=1,
+        prior_epochs=1,
+        batch_size=64,
+        num_latents=4,
+        codebook_size=8,
+        num_importance=2,
+        num_generated=100,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # weights of the features go to results/
@@ -100,6 +107,9 @@ def test_a_fit_is_done_again_only_for_what_it_depends_on():
     assert uses("vae", "fixed_geometric", "keep")
     assert not uses("vae", "fixed_uniform", "keep")
     assert not uses("linear", "pca", "epochs")
+    assert uses("vae", "vnd", "prior_epochs")
+    assert uses("vae_our_parts", "plain", "prior_epochs")
+    assert not uses("vae", "plain", "prior_epochs")
 
 
 def test_tables_targets_and_figure(result, monkeypatch):

@@ -252,9 +252,12 @@ def test_it_learns_what_the_coordinates_have_in_common():
 
 
 BAD_CONDITIONERS = {
-    "one tensor": (lambda x: x, r"must return means and deviations that broadcast to \(2, 4\); got \[\(2, 4\)\]"),
-    "wrong shape": (lambda x: (x[..., :3], x), r"broadcast to \(2, 4\); got \[\(2, 3\), \(2, 4\)\]"),
-    "three": (lambda x: (x, x, x), r"broadcast to \(2, 4\); got "),
+    "one tensor": (
+        lambda x: x,
+        r"must return means and deviations that broadcast to \(2, 4\), or .*; got \[\(2, 4\)\]",
+    ),
+    "wrong shape": (lambda x: (x[..., :3], x), r"broadcast to \(2, 4\), or .*; got \[\(2, 3\), \(2, 4\)\]"),
+    "three": (lambda x: (x, x, x), r"broadcast to \(2, 4\), or means, deviations and logits of mixtures.*; got "),
     "numbers": (lambda x: (0.0, 1.0), r"got \['float', 'float'\]"),
     "no deviation": (lambda x: (x, torch.zeros_like(x)), "finite means and finite deviations > 0; got "),
     "nan": (lambda x: (x * math.nan, torch.ones_like(x)), "finite means and finite deviations > 0; got "),

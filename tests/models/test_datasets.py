@@ -1,21 +1,11 @@
 """Data sets by name: the known images, split the same way each time."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from small_datasets import by_name, check_contract, parts
+from small_datasets import by_name, check_contract, needs_fashion_mnist, parts
 
-from models.datasets import fashion_mnist, load
-
-fashion_mnist_folder = Path(os.environ.get("FASHION_MNIST_DIR") or fashion_mnist.SOURCE.installed)
-
-
-needs_fashion_mnist = pytest.mark.skipif(
-    not fashion_mnist_folder.is_dir(), reason=f"no {fashion_mnist_folder}: {fashion_mnist.SOURCE.advice}"
-)
+from models.datasets import load
 
 
 def test_digits_are_the_known_ones_split_in_the_same_proportion_of_every_class():

@@ -1,13 +1,17 @@
 """The classifier whose features compare images: what it learns, and that it is kept."""
 
+import hashlib
 from dataclasses import replace
 
 import pytest
 import torch
+from small_datasets import needs_fashion_mnist
 
+from models import features
 from models.datasets import Split, load
 from models.features import FeatureNet, FeatureRecipe, train_features
 from pyro_vnd.diagnostics import generative_metrics
+from pyro_vnd.diagnostics.metrics.generative import weights_hash
 
 QUICK = FeatureRecipe(channels=(8, 16), num_features=16, num_epochs=2)
 
@@ -34,11 +38,11 @@ def test_the_classifier_has_learned_and_is_frozen(trained, digits):
 
 def test_features_are_what_the_last_layer_sees(trained, digits):
     x = digits.validation.images
-    features = trained.net(x)
-    assert features.shape == (len(x), trained.net.num_features) == (359, 64)
-    torch.testing.assert_close(trained.net.head(features), trained.net.logits(x))
-    torch.testing.assert_close(trained.net(x.flatten(1).double()), features)  # flattened, and of another type
-    assert (features.var(0) > 1e-3).all()  # none is dead
+    seen = trained.net(x)
+    assert seen.shape == (len(x), trained.net.num_features) == (359, 64)
+    torch.testing.assert_close(trained.net.head(seen), trained.net.logits(x))
+    torch.testing.assert_close(trained.net(x.flatten(1).double()), seen)  # flattened, and of another type
+    assert (seen.var(0) > 1e-3).all()  # none is dead
 
 
 def test_worse_images_are_further_away(trained, digits):
@@ -100,3 +104,30 @@ def test_images_of_any_size(shape):
 def test_recipes_are_checked(change, digits):
     with pytest.raises(ValueError, match=f"`{next(iter(change))}`"):
         train_features(digits, replace(QUICK, **change), folder=None, progress=False)
+
+
+@needs_fashion_mnist
+def test_the_weights_for_fashion_mnist_come_with_the_code(tmp_path, monkeypatch):
+    monkeypatch.setattr("models.features._train", lambda *_: pytest.fail("trained anew"))
+    data = load("fashion-mnist")
+    net, _, accuracy = train_features(data, folder=tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []
+    assert accuracy == pytest.approx(features._accuracy(net, data.validation, 500), abs=1e-3)  # that was in float32
+    assert weights_hash(net) == "2a375884028ec3ed31b172799f63b01cbe413de8d49f36b30defad43ccd0d4dd"
+    with pytest.raises(pytest.fail.Exception, match="trained anew"):
+        train_features(data, folder=tmp_path, committed=False, progress=False)
+
+
+def test_committed_weights_are_taken_for_their_data_and_recipe_alone(digits, tmp_path, monkeypatch):
+    first = train_features(digits, QUICK, folder=tmp_path, progress=False)
+    (path,) = tmp_path.iterdir()
+    monkeypatch.setattr(features, "_COMMITTED", tmp_path)
+    monkeypatch.setattr(features, "_SHA256", {path.name: hashlib.sha256(path.read_bytes()).hexdigest()})
+    other = train_features(digits, replace(QUICK, seed=1), folder=None, progress=False)
+    monkeypatch.setattr("models.features._train", lambda *_: pytest.fail("trained anew"))
+    again = train_features(digits, QUICK, folder=None, progress=False)
+    torch.testing.assert_close(again.net.state_dict(), first.net.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(other.net.head.weight, first.net.head.weight)
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(ValueError, match="as it was committed, with SHA-256"):
+        train_features(digits, QUICK, folder=None, progress=False)
