@@ -19,7 +19,7 @@ from pyro_vnd.autoencoders.lengths import LengthEncoder, LengthSource, check_len
 from pyro_vnd.autoencoders.likelihoods import GaussianLikelihood, Likelihood
 from pyro_vnd.autoencoders.prices import LengthsByPrice
 from pyro_vnd.distributions import NestedNormal, OrderedMask
-from pyro_vnd.distributions._fast.normals import normal_kl
+from pyro_vnd.distributions.kl import kl_of_coordinates
 from pyro_vnd.distributions.nested import NestedLaw
 
 __all__ = ["EncoderGuide", "OrderedAutoencoder"]
@@ -214,8 +214,7 @@ class OrderedAutoencoder(LengthsByPrice):
 
     def _costs(self, law: NestedNormal) -> Tensor:
         """Return the divergence of the first latents, given the mean code, for each length."""
-        prior = self.prior().given(law.loc)
-        return normal_kl(law.loc, law.scale, prior.loc, prior.scale).cumsum(-1)
+        return kl_of_coordinates(law, self.prior().given(law.loc), law.loc).cumsum(-1)
 
     def _mask_of(self, code: Tensor) -> Tensor:
         return NestedNormal.mask_of(code)

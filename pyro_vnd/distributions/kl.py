@@ -77,18 +77,32 @@ def kl_parts(q: NestedLaw, p: NestedLaw, value: Any = None) -> tuple[Tensor, Ten
         value: A sample of q, where a coordinate of q or p is a mixture.
     """
     _check_units(q, p)
-    lengths, weights = kl_divergence(q.mask_law, p.mask_law), q.keep_probs
-    if isinstance(q, NestedNormal) and isinstance(p, NestedNormal):
-        return lengths, expectation(weights, normal_kl(q.loc, q.scale, p.loc, p.scale))
-    making = recall(value)
-    mask, dense = (q.mask_of(value), value) if making is None else making
-    if making is None:  # what was dropped is not known, and must count nothing
-        weights = mask
-    if isinstance(q, NestedNormal):
-        near = NestedNormal._of(p.loc, p.scale, p.mask_law)
-        exact = normal_kl(q.loc, q.scale, p.loc, p.scale)
-        return lengths, expectation(weights, exact + near.densities(dense) - p.densities(dense))
-    return lengths, expectation(weights, q.densities(dense) - p.densities(dense))
+    lengths, weights, dense = kl_divergence(q.mask_law, p.mask_law), q.keep_probs, value
+    if not (isinstance(q, NestedNormal) and isinstance(p, NestedNormal)):
+        making = recall(value)
+        dense = value if making is None else making[1]
+        if making is None:  # what was dropped is not known, and must count nothing
+            weights = q.mask_of(value)
+    return lengths, expectation(weights, kl_of_coordinates(q, p, dense))
+
+
+def kl_of_coordinates(q: NestedLaw, p: NestedLaw, dense: Any = None) -> Tensor:
+    """Return the divergence of each uncut coordinate, as `kl_parts` does.
+
+    Args:
+        q: A law whose coordinates are independent.
+        p: The same.
+        dense: A draw of the uncut coordinates of q, where a coordinate of q or p is a mixture.
+
+    Returns:
+        Shape (..., K).
+    """
+    if not isinstance(q, NestedNormal):
+        return q.densities(dense) - p.densities(dense)
+    exact = normal_kl(q.loc, q.scale, p.loc, p.scale)
+    if isinstance(p, NestedNormal):
+        return exact
+    return exact + NestedNormal._of(p.loc, p.scale, p.mask_law).densities(dense) - p.densities(dense)
 
 
 def _check_units(q: OrderedMask | NestedLaw, p: OrderedMask | NestedLaw) -> None:

@@ -13,10 +13,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyro_vnd._compat import recall
 from pyro_vnd._data import Data, as_arguments, map_parts, num_rows
 from pyro_vnd._state import module_mode
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.distributions._fast.normals import normal_kl
+from pyro_vnd.distributions.constraints import counted
+from pyro_vnd.distributions.kl import kl_of_coordinates
 from pyro_vnd.distributions.nested import NestedLaw, innermost
 from pyro_vnd.infer._fit.objective import Objective
 from pyro_vnd.infer.elbo import kl_terms
@@ -116,9 +118,10 @@ class ValueSites(Messenger):
             return
         elif name in now.posteriors:
             if isinstance(msg["fn"], NestedLaw):
-                q, p = now.posteriors[name].given(value), now.priors[name].given(value)
-                kept = torch.arange(q.num_units, device=q.loc.device) < now.lengths[name].unsqueeze(-1)
-                now.add(-(kept * normal_kl(q.loc, q.scale, p.loc, p.scale)).sum(-1), msg, self.row_scale)
+                making = recall(value)
+                mask, dense = (NestedLaw.mask_of(value), value) if making is None else making
+                kl = kl_of_coordinates(now.posteriors[name].given(value), now.priors[name].given(value), dense)
+                now.add(-counted(mask, kl).sum(-1), msg, self.row_scale)
         elif name not in now.others:
             now.others[name] = msg["fn"]
             if msg["infer"].get("is_auxiliary"):
