@@ -81,8 +81,9 @@ def worth_of(model, x, guide, length_of_row) -> torch.Tensor:
             loc, scale = law.loc[n], law.scale[n]
             prior = model.prior().given(code)
             for i in range(length):
-                mean, deviation = prior.loc.expand(K)[i], prior.scale.expand(K)[i]
-                value = value - kl_divergence(Normal(loc[i], scale[i]), Normal(mean, deviation))
+                near = Normal(prior.loc.expand(K)[i], prior.scale.expand(K)[i])
+                value = value - kl_divergence(Normal(loc[i], scale[i]), near)
+                value = value - near.log_prob(code[i]) + prior.densities(code).expand(K)[i]  # from a mixture
         found.append(value)
     return torch.stack(found).detach()
 
