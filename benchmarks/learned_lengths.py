@@ -69,11 +69,11 @@ class Recipe:
 
     epochs: int = 12
     batch_size: int = 128
-    low: float = 0.5
-    high: float = 1000.0
+    low: float = 0.2
+    high: float = 600.0
     full: float = 0.3
-    explore: float = 0.05
-    temperature: float = 20.0
+    explore: float = 0.15
+    temperature: float = 5.0
 
 
 def build(method: str, image_size: int, recipe: Recipe) -> OrderedAutoencoder:

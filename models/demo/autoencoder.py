@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from models.datasets import Dataset
 from models.demo import laws
+from models.demo import lengths as lengths_by_image
 from models.demo.baselines import principal_component_errors
 from models.demo.course import elbo_figure, fit_numbers
 from models.demo.settings import Settings
@@ -115,7 +116,9 @@ def run(data: Dataset, settings: Settings, seed: int, report: Report) -> dict[st
     )
     report.subsection("The fit")
     elbo_figure(report, result, "elbo_vae")
+    by_image = lengths_by_image.run(model, data, report)
     return {
+        "lengths": by_image,
         "mse": {str(k): error for k, error in errors.items()},
         **fit_numbers(result),
         "laws": learned,

@@ -282,11 +282,11 @@ class PriceSchedule:
         tensor(0.7500)
     """
 
-    low: float = 0.5
-    high: float = 1000.0
+    low: float = 0.2
+    high: float = 600.0
     full: float = 0.3
-    explore: float = 0.05
-    temperature: float = 20.0
+    explore: float = 0.15
+    temperature: float = 5.0
     warmup: float = 0.15
     num_particles: ClassVar[int] = 1
     sliced: ClassVar[bool] = False
