@@ -48,7 +48,9 @@ RESULTS = Path(__file__).parent / "results" / "learned_lengths.json"
 PARTS = Path("results") / "learned_lengths"
 METHODS = ("fixed_uniform", "fixed_geometric", "vnd", "priced")
 LEARNED = ("vnd", "priced")
+PRICES = ("low", "high", "full", "explore", "temperature")
 MEAN_LENGTHS = (2, 4, 8, 12, 32)
+STEPS = 60  # of a fit whose time is taken, which also sets things up
 LAWS = {"fixed": "fixed", "own": "own", "model": "distilled", "decoded": "decoded12", "exact": "exact"}
 METRICS = {"mse": "mse", "elbo": "elbo_length_paid", "rate": "rate", "share_of_gain": "share_of_gain"}
 
@@ -65,6 +67,8 @@ class Recipe:
         full: Share of rows at full length.
         explore: Share of the others at a uniform length.
         temperature: Of the law that lengths are drawn from.
+        distil_steps: Steps of `distil_lengths`.
+        cost_seconds: Time to spend on what the law costs.
     """
 
     epochs: int = 12
@@ -74,6 +78,8 @@ class Recipe:
     full: float = 0.3
     explore: float = 0.15
     temperature: float = 5.0
+    distil_steps: int = 4000
+    cost_seconds: float = 30.0
 
 
 def build(method: str, image_size: int, recipe: Recipe) -> OrderedAutoencoder:
@@ -122,7 +128,7 @@ def rows(method: str, seed: int, data: Dataset, part: Part, recipe: Recipe) -> I
     own: dict[str, OrderedMask] = {}
     if method in LEARNED:
         own["own"] = OrderedMask(logits=torch.cat([vae.lengths(x).logits for x in scored.images.split(1000)]))
-    distil_lengths(vae, data.train.images, seed=seed, progress=progress)
+    distil_lengths(vae, data.train.images, num_steps=recipe.distil_steps, seed=seed, progress=progress)
     mean_lengths = [m for m in MEAN_LENGTHS if m <= vae.num_latents]
     scores = evaluate_lengths(vae, (scored.images, scored.labels), mean_lengths, laws=own, seed=seed, progress=progress)
     base = {"data": data.name, "model": "vae", "method": method}
@@ -150,23 +156,22 @@ def run(
     result: list[dict[str, Any]] = []
     for seed in seeds:
         for method in methods:
-            used = asdict(recipe)
-            if method != "priced":
-                used = {field: used[field] for field in ("epochs", "batch_size")}
+            fields = ("epochs", "batch_size", "distil_steps") + (PRICES if method == "priced" else ())
+            used = {field: value for field, value in asdict(recipe).items() if field in fields}
             make = None if join else partial(rows, method, seed, data, part, recipe)
             result += kept_rows(folder / f"{data.name}-{method}-{seed}.json", used, make)
     return result
 
 
-def cost(recipe: Recipe, seconds: float = 30.0) -> dict[str, float]:
+def cost(image_size: int, recipe: Recipe) -> dict[str, float]:
     """Return the time of an encode with the law of lengths at a price, and of a step that trains it, as ratios.
 
     The encode is beside that of the same encoder without the law, the step beside one of `vnd`.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        x = torch.rand(60 * recipe.batch_size, 1, 28, 28)
-        vaes = {method: build(method, 28, recipe) for method in ("fixed_uniform", "vnd", "priced")}
+        x = torch.rand(STEPS * recipe.batch_size, 1, image_size, image_size)
+        vaes = {method: build(method, image_size, recipe) for method in ("fixed_uniform", "vnd", "priced")}
 
         def steps(method: str) -> None:
             arguments = fit_arguments(method, recipe) | {"num_epochs": 1, "lr_schedule": None}
@@ -183,11 +188,11 @@ def cost(recipe: Recipe, seconds: float = 30.0) -> dict[str, float]:
                 "price": partial(encode, "priced", price=5.0),
                 "mean": partial(encode, "priced", mean_length=8.0),
             },
-            seconds=seconds,
+            seconds=recipe.cost_seconds,
             min_rounds=5,
         )
         taken = interleaved_medians(
-            {method: partial(steps, method) for method in ("vnd", "priced")}, seconds=seconds, min_rounds=5
+            {method: partial(steps, method) for method in ("vnd", "priced")}, seconds=recipe.cost_seconds, min_rounds=5
         )
     return {
         "encode_at_price": rounded(encodes["price"] / encodes["plain"]),
@@ -206,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     data = load(args.data)
     result = run(data, args.methods, args.seeds, recipe, args.part, args.join)
     about = header("benchmarks.learned_lengths") | {"part": args.part, "recipe": asdict(recipe)}
-    about["cost"] = cost(recipe)
+    about["cost"] = cost(data.train.images.shape[-1], recipe)
     write_json(args.json, {"header": about, "rows": result}, table="rows")
 
 

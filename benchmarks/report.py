@@ -21,6 +21,7 @@ from benchmarks import (
     cascade_report,
     demo_report,
     fast_paths,
+    learned_lengths_report,
     masks,
     matryoshka,
     nested_nets_report,
@@ -80,6 +81,9 @@ PAGES = {
     "order_law": _page("order_law", tables=order_law.markdown),
     "ordered_latents": _page(
         "ordered_latents", tables=ordered_latents_report.markdown, figures=ordered_latents_report.figures
+    ),
+    "learned_lengths": _page(
+        "learned_lengths", tables=learned_lengths_report.markdown, figures=learned_lengths_report.figures
     ),
     "ordered_speed": _page(
         "ordered_speed", "ordered_speed", "ordered_speed_two_threads", tables=ordered_speed.markdown
