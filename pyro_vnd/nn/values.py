@@ -194,6 +194,36 @@ class ValueHead(nn.Module):
         self.prices.copy_(prices.flip(0))  # in the order of mean lengths, which fall as the price rises
         self.mean_lengths.copy_(means.flip(0))
 
+    def law(
+        self,
+        inputs: Tensor,
+        price: float | Tensor | None = None,
+        mean_length: float | None = None,
+        temperature: float = 1.0,
+    ) -> OrderedMask:
+        r"""Return the law of the lengths of rows at a price, $q(L | x, \lambda) \propto p(L) \exp(v_L(x) - \lambda L)$.
+
+        Args:
+            inputs: Features of the rows, shape (..., num_inputs).
+            price: Nats for one more unit, a number or one a row; none by default.
+            mean_length: In place of a price that at which the rows of `calibrate` have this mean length.
+            temperature: Flattens the law, > 0.
+
+        Returns:
+            Laws, one a row.
+
+        Raises:
+            ValueError: If both price and mean length are given, or one of the arguments is invalid.
+        """
+        if price is not None and mean_length is not None:
+            raise ValueError("ValueHead.law: give one of `price` and `mean_length`; got both")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"ValueHead.law: argument `temperature` must be finite and > 0; got {temperature}")
+        law = OrderedMask(logits=self(inputs) + self.log_probs)
+        price = price if mean_length is None else self.price_at(mean_length)
+        law = law if price is None else law.tilt(price)
+        return law if temperature == 1 else OrderedMask(logits=law.logits / temperature)
+
     def price_at(self, mean_length: float | Tensor) -> Tensor:
         """Return the price at which the lengths of the rows of `calibrate` have a given mean.
 
@@ -209,8 +239,8 @@ class ValueHead(nn.Module):
         wanted = torch.as_tensor(mean_length, dtype=self.prices.dtype, device=self.prices.device)
         if self.mean_lengths.isnan().any():
             raise ValueError(
-                "ValueHead: argument `mean_length` needs a price, which is not known yet: fit the model with "
-                "posterior_lengths='priced', or call `distil_lengths`"
+                "ValueHead: argument `mean_length` needs a price, which is not known yet: fit the model with lengths "
+                "by values (an autoencoder's posterior_lengths='priced', say), or call `distil_lengths`"
             )
         if not ((wanted > 1) & (wanted < self.num_units)).all():
             raise ValueError(
