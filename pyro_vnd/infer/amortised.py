@@ -80,13 +80,13 @@ class AutoAmortised(AutoGuide):
 
     def _single(self, law: OrderedMask) -> OrderedMask:
         """Return the law a priori of all rows."""
-        logits = law.logits.detach().flatten(0, -2)
-        if not (logits == logits[0]).all():
+        probs = law.probs.detach().flatten(0, -2)
+        if not (probs == probs[0]).all():
             raise ValueError(
                 f"AutoNested: argument `amortise` is for lengths that have one law a priori for all rows; at site "
                 f"{self.site_name!r} the model has one for each"
             )
-        return OrderedMask(logits=logits[0])
+        return OrderedMask(probs=probs[0])
 
     def look(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the head looks at in rows, shape (N, num_inputs)."""

@@ -99,10 +99,10 @@ class AutoNested(LengthsByRow, AutoGuideList):
             lengths start at the median of the prior, with 3 % of its deviation.
 
     Raises:
-        ValueError: If `latents`, `num_draws` or `amortise` is no such thing. On the first call, if "conditional" does not fit, if
-            `noise` or `temperature` names a site, or `shared_plates` a plate, that the model does not have, if
-            `amortise` returns no such features or the model has not one mask in one plate for it, if the model has no
-            mask, or weights of KLs beside a `base`.
+        ValueError: If `latents`, `num_draws` or `amortise` is no such thing. On the first call, if "conditional" does
+            not fit, if `noise` or `temperature` names a site, or `shared_plates` a plate, that the model does not have,
+            if `amortise` returns no such features or finds no such site, if the model has no mask, or weights of KLs
+            beside a `base`.
 
     Warns:
         UserWarning: On the first call, if other latents are mean field although nobody asked for it.
@@ -142,7 +142,7 @@ class AutoNested(LengthsByRow, AutoGuideList):
             )
         if amortise is not None and (not callable(amortise) or isinstance(amortise, type)):
             raise ValueError(
-                "AutoNested: argument `amortise` must be a function or a module that maps the arguments of the model to "
+                "AutoNested: argument `amortise` must be a function or a module, from the arguments of the model to "
                 f"features of its rows; got {amortise!r}"
             )
         if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 1:

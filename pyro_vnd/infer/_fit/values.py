@@ -1,5 +1,6 @@
 """What rows turned out to be worth at the lengths that they had in a step: what value heads learn from."""
 
+from collections import Counter
 from collections.abc import Iterable
 from copy import copy
 from typing import Any
@@ -64,11 +65,13 @@ class ValueSites(Messenger):
         if msg["is_observed"] or site_is_subsample(msg) or not self._is_by_row(msg):
             return
         law, name, head = msg["fn"], msg["name"], msg["infer"].get("value_head")
-        if not (isinstance(head, ValueHead) and isinstance(law, NestedLaw | OrderedMask)):
-            return
-        if not self.rounds or name in self.rounds[-1].priors:  # the guide of a new particle
+        most = 1 if msg["infer"].get("is_auxiliary") else 2  # in the guide, and in the model
+        if not self.rounds or self.rounds[-1].sights[name] == most:  # the guide of a new particle
             self.rounds.append(_Round())
         now = self.rounds[-1]
+        now.sights[name] += 1
+        if not (isinstance(head, ValueHead) and isinstance(law, NestedLaw | OrderedMask)):
+            return
         if name not in now.posteriors:
             lengths = law.mask_law if isinstance(law, NestedLaw) else law
             logits = lengths._param
@@ -154,6 +157,7 @@ class _Round:
     """What is known of one particle."""
 
     def __init__(self) -> None:
+        self.sights: Counter[str] = Counter()
         self.heads: dict[str, ValueHead] = {}
         self.values: dict[str, Tensor] = {}
         self.prices: dict[str, Tensor] = {}
