@@ -57,7 +57,7 @@ LABELS = {
     "vnd_schedule": "ours, one length",
 }
 METHODS = tuple(method for method in LABELS if method != "pca")  # which comes with plain
-METRICS = ("1-NN accuracy", "mAP@10")
+METRICS = ("1-NN accuracy", "mAP@10", "classification accuracy")
 BY_QUERY = ", length by query"  # the same metrics at a mean length
 
 
@@ -191,6 +191,9 @@ def rows(method: str, seed: int, data: Dataset, part: Part, recipe: Recipe) -> I
             scores = retrieval_accuracy(
                 Split(index[:, :prefix], data.train.labels), Split(asked[:, :prefix], queries.labels)
             )
+            if name == method:
+                lengths = torch.full_like(queries.labels, prefix)
+                scores["classification accuracy"] = classification_accuracy(net, queries, lengths)
             for metric, value in scores.items():
                 yield base | {"method": name, "prefix": prefix, "metric": metric, "value": rounded(value)}
     if method != "plain":
@@ -200,7 +203,9 @@ def rows(method: str, seed: int, data: Dataset, part: Part, recipe: Recipe) -> I
         )
         for prefix in (k for k in PREFIXES if 1 < k < recipe.num_dims):
             lengths = net.lengths(queries.images, mean_length=prefix).mode.sum(-1).long()
-            scores = scores_by_query(index, asked, lengths) | {"mean length": lengths.float().mean().item()}
+            scores = scores_by_query(index, asked, lengths)
+            scores["classification accuracy"] = classification_accuracy(net, queries, lengths)
+            scores["mean length"] = lengths.double().mean().item()
             for metric, value in scores.items():
                 yield base | {"prefix": prefix, "metric": metric + BY_QUERY, "value": rounded(value)}
     for metric, value in {
@@ -209,6 +214,11 @@ def rows(method: str, seed: int, data: Dataset, part: Part, recipe: Recipe) -> I
         "fit_thread_seconds": seconds,
     }.items():
         yield base | {"prefix": "law", "metric": metric, "value": rounded(value)}
+
+
+def classification_accuracy(net: MatryoshkaEmbedding, queries: Split, lengths: Tensor) -> float:
+    """Return the share of queries, each with a prefix of its own, that the proxies of their classes know."""
+    return (net.classify(queries.images, lengths).argmax(-1) == queries.labels).double().mean().item()
 
 
 def scores_by_query(index: Split, queries: Split, lengths: Tensor) -> dict[str, float]:
@@ -248,7 +258,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     """Format the tables: both metrics by prefix, then the laws and what a step costs."""
     found = Rows(result, "model", "prefix", LABELS)
     tables = [found.table("mlp", metric, PREFIXES) for metric in METRICS]
-    tables += [found.table("mlp", metric + BY_QUERY, PREFIXES) for metric in METRICS]
+    tables += [found.table("mlp", metric + BY_QUERY, PREFIXES[1:-1]) for metric in METRICS]
     body = [
         [LABELS[method], f"{found.mean('mlp', method, 'law', 'mean_length'):.1f}", f"{ratio:.2f}"]
         for method, ratio in result["step_ratio"].items()

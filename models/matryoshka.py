@@ -21,6 +21,8 @@ from pyro_vnd.nn import ValueHead
 
 __all__ = ["MatryoshkaEmbedding", "octaves"]
 
+SHARP = 0.003  # temperature of laws of lengths at a price
+
 
 def octaves(num_dims: int) -> OrderedMask:
     r"""Return a law of lengths $p(k) \propto 1/k$ for each octave: 1 and 2, 3 and 4, 5 to 8, and so on up to K.
@@ -51,7 +53,9 @@ class MatryoshkaEmbedding(PyroModule):
     After the fit `distil_lengths(net, (images, labels))` teaches it what each length is worth to an image whose label
     nobody knows, $v_L(x) = E[\log p(y \mid x, L) \mid x]$, and so how long its embedding should be, at any price:
 
-    $$q(L \mid x, \lambda) \propto \exp(v_L(x) - \lambda L).$$
+    $$q(L \mid x, \lambda) \propto \exp((v_L(x) - \lambda L) / T),$$
+
+    at a temperature T of .003, as one length is to be chosen and values are fractions of a nat.
 
     A view for each of some sizes, `OrderedMask(probs=torch.eye(K)[[1, 3, 7]])`, leaves nothing to learn: the sum of
     their losses is Matryoshka representation learning with a tied classifier. A single view is nested dropout.
@@ -145,7 +149,8 @@ class MatryoshkaEmbedding(PyroModule):
         """
         if self.value_head is None:
             num_features = self.head.in_features + self.num_dims
-            self.value_head = ValueHead(num_features, self.num_dims).to(self.head.weight)
+            # Lengths are chosen, by values that are fractions of a nat.
+            self.value_head = ValueHead(num_features, self.num_dims, temperature=SHARP).to(self.head.weight)
         return self.value_head
 
     def value_inputs(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -232,6 +237,12 @@ class MatryoshkaEmbedding(PyroModule):
             raise ValueError("MatryoshkaEmbedding.embed: give one of `length`, `price` and `mean_length`")
         mask = self.lengths(x, price=price, mean_length=mean_length).mode
         return normalize(mask * self.head(self.body(x)), dim=-1)
+
+    @torch.no_grad()
+    def classify(self, x: Tensor, length: Tensor) -> Tensor:
+        """Return logits of the classes of images, shape (N, C), by as many numbers of each as it has in `length`, (N,)."""
+        mask = (torch.arange(self.num_dims, device=x.device) < length.unsqueeze(-1)).to(x)
+        return self._logits(mask, mask * self.head(self.body(x)))
 
     @torch.no_grad()
     def narrow(self, length: int) -> nn.Sequential:
