@@ -71,6 +71,7 @@ class Recipe:
         lr: Largest learning rate of Adam, which rises for a twentieth of the steps and falls to zero on a cosine.
         num_dims: K.
         length_weight: Weight of the KL of the lengths.
+        distil_steps: Steps in which what lengths are worth is learned.
     """
 
     epochs: int = 5
@@ -78,6 +79,7 @@ class Recipe:
     lr: float = 2e-3
     num_dims: int = 64
     length_weight: float = 0.1
+    distil_steps: int = 2000
 
 
 RECIPE = Recipe()
@@ -197,7 +199,7 @@ def rows(method: str, seed: int, data: Dataset, part: Part, recipe: Recipe) -> I
             for metric, value in scores.items():
                 yield base | {"method": name, "prefix": prefix, "metric": metric, "value": rounded(value)}
     if method != "plain":
-        distil_lengths(net, data.train, progress=sys.stderr.isatty())
+        distil_lengths(net, data.train, num_steps=recipe.distil_steps, progress=sys.stderr.isatty())
         index, asked = (
             Split(*pair) for pair in zip(embeddings[method], (data.train.labels, queries.labels), strict=True)
         )

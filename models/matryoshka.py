@@ -240,7 +240,7 @@ class MatryoshkaEmbedding(PyroModule):
 
     @torch.no_grad()
     def classify(self, x: Tensor, length: Tensor) -> Tensor:
-        """Return logits of the classes of images, shape (N, C), by as many numbers of each as it has in `length`, (N,)."""
+        """Return logits of classes, shape (N, C), of images by numbers up to a length of their own, shape (N,)."""
         mask = (torch.arange(self.num_dims, device=x.device) < length.unsqueeze(-1)).to(x)
         return self._logits(mask, mask * self.head(self.body(x)))
 

@@ -40,7 +40,8 @@ class ValueHead(nn.Module):
             that laws at temperature one have many.
 
     Raises:
-        ValueError: If a size or the temperature is not positive, or the prior is no single law over K that gives each a chance.
+        ValueError: If a size or the temperature is not positive, or the prior is no single law over K that gives each a
+            chance.
 
     Example:
         >>> head = ValueHead(num_inputs=3, num_units=4)
@@ -195,7 +196,9 @@ class ValueHead(nn.Module):
             )
             fallen = (means[0] - means) / (means[0] - means[-1]).clamp_min(torch.finfo(means.dtype).tiny)
             places = steps / 2 + fallen - 0.5 if self.num_units > 1 else steps
-        self.prices.copy_(self.temperature * prices.flip(0))  # in the order of mean lengths, which fall as the price rises
+        self.prices.copy_(
+            self.temperature * prices.flip(0)
+        )  # in the order of mean lengths, which fall as the price rises
         self.mean_lengths.copy_(means.flip(0))
 
     def law(
