@@ -9,6 +9,9 @@ Every method has the same net, epochs, batches and optimiser; they differ in the
 - vnd: ours, the same from laws that are learned;
 - vnd_schedule: one length, from one law that is learned and from the budgets of a `MaskSchedule`.
 
+Each is scored once more with a length by query: `distil_lengths` teaches it, on the training part, what lengths are
+worth to an image, and queries have the lengths of the price that has a given mean length.
+
 The training part is the index and the test part are the queries, compared by the cosine of prefixes. Recipes are
 chosen with the validation part as queries and other seeds:
 
@@ -19,6 +22,7 @@ Each fit is kept in a file of its own as soon as it is done, so that a run that 
 
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -38,7 +42,7 @@ from models.datasets import Dataset, Split, load
 from models.matryoshka import MatryoshkaEmbedding, octaves
 from models.ood import Part
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit, module_local_params
+from pyro_vnd.infer import MaskSchedule, cosine_to_zero, distil_lengths, fit, module_local_params
 
 RESULTS = Path(__file__).parent / "results" / "matryoshka.json"
 PARTS = Path("results") / "matryoshka"
@@ -53,7 +57,8 @@ LABELS = {
     "vnd_schedule": "ours, one length",
 }
 METHODS = tuple(method for method in LABELS if method != "pca")  # which comes with plain
-METRICS = ("1-NN accuracy", "mAP@10")
+METRICS = ("1-NN accuracy", "mAP@10", "classification accuracy")
+BY_QUERY = ", length by query"  # the same metrics at a mean length
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Recipe:
         lr: Largest learning rate of Adam, which rises for a twentieth of the steps and falls to zero on a cosine.
         num_dims: K.
         length_weight: Weight of the KL of the lengths.
+        distil_steps: Steps in which what lengths are worth is learned.
     """
 
     epochs: int = 5
@@ -73,6 +79,7 @@ class Recipe:
     lr: float = 2e-3
     num_dims: int = 64
     length_weight: float = 0.1
+    distil_steps: int = 2000
 
 
 RECIPE = Recipe()
@@ -186,14 +193,47 @@ def rows(method: str, seed: int, data: Dataset, part: Part, recipe: Recipe) -> I
             scores = retrieval_accuracy(
                 Split(index[:, :prefix], data.train.labels), Split(asked[:, :prefix], queries.labels)
             )
+            if name == method:
+                lengths = torch.full_like(queries.labels, prefix)
+                scores["classification accuracy"] = classification_accuracy(net, queries, lengths)
             for metric, value in scores.items():
                 yield base | {"method": name, "prefix": prefix, "metric": metric, "value": rounded(value)}
+    if method != "plain":
+        distil_lengths(net, data.train, num_steps=recipe.distil_steps, progress=sys.stderr.isatty())
+        index, asked = (
+            Split(*pair) for pair in zip(embeddings[method], (data.train.labels, queries.labels), strict=True)
+        )
+        for prefix in (k for k in PREFIXES if 1 < k < recipe.num_dims):
+            lengths = net.lengths(queries.images, mean_length=prefix).mode.sum(-1).long()
+            scores = scores_by_query(index, asked, lengths)
+            scores["classification accuracy"] = classification_accuracy(net, queries, lengths)
+            scores["mean length"] = lengths.double().mean().item()
+            for metric, value in scores.items():
+                yield base | {"prefix": prefix, "metric": metric + BY_QUERY, "value": rounded(value)}
     for metric, value in {
         "mean_length": law.mean_length.item(),
         "entropy_length": law.entropy().item(),
         "fit_thread_seconds": seconds,
     }.items():
         yield base | {"prefix": "law", "metric": metric, "value": rounded(value)}
+
+
+def classification_accuracy(net: MatryoshkaEmbedding, queries: Split, lengths: Tensor) -> float:
+    """Return the share of queries, each with a prefix of its own, that the proxies of their classes know."""
+    return (net.classify(queries.images, lengths).argmax(-1) == queries.labels).double().mean().item()
+
+
+def scores_by_query(index: Split, queries: Split, lengths: Tensor) -> dict[str, float]:
+    """Score queries that each have a prefix of their own, compared with the same prefix of the index."""
+    total: dict[str, float] = defaultdict(float)
+    for length in lengths.unique().tolist():
+        rows = lengths == length
+        scores = retrieval_accuracy(
+            Split(index.images[:, :length], index.labels), Split(queries.images[rows, :length], queries.labels[rows])
+        )
+        for metric, value in scores.items():
+            total[metric] += value * rows.double().mean().item()
+    return dict(total)
 
 
 def run(
@@ -220,6 +260,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     """Format the tables: both metrics by prefix, then the laws and what a step costs."""
     found = Rows(result, "model", "prefix", LABELS)
     tables = [found.table("mlp", metric, PREFIXES) for metric in METRICS]
+    tables += [found.table("mlp", metric + BY_QUERY, PREFIXES[1:-1]) for metric in METRICS]
     body = [
         [LABELS[method], f"{found.mean('mlp', method, 'law', 'mean_length'):.1f}", f"{ratio:.2f}"]
         for method, ratio in result["step_ratio"].items()

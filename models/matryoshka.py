@@ -1,5 +1,6 @@
 """Embeddings of images whose every prefix is an embedding: Matryoshka representations with learned lengths."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import cached_property
 from itertools import pairwise
@@ -16,8 +17,11 @@ from models.sizes import check_sizes
 from pyro_vnd.autoencoders import mlp_bodies
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import AutoNested
+from pyro_vnd.nn import ValueHead
 
 __all__ = ["MatryoshkaEmbedding", "octaves"]
+
+SHARP = 0.003  # temperature of laws of lengths at a price
 
 
 def octaves(num_dims: int) -> OrderedMask:
@@ -46,6 +50,13 @@ class MatryoshkaEmbedding(PyroModule):
     $q_v(k) \propto p_v(k) e^{-\ell_k / w}$, with the loss $\ell_k$ at length k and the `length_weight` w of `fit`. With
     a view for each octave they cannot collapse: what is learned is which lengths of an octave to train.
 
+    After the fit `distil_lengths(net, (images, labels))` teaches it what each length is worth to an image whose label
+    nobody knows, $v_L(x) = E[\log p(y \mid x, L) \mid x]$, and so how long its embedding should be, at any price:
+
+    $$q(L \mid x, \lambda) \propto \exp((v_L(x) - \lambda L) / T),$$
+
+    at a temperature T of .003, as one length is to be chosen and values are fractions of a nat.
+
     A view for each of some sizes, `OrderedMask(probs=torch.eye(K)[[1, 3, 7]])`, leaves nothing to learn: the sum of
     their losses is Matryoshka representation learning with a tied classifier. A single view is nested dropout.
 
@@ -69,6 +80,7 @@ class MatryoshkaEmbedding(PyroModule):
     """
 
     length_probs: Tensor
+    value_head: ValueHead | None
 
     def __init__(
         self,
@@ -94,6 +106,7 @@ class MatryoshkaEmbedding(PyroModule):
         self.head = nn.Linear(num_features, num_dims)
         self.proxies = nn.Linear(num_dims, num_classes, bias=False)  # a bias has norms tell what cosines cannot see
         self.log_scale = nn.Parameter(torch.zeros(num_dims))
+        self.value_head = None
         self.register_buffer("length_probs", lengths.probs.detach().reshape(-1, 1, num_dims).clone())
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -102,9 +115,13 @@ class MatryoshkaEmbedding(PyroModule):
         embedding, (views, data) = self.head(self.body(x)), self._plates(x)
         with views, data:
             mask = pyro.sample("mask", OrderedMask(probs=self.length_probs))
-            logits = self.proxies(mask * embedding) * linear(mask, self.log_scale).exp().unsqueeze(-1)
+            logits = self._logits(mask, mask * embedding)
             observed = None if y is None else y.expand(views.size, -1)
             return pyro.sample("label", dist.Categorical(logits=logits), obs=observed)
+
+    def _logits(self, mask: Tensor, embedding: Tensor) -> Tensor:
+        """Return logits of the classes, given masked embeddings."""
+        return self.proxies(embedding) * linear(mask, self.log_scale).exp().unsqueeze(-1)
 
     def _plates(self, x: Tensor, y: Tensor | None = None) -> tuple[pyro.plate, pyro.plate]:
         return pyro.plate("views", len(self.length_probs), dim=-2), pyro.plate("data", len(x), dim=-1)
@@ -125,19 +142,107 @@ class MatryoshkaEmbedding(PyroModule):
         laws = self.guide.laws
         return OrderedMask(probs=(laws["mask"].probs if laws else self.length_probs).mean((0, 1)))
 
-    def embed(self, x: Tensor, length: int | None = None) -> Tensor:
-        """Return the first numbers of the embeddings of images, each row of norm one, shape (N, length).
+    def add_value_head(self) -> ValueHead:
+        """Return the part that predicts what lengths are worth, a new one, which knows nothing, if there is none.
+
+        `distil_lengths` calls it; call it to load weights of a net that has one.
+        """
+        if self.value_head is None:
+            num_features = self.head.in_features + self.num_dims
+            # Lengths are chosen, by values that are fractions of a nat.
+            self.value_head = ValueHead(num_features, self.num_dims, temperature=SHARP).to(self.head.weight)
+        return self.value_head
+
+    def value_inputs(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Return what the value head looks at, features and embeddings of images; labels are not looked at."""
+        self._check_images(x)
+        features = self.body(x)
+        return torch.cat([features, self.head(features)], -1)
+
+    @torch.no_grad()
+    def value_curve(self, x: Tensor, y: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        r"""Return what lengths are worth to images of known labels, $\log p(y \mid x, L)$.
+
+        Args:
+            x: Images, shape (N, *image_shape).
+            y: Labels, shape (N,).
+            lengths: In 1..K; all K by default.
+
+        Returns:
+            Nats, shape (N, number of lengths).
+        """
+        self._check_images(x)
+        lengths = [self._length(k) for k in (range(1, self.num_dims + 1) if lengths is None else lengths)]
+        masks = (torch.arange(self.num_dims, device=x.device) < torch.tensor(lengths, device=x.device)[:, None]).to(x)
+        embedding = masks.unsqueeze(1) * self.head(self.body(x))
+        return dist.Categorical(logits=self._logits(masks.unsqueeze(1), embedding)).log_prob(y).T
+
+    @torch.no_grad()
+    def lengths(
+        self,
+        x: Tensor,
+        *,
+        price: float | Tensor | None = None,
+        mean_length: float | None = None,
+        temperature: float = 1.0,
+    ) -> OrderedMask:
+        """Return the law of the length of each image's embedding at a price.
+
+        Args:
+            x: Images, shape (N, *image_shape).
+            price: Nats for one more number, for all images or one an image, shape (N,).
+            mean_length: In place of a price that at which the images of `distil_lengths` have this mean length.
+            temperature: Flattens the law, > 0.
+
+        Returns:
+            A law with batch shape (N,).
+
+        Raises:
+            ValueError: If an argument is invalid, or the net does not know what lengths are worth.
+        """
+        if self.value_head is None:
+            raise ValueError(
+                "MatryoshkaEmbedding: the net does not know what lengths are worth yet: call "
+                "`distil_lengths(net, (images, labels))` after the fit"
+            )
+        return self.value_head.law(self.value_inputs(x), price, mean_length, temperature)
+
+    def embed(
+        self,
+        x: Tensor,
+        length: int | None = None,
+        *,
+        price: float | Tensor | None = None,
+        mean_length: float | None = None,
+    ) -> Tensor:
+        """Return the first numbers of the embeddings of images, each row of norm one.
 
         Args:
             x: Images, shape (N, *image_shape).
             length: How many numbers, 1..K; None is all.
+            price: In place of a length, for the most probable one of each image at a price, as in `lengths`.
+            mean_length: The same for a mean length, as in `lengths`.
+
+        Returns:
+            Shape (N, length); where lengths differ (N, K), with zeros past the length of each image.
 
         Raises:
-            ValueError: If images or length are invalid.
+            ValueError: If an argument is invalid, or the net does not know what lengths are worth.
         """
         self._check_images(x)
-        length = self._length(self.num_dims if length is None else length)
-        return normalize(self.head(self.body(x))[:, :length], dim=-1)
+        if price is None and mean_length is None:
+            length = self._length(self.num_dims if length is None else length)
+            return normalize(self.head(self.body(x))[:, :length], dim=-1)
+        if length is not None:
+            raise ValueError("MatryoshkaEmbedding.embed: give one of `length`, `price` and `mean_length`")
+        mask = self.lengths(x, price=price, mean_length=mean_length).mode
+        return normalize(mask * self.head(self.body(x)), dim=-1)
+
+    @torch.no_grad()
+    def classify(self, x: Tensor, length: Tensor) -> Tensor:
+        """Return logits of classes, shape (N, C), of images by numbers up to a length of their own, shape (N,)."""
+        mask = (torch.arange(self.num_dims, device=x.device) < length.unsqueeze(-1)).to(x)
+        return self._logits(mask, mask * self.head(self.body(x)))
 
     @torch.no_grad()
     def narrow(self, length: int) -> nn.Sequential:

@@ -18,7 +18,15 @@ from pyro_vnd.distributions.straight_through import Noise
 from pyro_vnd.infer._model_sites import in_plates, run_model
 from pyro_vnd.infer.result import LengthSummary
 
-__all__ = ["AutoLengths", "AutoMask", "AutoNestedNormal", "AutoRelaxedMask", "part_for"]
+__all__ = [
+    "AutoLengths",
+    "AutoMask",
+    "AutoNestedNormal",
+    "AutoRelaxedMask",
+    "mask_quantiles",
+    "nested_quantiles",
+    "part_for",
+]
 
 _CONSTRAINTS: dict[str, Any] = {
     "logits": constraints.real,
@@ -168,11 +176,7 @@ class AutoLengths(AutoGuide):
 
     def quantiles(self, quantiles: list[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return quantiles of each entry, stacked in a new first dimension: of a mask, those of the length."""
-        keep_probs = self.law().keep_probs
-        # The q-quantile of L is the smallest k with P(L <= k) >= q: unit i is kept where P(L >= i) > 1 - q.
-        masks = torch.stack([(keep_probs > 1 - q).to(keep_probs.dtype) for q in quantiles])
-        masks[..., 0] = 1
-        return {self.site_name: masks}
+        return {self.site_name: mask_quantiles(self.law(), quantiles)}
 
 
 class AutoMask(AutoLengths):
@@ -216,15 +220,30 @@ class AutoNestedNormal(AutoLengths):
     @torch.no_grad()
     def quantiles(self, quantiles: list[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return quantiles of each coordinate, which has an atom at zero, stacked in a new first dimension."""
-        keep_probs, normal = self.law().keep_probs, Normal(self.loc, self.scale)
-        keep_probs = keep_probs.expand(normal.loc.shape)
-        below = keep_probs * normal.cdf(torch.zeros_like(normal.loc))
-        values = []
-        for q in quantiles:
-            low, high = q / keep_probs, 1 - (1 - q) / keep_probs
-            found = normal.icdf(torch.where(q < below, low, high).clamp(0, 1))
-            values.append(torch.where((q >= below) & (q <= below + 1 - keep_probs), 0.0, found))
-        return {self.site_name: torch.stack(values)}
+        law = self.law()
+        return {self.site_name: nested_quantiles(NestedNormal(self.loc, self.scale, law.logits), quantiles)}
+
+
+def mask_quantiles(law: OrderedMask, quantiles: list[float]) -> Tensor:
+    """Return the masks of quantiles of the length, stacked in a new first dimension."""
+    keep_probs = law.keep_probs.detach()
+    # The q-quantile of L is the smallest k with P(L <= k) >= q: unit i is kept where P(L >= i) > 1 - q.
+    masks = torch.stack([(keep_probs > 1 - q).to(keep_probs.dtype) for q in quantiles])
+    masks[..., 0] = 1
+    return masks
+
+
+def nested_quantiles(law: NestedNormal, quantiles: list[float]) -> Tensor:
+    """Return quantiles of each coordinate, which has an atom at zero, stacked in a new first dimension."""
+    normal = Normal(law.loc, law.scale)
+    keep_probs = law.mask_law.keep_probs.expand(normal.loc.shape)
+    below = keep_probs * normal.cdf(torch.zeros_like(normal.loc))
+    values = []
+    for q in quantiles:
+        low, high = q / keep_probs, 1 - (1 - q) / keep_probs
+        found = normal.icdf(torch.where(q < below, low, high).clamp(0, 1))
+        values.append(torch.where((q >= below) & (q <= below + 1 - keep_probs), 0.0, found))
+    return torch.stack(values)
 
 
 def part_for(fn: Any) -> type[AutoLengths] | None:

@@ -221,7 +221,7 @@ def _draw_prices(head: ValueHead, prices: tuple[float, float] | None, num: int) 
 def _scores(head: ValueHead, predicted: Tensor, curves: Tensor) -> list[tuple[float, ...]]:
     """Return mean lengths, prices, shares of the gain and correlations."""
     rows: list[tuple[float, float, float, float]] = []
-    mine, best = (OrderedMask(logits=values + head.log_probs) for values in (predicted, curves))
+    mine, best = (OrderedMask(logits=(values + head.log_probs) / head.temperature) for values in (predicted, curves))
     for mean_length in (2.0, 4.0, 8.0, 12.0, 16.0, 32.0, 64.0):
         if mean_length > LONG * head.num_units:
             break
@@ -229,6 +229,6 @@ def _scores(head: ValueHead, predicted: Tensor, curves: Tensor) -> list[tuple[fl
         fixed = curves[:, round(mean_length) - 1].mean()
         gain, whole = ((law.probs * curves).sum(-1).mean() - fixed for law in (ours, theirs))
         correlation = torch.corrcoef(torch.stack([ours.mean_length, theirs.mean_length]))[0, 1]
-        price = mine.price_at_mean_length(mean_length, shared=True)
+        price = head.temperature * mine.price_at_mean_length(mean_length, shared=True)
         rows.append((mean_length, price.item(), (gain / whole).item(), correlation.item()))
     return [tuple(row[i] for row in rows) for i in range(4)]

@@ -14,18 +14,16 @@ from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape
 from torch import Tensor
-from torch.distributions import kl_divergence
 
-from pyro_vnd._compat import check_mean_field_requirement, recall
-from pyro_vnd.distributions import NestedNormal
-from pyro_vnd.distributions.kl import kl_parts
-from pyro_vnd.distributions.nested import NestedLaw, innermost
+from pyro_vnd._compat import check_mean_field_requirement
+from pyro_vnd.distributions.nested import innermost
 from pyro_vnd.infer._conditional.evaluation import evaluate
 from pyro_vnd.infer._conditional.guide import AutoConditional
-from pyro_vnd.infer._model_sites import is_mask, masked_like, owner_of, split_mask, visible_entries
+from pyro_vnd.infer._kl import kl_terms, weight_of
+from pyro_vnd.infer._model_sites import masked_like, owner_of, split_mask, visible_entries
 from pyro_vnd.infer.guides import AutoNested
 
-__all__ = ["NestedELBO", "kl_terms"]
+__all__ = ["NestedELBO"]
 
 
 class NestedELBO(TraceMeanField_ELBO):
@@ -189,7 +187,7 @@ class NestedELBO(TraceMeanField_ELBO):
             if is_validation_enabled():
                 check_fully_reparametrized(guide_site)
             kl = guide_site["score_parts"].entropy_term.sum()
-            parts = {_weight_of(guide_site["fn"]): kl if model_site is None else kl - model_site["log_prob_sum"]}
+            parts = {weight_of(guide_site["fn"]): kl if model_site is None else kl - model_site["log_prob_sum"]}
         for record, keys in ((self.kl, parts), (self.kl_lengths, {"length_weight"} & parts.keys())):
             for key in keys:
                 part = self._mean(parts[key].detach())
@@ -275,26 +273,6 @@ def _keep_exact_kl(model_trace: Any, guide_trace: Any) -> None:
                 kl = torch.as_tensor(kl, device=getattr(site["value"], "device", None)).expand(batch_shape)
             assert kl.shape == batch_shape, f"KL at site {name!r} has shape {kl.shape}, its guide {batch_shape}"
             site["kl"][weight] = scale_and_mask(kl, site["scale"], mask).sum()
-
-
-def kl_terms(q: Any, p: Any, value: Any) -> dict[str, Any]:
-    """Return the terms of the exact KL of two laws, given a draw, by the name of their weight in `infer`.
-
-    Raises:
-        NotImplementedError: If there is none.
-    """
-    if isinstance(q, NestedLaw) and isinstance(p, NestedLaw):
-        if not (isinstance(q, NestedNormal) and isinstance(p, NestedNormal)):
-            if recall(value) is None:  # what was dropped is not known
-                raise NotImplementedError
-            # By the chain rule: each coordinate's divergence given the draws of those before it.
-            q, p = q.given(value), p.given(value)
-        return dict(zip(("length_weight", "kl_weight"), kl_parts(q, p, value), strict=True))
-    return {_weight_of(q): kl_divergence(q, p)}
-
-
-def _weight_of(law: Any) -> str:
-    return "length_weight" if is_mask(law) else "kl_weight"
 
 
 def conditional_part(guide: Any, args: Any = (), kwargs: Any = MappingProxyType({})) -> AutoConditional | None:

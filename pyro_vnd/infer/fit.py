@@ -219,7 +219,7 @@ def fit(
         with_temperature = [] if temperature is None else parts_with_temperature(both)
         made = make_optimizer(optimizer, objective.parameters, lr)
         lr_scheduler = make_lr_scheduler(lr_schedule, made, num_steps)
-        values = value_sites(both, objective, schedule, plate, num_data / batch_size)
+        values = value_sites(both, elbo, schedule, plate, num_data / batch_size)
         step = Step(objective, made, lr_scheduler, cuts, with_temperature, handlers, clip_norm, values)
         result, file = FitResult(), None
         if checkpoint is not None:

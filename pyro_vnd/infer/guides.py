@@ -23,12 +23,13 @@ from pyro_vnd.infer._conditional.guide import AutoConditional
 from pyro_vnd.infer._conditional.layout import Plan
 from pyro_vnd.infer._conditional.layout import plan as make_plan
 from pyro_vnd.infer._model_sites import AsInModel, ModelRun, is_plain, run_model
+from pyro_vnd.infer.amortised import AutoAmortised, LengthsByRow, amortised_site
 from pyro_vnd.infer.auto_parts import AutoLengths, AutoRelaxedMask, part_for
 
 __all__ = ["AutoNested", "module_local_params"]
 
 
-class AutoNested(AutoGuideList):
+class AutoNested(LengthsByRow, AutoGuideList):
     r"""Guide for any Pyro model with ordered masks, or numbers that may be cut.
 
     By default all other latents w know the lengths L, and the law of the lengths is the best one there is for them,
@@ -62,9 +63,15 @@ class AutoNested(AutoGuideList):
     which the model is run once more where it has any. Weights of KLs that a site of the model has,
     `infer={"kl_weight": w}` or `"length_weight"`, are those of its site here, where `NestedELBO` reads them.
 
+    With `amortise`, lengths are by row in another way: a network looks at rows, which need not be those of the fit, and
+    a `ValueHead` on its features says what each length is worth to a row, and so its law at any price: see `lengths`.
+    `fit` teaches it what rows turn out to be worth at the lengths that they draw, at random prices with a
+    `PriceSchedule`; or `distil_lengths` does, after any fit. This is mean field: the other latents have one law for all
+    lengths. The mask, or `NestedNormal`, is the only one in a plate, and has one law a priori.
+
     | latents know the lengths by default where these | are so |
     |---|---|
-    | arguments for mean field | not given: `noise`, `temperature`, `base`, `create_plates` |
+    | arguments for mean field | not given: `noise`, `temperature`, `base`, `create_plates`, `amortise` |
     | masks | outside plates, or in one stack of plates with data |
     | combinations of lengths | at most 256, or the lengths of all masks, if these are outside plates |
     | plates of latents | not subsampled |
@@ -85,13 +92,17 @@ class AutoNested(AutoGuideList):
             `AutoNormal` for each run of sites between two masks.
         create_plates: As in Pyro's autoguides, for plates of another size in each call.
         num_draws: Draws of latents that know the lengths for each of these; every second one mirrors the one before.
+        amortise: Maps the arguments of the model to features of its rows, shape (N, D). A module is trained with the
+            guide: by the bound through the means and deviations of a `NestedNormal`, or by the error of the values of a
+            mask. What the model itself uses is best given without gradient, `lambda x, y: net(x).detach()`.
         init_loc_fn: Where latents that are no masks start, as in Pyro's autoguides. By default those that know the
             lengths start at the median of the prior, with 3 % of its deviation.
 
     Raises:
-        ValueError: If `latents` or `num_draws` is no such thing. On the first call, if "conditional" does not fit, if
-            `noise` or `temperature` names a site, or `shared_plates` a plate, that the model does not have, if the
-            model has no mask, or weights of KLs beside a `base`.
+        ValueError: If `latents`, `num_draws` or `amortise` is no such thing. On the first call, if "conditional" does
+            not fit, if `noise` or `temperature` names a site, or `shared_plates` a plate, that the model does not have,
+            if `amortise` returns no such features or finds no such site, if the model has no mask, or weights of KLs
+            beside a `base`.
 
     Warns:
         UserWarning: On the first call, if other latents are mean field although nobody asked for it.
@@ -122,11 +133,17 @@ class AutoNested(AutoGuideList):
         base: Callable[[Callable[..., Any]], AutoGuide] | None = None,
         create_plates: Callable[..., Any] | None = None,
         num_draws: int = 4,
+        amortise: Callable[..., Tensor] | None = None,
         init_loc_fn: Callable[[Any], Any] | None = None,
     ) -> None:
         if latents not in ("conditional", "mean_field", None):
             raise ValueError(
                 f"AutoNested: argument `latents` must be 'conditional', 'mean_field' or None; got {latents!r}"
+            )
+        if amortise is not None and (not callable(amortise) or isinstance(amortise, type)):
+            raise ValueError(
+                "AutoNested: argument `amortise` must be a function or a module, from the arguments of the model to "
+                f"features of its rows; got {amortise!r}"
             )
         if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 1:
             raise ValueError(f"AutoNested: argument `num_draws` must be an integer >= 1; got {num_draws!r}")
@@ -136,6 +153,7 @@ class AutoNested(AutoGuideList):
         self._why = self._drawn_by = ""
         self._shared_plates = (shared_plates,) if isinstance(shared_plates, str) else tuple(shared_plates)
         self._base = base
+        self._amortise: Any = (amortise,)  # in a tuple: a module here would be one of the parts
         self._weights: dict[str, Any] = {}
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -148,6 +166,7 @@ class AutoNested(AutoGuideList):
         self._check_names(parts)
         keys = ("kl_weight", "length_weight")
         self._weights = {name: {k: s["infer"][k] for k in keys if k in s["infer"]} for name, s in run.sites.items()}
+        by_row = None if self._amortise[0] is None else amortised_site(run.sites, parts, self._shared_plates)
         if (plan := self._plan(run.sites, args, kwargs)) is not None:
             start = self._init_loc_fn or init_to_median
             self.append(AutoConditional(self.model, plan, self._shared_plates, self._num_draws, start))
@@ -169,7 +188,10 @@ class AutoNested(AutoGuideList):
             if make is not None:
                 for name in names:
                     noise, temperature = _of(self._noise, name, "logistic"), _of(self._temperature, name, 0.2)
-                    self.append(make(self._only([name]), name, noise, temperature, self._shared_plates, run.rows))
+                    if name == by_row:
+                        self.append(AutoAmortised(self._only([name]), name, self._amortise[0], noise, temperature))
+                    else:
+                        self.append(make(self._only([name]), name, noise, temperature, self._shared_plates, run.rows))
             elif self._base is None:
                 given = {} if self._init_loc_fn is None else {"init_loc_fn": self._init_loc_fn}
                 self.append(AutoNormal(self._only(names), **given))
@@ -206,10 +228,10 @@ class AutoNested(AutoGuideList):
 
     def _chose_mean_field(self) -> list[str]:
         """Return the arguments for mean field that were given."""
-        defaults = {"noise": "logistic", "temperature": 0.2, "base": None, "create_plates": None}
-        given = {"noise": self._noise, "temperature": self._temperature, "base": self._base}
-        given["create_plates"] = self.create_plates
-        return [name for name, value in given.items() if value != defaults[name]]
+        defaults = {"noise": "logistic", "temperature": 0.2, "base": None, "create_plates": None, "amortise": None}
+        given: dict[str, Any] = {"noise": self._noise, "temperature": self._temperature, "base": self._base}
+        given |= {"create_plates": self.create_plates, "amortise": self._amortise[0]}
+        return [name for name, value in given.items() if value is not defaults[name] and value != defaults[name]]
 
     @property
     def conditional(self) -> AutoConditional | None:
@@ -251,13 +273,16 @@ class AutoNested(AutoGuideList):
         """Return the plates of a call, with the rows that the model gives to its own."""
         for part in cast(Any, self):
             part.master = weakref.ref(self)
-        if self.master is not None or not self._given:
+        sizes = next((part.see(*args, **kwargs) for part in self if isinstance(part, AutoAmortised)), {})
+        if self.master is not None or not (self._given or sizes):
             return self._create_plates(*args, **kwargs)
         self.plates = self._made_plates(args, kwargs)
         for name, frame in sorted(self._prototype_frames.items()):
             if name not in self.plates:
-                how = {"subsample": rows[name]} if name in rows else {"subsample_size": frame.size}
-                self.plates[name] = pyro.plate(name, frame.full_size or frame.size, dim=frame.dim, **how)
+                size = sizes.get(name, frame.size)
+                how = {"subsample": rows[name]} if name in rows else {"subsample_size": size}
+                full_size = frame.full_size if frame.full_size not in (None, frame.size) or name in rows else size
+                self.plates[name] = pyro.plate(name, full_size, dim=frame.dim, **how)
         return self.plates
 
     def _made_plates(self, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -314,7 +339,7 @@ def _describe(part: AutoGuide) -> str:
     prototype: Any = part.prototype_trace
     if prototype is None:
         return "not called yet"
-    if isinstance(part, AutoConditional):
+    if isinstance(part, AutoConditional | AutoAmortised):
         return part.describe()
     if isinstance(part, AutoLengths):
         return f"{part.site_name}: {part.summary()}"

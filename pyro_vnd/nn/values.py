@@ -36,9 +36,12 @@ class ValueHead(nn.Module):
         num_units: K.
         hidden: Units of each hidden layer.
         prior: Law of the lengths a priori; uniform by default.
+        temperature: That of laws at a price, > 0: below one where a length has to be chosen and values are so few nats
+            that laws at temperature one have many.
 
     Raises:
-        ValueError: If a size is not positive, or the prior is no single law over K that gives each a chance.
+        ValueError: If a size or the temperature is not positive, or the prior is no single law over K that gives each a
+            chance.
 
     Example:
         >>> head = ValueHead(num_inputs=3, num_units=4)
@@ -62,9 +65,11 @@ class ValueHead(nn.Module):
         num_units: int,
         hidden: Sequence[int] = (64, 64),
         prior: OrderedMask | None = None,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         check_sizes(type(self).__name__, num_inputs=num_inputs, num_units=num_units, hidden=tuple(hidden))
+        _check_temperature("ValueHead", temperature)
         prior = OrderedMask.uniform(num_units) if prior is None else prior
         if prior.batch_shape or prior.num_units != num_units or not (prior.probs > 0).all():
             raise ValueError(
@@ -78,7 +83,7 @@ class ValueHead(nn.Module):
         nn.init.zeros_(last.weight)  # the mean curve, for all rows
         nn.init.zeros_(last.bias)
         self.net = nn.Sequential(*layers, last)
-        self.num_inputs, self.num_units = num_inputs, num_units
+        self.num_inputs, self.num_units, self.temperature = num_inputs, num_units, temperature
         for name, size, start in (
             ("loc", (num_inputs,), 0.0),
             ("scale", (num_inputs,), 1.0),
@@ -168,12 +173,12 @@ class ValueHead(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, values: Tensor) -> None:
-        """Keep the mean length over some rows at each of many prices: that of their laws at temperature one.
+        """Keep the mean length over some rows at each of many prices, that of their laws.
 
         Args:
             values: Values of the rows, shape (N, K).
         """
-        logits = values.double() + self.log_probs.double()
+        logits = (values.double() + self.log_probs.double()) / self.temperature
         mean = logits.mean(0)
         spread = 1 + (logits - mean).square().mean().sqrt() + mean.std(correction=0)  # a nat moves equal lengths, too
         lengths = torch.arange(1, self.num_units + 1, device=values.device).to(logits)
@@ -191,8 +196,40 @@ class ValueHead(nn.Module):
             )
             fallen = (means[0] - means) / (means[0] - means[-1]).clamp_min(torch.finfo(means.dtype).tiny)
             places = steps / 2 + fallen - 0.5 if self.num_units > 1 else steps
-        self.prices.copy_(prices.flip(0))  # in the order of mean lengths, which fall as the price rises
+        self.prices.copy_(
+            self.temperature * prices.flip(0)
+        )  # in the order of mean lengths, which fall as the price rises
         self.mean_lengths.copy_(means.flip(0))
+
+    def law(
+        self,
+        inputs: Tensor,
+        price: float | Tensor | None = None,
+        mean_length: float | None = None,
+        temperature: float = 1.0,
+    ) -> OrderedMask:
+        r"""Return the law of the lengths of rows at a price, $q(L | x, \lambda) \propto p(L) \exp(v_L(x) - \lambda L)$.
+
+        Args:
+            inputs: Features of the rows, shape (..., num_inputs).
+            price: Nats for one more unit, a number or one a row; none by default.
+            mean_length: In place of a price that at which the rows of `calibrate` have this mean length.
+            temperature: Flattens the law, > 0: times that of the head.
+
+        Returns:
+            Laws, one a row.
+
+        Raises:
+            ValueError: If both price and mean length are given, or one of the arguments is invalid.
+        """
+        if price is not None and mean_length is not None:
+            raise ValueError("ValueHead.law: give one of `price` and `mean_length`; got both")
+        _check_temperature("ValueHead.law", temperature)
+        law = OrderedMask(logits=self(inputs) + self.log_probs)
+        price = price if mean_length is None else self.price_at(mean_length)
+        law = law if price is None else law.tilt(price)
+        temperature = temperature * self.temperature
+        return law if temperature == 1 else OrderedMask(logits=law.logits / temperature)
 
     def price_at(self, mean_length: float | Tensor) -> Tensor:
         """Return the price at which the lengths of the rows of `calibrate` have a given mean.
@@ -209,14 +246,19 @@ class ValueHead(nn.Module):
         wanted = torch.as_tensor(mean_length, dtype=self.prices.dtype, device=self.prices.device)
         if self.mean_lengths.isnan().any():
             raise ValueError(
-                "ValueHead: argument `mean_length` needs a price, which is not known yet: fit the model with "
-                "posterior_lengths='priced', or call `distil_lengths`"
+                "ValueHead: argument `mean_length` needs a price, which is not known yet: fit the model with lengths "
+                "by values (an autoencoder's posterior_lengths='priced', say), or call `distil_lengths`"
             )
         if not ((wanted > 1) & (wanted < self.num_units)).all():
             raise ValueError(
                 f"ValueHead: argument `mean_length` must be strictly between 1 and {self.num_units}; got {mean_length}"
             )
         return _on_lines(wanted, self.mean_lengths, self.prices)
+
+
+def _check_temperature(caller: str, temperature: float) -> None:
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{caller}: argument `temperature` must be finite and > 0; got {temperature}")
 
 
 def spaced_lengths(num_units: int, num_lengths: int) -> list[int]:

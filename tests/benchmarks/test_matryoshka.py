@@ -15,6 +15,7 @@ from benchmarks.matryoshka import (
     markdown,
     principal_components,
     retrieval_accuracy,
+    scores_by_query,
     step_ratios,
     views,
 )
@@ -28,7 +29,7 @@ def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("matryoshka")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # single fits go to results/
-        patch.setattr(matryoshka, "RECIPE", replace(RECIPE, epochs=2, batch_size=64, num_dims=8))
+        patch.setattr(matryoshka, "RECIPE", replace(RECIPE, epochs=2, batch_size=64, num_dims=8, distil_steps=200))
         patch.setattr(
             matryoshka, "step_ratios", lambda *_: dict.fromkeys(METHODS, 1.5)
         )  # they have a test of their own
@@ -46,6 +47,9 @@ def test_rows_are_complete(result):
             sizes = {key[2] for key in found.values if key[1] == method and key[3] == metric}
             assert sizes == {1, 2, 3, 4, 6, 8}
             assert 0 <= found.mean("mlp", method, 8, metric) <= 1
+        if method not in ("plain", "pca"):
+            assert 0 < found.mean("mlp", method, 4, "classification accuracy, length by query") <= 1
+            assert found.mean("mlp", method, 4, "mean length, length by query") == pytest.approx(4, abs=1.5)
     assert set(result["rows"][0]) == {"data", "model", "method", "prefix", "seed", "metric", "value"}
     assert {"command", "versions", "revision", "recipe", "part"} <= set(result["header"])
 
@@ -103,6 +107,23 @@ def test_retrieval_is_what_a_slow_loop_finds():
         # Power: neighbours by another distance do not pass for those by cosine.
         others = slow_scores(index, queries, top_k, lambda rows, z: -(rows - z).norm(dim=-1))
         assert abs(others[1] - found[f"mAP@{top_k}"]) > 0.01
+
+
+def test_queries_of_one_length_are_scored_as_ever():
+    torch.manual_seed(0)
+    labels = torch.arange(300) % 4
+    z = torch.nn.functional.one_hot(labels, 6) + torch.randn(300, 6)
+    index, queries = Split(z[:200], labels[:200]), Split(z[200:], labels[200:])
+    fixed = {k: retrieval_accuracy(Split(z[:200, :k], labels[:200]), Split(z[200:, :k], labels[200:])) for k in (2, 5)}
+    for k, expected in fixed.items():
+        assert scores_by_query(index, queries, torch.full((100,), k)) == pytest.approx(expected)
+    lengths = torch.tensor([2, 5]).repeat_interleave(50)
+    halves = [
+        scores_by_query(index, Split(*(x[half] for x in queries)), lengths[half])
+        for half in (slice(50), slice(50, 100))
+    ]
+    expected = {metric: (halves[0][metric] + halves[1][metric]) / 2 for metric in halves[0]}
+    assert scores_by_query(index, queries, lengths) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

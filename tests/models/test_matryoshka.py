@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from models.matryoshka import MatryoshkaEmbedding, octaves
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import MaskSchedule, NestedELBO, fit, module_local_params
+from pyro_vnd.infer import MaskSchedule, NestedELBO, distil_lengths, fit, module_local_params
 
 K, N, SHAPE = 8, 20, (1, 2, 3)
 
@@ -130,6 +130,17 @@ def test_a_narrowed_net_gives_the_prefix(data):
     torch.testing.assert_close(net.embed(x), before)  # weights of its own
 
 
+def test_values_are_what_prefixes_say_of_labels(data):
+    net, (x, y) = small(), data
+    curve = net.value_curve(x, y)
+    for length in range(1, K + 1):
+        torch.testing.assert_close(-curve[:, length - 1].sum(), loss_by_hand(net, x, y, length))
+    torch.testing.assert_close(net.value_curve(x, y, lengths=[2, 7]), curve[:, [1, 6]])
+    lengths = torch.arange(N) % K + 1
+    logits = net.classify(x, lengths).log_softmax(-1).gather(1, y[:, None])
+    torch.testing.assert_close(logits, curve.gather(1, lengths[:, None] - 1))
+
+
 # What is learned.
 
 
@@ -180,6 +191,40 @@ def test_a_plain_embedding_has_no_such_order():
     assert neighbours_of_the_class(plain, x, y, 3) < 0.9
 
 
+def needed(num_rows, seed):
+    """The first bit tells one class from four others, for which the two next ones are needed."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(2, (num_rows, 3), generator=generator)
+    x = torch.randn(num_rows, 16, generator=generator) * 0.2
+    x[:, :3] += 2.0 * bits - 1
+    return x, bits[:, 0] * (1 + bits[:, 1] + 2 * bits[:, 2])
+
+
+def share_known(net, x, y, lengths):
+    return (net.classify(x, lengths).argmax(-1) == y).double().mean().item()
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_numbers_go_to_the_images_that_need_them(shuffled):
+    """The power test: from other images' labels nothing is learned about an image."""
+    (x, y), (others, labels) = needed(1000, 0), needed(501, 1)
+    net, _ = fitted(x, y, 5, MaskSchedule())
+    distil_lengths(net, (x, y.roll(1)) if shuffled else (x, y), num_steps=600, progress=False)
+    law = net.lengths(others, mean_length=1.5)
+    lengths = law.mode.sum(-1)
+    z = net.embed(others, mean_length=1.5)
+    torch.testing.assert_close(z.norm(dim=-1), torch.ones(501))
+    assert ((z != 0) == (law.mode != 0)).all()
+    one, two = (share_known(net, others, labels, torch.full((501,), k)) for k in (1, 2))
+    assert one < 0.7
+    assert two > 0.95
+    if shuffled:
+        assert share_known(net, others, labels, lengths) < 0.9
+    else:
+        assert lengths.double().mean() < 1.6
+        assert share_known(net, others, labels, lengths) > 0.95
+
+
 # Bad input.
 
 
@@ -214,6 +259,20 @@ def test_bad_images(x):
             call(x)
     with pytest.raises(ValueError, match="NaN or inf"):
         net.embed(torch.full((N, *SHAPE), torch.nan))
+
+
+def test_bad_prices(data):
+    net, (x, y) = small(), data
+    for call in (net.lengths, net.embed):
+        with pytest.raises(ValueError, match=r"call `distil_lengths\(net, \(images, labels\)\)` after the fit"):
+            call(x, price=1.0)
+    net.add_value_head()
+    with pytest.raises(ValueError, match="give one of `length`, `price` and `mean_length`"):
+        net.embed(x, 3, price=1.0)
+    with pytest.raises(ValueError, match="give one of `price` and `mean_length`"):
+        net.embed(x, price=1.0, mean_length=2.0)
+    with pytest.raises(ValueError, match="argument `length` must be an integer from 1 to 8; got 9"):
+        net.value_curve(x, y, lengths=[9])
 
 
 def test_labels_of_another_number(data):

@@ -201,9 +201,12 @@ def check_schedules(guide: Any, schedule: Any, temperature: Any) -> None:
     """
     for name, value in (("schedule", schedule), ("temperature", temperature)):
         if value is not None and conditional_part(guide) is not None:
+            other = "AutoNested(model, latents='mean_field')"
+            if isinstance(value, PriceSchedule):
+                other = "AutoNested(model, amortise=network), whose lengths are by row and at any price"
             raise ValueError(
                 f"fit: argument `{name}` is for masks that are drawn; the latents of this AutoNested know the lengths, "
-                "and each step trains all of these alike. Leave it out, or use AutoNested(model, latents='mean_field')"
+                f"and each step trains all of these alike. Leave it out, or use {other}"
             )
 
 

@@ -39,7 +39,7 @@ class MaskCuts:
     def __init__(
         self, schedule: MaskSchedule | PriceSchedule, objects: Iterable[Any], record: EvaluationRecord, plate: str
     ) -> None:
-        self.schedule, self.sliced = schedule, schedule.sliced
+        self.schedule, self.sliced, self.plate = schedule, schedule.sliced, plate
         nets = _parts(objects, NestedNet)
         self.by_example = [net for net in nets if net.mask_per == "example"]
         self.by_batch = [net for net in nets if net.mask_per == "batch"]
@@ -92,16 +92,16 @@ class MaskCuts:
                 elif fraction > 0:
                     stack.enter_context(net.cut(fraction, sliced=self.sliced, rounding="nearest"))
             if rows is not None and self.codes:
-                stack.enter_context(_CutCodes(rows, self.codes))
+                stack.enter_context(_CutCodes(rows, self.codes, self.plate))
             yield
 
 
 class _CutCodes(Messenger):
     """Give the codes of each row a length, in model and guide alike: its KL is then zero."""
 
-    def __init__(self, rows: Tensor, codes: Container[str]) -> None:
+    def __init__(self, rows: Tensor, codes: Container[str], plate: str) -> None:
         super().__init__()
-        self.rows, self.codes = rows, codes
+        self.rows, self.codes, self.plate = rows, codes, plate
         self.cuts: dict[tuple[int, torch.Size], Cut] = {}  # the same for model and guide
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -111,6 +111,8 @@ class _CutCodes(Messenger):
             if key not in self.cuts:
                 lengths = nearest(self.rows, law.num_units).long()
                 lengths = torch.maximum(lengths, self.rows > 0)  # at least one, as in a net
+                inner = next(-frame.dim - 1 for frame in msg["cond_indep_stack"] if frame.name == self.plate)
+                lengths = lengths.reshape(-1, *[1] * inner)
                 self.cuts[key] = Cut(lengths, law.mask_law if isinstance(law, NestedLaw) else law)
             msg["fn"] = law._cut_by(self.cuts[key])
             msg["infer"] = msg["infer"] | {"uncut": law}  # for the record

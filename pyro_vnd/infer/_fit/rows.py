@@ -9,6 +9,7 @@ from torch import nn
 from pyro_vnd._data import Data, as_arguments
 from pyro_vnd.infer._conditional.guide import AutoConditional
 from pyro_vnd.infer._model_sites import is_mask, run_model
+from pyro_vnd.infer.amortised import AutoAmortised
 from pyro_vnd.infer.auto_parts import AutoLengths
 from pyro_vnd.infer.guides import AutoNested
 
@@ -61,7 +62,7 @@ def check_laws_by_row(model: Any, guide: Any, batch: Data, plate: str, num_data:
 def _by_row(part: AutoGuide, plate: str) -> Iterator[tuple[str, Any]]:
     """Yield the sites for which a part has a law for each row of a plate, with the plate."""
     prototype: Any = part.prototype_trace
-    if prototype is None or isinstance(part, AutoGuideList):
+    if prototype is None or isinstance(part, AutoGuideList | AutoAmortised):  # the latter takes any rows
         return
     shared = isinstance(part, AutoLengths | AutoConditional) and plate in part.shared_plates
     for name, site in prototype.iter_stochastic_nodes():

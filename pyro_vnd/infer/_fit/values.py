@@ -1,5 +1,6 @@
 """What rows turned out to be worth at the lengths that they had in a step: what value heads learn from."""
 
+from collections import Counter
 from collections.abc import Iterable
 from copy import copy
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta, Unit
 from pyro.distributions.util import scale_and_mask
-from pyro.infer import Trace_MMD
+from pyro.infer import ELBO, Trace_MMD
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
@@ -20,8 +21,7 @@ from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.constraints import counted
 from pyro_vnd.distributions.kl import kl_of_coordinates
 from pyro_vnd.distributions.nested import NestedLaw, innermost
-from pyro_vnd.infer._fit.objective import Objective
-from pyro_vnd.infer.elbo import kl_terms
+from pyro_vnd.infer._kl import kl_terms
 from pyro_vnd.infer.schedules import PriceSchedule
 from pyro_vnd.nn.values import ValueHead
 
@@ -65,11 +65,13 @@ class ValueSites(Messenger):
         if msg["is_observed"] or site_is_subsample(msg) or not self._is_by_row(msg):
             return
         law, name, head = msg["fn"], msg["name"], msg["infer"].get("value_head")
-        if not (isinstance(head, ValueHead) and isinstance(law, NestedLaw | OrderedMask)):
-            return
-        if not self.rounds or name in self.rounds[-1].priors:  # the guide of a new particle
+        most = 1 if msg["infer"].get("is_auxiliary") else 2  # in the guide, and in the model
+        if not self.rounds or self.rounds[-1].sights[name] == most:  # the guide of a new particle
             self.rounds.append(_Round())
         now = self.rounds[-1]
+        now.sights[name] += 1
+        if not (isinstance(head, ValueHead) and isinstance(law, NestedLaw | OrderedMask)):
+            return
         if name not in now.posteriors:
             lengths = law.mask_law if isinstance(law, NestedLaw) else law
             logits = lengths._param
@@ -110,7 +112,7 @@ class ValueSites(Messenger):
             if not (isinstance(msg["fn"], Unit) and msg["fn"].has_rsample):  # a factor of the guide
                 make = msg["infer"].get("value_law")
                 now.add((msg["fn"] if make is None else make()).log_prob(value), msg, self.row_scale)
-                now.visible = now.visible | torch.as_tensor(True if msg["mask"] is None else msg["mask"])
+                now.visible.append(torch.as_tensor(True if msg["mask"] is None else msg["mask"]).long())
         elif name in now.posteriors and name not in now.lengths:
             mask = NestedLaw.mask_of(value) if isinstance(msg["fn"], NestedLaw) else value
             now.lengths[name] = mask.detach().sum(-1).round().long()
@@ -135,11 +137,11 @@ class ValueSites(Messenger):
             now.heads[name].regression(
                 values.expand(now.lengths[name].shape + values.shape[-1:]).flatten(0, -2),
                 now.lengths[name].flatten(),
-                now.worth.expand(now.lengths[name].shape).flatten(),
-                now.visible.to(values.device).expand(now.lengths[name].shape).flatten(),
+                now.worth(name).flatten(),
+                (_sum_to(now.visible, now.lengths[name]) > 0).flatten(),
             )
             for now in self.rounds
-            if isinstance(now.worth, Tensor)
+            if now.nats
             for name, values in now.values.items()
         ]
         if self.schedule is not None and not terms:
@@ -155,6 +157,7 @@ class _Round:
     """What is known of one particle."""
 
     def __init__(self) -> None:
+        self.sights: Counter[str] = Counter()
         self.heads: dict[str, ValueHead] = {}
         self.values: dict[str, Tensor] = {}
         self.prices: dict[str, Tensor] = {}
@@ -162,12 +165,25 @@ class _Round:
         self.priors: dict[str, Any] = {}
         self.lengths: dict[str, Tensor] = {}
         self.others: dict[str, Any] = {}
-        self.worth: Tensor | float = 0.0
-        self.visible = torch.tensor(False)
+        self.nats: list[Tensor] = []
+        self.visible: list[Tensor] = []
 
     def add(self, nats: Tensor, msg: Any, row_scale: float) -> None:
         """Add what a site says of each row."""
-        self.worth = self.worth + scale_and_mask(nats, msg["scale"] / row_scale, msg["mask"])
+        self.nats.append(scale_and_mask(nats, msg["scale"] / row_scale, msg["mask"]))
+
+    def worth(self, name: str) -> Tensor:
+        """Return what rows turned out to be worth at the lengths of a site, with all that is in further plates."""
+        return _sum_to(self.nats, self.lengths[name])
+
+
+def _sum_to(terms: Iterable[Tensor], like: Tensor) -> Tensor:
+    """Return the sum of terms, each summed over what a batch shape does not have and repeated over what it has."""
+    total: Any = sum(
+        term.to(like.device).expand(torch.broadcast_shapes(term.shape, like.shape)).sum_to_size(like.shape)
+        for term in terms
+    )
+    return total
 
 
 def _divergence(q: Any, p: Any, value: Tensor) -> Tensor:
@@ -197,14 +213,12 @@ def calibrate_heads(guide: Any, data: Data, plate: str) -> None:
             now.heads[name].calibrate(curves.flatten(0, -2))
 
 
-def value_sites(
-    objects: Iterable[Any], objective: Objective, schedule: Any, plate: str, row_scale: float
-) -> ValueSites | None:
+def value_sites(objects: Iterable[Any], elbo: ELBO, schedule: Any, plate: str, row_scale: float) -> ValueSites | None:
     """Return the handler that lets value heads learn, or None where there are none.
 
     Args:
         objects: Model and guide, whose parts are searched for heads.
-        objective: The objective, which was evaluated.
+        elbo: The objective.
         schedule: That of the fit.
         plate: Name of the plate of the data.
         row_scale: By how much rows in it are scaled.
@@ -221,4 +235,4 @@ def value_sites(
                 "none: an autoencoder's has with posterior_lengths='priced', an AutoNested with `amortise`"
             )
         return None
-    return ValueSites(plate, row_scale, not isinstance(objective.module.elbo, Trace_MMD), prices)
+    return ValueSites(plate, row_scale, not isinstance(elbo, Trace_MMD), prices)

@@ -155,7 +155,7 @@ def test_masks_of_a_model_in_the_plate_of_the_data_are_cut(labelled):
 def test_a_budget_keeps_as_many_of_a_code_as_of_the_blocks_of_a_net(num_latents, num_blocks):
     """Also where float32 puts half a block just below the half, as 7 / 12 of 54."""
     fractions = torch.arange(num_blocks + 1, dtype=torch.float32) / num_blocks
-    with poutine.trace() as trace, _CutCodes(fractions, {"code"}), pyro.plate("data", len(fractions)):
+    with poutine.trace() as trace, _CutCodes(fractions, {"code"}, "data"), pyro.plate("data", len(fractions)):
         pyro.sample("code", OrderedMask.uniform(num_latents))
     width = Width("hidden", num_latents)
     kept = [width.kept_blocks(fraction, rounding="nearest") for fraction in fractions[1:].tolist()]
