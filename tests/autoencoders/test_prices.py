@@ -128,6 +128,8 @@ def test_value_curves_by_hand(name: str):
                     for i in range(k):
                         p = Normal(prior.loc.expand(1, K)[:, i], prior.scale.expand(1, K)[:, i])
                         cost = cost + kl_divergence(Normal(q.loc[:, i], q.scale[:, i]), p).item()
+                        mixture = prior.densities(q.loc).expand(1, K)[:, i]  # p is the nearest Normal to it
+                        cost = cost + (p.log_prob(q.loc[:, i]) - mixture).item()
                 expected[n, k - 1] = law.log_prob(image).item() - cost
                 own_noise[n, k - 1] = model.likelihood_given(code, mask).log_prob(image).item() - cost
     torch.testing.assert_close(curve, expected)
