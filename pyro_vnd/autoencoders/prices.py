@@ -147,12 +147,12 @@ class LengthsByPrice(QuietModule):
             raise ValueError(
                 f"{type(self).__name__}.lengths: argument `temperature` must be finite and > 0; got {temperature}"
             )
+        self._check_one("lengths", price=price, mean_length=mean_length)
         if exact is None:
             encoded = self.encode(x, price=price, mean_length=mean_length)
             law = encoded.mask_law if isinstance(encoded, NestedLaw) else encoded
         else:
             check_sizes(f"{type(self).__name__}.lengths", exact=exact)
-            self._check_one("lengths", price=price, mean_length=mean_length)
             law = self._exact_law(x, exact)
             if mean_length is not None:
                 law = law.at_mean_length(mean_length, shared=True)

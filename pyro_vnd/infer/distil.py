@@ -143,19 +143,20 @@ def distil_lengths(
             f"and {num_rows_used}"
         )
     started = time.perf_counter()
-    with random_numbers(seed, cuda_devices([model])), module_mode([model], training=False):
+    with random_numbers(seed, cuda_devices([model])):
         head = model.add_value_head()
-        chosen = torch.randperm(num_rows(data))[:num_rows_used]
-        num_held_out = min(math.ceil(HELD_OUT * len(chosen)), MOST_HELD_OUT)
-        held_out, seen = _rows(data, chosen[:num_held_out]), _rows(data, chosen[num_held_out:])
-        lengths = spaced_lengths(head.num_units, num_lengths)
-        inputs, curves = _look(model, head, seen, lengths, batch_size, progress)
-        _train(head, inputs, curves, prices, num_steps, batch_size, lr, progress)
-        with torch.no_grad():
-            head.calibrate(head(inputs[: MOST_HELD_OUT * 2]))
-            fine = spaced_lengths(head.num_units, FINE)
-            inputs, curves = _look(model, head, held_out, fine, batch_size, progress)
-            scores = _scores(head, head(inputs), curves)
+        with module_mode([model], training=False):
+            chosen = torch.randperm(num_rows(data))[:num_rows_used]
+            num_held_out = min(math.ceil(HELD_OUT * len(chosen)), MOST_HELD_OUT)
+            held_out, seen = _rows(data, chosen[:num_held_out]), _rows(data, chosen[num_held_out:])
+            lengths = spaced_lengths(head.num_units, num_lengths)
+            inputs, curves = _look(model, head, seen, lengths, batch_size, progress)
+            _train(head, inputs, curves, prices, num_steps, batch_size, lr, progress)
+            with torch.no_grad():
+                head.calibrate(head(inputs[: MOST_HELD_OUT * 2]))
+                fine = spaced_lengths(head.num_units, FINE)
+                inputs, curves = _look(model, head, held_out, fine, batch_size, progress)
+                scores = _scores(head, head(inputs), curves)
     means, at, shares, correlation = scores
     return DistilReport(
         means, at, shares, correlation, len(chosen) - num_held_out, num_held_out, time.perf_counter() - started

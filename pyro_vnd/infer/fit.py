@@ -268,7 +268,7 @@ def fit(
                 file.save(result)
     conditional = conditional_laws(guide)
     result.warn_of_poor_fit(knows_lengths=bool(conditional))
-    given = {name for name, (law, _) in objective.record.laws.items() if _is_given(law)}
+    given = {name for name, (law, _) in objective.record.laws.items() if _is_given(law)} | objective.record.by_values
     result.warn_of_collapse(given | conditional.keys())  # the latter are the best ones there are
     return result
 

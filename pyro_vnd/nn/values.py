@@ -100,12 +100,13 @@ class ValueHead(nn.Module):
         """Return the values of the lengths 1..K in nats, shape (..., K), of features, shape (..., num_inputs)."""
         first, *rest = self.net
         assert isinstance(first, nn.Linear)
-        weight = first.weight / self.scale  # on the weights, of which there are fewer than inputs
-        hidden = nn.functional.linear(inputs, weight, first.bias - weight @ self.loc)
+        # Copies: another particle, or what was seen, may move them before the gradient is taken.
+        loc, scale, deviation = self.loc.clone(), self.scale.clone(), self.deviation.clone()
+        weight = first.weight / scale  # on the weights, of which there are fewer than inputs
+        hidden = nn.functional.linear(inputs, weight, first.bias - weight @ loc)
         for layer in rest:
             hidden = layer(hidden)
-        # A copy: what was seen may move it before the gradient is taken.
-        return torch.addcmul(self.curve, self.deviation.clone(), hidden)
+        return torch.addcmul(self.curve, deviation, hidden)
 
     @torch.no_grad()
     def standardise(self, inputs: Tensor, momentum: float = 1.0) -> None:

@@ -1,5 +1,6 @@
 """What it is worth to choose the length of each code, beside one length for all."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pyro_vnd.distributions import OrderedMask
 __all__ = ["LengthModel", "evaluate_lengths"]
 
 LAWS = ("fixed", "model", "decoded", "exact")
+_ROUNDING = 1e-5  # of lengths by laws in single precision
 _LABELS = {
     "mse": ("squared error of a pixel", "1"),
     "elbo": ("ELBO with the length paid", "nats"),
@@ -107,7 +109,8 @@ def evaluate_lengths(
         A Dataset with the dimensions `seed`, `law`, `mean_length` and, of some, `image` and `class`:
 
         - `mse` (seed, law, mean_length), over images and pixels, `share_of_gain`, how much of what "exact" gains over
-          "fixed" a law gains, and `correlation`, over images, of its expected lengths and those of "exact";
+          "fixed" a law gains, and `correlation`, over images, of its expected lengths and those of "exact", NaN where
+          all images have one;
         - of models with `elbo`: `elbo`, `distortion`, `rate` and `information`, in nats an image, the same dimensions;
         - `length` (seed, law, mean_length, image), the expected length of each code, and with labels `length_by_class`
           and `mse_by_class` (seed, law, mean_length, class);
@@ -253,7 +256,7 @@ def _score(curves: _Curves, law: str, mean_length: float, classes: Tensor | None
     scores: dict[str, Any] = {
         "mse": errors.mean().item(),
         "share_of_gain": (gain / whole).item(),
-        "correlation": torch.corrcoef(torch.stack([lengths, exact @ units]))[0, 1].item(),
+        "correlation": _correlation(lengths, exact @ units),
         "length": lengths.numpy(),
     }
     if curves.log_likelihood is not None and curves.rate is not None:
@@ -267,3 +270,10 @@ def _score(curves: _Curves, law: str, mean_length: float, classes: Tensor | None
         scores["length_by_class"] = [lengths[rows].mean().item() for rows in of]
         scores["mse_by_class"] = [errors[rows].mean().item() for rows in of]
     return scores
+
+
+def _correlation(x: Tensor, y: Tensor) -> float:
+    """Return the correlation of lengths, NaN where those of one kind differ by rounding alone."""
+    if len(x) < 2 or min(x.std(), y.std()) < _ROUNDING:
+        return math.nan
+    return torch.corrcoef(torch.stack([x, y]))[0, 1].item()

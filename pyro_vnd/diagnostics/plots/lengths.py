@@ -69,7 +69,7 @@ def plot_lengths(
         name = _NAMES.get(law, str(law)).format(**dataset.attrs | {"num_decoded": dataset.attrs.get("num_decoded", "")})
         style: dict[str, Any] = {"marker": ".", "capsize": 2, "label": name, **_STYLES.get(law, {})}
         mse, error = over_seeds(data["mse"])
-        axes["error"].errorbar(data["mean_length"], mse, error, **style)
+        axes["error"].errorbar(data["mean_length"].values, mse, error, **style)
         if "rate" in dataset:
             (rate, rate_error), (distortion, error) = (over_seeds(data[key]) for key in ("rate", "distortion"))
             axes["rate"].errorbar(rate, distortion, error, rate_error, **style)

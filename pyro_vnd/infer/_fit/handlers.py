@@ -115,6 +115,7 @@ class EvaluationRecord(Messenger):
     Attributes:
         laws: Laws of the masks and codes, learned and prior, by site of the guide.
         visible: What the model does not hide of each of them, for the batch shape of the law; None for all.
+        by_values: Those whose laws are by values, of which a head learns by regression.
         plates: Names of the plates of those that a `MaskSchedule` can cut: not wrapped and not enumerated.
         last_site: The last site so far, of guide or model.
         misfits: Shapes of value and law of each observed site so far whose log-probability has more dimensions than it
@@ -126,6 +127,7 @@ class EvaluationRecord(Messenger):
         self.score = score
         self.laws: dict[str, LearnedLaw] = {}
         self.visible: dict[str, Tensor | bool | None] = {}
+        self.by_values: set[str] = set()
         self.plates: dict[str, set[str]] = {}
         self._reset()
 
@@ -162,6 +164,8 @@ class EvaluationRecord(Messenger):
             return
         if sights == 1:
             self.laws[name] = LearnedLaw(law)
+            if "value_head" in msg["infer"]:
+                self.by_values.add(name)
             if law is msg["fn"] and msg["infer"].get("_enumerate_dim") is None:
                 self.plates[name] = {frame.name for frame in msg["cond_indep_stack"]}
         elif name in self.laws and not msg["infer"].get("is_auxiliary"):

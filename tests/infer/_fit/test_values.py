@@ -336,11 +336,12 @@ class KindsGuide(PyroModule):
 
 def test_a_fit_teaches_heads_under_a_mask_schedule_and_none():
     x = torch.rand(N, D)
-    for schedule in (None, MaskSchedule(), MaskSchedule(num_particles=2), PriceSchedule()):
+    of_schedule, of_elbo = {"schedule": MaskSchedule(num_particles=2)}, {"elbo": NestedELBO(num_particles=2)}
+    for options in ({}, {"schedule": MaskSchedule()}, {"schedule": PriceSchedule()}, of_schedule, of_elbo):
         model = make("independent")
-        fit(model, model.guide, x, num_epochs=4, batch_size=B, schedule=schedule, progress=False)
+        fit(model, model.guide, x, num_epochs=4, batch_size=B, **options, progress=False)
         head = model.encoder.value_head
-        assert head.seen.sum() == 4 * N * (2 if getattr(schedule, "num_particles", 1) == 2 else 1)
+        assert head.seen.sum() == 4 * N * (2 if options in (of_schedule, of_elbo) else 1)
         assert head.mean_lengths.isfinite().all()
         model.eval()
         law = model.lengths(x, mean_length=2.0)  # the rows of the calibration are all of them

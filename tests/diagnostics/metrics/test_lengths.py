@@ -1,0 +1,248 @@
+"""Lengths of codes by hand: planted models whose error at each length is known, and sums over all of them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_vnd.autoencoders import OrderedVAE
+from pyro_vnd.diagnostics import evaluate_lengths
+from pyro_vnd.diagnostics.metrics.lengths import LAWS
+from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.infer import distil_lengths
+
+K, D, N = 6, 8, 60
+UNITS = torch.arange(1, K + 1)
+QUIET = {"progress": False}
+SCALE = 20_000.0  # nats for an error of one
+
+
+class Terms:
+    def __init__(self, log_likelihood, kl_latents):
+        self.log_likelihood, self.kl_latents = log_likelihood, kl_latents
+
+
+class Planted:
+    """No module: an image begins with its error by length, and all that is asked of it follows."""
+
+    num_latents = K
+
+    def errors(self, x):
+        return x[:, :K]
+
+    def reconstruct(self, x, length):
+        return x + self.errors(x)[:, length - 1, None].sqrt()
+
+    def value_curve(self, x, lengths):
+        return -SCALE * self.errors(x)[:, torch.tensor([*lengths]) - 1] - 0.1 * torch.tensor([*lengths])
+
+    def lengths(self, x, *, price=None, mean_length=None, exact=None):
+        assert mean_length is None
+        values = -SCALE * self.errors(x) - 0.1 * UNITS
+        if exact is None:  # a model that sees half of it
+            values = 0.5 * values + 0.01 * SCALE * x[:, K : K + 1] * UNITS
+        elif exact < K:
+            values = 0.7 * values
+        law = OrderedMask(logits=values)
+        return law if price is None else law.tilt(price)
+
+
+class WithBound(Planted):
+    def elbo(self, x, length, num_samples):
+        noise = torch.randn(num_samples, len(x)).mean(0) * 1e-9
+        return Terms(-SCALE * self.errors(x)[:, length - 1] + noise, 0.3 * length * (1 + x[:, 0]))
+
+
+@pytest.fixture(scope="module")
+def x():
+    torch.manual_seed(0)
+    pace = torch.rand(N, 1, dtype=torch.float64) * 1.5 + 0.1
+    errors = 0.1 * torch.exp(-pace * UNITS) * (0.5 + torch.rand(N, 1, dtype=torch.float64))
+    return torch.cat([errors, torch.rand(N, D - K, dtype=torch.float64)], -1)
+
+
+def tilted(values: torch.Tensor, mean_length: float) -> torch.Tensor:
+    """Laws of rows at the price, found by bisection, at which they have a mean length on average."""
+    low, high = -1e4, 1e4
+    for _ in range(200):
+        price = (low + high) / 2
+        probs = torch.stack([(row - price * UNITS - (row - price * UNITS).max()).exp() for row in values])
+        probs = probs / probs.sum(-1, keepdim=True)
+        low, high = (price, high) if (probs * UNITS).sum(-1).mean() > mean_length else (low, price)
+    return probs
+
+
+def laws_by_hand(model, x, mean_length: float) -> dict[str, torch.Tensor]:
+    fixed = torch.zeros(K)
+    below = min(int(mean_length), K - 1)
+    fixed[below - 1], fixed[below] = 1 - (mean_length - below), mean_length - below
+    laws = {"fixed": fixed.expand(len(x), K)}
+    values = {
+        "model": model.lengths(x).logits,
+        "decoded": model.lengths(x, exact=3).logits,
+        "exact": model.value_curve(x, range(1, K + 1)),
+    }
+    for name, curves in values.items():
+        laws[name] = laws["fixed"] if mean_length in (1, K) else tilted(curves, mean_length)
+    return laws
+
+
+MEANS = [2, 1, 2.5, 4.75, K]
+
+
+@pytest.mark.parametrize("batch_size", [7, 500])
+def test_scores_by_hand(x, batch_size: int):
+    labels = torch.arange(N) % 3
+    model = WithBound()
+    found = evaluate_lengths(model, (x, labels), MEANS, num_decoded=3, batch_size=batch_size, seed=4, **QUIET)
+    assert found.sizes == {"seed": 1, "law": 4, "mean_length": len(MEANS), "image": N, "class": 3}
+    assert found["law"].values.tolist() == list(LAWS)
+    assert found["seed"].values.tolist() == [4]
+    assert found.attrs == {"num_rows": N, "num_latents": K, "num_decoded": 3}
+    for m in MEANS:
+        laws = laws_by_hand(model, x, m)
+        at = dict.fromkeys(laws, 0.0)
+        for name, probs in laws.items():
+            row = found.isel(seed=0).sel(law=name, mean_length=m)
+            lengths, errors, rate, likelihood = torch.zeros(N), torch.zeros(N), 0.0, 0.0
+            marginal = probs.mean(0)
+            information = 0.0
+            for n in range(N):
+                for k in range(K):
+                    p = probs[n, k].item()
+                    lengths[n] += p * (k + 1)
+                    errors[n] += p * x[n, k]
+                    rate += p * 0.3 * (k + 1) * (1 + x[n, 0].item()) / N
+                    likelihood += -SCALE * p * x[n, k].item() / N
+                    information += p * math.log(p / marginal[k].item()) / N if p > 0 else 0
+            at[name] = errors.mean().item()
+            np.testing.assert_allclose(row["length"], lengths, rtol=1e-6)
+            assert row["length"].mean().item() == pytest.approx(m)
+            assert row["mse"].item() == pytest.approx(errors.mean().item())
+            assert row["information"].item() == pytest.approx(information, abs=1e-9)
+            assert row["rate"].item() == pytest.approx(rate + information)
+            assert row["distortion"].item() == pytest.approx(-likelihood)
+            assert row["elbo"].item() == pytest.approx(likelihood - rate - information)
+            for label in range(3):
+                of = labels == label
+                assert row["length_by_class"].sel({"class": label}).item() == pytest.approx(lengths[of].mean().item())
+                assert row["mse_by_class"].sel({"class": label}).item() == pytest.approx(errors[of].mean().item())
+            if name != "fixed" and 1 < m < K:
+                best = (laws["exact"] * UNITS).sum(-1)
+                r = np.corrcoef(lengths, best)[0, 1]
+                assert row["correlation"].item() == pytest.approx(r, rel=1e-5)
+                assert 1e-3 < information <= math.log(K)
+        if 1 < m < K:
+            for name, mse in at.items():
+                share = (at["fixed"] - mse) / (at["fixed"] - at["exact"])
+                assert found["share_of_gain"].sel(law=name, mean_length=m).item() == pytest.approx(share, abs=1e-6)
+            assert at["exact"] < 0.98 * min(at["model"], at["fixed"])  # so the shares say something
+
+
+def test_one_length_for_all_knows_nothing_and_pays_nothing_for_it(x):
+    found = evaluate_lengths(WithBound(), x, [2, 2.3], **QUIET).sel(law="fixed")
+    assert found["correlation"].isnull().all()
+    np.testing.assert_allclose(found["information"].values, 0, atol=1e-12)
+    assert found["share_of_gain"].values.ravel().tolist() == [0, 0]
+
+
+def test_a_mean_between_two_lengths_mixes_them(x):
+    found = evaluate_lengths(Planted(), x, [2, 2.25, 3], **QUIET)["mse"].sel(law="fixed").isel(seed=0)
+    assert found[1].item() == pytest.approx(0.75 * found[0].item() + 0.25 * found[2].item())
+    assert found[0].item() == pytest.approx(x[:, 1].mean().item())
+
+
+def test_models_may_lack_a_bound_and_data_labels(x):
+    found = evaluate_lengths(Planted(), x, [2], **QUIET)
+    assert set(found.data_vars) == {"mse", "share_of_gain", "correlation", "length"}
+    assert "class" not in found.coords
+    loader = DataLoader(TensorDataset(x), batch_size=16)
+    torch.testing.assert_close(evaluate_lengths(Planted(), loader, [2], **QUIET)["mse"].values, found["mse"].values)
+
+
+@pytest.fixture(scope="module")
+def vae(digits):
+    torch.manual_seed(0)
+    model = OrderedVAE((64,), K, posterior_lengths="prior")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    distil_lengths(model, digits.train.images, num_steps=50, progress=False)
+    return model
+
+
+def test_an_autoencoder(vae, digits):
+    x, y = digits.test.images, digits.test.labels
+    vae.train()
+    state, before = torch.get_rng_state(), {key: value.clone() for key, value in vae.state_dict().items()}
+    found = evaluate_lengths(vae, (x, y), [1.5, 3], num_samples=2, seed=1, batch_size=100, **QUIET)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert vae.training
+    assert all(torch.equal(value, before[key]) for key, value in vae.state_dict().items())
+    again = evaluate_lengths(vae, (x, y), [1.5, 3], num_samples=2, seed=1, batch_size=100, **QUIET)
+    assert found.identical(again)
+    # Errors and laws are those that the methods of the model have.
+    at = found.isel(seed=0).sel(law="fixed", mean_length=3)
+    assert at["mse"].item() == pytest.approx((vae.reconstruct(x, 3) - x).square().mean().item(), rel=1e-5)
+    with torch.no_grad():
+        values = vae.encoder.value_head(vae.value_inputs(x)).double()
+        price = vae.encoder.value_head.price_at(3.0).item()
+    expected = OrderedMask(logits=values).tilt(price).mean_length.mean().item()
+    assert found["mean_length_at_price"].sel(mean_length=3).item() == pytest.approx(expected, rel=1e-5)
+    shared = OrderedMask(logits=values).at_mean_length(3.0, shared=True).mean_length
+    np.testing.assert_allclose(found["length"].isel(seed=0).sel(law="model", mean_length=3), shared, rtol=1e-4)
+    exact = OrderedMask(logits=vae.value_curve(x).double()).at_mean_length(3.0, shared=True).mean_length
+    np.testing.assert_allclose(found["length"].isel(seed=0).sel(law="exact", mean_length=3), exact, rtol=1e-4)
+    assert (found["rate"] > 0).all()
+    np.testing.assert_allclose(found["elbo"], -(found["rate"] + found["distortion"]), rtol=1e-9)
+
+
+def test_laws_that_are_not_by_image_are_all_one(digits):
+    vae = OrderedVAE((64,), K, posterior_lengths="prior")
+    found = evaluate_lengths(vae, digits.test.images[:50].double(), [2.5], **QUIET).sel(law="model")
+    assert "mean_length_at_price" not in found
+    np.testing.assert_allclose(found["length"], 2.5, rtol=1e-6)
+    assert found["correlation"].isnull().all()
+    np.testing.assert_allclose(found["information"], 0, atol=1e-9)
+
+
+class OneUnit(nn.Module):
+    num_latents = 1
+
+    def reconstruct(self, x, length):
+        return x + 0.5
+
+    def value_curve(self, x, lengths):
+        return x.new_zeros(len(x), len([*lengths]))
+
+    def lengths(self, x, *, price=None, exact=None):
+        return OrderedMask(logits=x.new_zeros(len(x), 1))
+
+
+def test_codes_of_one_unit():
+    found = evaluate_lengths(OneUnit(), torch.rand(5, 3), [1], **QUIET)
+    np.testing.assert_allclose(found["mse"], 0.25)
+    np.testing.assert_allclose(found["length"], 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        (None, {"mean_lengths": []}, f"`mean_lengths` must be distinct numbers from 1 to {K}; got \\[\\]"),
+        (None, {"mean_lengths": [2, 2.0]}, "must be distinct numbers"),
+        (None, {"mean_lengths": [0.5]}, f"from 1 to {K}; got \\[0.5\\]"),
+        (None, {"mean_lengths": [K + 1]}, f"from 1 to {K}"),
+        (None, {"mean_lengths": [math.nan]}, f"from 1 to {K}; got \\[nan\\]"),
+        (None, {"num_decoded": 0}, "evaluate_lengths: argument `num_decoded` must be positive; got 0"),
+        (None, {"num_samples": 0}, "`num_samples` must be positive"),
+        (None, {"batch_size": 1.5}, "`batch_size` must be integers"),
+        (torch.zeros(0, D), {}, "evaluate_lengths: argument `data` has no rows"),
+        ((torch.rand(4, D), torch.rand(4)), {}, "evaluate_lengths: .*labels|integers"),
+    ],
+)
+def test_errors(x, data, options, message: str):
+    with pytest.raises(ValueError, match=message):
+        evaluate_lengths(Planted(), x if data is None else data, **{"mean_lengths": [2]} | QUIET | options)
