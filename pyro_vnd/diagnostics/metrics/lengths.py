@@ -260,7 +260,8 @@ def _score(curves: _Curves, law: str, mean_length: float, classes: Tensor | None
         "length": lengths.numpy(),
     }
     if curves.log_likelihood is not None and curves.rate is not None:
-        information = (torch.special.xlogy(probs, probs) - torch.special.xlogy(probs, probs.mean(0))).sum(-1).mean()
+        mean = probs.mean(0).clamp_min(torch.finfo(probs.dtype).tiny)  # one that underflows is no more than that
+        information = (torch.special.xlogy(probs, probs) - torch.special.xlogy(probs, mean)).sum(-1).mean()
         rate = (probs * curves.rate).sum(-1).mean() + information
         distortion = -(probs * curves.log_likelihood).sum(-1).mean()
         scores |= {"elbo": -(distortion + rate).item(), "rate": rate.item()}
