@@ -7,10 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
-from benchmarks.record import write_json
+from benchmarks.record import header, write_json
 from models.ood import Part
 
-__all__ = ["kept_rows", "read_arguments", "setting"]
+__all__ = ["kept_rows", "read_arguments", "setting", "write_rows"]
 
 Row = dict[str, Any]
 
@@ -52,7 +52,7 @@ def read_arguments(
         metavar="FIELD=NUMBER",
         help="change the recipe, for instance epochs=2",
     )
-    parser.add_argument("--join", action="store_true", help="fit nothing: write the rows of the fits that are done")
+    parser.add_argument("--join", action="store_true", help="fit nothing: add rows of fits that are done to FILE's")
     parser.add_argument("--json", type=Path, default=results, metavar="FILE", help="where the rows go")
     args = parser.parse_args(argv)
     if args.part != "test" and args.json == results:
@@ -82,6 +82,29 @@ def kept_rows(file: Path, recipe: dict[str, Any], make: Callable[[], Iterable[Ro
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {"recipe": recipe, "rows": list(make())})
     return json.loads(file.read_text())["rows"]
+
+
+def write_rows(args: argparse.Namespace, module: str, rows: list[Row], about: Mapping[str, Any]) -> None:
+    """Write the rows of a run, or add them to those that the file has already.
+
+    Args:
+        args: What `read_arguments` returned. With `join` rows of other fits stay, and so does their header: that of
+            this run is one of the `later_headers`.
+        module: Name of the benchmark.
+        rows: Its rows, of which "value" is measured, and the rest says of what.
+        about: What the header says beside part, command and versions.
+    """
+    content: dict[str, Any] = {"header": header(module) | {"part": args.part, **about}, "rows": rows}
+    if args.join and args.json.exists():
+        old = json.loads(args.json.read_text())
+        later = [*old.get("later_headers", []), content["header"]]
+        found = {_what(row): row for row in [*old["rows"], *rows]}
+        content = {"header": old["header"], "later_headers": later, "rows": [*found.values()]}
+    write_json(args.json, content, table="rows")
+
+
+def _what(row: Row) -> tuple[Any, ...]:
+    return tuple(value for key, value in row.items() if key != "value")
 
 
 def setting(recipe: type) -> Callable[[str], tuple[str, Any]]:

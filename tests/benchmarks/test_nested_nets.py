@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks import nested_nets
-from benchmarks.nested_nets import METHODS, RECIPES, WIDTHS, Data, ProbsAsLogitsWidth, build, main
+from benchmarks.nested_fits import RECIPES, Data, build
+from benchmarks.nested_nets import METHODS, WIDTHS, ProbsAsLogitsWidth, main
 from benchmarks.nested_nets_report import PANELS, Rows, figures, markdown, targets
 from pyro_vnd.distributions import OrderedMask
 
