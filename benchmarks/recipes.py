@@ -22,6 +22,7 @@ def read_arguments(
     recipe: type,
     results: Path,
     argv: Sequence[str] | None,
+    part: Part = "test",
 ) -> argparse.Namespace:
     """Read the command line of a benchmark.
 
@@ -30,8 +31,9 @@ def read_arguments(
         about: What it does, in one line.
         choices: Names that can be run, by option; by default all of them.
         recipe: Dataclass of the recipe.
-        results: Where the committed results are, which are of the test part.
+        results: Where the committed results are.
         argv: Arguments, or None for those of the process.
+        part: What the committed results are of.
 
     Returns:
         `data`, the options of `choices`, `seeds` as a range, `part`, `changes` of the recipe, `join`, and `json`, a
@@ -43,7 +45,7 @@ def read_arguments(
         parser.add_argument(f"--{option}", nargs="+", default=list(names), choices=names, metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
-    parser.add_argument("--part", default="test", choices=get_args(Part), help="what is scored")
+    parser.add_argument("--part", default=part, choices=get_args(Part), help="what is scored")
     parser.add_argument(
         "--set",
         type=setting(recipe),
@@ -55,8 +57,8 @@ def read_arguments(
     parser.add_argument("--join", action="store_true", help="fit nothing: add rows of fits that are done to FILE's")
     parser.add_argument("--json", type=Path, default=results, metavar="FILE", help="where the rows go")
     args = parser.parse_args(argv)
-    if args.part != "test" and args.json == results:
-        parser.error("--part validation needs --json FILE: the committed results are of the test part")
+    if args.part != part and args.json == results:
+        parser.error(f"--part {args.part} needs --json FILE: the committed results are of the {part} part")
     args.seeds = range(args.first_seed, args.first_seed + args.seeds)
     args.changes = dict(args.set)
     args.json.parent.mkdir(parents=True, exist_ok=True)
