@@ -160,12 +160,15 @@ def priced(seed: int, data: Data, recipe: Recipe, plain: NestedNet) -> Iterator[
 
 def greedy_steps(nll: Mapping[tuple[int, int], float], size: int) -> list[tuple[int, int]]:
     """Widen from one block a layer on, each time the layer that gains most for its cost, and return the steps."""
+    wider = dict(pairwise(GRID))
     steps = [(GRID[0], GRID[0])]
     while steps[-1] != (GRID[-1], GRID[-1]):
-        first, second = here = steps[-1]
-        wider = [(GRID[GRID.index(first) + 1], second)] if first < GRID[-1] else []
-        wider += [(first, GRID[GRID.index(second) + 1])] if second < GRID[-1] else []
-        steps.append(max(wider, key=lambda to: (nll[here] - nll[to]) / (cost(*to, size) - cost(*here, size))))
+        here = steps[-1]
+        first, second = here
+        ahead = [(wider[first], second)] if first in wider else []
+        ahead += [(first, wider[second])] if second in wider else []
+        gains = [(nll[here] - nll[a, b]) / (cost(a, b, size) - cost(first, second, size)) for a, b in ahead]
+        steps.append(ahead[int(np.argmax(gains))])
     return steps
 
 
