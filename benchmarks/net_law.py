@@ -46,6 +46,7 @@ LABELS = {
     "naive": "no schedule: all from q, one pass",
     "paper": "as published: one mask a batch",
 }
+TRIES = {"priced": "Laws with a price", "path": "Widths by layer", "by_input": "Widths by input"}
 RECIPE = replace(RECIPES["mlp"], epochs=6, num_samples=30)
 START = 0.99  # rate of the geometric law that the published recipe starts from: P(L = K) = .99^15
 
@@ -102,8 +103,8 @@ def run(
     return result
 
 
-def markdown(result: Mapping[str, Any]) -> str:
-    """Format the tables: each metric by width, then the learned laws and the time of a fit."""
+def markdown(result: Mapping[str, Any], tries: Mapping[str, Any]) -> str:
+    """Format the tables: each metric by width, the learned laws and the time of a fit; then the tries, by cost."""
     found = Rows(result, "arch", "width", LABELS)
     tables = [found.table("mlp", metric, [*WIDTHS, "learned"]) for metric in METRICS]
     groups = sorted({key[3].partition("/")[2] for key in found.values if key[3].startswith("mean_length/")})
@@ -121,7 +122,13 @@ def markdown(result: Mapping[str, Any]) -> str:
         for method in found.methods
     ]
     heads = [f"{fact}, {i} layer" for i in ("first", "second") for fact in ("E[L]", "sd[L]")]
-    return "\n\n".join([*tables, markdown_table(["masks", *heads, "seconds of a fit"], body)])
+    tables.append(markdown_table(["masks", *heads, "seconds of a fit"], body))
+    for name, label in TRIES.items():
+        rows = [row for row in tries["rows"] if row["try"] == name]
+        by_cost = Rows({"rows": rows}, "try", "cost", {row["method"]: row["method"] for row in rows})
+        costs = list(dict.fromkeys(row["cost"] for row in rows))
+        tables += [f"## {label}", *(by_cost.table(name, metric, costs, 4) for metric in ("nll", "accuracy"))]
+    return "\n\n".join(tables)
 
 
 def main(argv: list[str] | None = None) -> None:

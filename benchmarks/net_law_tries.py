@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.nested_fits import Data, Recipe, build, fit_nested, nested
-from benchmarks.net_law import RECIPE
+from benchmarks.net_law import RECIPE, TRIES
 from benchmarks.recipes import kept_rows, read_arguments, write_rows
 from benchmarks.record import rounded
 from models.ood import Part
@@ -33,7 +33,6 @@ from pyro_vnd.nn import NestedNet, Width, narrow
 
 RESULTS = Path(__file__).parent / "results" / "net_law_tries.json"
 PARTS = Path("results") / "net_law_tries"
-TRIES = ("priced", "path", "by_input")
 COSTS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the multiply-adds of the whole net
 PRICES = (0.05, 250.0)  # of all multiply-adds, in nats of the KL of lengths
 GRID = (1, 2, 3, 4, 6, 8, 12, 16)  # blocks of each layer in the search
@@ -289,7 +288,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the tries and write their rows."""
     torch.set_flush_denormal(True)
     about = __doc__.partition("\n")[0]
-    args = read_arguments("benchmarks.net_law_tries", about, {"tries": TRIES}, Recipe, RESULTS, argv, "validation")
+    args = read_arguments(
+        "benchmarks.net_law_tries", about, {"tries": tuple(TRIES)}, Recipe, RESULTS, argv, "validation"
+    )
     recipe = replace(RECIPE, **args.changes)
     result = run(args.data, args.tries, args.seeds, recipe, args.part, args.join)
     write_rows(args, "benchmarks.net_law_tries", result, {"recipe": asdict(recipe)})
