@@ -62,7 +62,7 @@ def test_an_ensemble_costs_as_much_as_one_net(result):
 
 def test_members_of_an_ensemble_are_trained_as_each_alone():
     torch.set_default_dtype(torch.float32)
-    data, recipe = Data.load("digits"), replace(RECIPES["mlp"], epochs=1)
+    data, recipe = Data.load("digits"), replace(RECIPES["mlp"], epochs=1, batch_size=32)
     torch.manual_seed(0)
     nets = [build("mlp", 8, 1 / 16) for _ in range(2)]
     start, together = nets[0][1].weight.detach().clone(), Ensemble(copy.deepcopy(nets))
