@@ -86,7 +86,9 @@ def kept_rows(file: Path, recipe: dict[str, Any], make: Callable[[], Iterable[Ro
     return json.loads(file.read_text())["rows"]
 
 
-def write_rows(args: argparse.Namespace, module: str, rows: list[Row], about: Mapping[str, Any]) -> None:
+def write_rows(
+    args: argparse.Namespace, module: str, rows: list[Row], about: Mapping[str, Any], **others: Any
+) -> dict[str, Any]:
     """Write the rows of a run, or add them to those that the file has already.
 
     Args:
@@ -95,14 +97,19 @@ def write_rows(args: argparse.Namespace, module: str, rows: list[Row], about: Ma
         module: Name of the benchmark.
         rows: Its rows, of which "value" is measured, and the rest says of what.
         about: What the header says beside part, command and versions.
+        **others: What else the result has.
+
+    Returns:
+        What was written.
     """
-    content: dict[str, Any] = {"header": header(module) | {"part": args.part, **about}, "rows": rows}
+    content = {"header": header(module) | {"part": args.part, **about}, **others, "rows": rows}
     if args.join and args.json.exists():
         old = json.loads(args.json.read_text())
         later = [*old.get("later_headers", []), content["header"]]
         found = {_what(row): row for row in [*old["rows"], *rows]}
-        content = {"header": old["header"], "later_headers": later, "rows": [*found.values()]}
+        content = old | {"later_headers": later, **others, "rows": [*found.values()]}
     write_json(args.json, content, table="rows")
+    return content
 
 
 def _what(row: Row) -> tuple[Any, ...]:

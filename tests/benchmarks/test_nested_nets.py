@@ -78,7 +78,7 @@ def test_like_for_like_baselines_have_our_passes(law):
     recipe = RECIPES["mlp"]
     usual, passes, bayes = (mask_schedule(f"fixed_{law}{kind}", recipe) for kind in ("", "_passes", "_bayes"))
     ours = mask_schedule("vnd", recipe)
-    assert passes == bayes
+    assert repr(passes) == repr(bayes)
     assert (passes.num_particles, passes.sliced) == (ours.num_particles, ours.sliced) == (4, True)
     assert (usual.num_particles, usual.sliced) == (1, False)
     assert not any(schedule.learned for schedule in (usual, passes))
