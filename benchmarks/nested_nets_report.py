@@ -127,7 +127,7 @@ def _detection_table(rows: Rows, arch: str) -> str:
             score = rows.scored(arch, method, width)
             key = (arch, method, width, score)
             sign = SIGNS.get(score.partition("/")[2], "max")
-            cells.append(f"{rows.mean(*key):.3f} ± {rows.error(*key):.3f} {sign}")
+            cells.append(f"{rows.cell(*key)} {sign}")
         body.append([LABELS[method], *cells])
     return markdown_table(["AUROC, best score", *[f"{width:g}" for width in WIDTHS]], body)
 

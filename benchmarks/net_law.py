@@ -109,15 +109,15 @@ def markdown(result: Mapping[str, Any], tries: Mapping[str, Any]) -> str:
     tables = [found.table("mlp", metric, [*WIDTHS, "learned"]) for metric in METRICS]
     groups = sorted({key[3].partition("/")[2] for key in found.values if key[3].startswith("mean_length/")})
 
-    def cell(method: str, metric: str, digits: int) -> str:
-        key = "mlp", method, "learned", metric
-        return f"{found.mean(*key):.{digits}f} ± {found.error(*key):.{digits}f}"
-
     body = [
         [
             LABELS[method],
-            *(cell(method, f"{fact}/{group}", 1) for group in groups for fact in ("mean_length", "stddev_length")),
-            cell(method, "fit_seconds", 0),
+            *(
+                found.cell("mlp", method, "learned", f"{fact}/{group}", digits=1)
+                for group in groups
+                for fact in ("mean_length", "stddev_length")
+            ),
+            found.cell("mlp", method, "learned", "fit_seconds", digits=0),
         ]
         for method in found.methods
     ]
