@@ -7,7 +7,8 @@ is where masks come from:
   at full width in the recipe's proportion; four sliced passes a step;
 - default: `MaskSchedule()`, one pass a step, widths by row; default_0: the same without masks from the law;
 - naive: no schedule, all masks from the law, one pass a step;
-- paper: as published: one mask a batch, all from a law that starts near full width.
+- paper: as published: one mask a batch, all from a law that starts near full width;
+- alone: a Bayesian net of 6 of 16 blocks of both layers, never cut, which costs about what the law of `paper` picks.
 
     python -m benchmarks.net_law
 
@@ -45,9 +46,11 @@ LABELS = {
     "default_0": "the same without q",
     "naive": "no schedule: all from q, one pass",
     "paper": "as published: one mask a batch",
+    "alone": "6 of 16 blocks, trained alone",
 }
 TRIES = {"priced": "Laws with a price", "path": "Widths by layer", "by_input": "Widths by input"}
 RECIPE = replace(RECIPES["mlp"], epochs=6, num_samples=30)
+ALONE = 6 / 16
 START = 0.99  # rate of the geometric law that the published recipe starts from: P(L = K) = .99^15
 
 
@@ -55,7 +58,7 @@ def train(method: str, seed: int, data: Data, recipe: Recipe) -> tuple[NestedNet
     """Fit the MLP with masks from where the method says."""
     torch.manual_seed(seed)
     options: dict[str, Any] = {"mask_per": "batch", "width_init": START} if method == "paper" else {}
-    net = nested(build("mlp", data.image_size), data, recipe, **options)
+    net = nested(build("mlp", data.image_size, ALONE if method == "alone" else 1), data, recipe, **options)
     return net, fit_nested(net, seed, data, recipe, mask_schedule(method, recipe))
 
 
@@ -63,6 +66,8 @@ def mask_schedule(method: str, recipe: Recipe) -> MaskSchedule | None:
     """Return where the masks of a method come from; None for the learned law alone, one pass a step."""
     if method in ("naive", "paper"):
         return None
+    if method == "alone":
+        return MaskSchedule(learned=0, budget=0, full=1, sliced=True)
     if method == "default":
         return MaskSchedule()
     if method == "default_0":
@@ -75,18 +80,32 @@ def rows(method: str, seed: int, data: Data, recipe: Recipe) -> Iterator[dict[st
     net, record = train(method, seed, data, recipe)
     base = {"data": data.name, "arch": "mlp", "method": method, "seed": seed}
     shared: dict[str, Any] = {"seed": seed, "batch_size": 1000, "progress": sys.stderr.isatty()}
-    result = evaluate_widths(net, data.scored, WIDTHS, recipe.num_samples, **shared)
-    learned = evaluate_learned(net, data.scored, recipe.num_samples, **shared)
-    for width, scores in [*((width, result.sel(width=width)) for width in WIDTHS), ("learned", learned)]:
+    if method == "alone":
+        scored = {"own": evaluate_widths(net, data.scored, [1.0], recipe.num_samples, **shared)}
+        facts = {"cost": cost(16 * ALONE, 16 * ALONE, data.image_size)}
+    else:
+        result = evaluate_widths(net, data.scored, WIDTHS, recipe.num_samples, **shared)
+        scored = {width: result.sel(width=width) for width in WIDTHS}
+        scored["own"] = evaluate_learned(net, data.scored, recipe.num_samples, **shared)
+        laws = list(net.laws.values())
+        first, second = (law.mean_length.item() for law in laws)
+        facts = {"cost": cost(first, second, data.image_size)}  # and its mean: they are independent
+        for i, law in enumerate(laws, 1):
+            facts |= {f"mean_length/{i}": law.mean_length.item(), f"stddev_length/{i}": law.stddev_length.item()}
+    for width, scores in scored.items():
         for metric in METRICS:
             yield base | {"width": width, "metric": metric, "value": rounded(scores[metric].item())}
-    facts = {"fit_seconds": record.seconds}
-    for name, law in net.laws.items():
-        group = name.removesuffix(".mask")
-        facts[f"mean_length/{group}"] = law.mean_length.item()
-        facts[f"stddev_length/{group}"] = law.stddev_length.item()
-    for metric, value in facts.items():
-        yield base | {"width": "learned", "metric": metric, "value": rounded(value)}
+    for metric, value in (facts | {"fit_seconds": record.seconds}).items():
+        yield base | {"width": "own", "metric": metric, "value": rounded(value)}
+
+
+def cost(first: Any, second: Any, size: int) -> Any:
+    """Return the multiply-adds of the MLP with so many of the 16 blocks of each layer, as a share of the whole's."""
+
+    def multiply_adds(a: Any, b: Any) -> Any:
+        return size**2 * a + a * b + 10 * b
+
+    return multiply_adds(32 * first, 32 * second) / multiply_adds(512, 512)
 
 
 def run(
@@ -106,23 +125,19 @@ def run(
 def markdown(result: Mapping[str, Any], tries: Mapping[str, Any]) -> str:
     """Format the tables: each metric by width, the learned laws and the time of a fit; then the tries, by cost."""
     found = Rows(result, "arch", "width", LABELS)
-    tables = [found.table("mlp", metric, [*WIDTHS, "learned"]) for metric in METRICS]
-    groups = sorted({key[3].partition("/")[2] for key in found.values if key[3].startswith("mean_length/")})
-
+    tables = [found.table("mlp", metric, [*WIDTHS, "own"]) for metric in METRICS]
+    facts = [f"{fact}_length/{layer}" for layer in (1, 2) for fact in ("mean", "stddev")]
     body = [
         [
             LABELS[method],
-            *(
-                found.cell("mlp", method, "learned", f"{fact}/{group}", digits=1)
-                for group in groups
-                for fact in ("mean_length", "stddev_length")
-            ),
-            found.cell("mlp", method, "learned", "fit_seconds", digits=0),
+            *(found.cell("mlp", method, "own", fact, digits=1) for fact in facts),
+            found.cell("mlp", method, "own", "cost", digits=2),
+            found.cell("mlp", method, "own", "fit_seconds", digits=0),
         ]
         for method in found.methods
     ]
-    heads = [f"{fact}, {i} layer" for i in ("first", "second") for fact in ("E[L]", "sd[L]")]
-    tables.append(markdown_table(["masks", *heads, "seconds of a fit"], body))
+    heads = [f"{fact}, {layer} layer" for layer in ("first", "second") for fact in ("E[L]", "sd[L]")]
+    tables.append(markdown_table(["own widths", *heads, "share of multiply-adds", "seconds of a fit"], body))
     for name, label in TRIES.items():
         rows = [row for row in tries["rows"] if row["try"] == name]
         by_cost = Rows({"rows": rows}, "try", "cost", {row["method"]: row["method"] for row in rows})

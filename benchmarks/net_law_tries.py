@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.nested_fits import Data, Recipe, build, fit_nested, nested
-from benchmarks.net_law import RECIPE, TRIES
+from benchmarks.net_law import RECIPE, TRIES, cost
 from benchmarks.recipes import kept_rows, read_arguments, write_rows
 from benchmarks.record import rounded
 from models.ood import Part
@@ -41,15 +41,6 @@ DRAWS = 10
 
 Labelled = tuple[Tensor, Tensor]
 Curve = Sequence[tuple[float, float, float]]  # cost, NLL, accuracy
-
-
-def cost(first: Any, second: Any, size: int) -> Any:
-    """Return the multiply-adds of the MLP with so many of the 16 blocks of each layer, as a share of the whole's."""
-
-    def multiply_adds(a: Any, b: Any) -> Any:
-        return size**2 * a + a * b + 10 * b
-
-    return multiply_adds(32 * first, 32 * second) / multiply_adds(512, 512)
 
 
 class PricedWidth(Width):

@@ -7,8 +7,8 @@ import torch
 
 from benchmarks import net_law, net_law_tries
 from benchmarks.nested_fits import Data, build, nested
-from benchmarks.net_law import LABELS, METRICS, RECIPE, WIDTHS, markdown, mask_schedule
-from benchmarks.net_law_tries import COSTS, GRID, add_prices, at_cost, cost, greedy_steps, units_along
+from benchmarks.net_law import LABELS, METRICS, RECIPE, WIDTHS, cost, markdown, mask_schedule
+from benchmarks.net_law_tries import COSTS, GRID, add_prices, at_cost, greedy_steps, units_along
 from pyro_vnd.diagnostics import net_cost
 from pyro_vnd.infer import NestedELBO
 from pyro_vnd.nn import NestedClassifier, narrow
@@ -40,15 +40,25 @@ def results(tmp_path_factory):
 
 def test_every_method_is_scored_at_every_width(results):
     found = {(row["method"], row["width"], row["metric"]) for row in results[0]["rows"]}
-    assert found >= {(name, width, metric) for name in LABELS for width in [*WIDTHS, "learned"] for metric in METRICS}
-    assert found >= {(name, "learned", f"mean_length/{group}") for name in LABELS for group in ("1", "3")}
+    cut = set(LABELS) - {"alone"}
+    assert {triple for triple in found if triple[2] in METRICS} == {
+        (name, width, metric)
+        for name in LABELS
+        for width in [*(WIDTHS if name in cut else []), "own"]
+        for metric in METRICS
+    }
+    assert found >= {(name, "own", f"mean_length/{layer}") for name in cut for layer in (1, 2)}
+
+
+def test_a_net_alone_is_never_cut():
+    assert set(mask_schedule("alone", RECIPE).draw(16, (100,)).unique().tolist()) == {1.0}
 
 
 def test_shares_of_masks_are_those_named():
     shares = {name: getattr(mask_schedule(name, RECIPE), "learned", None) for name in LABELS}
     assert shares == {
         **{"share_0": 0, "share_05": 0.05, "share_50": 0.5, "share_100": 1},
-        **{"default": 0.5, "default_0": 0, "naive": None, "paper": None},
+        **{"default": 0.5, "default_0": 0, "naive": None, "paper": None, "alone": 0},
     }
     for share in (0, 0.05, 0.5):
         schedule = RECIPE.schedule(share)
