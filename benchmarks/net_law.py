@@ -7,6 +7,7 @@ is where masks come from:
   at full width in the recipe's proportion; four sliced passes a step;
 - default: `MaskSchedule()`, one pass a step, widths by row; default_0: the same without masks from the law;
 - naive: no schedule, all masks from the law, one pass a step;
+- share_50_frozen, naive_frozen: the same with a law that stays uniform, as it starts;
 - paper: as published: one mask a batch, all from a law that starts near full width;
 - alone: a Bayesian net of 6 of 16 blocks of both layers, never cut, which costs about what the law of `paper` picks.
 
@@ -41,10 +42,12 @@ LABELS = {
     "share_0": "no masks from q",
     "share_05": "5 % from q, the recipe",
     "share_50": "50 % from q",
+    "share_50_frozen": "the same, q not learned",
     "share_100": "all from q, four passes",
     "default": "`MaskSchedule()`: 50 %, one pass",
     "default_0": "the same without q",
     "naive": "no schedule: all from q, one pass",
+    "naive_frozen": "the same, q not learned",
     "paper": "as published: one mask a batch",
     "alone": "6 of 16 blocks, trained alone",
 }
@@ -57,6 +60,8 @@ START = 0.99  # rate of the geometric law that the published recipe starts from:
 def train(method: str, seed: int, data: Data, recipe: Recipe) -> tuple[NestedNet, FitResult]:
     """Fit the MLP with masks from where the method says."""
     torch.manual_seed(seed)
+    if method.endswith("_frozen"):
+        recipe = replace(recipe, law_lr=0.0)
     options: dict[str, Any] = {"mask_per": "batch", "width_init": START} if method == "paper" else {}
     net = nested(build("mlp", data.image_size, ALONE if method == "alone" else 1), data, recipe, **options)
     return net, fit_nested(net, seed, data, recipe, mask_schedule(method, recipe))
@@ -64,6 +69,7 @@ def train(method: str, seed: int, data: Data, recipe: Recipe) -> tuple[NestedNet
 
 def mask_schedule(method: str, recipe: Recipe) -> MaskSchedule | None:
     """Return where the masks of a method come from; None for the learned law alone, one pass a step."""
+    method = method.removesuffix("_frozen")
     if method in ("naive", "paper"):
         return None
     if method == "alone":
@@ -81,7 +87,7 @@ def rows(method: str, seed: int, data: Data, recipe: Recipe) -> Iterator[dict[st
     base = {"data": data.name, "arch": "mlp", "method": method, "seed": seed}
     shared: dict[str, Any] = {"seed": seed, "batch_size": 1000, "progress": sys.stderr.isatty()}
     if method == "alone":
-        scored = {"own": evaluate_widths(net, data.scored, [1.0], recipe.num_samples, **shared)}
+        scored: dict[float | str, Any] = {"own": evaluate_widths(net, data.scored, [1.0], recipe.num_samples, **shared)}
         facts = {"cost": cost(16 * ALONE, 16 * ALONE, data.image_size)}
     else:
         result = evaluate_widths(net, data.scored, WIDTHS, recipe.num_samples, **shared)

@@ -54,11 +54,21 @@ def test_a_net_alone_is_never_cut():
     assert set(mask_schedule("alone", RECIPE).draw(16, (100,)).unique().tolist()) == {1.0}
 
 
+def test_a_frozen_law_stays_uniform(results):
+    spread = {
+        row["method"]: row["value"]
+        for row in results[0]["rows"]
+        if (row["width"], row["metric"]) == ("own", "mean_length/1")
+    }
+    assert spread["naive_frozen"] == spread["share_50_frozen"] == 8.5
+    assert abs(spread["naive"] - 8.5) > 0.01
+
+
 def test_shares_of_masks_are_those_named():
     shares = {name: getattr(mask_schedule(name, RECIPE), "learned", None) for name in LABELS}
     assert shares == {
-        **{"share_0": 0, "share_05": 0.05, "share_50": 0.5, "share_100": 1},
-        **{"default": 0.5, "default_0": 0, "naive": None, "paper": None, "alone": 0},
+        **{"share_0": 0, "share_05": 0.05, "share_50": 0.5, "share_50_frozen": 0.5, "share_100": 1},
+        **{"default": 0.5, "default_0": 0, "naive": None, "naive_frozen": None, "paper": None, "alone": 0},
     }
     for share in (0, 0.05, 0.5):
         schedule = RECIPE.schedule(share)
