@@ -37,6 +37,7 @@ COSTS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the multiply-adds of the whole net
 PRICES = (0.05, 250.0)  # of all multiply-adds, in nats of the KL of lengths
 GRID = (1, 2, 3, 4, 6, 8, 12, 16)  # blocks of each layer in the search
 CHOICES = (1, 2, 4, 8, 16)  # blocks that a row may get
+HEAD = 32  # hidden units of the head that chooses
 DRAWS = 10
 
 Labelled = tuple[Tensor, Tensor]
@@ -194,21 +195,24 @@ def path(seed: int, data: Data, recipe: Recipe, plain: NestedNet) -> Iterator[tu
 
 
 def by_input(seed: int, data: Data, recipe: Recipe, plain: NestedNet) -> Iterator[tuple[str, Curve]]:
-    """Regress heads on the NLL of rows at each width; where they are held out, it is one half of the rows."""
+    """Regress heads on the NLL of rows at each width; where they are held out, it is one half of the rows.
+
+    Costs are with those of the choice, whatever is chosen: the head, and the narrowest net but for its first layer,
+    which wider ones share.
+    """
     size, (held_out, rest) = data.image_size, halves(data.scored)
     narrowest = narrow(plain, CHOICES[0])
     shares = torch.tensor([cost(k, k, size) for k in CHOICES])
-    given = {"training": (data.train[0][:20_000], data.train[1][:20_000]), "held-out": held_out}
     nll, right = (
         torch.stack(column, -1) for column in zip(*(score(plain, rest, (k, k)) for k in CHOICES), strict=True)
     )
 
-    def mixed(values: Tensor, order: Tensor | None = None) -> Curve:
+    def mixed(values: Tensor, extra: float = 0.0, order: Tensor | None = None) -> Curve:
         found: list[Any] = []
         for price in np.geomspace(1e-3, 1e2, 200):
             choice = (values + price * shares).argmin(-1)[slice(None) if order is None else order]
             picked = (each.gather(-1, choice[:, None]).float().mean().item() for each in (nll, right))
-            found.append((shares[choice].mean().item(), *picked))
+            found.append((extra + shares[choice].mean().item(), *picked))
         return sorted(found)
 
     yield "equal fractions", equal_fractions(plain, rest, size)
@@ -217,7 +221,8 @@ def by_input(seed: int, data: Data, recipe: Recipe, plain: NestedNet) -> Iterato
         "first layer": first,
         "narrowest net": lambda x: torch.cat([first(x), narrowest(x)], -1),
     }
-    for source, rows in given.items():
+    one = cost(0, 1 / 320, size)  # multiply-add, as a share: a unit of the second layer alone has ten
+    for source, rows in (("training", data.train), ("held-out", held_out)):
         wanted = torch.stack([score(plain, rows, (k, k))[0] for k in CHOICES], -1)
         for name, read in features.items():
             torch.manual_seed(seed)
@@ -226,15 +231,18 @@ def by_input(seed: int, data: Data, recipe: Recipe, plain: NestedNet) -> Iterato
             head = regress(inputs, wanted)
             with torch.no_grad():
                 values = head(own)
-            yield f"by input, {name}, {source} rows", mixed(values)
-            yield f"by input, {name}, {source} rows, shuffled", mixed(values, torch.randperm(len(values)))
+            extra = one * HEAD * (inputs.shape[-1] + len(CHOICES))
+            if name == "narrowest net":
+                extra += cost(CHOICES[0], CHOICES[0], size) - cost(CHOICES[0], 0, size)
+            yield f"by input, {name}, {source} rows", mixed(values, extra)
+            yield f"by input, {name}, {source} rows, shuffled", mixed(values, extra, torch.randperm(len(values)))
     yield "by input, the NLL known", mixed(nll)
 
 
-def regress(inputs: Tensor, wanted: Tensor, steps: int = 1500) -> nn.Module:
+def regress(inputs: Tensor, wanted: Tensor, steps: int = 3000) -> nn.Module:
     """Fit a small head to the NLL at each width."""
     standard = nn.BatchNorm1d(inputs.shape[-1], affine=False, momentum=None)
-    head = nn.Sequential(standard, nn.Linear(inputs.shape[-1], 64), nn.ReLU(), nn.Linear(64, wanted.shape[-1]))
+    head = nn.Sequential(standard, nn.Linear(inputs.shape[-1], HEAD), nn.ReLU(), nn.Linear(HEAD, wanted.shape[-1]))
     optimizer = torch.optim.Adam(head.parameters(), lr=3e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
