@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks.ordered_latents import PrincipalComponents
-from benchmarks.recipes import kept_rows, read_arguments
-from benchmarks.record import header, markdown_table, rounded, write_json
+from benchmarks.recipes import kept_rows, read_arguments, write_rows
+from benchmarks.record import markdown_table, rounded
 from benchmarks.tables import Rows
 from benchmarks.timing import interleaved_medians
 from models.datasets import Dataset, Split, load
@@ -277,12 +277,9 @@ def main(argv: list[str] | None = None) -> None:
     args = read_arguments("benchmarks.matryoshka", about, {"methods": METHODS}, Recipe, RESULTS, argv)
     recipe = replace(RECIPE, **args.changes)
     data = load(args.data)
-    result = {
-        "header": header("benchmarks.matryoshka") | {"part": args.part, "recipe": asdict(recipe)},
-        "step_ratio": step_ratios(data, recipe),
-        "rows": run(data, args.methods, args.seeds, recipe, args.part, args.join),
-    }
-    write_json(args.json, result, table="rows")
+    found = run(data, args.methods, args.seeds, recipe, args.part, args.join)
+    ratios = step_ratios(data, recipe)
+    result = write_rows(args, "benchmarks.matryoshka", found, {"recipe": asdict(recipe)}, step_ratio=ratios)
     print(markdown(result))
 
 

@@ -1,11 +1,15 @@
-"""Nested nets against independent nets, fixed rates and a Bayesian net: accuracy, calibration and detection by width.
+"""Nested nets against independent nets, ensembles and fixed rates: accuracy, calibration and detection by width.
 
 Every method has the same architecture, data, epochs, batches, optimiser and learning-rate schedule:
 
 - independent: one deterministic net for each width, trained by itself at that size;
-- fixed_geometric, fixed_uniform: nested dropout with a fixed law of the kept fraction, deterministic weights;
+- ensemble: five such nets for each width, which together cost as many multiply-adds as one net of that width;
+- fixed_geometric, fixed_uniform: nested dropout with a fixed law of the kept fraction, deterministic weights, as it is
+  usual: one pass a step, a width for each row;
+- fixed_geometric_passes, fixed_uniform_passes: the same with ours' sliced passes, as many a step and sampled alike;
+- fixed_geometric_bayes, fixed_uniform_bayes: these with ours' posterior and prior of the weights and KL weight, too;
 - bayes_full: a mean-field Bayesian net, at full width only;
-- vnd: ours; a step has `num_particles` passes, most of them narrow, where those above have one;
+- vnd: ours; a step has `num_particles` passes, most of them narrow;
 - vnd_probs_as_logits: ours, but masks are drawn as if probabilities were logits, an ablation.
 
 Recipes are compared on the validation part, as in
@@ -18,94 +22,44 @@ kept in a file of its own as soon as it is done, so that a run that is interrupt
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import pyro
-import pyro.distributions as dist
 import torch
 import xarray as xr
-from pyro.nn import PyroModule
-from torch import Tensor, nn
-from torch.distributions import Normal
+from torch import Tensor
 
-from benchmarks.recipes import kept_rows, read_arguments
-from benchmarks.record import header, rounded, write_json
-from models.datasets import load
-from models.nets import mlp
-from models.ood import Part, ood_sets
+from benchmarks.nested_fits import (
+    RECIPES,
+    Data,
+    Ensemble,
+    Recipe,
+    build,
+    fit_nested,
+    fit_plain,
+    member_width,
+    nested,
+)
+from benchmarks.recipes import kept_rows, read_arguments, write_rows
+from benchmarks.record import rounded
+from models.ood import Part
 from pyro_vnd.diagnostics import evaluate, evaluate_learned, evaluate_widths, net_cost
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
-from pyro_vnd.infer import FitResult, MaskSchedule, cosine_to_zero, fit
-from pyro_vnd.nn import NestedClassifier, NestedNet, Width, nest
+from pyro_vnd.infer import FitResult, MaskSchedule
+from pyro_vnd.nn import NestedNet, Width
 
 RESULTS = Path(__file__).parent / "results" / "nested_nets.json"
 PARTS = Path("results") / "nested_nets"
+MEMBERS = 5
 WIDTHS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
-METHODS = ("independent", "fixed_geometric", "fixed_uniform", "bayes_full", "vnd", "vnd_probs_as_logits")
+FIXED = tuple(f"fixed_{law}{kind}" for kind in ("", "_passes", "_bayes") for law in ("geometric", "uniform"))
+METHODS = ("independent", "ensemble", *FIXED, "bayes_full", "vnd", "vnd_probs_as_logits")
 SCALARS = (
     *("accuracy", "nll", "brier", "ece", "adaptive_ece", "entropy", "mutual_information"),
     *("temperature", "nll_calibrated", "ece_calibrated", "multiply_adds", "parameters"),
 )
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What all methods share, and what only some of them have.
-
-    Attributes:
-        epochs: Passes over the training part.
-        batch_size: Rows of a batch.
-        lr: Largest learning rate of Adam, which rises for a twentieth of the steps and falls to zero on a cosine.
-        num_blocks: Blocks of a channel group.
-        law_lr: Factor on the learning rate of the laws of lengths.
-        kl_weight: Weight of the KL of the weights.
-        length_weight: Weight of the KL of the lengths.
-        prior_scale: Standard deviation of the prior of weights in units of 1 / sqrt(fan_in).
-        first_prior_scale: The same for the first layer.
-        init_scale: Starting deviation of the posterior, as a share of the prior's.
-        learned: Share of masks drawn from the learned law.
-        budget: Share of masks at a budget common to all groups, k of 16 blocks with probability proportional to
-            k^-budget_power.
-        full: Share of masks at full width.
-        budget_power: Exponent of the law of budgets.
-        num_particles: Evaluations of the ELBO in a step, whose widths are a systematic sample.
-        sliced: Whether each of them has one budget for the whole batch and computes only what that keeps.
-        keep: Rate of the fixed geometric law.
-        local_reparam: What draws its outputs rather than its weights in training.
-        num_samples: Draws of the weights in evaluation.
-    """
-
-    epochs: int = 20
-    batch_size: int = 256
-    lr: float = 3e-3
-    num_blocks: int = 16
-    law_lr: float = 10.0
-    kl_weight: float = 0.0125
-    length_weight: float = 0.0125
-    prior_scale: float = 1.0
-    first_prior_scale: float = 2.0
-    init_scale: float = 0.1
-    learned: float = 0.05
-    budget: float = 0.85
-    full: float = 0.1
-    budget_power: float = 0.9
-    num_particles: int = 4
-    sliced: bool = True
-    keep: float = 0.85
-    local_reparam: Literal["linear"] | bool = "linear"
-    num_samples: int = 30
-
-
-# Compared on the validation part, with the test scores of an earlier recipe known.
-RECIPES = {
-    "mlp": Recipe(kl_weight=0.02, length_weight=0.02, num_samples=100),
-    "cnn": Recipe(
-        epochs=12, kl_weight=0.01, length_weight=0.01, budget=0.8, full=0.15, budget_power=1.15, num_particles=5
-    ),
-}
 
 
 class ProbsAsLogits(OrderedMaskStraightThrough):
@@ -125,155 +79,37 @@ class ProbsAsLogitsWidth(Width):
         return ProbsAsLogits(self.temperature, logits=self.logits)
 
 
-class Classifier(PyroModule):
-    """The same likelihood without anything random, for independent nets."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor, y: Tensor) -> None:
-        """Run the model."""
-        logits = self.net(x)
-        with pyro.plate("data", len(x)):
-            pyro.sample("label", dist.Categorical(logits=logits), obs=y)
+def is_bayesian(method: str) -> bool:
+    """Say whether a method has a posterior of weights."""
+    return method.startswith(("bayes", "vnd")) or method.endswith("_bayes")
 
 
-class NoLatents(PyroModule):
-    """The guide of a model without latents."""
-
-    def forward(self, *_: Tensor) -> None:
-        """Draw nothing."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """Standardised images and labels, and images from elsewhere.
-
-    Attributes:
-        name: Name of the data set.
-        train: What is fitted.
-        scored: What fits are scored on: the test part, or the validation part where recipes are compared.
-        calibration: What temperatures are fitted on: the validation part, unless that is scored.
-        ood: Foreign images by name, of the part that is scored.
-    """
-
-    name: str
-    train: tuple[Tensor, Tensor]
-    scored: tuple[Tensor, Tensor]
-    calibration: tuple[Tensor, Tensor] | None
-    ood: dict[str, Tensor]
-
-    @classmethod
-    def load(cls, name: str, part: Part = "test") -> "Data":
-        """Load a data set; pixels are centred and scaled by the mean and deviation of the training images."""
-        data = load(name)
-        mean, deviation = data.train.images.mean(), data.train.images.std()
-
-        def scaled(x: Tensor) -> Tensor:
-            return (x - mean) / deviation
-
-        train, validation, test = (
-            (scaled(split.images), split.labels) for split in (data.train, data.validation, data.test)
-        )
-        images = (data.test if part == "test" else data.validation).images
-        foreign = {key: scaled(x) for key, x in ood_sets(images, split=part).items() if key != name}
-        if part == "test":
-            return cls(name, train, test, validation, foreign)
-        return cls(name, train, validation, None, foreign)
-
-    @property
-    def image_size(self) -> int:
-        """Height and width of an image."""
-        return self.train[0].shape[-1]
-
-
-def build(arch: str, image_size: int, width: float = 1.0) -> nn.Module:
-    """Return a plain net whose hidden layers have a share of their units.
-
-    The CNN is a LeNet whose convolutions have strides in place of pooling, for speed.
-    """
-    if arch == "mlp":
-        return mlp(image_size**2, hidden=(round(512 * width), round(512 * width)))
-    first, second, hidden = round(32 * width), round(64 * width), round(128 * width)
-    side = ((image_size - 3) // 3 + 2) // 2  # strides of three and of two
-    return nn.Sequential(
-        nn.Conv2d(1, first, 5, stride=3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(first, second, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(second * side**2, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, 10),
-    )
-
-
-def prior(recipe: Recipe) -> dict[str, Any]:
-    """Return N(0, c^2 / fan_in) for the weights, with a wider one in the first layer."""
-
-    def normal(scale: float, name: str, layer: Any) -> Normal:
-        weight = layer.weight
-        deviation = scale / weight[0].numel() ** 0.5 if name == "weight" else 1.0
-        return Normal(weight.new_tensor(0.0), weight.new_tensor(deviation))
-
-    return {"": partial(normal, recipe.prior_scale), "first": partial(normal, recipe.first_prior_scale)}
+def mask_schedule(method: str, recipe: Recipe) -> MaskSchedule:
+    """Return where the masks of a nested method come from."""
+    if method == "bayes_full":
+        return MaskSchedule(learned=0, budget=0, full=1, sliced=recipe.sliced)
+    if method.startswith("vnd"):
+        return recipe.schedule(recipe.learned)
+    law = OrderedMask.geometric(recipe.keep, recipe.num_blocks) if "geometric" in method else "uniform"
+    if method in ("fixed_geometric", "fixed_uniform"):  # as it is usual
+        return MaskSchedule(learned=0, budget=1, full=0, law=law)
+    return MaskSchedule(0, 1, 0, law, recipe.num_particles, sliced=recipe.sliced)
 
 
 def train(method: str, arch: str, seed: int, data: Data, recipe: Recipe, width: float = 1.0) -> tuple[Any, FitResult]:
-    """Fit one method, and return the nested net, or the plain one of the given width, and the record of the fit."""
+    """Fit one method, and return the nested net, or the plain ones of the given width, and the record of the fit."""
     torch.manual_seed(seed)
-    plain = build(arch, data.image_size, width if method == "independent" else 1.0)
-    arguments: dict[str, Any] = {
-        "num_epochs": recipe.epochs,
-        "batch_size": recipe.batch_size,
-        "lr": recipe.lr,
-        "lr_schedule": cosine_to_zero(),
-        "optimizer": partial(torch.optim.Adam, fused=True),
-        "seed": seed,
-        "progress": sys.stderr.isatty(),
-    }
-    if method == "independent":
-        return plain, fit(Classifier(plain), NoLatents(), data.train, **arguments)
-    example = data.train[0][:1]
-    if method.startswith("fixed"):
-        net = nest(plain, example, num_blocks=recipe.num_blocks, prior=None)
-        law = "uniform" if method == "fixed_uniform" else OrderedMask.geometric(recipe.keep, recipe.num_blocks)
-        arguments["schedule"] = MaskSchedule(learned=0, budget=1, full=0, law=law)
-    else:
-        priors = prior(recipe)
-        first = next(name for name, module in plain.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
-        net = nest(
-            plain,
-            example,
-            num_blocks=recipe.num_blocks,
-            prior={first: priors["first"], "": priors[""]},
-            init_scale=recipe.init_scale,
-        )
-        budgets = torch.arange(1.0, recipe.num_blocks + 1) ** -recipe.budget_power
-        law, sliced = OrderedMask(probs=budgets), recipe.sliced
-        schedule = MaskSchedule(recipe.learned, recipe.budget, recipe.full, law, recipe.num_particles, sliced=sliced)
-        if method == "bayes_full":
-            schedule = MaskSchedule(learned=0, budget=0, full=1, sliced=sliced)
-        if method == "vnd_probs_as_logits":
-            for group in net.widths.values():
-                group.__class__ = ProbsAsLogitsWidth
-        arguments |= {
-            "schedule": schedule,
-            "local_reparam": recipe.local_reparam,
-            "kl_weight": recipe.kl_weight,
-            "length_weight": recipe.length_weight,
-        }
-    laws = {id(group.logits) for group in net.widths.values()}
-
-    def adam(parameters: list[Tensor], lr: float) -> torch.optim.Adam:
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in parameters if id(p) not in laws]},
-            {"params": [p for p in parameters if id(p) in laws], "lr": recipe.law_lr * lr},
-        ]
-        return torch.optim.Adam([group for group in groups if group["params"]], lr=lr, fused=True)
-
-    return net, fit(NestedClassifier(net), net.guide, data.train, **arguments | {"optimizer": adam})
+    plain = build(arch, data.image_size, width)
+    if method in ("independent", "ensemble"):
+        others = [build(arch, data.image_size, width) for _ in range(MEMBERS - 1)]
+        net = plain if method == "independent" else Ensemble([plain, *others])
+        return net, fit_plain(net, seed, data, recipe)
+    bayesian = is_bayesian(method)
+    net = nested(plain, data, recipe, bayesian=bayesian)
+    if method == "vnd_probs_as_logits":
+        for group in net.widths.values():
+            group.__class__ = ProbsAsLogitsWidth
+    return net, fit_nested(net, seed, data, recipe, mask_schedule(method, recipe), bayesian=bayesian)
 
 
 def rows(method: str, arch: str, seed: int, data: Data, recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -298,16 +134,19 @@ def rows(method: str, arch: str, seed: int, data: Data, recipe: Recipe) -> Itera
         for metric, value in values.items():
             yield base | {"width": width, "metric": metric, "value": rounded(value)}
 
-    if method == "independent":
+    if method in ("independent", "ensemble"):
         for width in WIDTHS:
-            net, record = train(method, arch, seed, data, recipe, width)
+            size = width if method == "independent" else member_width(arch, data.image_size, width, MEMBERS)
+            if size is None:
+                continue
+            net, record = train(method, arch, seed, data, recipe, size)
             result = evaluate(net, data.scored, **shared)
             cost = net_cost(net, data.scored[0][:1])
             yield from flat(result.assign({name: ((), value) for name, value in cost.items()}), width, record.seconds)
         return
     net, record = train(method, arch, seed, data, recipe)
     assert isinstance(net, NestedNet)
-    num_samples = 1 if method.startswith("fixed") else recipe.num_samples
+    num_samples = recipe.num_samples if is_bayesian(method) else 1
     widths = (1.0,) if method == "bayes_full" else WIDTHS
     result = evaluate_widths(net, data.scored, widths, num_samples, **shared)
     for width in widths:
@@ -350,14 +189,19 @@ def run(
 
 def uses(method: str, field: str) -> bool:
     """Say whether a method depends on a field of the recipe."""
-    shared = {"epochs", "batch_size", "lr"}
-    fixed = shared | {"num_blocks", "keep"}
-    of_masks = {"law_lr", "length_weight", "learned", "budget", "full", "budget_power", "num_particles", "sliced"}
-    if method == "independent":
-        return field in shared
-    if method.startswith("fixed"):
-        return field in fixed
-    return field != "keep" and (method != "bayes_full" or field not in of_masks)
+    if field in ("epochs", "batch_size", "lr"):
+        return True
+    if method in ("independent", "ensemble"):
+        return False
+    if field == "num_blocks":
+        return True
+    if field == "keep":
+        return method.startswith("fixed_geometric")
+    if field in ("num_particles", "sliced"):
+        return method.startswith("vnd") or method.endswith(("_passes", "_bayes"))
+    if field in ("law_lr", "length_weight", "learned", "budget", "full", "budget_power"):
+        return method.startswith("vnd")
+    return is_bayesian(method)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -367,9 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     args = read_arguments("benchmarks.nested_nets", __doc__.partition("\n")[0], choices, Recipe, RESULTS, argv)
     recipes = {arch: replace(recipe, **args.changes) for arch, recipe in RECIPES.items()}
     result = run(args.data, args.arch, args.methods, args.seeds, recipes, args.part, args.join)
-    recipe = {arch: asdict(recipes[arch]) for arch in args.arch}
-    content = {"header": header("benchmarks.nested_nets") | {"part": args.part, "recipe": recipe}, "rows": result}
-    write_json(args.json, content, table="rows")
+    write_rows(args, "benchmarks.nested_nets", result, {"recipe": {arch: asdict(recipes[arch]) for arch in args.arch}})
 
 
 if __name__ == "__main__":

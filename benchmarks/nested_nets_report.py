@@ -5,18 +5,27 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from benchmarks.nested_nets import WIDTHS
+from benchmarks.nested_nets import WIDTHS, is_bayesian
 from benchmarks.record import markdown_table
 from benchmarks.tables import Rows as SharedRows
 
-LABELS = {
-    "independent": "independent nets",
-    "fixed_geometric": "nested dropout, geometric",
-    "fixed_uniform": "nested dropout, uniform",
-    "bayes_full": "Bayesian, full width",
+LIKE_FOR_LIKE = {
     "vnd": "ours",
+    "fixed_geometric_passes": "nested dropout, geometric",
+    "fixed_uniform_passes": "nested dropout, uniform",
+    "fixed_geometric_bayes": "geometric, Bayesian weights",
+    "fixed_uniform_bayes": "uniform, Bayesian weights",
+}
+LABELS = {
+    **LIKE_FOR_LIKE,
+    "independent": "independent nets",
+    "ensemble": "ensembles of five",
+    "bayes_full": "Bayesian, full width",
+    "fixed_geometric": "geometric, one pass",
+    "fixed_uniform": "uniform, one pass",
     "vnd_probs_as_logits": "ours, probabilities as logits",
 }
+DRAWN = (*LIKE_FOR_LIKE, "independent", "ensemble", "bayes_full")
 PANELS = {"accuracy": "accuracy", "nll": "NLL, nats", "ece": "ECE", "auroc": "AUROC of detection, best score"}
 SIGNS = {"entropy": "H", "mutual_information": "MI"}
 
@@ -33,16 +42,20 @@ class Rows(SharedRows):
         return max(dict.fromkeys(known), key=lambda score: self.mean(arch, method, width, f"auroc/{score}"))
 
     def scored(self, arch: str, method: str, width: Any) -> str:
-        """Return the metric of detection: of the best score, or of the entropy, all that deterministic nets have."""
-        bayesian = method.startswith(("vnd", "bayes"))
-        return f"auroc/{self.best_score(arch, method, width) if bayesian else 'entropy'}"
+        """Return the metric of detection: of the best score, or of the entropy, all that a deterministic net has."""
+        drawn = is_bayesian(method) or method == "ensemble"
+        return f"auroc/{self.best_score(arch, method, width) if drawn else 'entropy'}"
 
 
 def targets(rows: Rows, arch: str) -> list[dict[str, Any]]:
-    """Compare ours with what it has to reach, at every width: positive margins are met."""
-    result = []
+    """Compare ours with what it has to reach, at every width: positive margins are met.
+
+    Fixed rates are those with our passes, or those of one pass if these were not run.
+    """
+    result, like_for_like = [], {key[1] for key in rows.values if key[0] == arch}
     for width in WIDTHS:
-        fixed = ("fixed_geometric", "fixed_uniform")
+        usual = ["fixed_geometric", "fixed_uniform"]
+        fixed = [f"{name}_passes" for name in usual if f"{name}_passes" in like_for_like] or usual
 
         def ours(metric: str, width: float = width) -> float:
             return rows.mean(arch, "vnd", width, metric)
@@ -85,7 +98,7 @@ def figures(result: dict[str, Any]) -> dict[str, Figure]:
 def _figure(rows: Rows, arch: str) -> Figure:
     drawn, axes = plt.subplots(2, 2, figsize=(8, 6.4), layout="constrained")
     for ax, (metric, label) in zip(axes.flat, PANELS.items(), strict=True):
-        for method in rows.methods:
+        for method in [method for method in DRAWN if method in rows.methods]:
             rows.draw(ax, arch, method, rows.scored(arch, method, 1.0) if metric == "auroc" else metric, WIDTHS)
         ax.set_xscale("log", base=2)
         ax.set_xticks(WIDTHS, ["1/16", "1/8", "1/4", "1/2", "3/4", "1"])
@@ -118,7 +131,7 @@ def _detection_table(rows: Rows, arch: str) -> str:
             score = rows.scored(arch, method, width)
             key = (arch, method, width, score)
             sign = SIGNS.get(score.partition("/")[2], "max")
-            cells.append(f"{rows.mean(*key):.3f} ± {rows.error(*key):.3f} {sign}")
+            cells.append(f"{rows.cell(*key)} {sign}")
         body.append([LABELS[method], *cells])
     return markdown_table(["AUROC, best score", *[f"{width:g}" for width in WIDTHS]], body)
 
@@ -128,7 +141,7 @@ def summary(result: dict[str, Any]) -> str:
     rows = Rows(result)
     body = []
     for metric, name in (("accuracy", "accuracy"), ("nll", "NLL, nats")):
-        for method in ("independent", "fixed_geometric", "fixed_uniform", "vnd"):
+        for method in ("independent", "fixed_geometric_passes", "fixed_uniform_passes", "vnd"):
             cells = [f"{rows.mean('mlp', method, width, metric):.3f}" for width in WIDTHS]
             body.append([f"{name}, {LABELS[method]}", *cells])
     return markdown_table(["share of the units", "1/16", "1/8", "1/4", "1/2", "3/4", "1"], body)

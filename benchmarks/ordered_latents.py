@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.recipes import kept_rows, read_arguments
-from benchmarks.record import header, rounded, write_json
+from benchmarks.recipes import kept_rows, read_arguments, write_rows
+from benchmarks.record import rounded
 from models.datasets import Dataset, load
 from models.features import train_features
 from models.ood import Part
@@ -295,13 +295,12 @@ def main(argv: list[str] | None = None) -> None:
     data = load(args.data)
     features = train_features(data, progress=sys.stderr.isatty())
     result = run(data, features.net, args.models, args.methods, args.seeds, recipe, args.part, args.join)
-    about = header("benchmarks.ordered_latents") | {"part": args.part, "recipe": asdict(recipe)}
-    about["features"] = {
+    used = {
         "recipe": asdict(features.recipe),
         "accuracy": features.accuracy,
         "hash": weights_hash(features.net),
     }
-    write_json(args.json, {"header": about, "rows": result}, table="rows")
+    write_rows(args, "benchmarks.ordered_latents", result, {"recipe": asdict(recipe), "features": used})
 
 
 if __name__ == "__main__":

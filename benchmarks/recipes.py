@@ -7,10 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
-from benchmarks.record import write_json
+from benchmarks.record import header, write_json
 from models.ood import Part
 
-__all__ = ["kept_rows", "read_arguments", "setting"]
+__all__ = ["kept_rows", "read_arguments", "setting", "write_rows"]
 
 Row = dict[str, Any]
 
@@ -22,6 +22,7 @@ def read_arguments(
     recipe: type,
     results: Path,
     argv: Sequence[str] | None,
+    part: Part = "test",
 ) -> argparse.Namespace:
     """Read the command line of a benchmark.
 
@@ -30,8 +31,9 @@ def read_arguments(
         about: What it does, in one line.
         choices: Names that can be run, by option; by default all of them.
         recipe: Dataclass of the recipe.
-        results: Where the committed results are, which are of the test part.
+        results: Where the committed results are.
         argv: Arguments, or None for those of the process.
+        part: What the committed results are of.
 
     Returns:
         `data`, the options of `choices`, `seeds` as a range, `part`, `changes` of the recipe, `join`, and `json`, a
@@ -43,7 +45,7 @@ def read_arguments(
         parser.add_argument(f"--{option}", nargs="+", default=list(names), choices=names, metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
-    parser.add_argument("--part", default="test", choices=get_args(Part), help="what is scored")
+    parser.add_argument("--part", default=part, choices=get_args(Part), help="what is scored")
     parser.add_argument(
         "--set",
         type=setting(recipe),
@@ -52,11 +54,11 @@ def read_arguments(
         metavar="FIELD=NUMBER",
         help="change the recipe, for instance epochs=2",
     )
-    parser.add_argument("--join", action="store_true", help="fit nothing: write the rows of the fits that are done")
+    parser.add_argument("--join", action="store_true", help="fit nothing: add rows of fits that are done to FILE's")
     parser.add_argument("--json", type=Path, default=results, metavar="FILE", help="where the rows go")
     args = parser.parse_args(argv)
-    if args.part != "test" and args.json == results:
-        parser.error("--part validation needs --json FILE: the committed results are of the test part")
+    if args.part != part and args.json == results:
+        parser.error(f"--part {args.part} needs --json FILE: the committed results are of the {part} part")
     args.seeds = range(args.first_seed, args.first_seed + args.seeds)
     args.changes = dict(args.set)
     args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +84,36 @@ def kept_rows(file: Path, recipe: dict[str, Any], make: Callable[[], Iterable[Ro
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {"recipe": recipe, "rows": list(make())})
     return json.loads(file.read_text())["rows"]
+
+
+def write_rows(
+    args: argparse.Namespace, module: str, rows: list[Row], about: Mapping[str, Any], **others: Any
+) -> dict[str, Any]:
+    """Write the rows of a run, or add them to those that the file has already.
+
+    Args:
+        args: What `read_arguments` returned. With `join` rows of other fits stay, and so does their header: that of
+            this run is one of the `later_headers`.
+        module: Name of the benchmark.
+        rows: Its rows, of which "value" is measured, and the rest says of what.
+        about: What the header says beside part, command and versions.
+        **others: What else the result has.
+
+    Returns:
+        What was written.
+    """
+    content = {"header": header(module) | {"part": args.part, **about}, **others, "rows": rows}
+    if args.join and args.json.exists():
+        old = json.loads(args.json.read_text())
+        later = [*old.get("later_headers", []), content["header"]]
+        found = {_what(row): row for row in [*old["rows"], *rows]}
+        content = old | {"later_headers": later, **others, "rows": [*found.values()]}
+    write_json(args.json, content, table="rows")
+    return content
+
+
+def _what(row: Row) -> tuple[Any, ...]:
+    return tuple(value for key, value in row.items() if key != "value")
 
 
 def setting(recipe: type) -> Callable[[str], tuple[str, Any]]:

@@ -26,6 +26,7 @@ from benchmarks import (
     matryoshka,
     nested_nets_report,
     nested_speed,
+    net_law,
     order_law,
     ordered_latents_report,
     ordered_speed,
@@ -77,6 +78,7 @@ PAGES = {
     "gradient": _page("gradient", "masks", tables=masks.gradient_tables),
     "nested_nets": _page("nested_nets", tables=nested_nets_report.markdown, figures=nested_nets_report.figures),
     "cascade": _page("cascade", tables=cascade_report.markdown, figures=cascade_report.figures),
+    "net_law": _page("net_law", "net_law", "net_law_tries", tables=net_law.markdown),
     "nested_speed": _page("nested_speed", tables=nested_speed.markdown),
     "order_law": _page("order_law", tables=order_law.markdown),
     "ordered_latents": _page(

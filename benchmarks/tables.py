@@ -43,17 +43,19 @@ class Rows:
         values = self.values.get(key, [])
         return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
+    def cell(self, *key: Any, digits: int = 3, scale: float = 1.0) -> str:
+        """Format a mean, with its error if there are several seeds, both times a scale; "-" if there is none."""
+        if key not in self.values:
+            return "-"
+        error = f" ± {scale * self.error(*key):.{digits}f}" if len(self.values[key]) > 1 else ""
+        return f"{scale * self.mean(*key):.{digits}f}{error}"
+
     def table(self, fitted: str, metric: str, sizes: Sequence[Any], digits: int = 3, scale: float = 1.0) -> str:
         """Format one metric, times a scale: a line a method that has it, a column a size."""
         body = []
         for method, label in self.labels.items():
             keys = [(fitted, method, size, metric) for size in sizes]
-            cells = [
-                f"{scale * self.mean(*key):.{digits}f} ± {scale * self.error(*key):.{digits}f}"
-                if key in self.values
-                else "-"
-                for key in keys
-            ]
+            cells = [self.cell(*key, digits=digits, scale=scale) for key in keys]
             if any(key in self.values for key in keys):
                 body.append([label, *cells])
         heads = [f"{size:g}" if isinstance(size, float | int) else size for size in sizes]

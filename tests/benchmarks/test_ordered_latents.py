@@ -116,7 +116,7 @@ def test_tables_targets_and_figure(result, monkeypatch):
     monkeypatch.setattr("benchmarks.ordered_latents_report.PREFIXES", (1, 2, 4))
     rows = Rows(result, "model", "prefix", LABELS)
     error = 1000 * rows.mean("vae", "vnd", 4, "mse")
-    assert f"{error:.1f} ± 0.0" in markdown(result)
+    assert f"| {error:.1f} |" in markdown(result)
     found = {(row["what"], row["prefix"]): row for row in targets(rows)}
     better = min(rows.mean("vae", method, 2, "mse") for method in ("fixed_geometric", "fixed_uniform"))
     row = found["MSE / better fixed law's", 2]
