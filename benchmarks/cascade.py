@@ -26,9 +26,10 @@ import numpy as np
 import torch
 import xarray as xr
 
-from benchmarks.nested_nets import RECIPES, Data, Recipe, train, uses
-from benchmarks.recipes import kept_rows, read_arguments
-from benchmarks.record import header, rounded, write_json
+from benchmarks.nested_fits import RECIPES, Data, Recipe
+from benchmarks.nested_nets import train, uses
+from benchmarks.recipes import kept_rows, read_arguments, write_rows
+from benchmarks.record import rounded
 from pyro_vnd.diagnostics import evaluate_cascade, evaluate_widths
 from pyro_vnd.nn import CascadeNet, NestedNet
 
@@ -102,8 +103,8 @@ def main(argv: list[str] | None = None) -> None:
         for seed in args.seeds:
             make = None if args.join else partial(rows, arch, seed, data, recipe)
             result += kept_rows(folder / f"{args.data}-{arch}-{seed}.json", used, make)
-    about = {"part": args.part, "widths": WIDTHS, "recipe": {arch: asdict(recipe) for arch, recipe in recipes.items()}}
-    write_json(args.json, {"header": header("benchmarks.cascade") | about, "rows": result}, table="rows")
+    about = {"widths": WIDTHS, "recipe": {arch: asdict(recipe) for arch, recipe in recipes.items()}}
+    write_rows(args, "benchmarks.cascade", result, about)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ import torch
 import xarray as xr
 
 from benchmarks import ordered_latents
-from benchmarks.recipes import kept_rows, read_arguments
-from benchmarks.record import header, rounded, write_json
+from benchmarks.recipes import kept_rows, read_arguments, write_rows
+from benchmarks.record import rounded
 from benchmarks.timing import interleaved_medians
 from models.datasets import Dataset, load
 from models.ood import Part
@@ -210,9 +210,8 @@ def main(argv: list[str] | None = None) -> None:
     recipe = replace(Recipe(), **args.changes)
     data = load(args.data)
     result = run(data, args.methods, args.seeds, recipe, args.part, args.join)
-    about = header("benchmarks.learned_lengths") | {"part": args.part, "recipe": asdict(recipe)}
-    about["cost"] = cost(data.train.images.shape[-1], recipe)
-    write_json(args.json, {"header": about, "rows": result}, table="rows")
+    about = {"recipe": asdict(recipe), "cost": cost(data.train.images.shape[-1], recipe)}
+    write_rows(args, "benchmarks.learned_lengths", result, about)
 
 
 if __name__ == "__main__":

@@ -200,12 +200,11 @@ def rows(method: str, seed: int, data: Dataset, part: Part, recipe: Recipe) -> I
                 yield base | {"method": name, "prefix": prefix, "metric": metric, "value": rounded(value)}
     if method != "plain":
         distil_lengths(net, data.train, num_steps=recipe.distil_steps, progress=sys.stderr.isatty())
-        index, asked = (
-            Split(*pair) for pair in zip(embeddings[method], (data.train.labels, queries.labels), strict=True)
-        )
+        labels = data.train.labels, queries.labels
+        known, wanted = (Split(*pair) for pair in zip(embeddings[method], labels, strict=True))
         for prefix in (k for k in PREFIXES if 1 < k < recipe.num_dims):
             lengths = net.lengths(queries.images, mean_length=prefix).mode.sum(-1).long()
-            scores = scores_by_query(index, asked, lengths)
+            scores = scores_by_query(known, wanted, lengths)
             scores["classification accuracy"] = classification_accuracy(net, queries, lengths)
             scores["mean length"] = lengths.double().mean().item()
             for metric, value in scores.items():

@@ -12,8 +12,8 @@
 # # An ordered VAE
 #
 # A variational autoencoder whose code comes in order: the first number says most, the next ones
-# add detail, and the code may be cut anywhere: at one length for all images, or where each image has
-# said what it has to say.
+# add detail, and the code may be cut anywhere: at one length for all images, or where each image
+# has said what it has to say.
 #
 # The loader of the images is an example in `models`, no part of the package. Run this in a
 # checkout, and start Jupyter in its root, by `PYTHONPATH=$PWD jupyter lab`.
@@ -155,10 +155,10 @@ plt.show()
 # ## Which images need long codes?
 #
 # What a length is worth to an image is $v_L(x) = E_q \log p(x \mid z_{\le L}) -
-# \mathrm{KL}(q(z_{\le L} \mid x) \| p(z_{\le L}))$, in nats. At a price of $\lambda$ nats a number the
-# best law of its length is $q(L \mid x, \lambda) \propto p(L) \, e^{v_L(x) - \lambda L}$, and each
-# price leads to a mean length. `distil_lengths` decodes some thousand images at twelve lengths and
-# teaches a small net on the encoder's features to predict the values. That takes seconds, after
+# \mathrm{KL}(q(z_{\le L} \mid x) \| p(z_{\le L}))$, in nats. At a price of $\lambda$ nats a number
+# the best law of its length is $q(L \mid x, \lambda) \propto p(L) \, e^{v_L(x) - \lambda L}$, and
+# each price leads to a mean length. `distil_lengths` decodes some thousand images at twelve lengths
+# and teaches a small net on the encoder's features to predict the values. That takes seconds, after
 # any fit; "share of gain" is what choosing by it gains, on other images, of what the true values
 # would.
 
