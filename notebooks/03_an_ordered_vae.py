@@ -157,9 +157,9 @@ plt.show()
 # What a length is worth to an image is $v_L(x) = E_q \log p(x \mid z_{\le L}) -
 # \mathrm{KL}(q(z_{\le L} \mid x) \| p(z_{\le L}))$, in nats. At a price of $\lambda$ nats a number
 # the best law of its length is $q(L \mid x, \lambda) \propto p(L) \, e^{v_L(x) - \lambda L}$, and
-# each price leads to a mean length. `distil_lengths` decodes some thousand images at twelve lengths
-# and teaches a small net on the encoder's features to predict the values. That takes seconds, after
-# any fit; "share of gain" is what choosing by it gains, on other images, of what the true values
+# each price leads to a mean length. `distil_lengths` decodes some thousand images at twelve
+# lengths and teaches a small net on the encoder's features to predict the values. That takes
+# seconds, after any fit; "share of gain" is what choosing by it gains, on other images, of what the true values
 # would.
 
 # %%
