@@ -200,8 +200,8 @@ def test_a_law_over_other_blocks_gives_fractions():
 
 
 def test_a_price_schedule_prints_as_the_call_that_made_it_and_can_be_pickled():
-    schedule = PriceSchedule(1.0, 400.0, full=0.2)
-    text = "PriceSchedule(low=1.0, high=400.0, full=0.2, explore=0.05, temperature=20.0, warmup=0.15)"
+    schedule = PriceSchedule(1.0, 400.0, 0.2, 0.1, 8.0, 0.3)
+    text = "PriceSchedule(low=1.0, high=400.0, full=0.2, explore=0.1, temperature=8.0, warmup=0.3)"
     assert repr(schedule) == text
     assert pickle.loads(pickle.dumps(schedule)) == schedule == eval(text)
     assert PriceSchedule() != schedule
