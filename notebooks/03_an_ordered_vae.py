@@ -159,8 +159,8 @@ plt.show()
 # the best law of its length is $q(L \mid x, \lambda) \propto p(L) \, e^{v_L(x) - \lambda L}$, and
 # each price leads to a mean length. `distil_lengths` decodes some thousand images at twelve
 # lengths and teaches a small net on the encoder's features to predict the values. That takes
-# seconds, after any fit; "share of gain" is what choosing by it gains, on other images, of what the true values
-# would.
+# seconds, after any fit; "share of gain" is what choosing by it gains, on other images, of what
+# the true values would.
 
 # %%
 print(distil_lengths(ordered, images, progress=False))
