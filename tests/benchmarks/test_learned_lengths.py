@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from benchmarks.learned_lengths import LAWS, LEARNED, METHODS, main
-from benchmarks.learned_lengths_report import LENGTHS, Scores, figures, markdown, targets
+from benchmarks.learned_lengths_report import LENGTHS, Scores, astray, figures, markdown, targets
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,16 @@ def test_targets_are_read_from_the_rows(result):
 
     assert met(0.899 * better)
     assert not met(0.901 * better)
+
+
+def test_fits_that_went_astray_do_not_count_in_targets(result):
+    rows = [row | {"seed": seed} for seed in range(3) for row in result["rows"]]
+    assert astray({"rows": rows}) == []
+    place = {"method": "fixed_uniform", "seed": 1}
+    lost = [row | {"value": 1.6 * row["value"]} if place.items() <= row.items() else row for row in rows]
+    assert astray({"rows": lost}) == [("fixed_uniform", 1)]
+    assert len(Scores({"rows": lost}, astray({"rows": lost})).values["fixed_uniform", "fixed", 32, "mse"]) == 2
+    assert "nested dropout, uniform, seed 1" in markdown(result | {"rows": lost})
 
 
 def test_page(result):
