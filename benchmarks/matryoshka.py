@@ -258,8 +258,9 @@ def step_ratios(data: Dataset, recipe: Recipe, num_steps: int = 20) -> dict[str,
 def markdown(result: Mapping[str, Any]) -> str:
     """Format the tables: both metrics by prefix, then the laws and what a step costs."""
     found = Rows(result, "model", "prefix", LABELS)
-    tables = [found.table("mlp", metric, PREFIXES) for metric in METRICS]
-    tables += [found.table("mlp", metric + BY_QUERY, PREFIXES[1:-1]) for metric in METRICS]
+    sizes = dict.fromkeys(METRICS, PREFIXES) | {metric + BY_QUERY: PREFIXES[1:-1] for metric in METRICS}
+    scored = {key[-1] for key in found.values}
+    tables = [found.table("mlp", metric, prefixes) for metric, prefixes in sizes.items() if metric in scored]
     body = [
         [LABELS[method], f"{found.mean('mlp', method, 'law', 'mean_length'):.1f}", f"{ratio:.2f}"]
         for method, ratio in result["step_ratio"].items()

@@ -138,7 +138,7 @@ class ValueSites(Messenger):
                 values.expand(now.lengths[name].shape + values.shape[-1:]).flatten(0, -2),
                 now.lengths[name].flatten(),
                 now.worth(name).flatten(),
-                (_sum_to(now.visible, now.lengths[name]) > 0).flatten(),
+                now.seen(name).flatten(),
             )
             for now in self.rounds
             if now.nats
@@ -175,6 +175,10 @@ class _Round:
     def worth(self, name: str) -> Tensor:
         """Return what rows turned out to be worth at the lengths of a site, with all that is in further plates."""
         return _sum_to(self.nats, self.lengths[name])
+
+    def seen(self, name: str) -> Tensor:
+        """Return of which rows the model does not hide all that is observed."""
+        return _sum_to(self.visible, self.lengths[name]) > 0
 
 
 def _sum_to(terms: Iterable[Tensor], like: Tensor) -> Tensor:
