@@ -50,7 +50,7 @@ METHODS = ("fixed_uniform", "fixed_geometric", "vnd", "priced")
 LEARNED = ("vnd", "priced")
 PRICES = ("low", "high", "full", "explore", "temperature")
 MEAN_LENGTHS = (2, 4, 8, 12, 32)
-STEPS = 60  # of a fit whose time is taken, which also sets things up
+STEPS = 300  # of a fit whose time is taken, which also sets things up
 LAWS = {"fixed": "fixed", "own": "own", "model": "distilled", "decoded": "decoded12", "exact": "exact"}
 METRICS = {"mse": "mse", "elbo": "elbo_length_paid", "rate": "rate", "share_of_gain": "share_of_gain"}
 

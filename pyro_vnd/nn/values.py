@@ -119,8 +119,9 @@ class ValueHead(nn.Module):
         if len(inputs) < 2:
             return
         momentum = momentum if self.seen.any() else 1.0
-        self.loc.lerp_(inputs.mean(0), momentum)
-        self.scale.lerp_(inputs.std(0).clamp_min(1e-3), momentum)
+        variance, mean = torch.var_mean(inputs, 0)
+        self.loc.lerp_(mean, momentum)
+        self.scale.lerp_(variance.sqrt_().clamp_min_(1e-3), momentum)
 
     @torch.no_grad()
     def centre(self, curves: Tensor) -> None:

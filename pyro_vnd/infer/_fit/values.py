@@ -1,7 +1,7 @@
 """What rows turned out to be worth at the lengths that they had in a step: what value heads learn from."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import copy
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pyro_vnd._compat import recall
 from pyro_vnd._data import Data, as_arguments, map_parts, num_rows
 from pyro_vnd._state import module_mode
-from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.distributions import NestedAutoregressive, OrderedMask
 from pyro_vnd.distributions.constraints import counted
 from pyro_vnd.distributions.kl import kl_of_coordinates
 from pyro_vnd.distributions.nested import NestedLaw, innermost
@@ -27,7 +27,7 @@ from pyro_vnd.nn.values import ValueHead
 
 __all__ = ["ValueSites", "calibrate_heads", "value_sites"]
 
-NUM_CALIBRATION = 2000  # rows over which mean lengths are taken
+NUM_CALIBRATION = 1000  # rows over which mean lengths are taken
 
 
 class ValueSites(Messenger):
@@ -80,6 +80,9 @@ class ValueSites(Messenger):
                 now.prices[name] = self.schedule.draw_prices(tuple(law.batch_shape)).to(logits)
             law = now.posteriors[name] = self._at_price(law, now.prices.get(name), logits.detach(), tempered=True)
         else:
+            if isinstance(law, NestedAutoregressive):
+                law = copy(law)
+                law.conditioner = _Once(law.conditioner)  # for the values here, and for the objective
             law = now.priors[name] = self._at_price(law, now.prices.get(name))
         msg["fn"] = law
 
@@ -122,7 +125,9 @@ class ValueSites(Messenger):
             if isinstance(msg["fn"], NestedLaw):
                 making = recall(value)
                 mask, dense = (NestedLaw.mask_of(value), value) if making is None else making
-                kl = kl_of_coordinates(now.posteriors[name].given(value), now.priors[name].given(value), dense)
+                with torch.enable_grad():  # which the objective wants of it
+                    prior = now.priors[name].given(value)
+                kl = kl_of_coordinates(now.posteriors[name].given(value), prior, dense)
                 now.add(-counted(mask, kl).sum(-1), msg, self.row_scale)
         elif name not in now.others:
             now.others[name] = msg["fn"]
@@ -151,6 +156,19 @@ class ValueSites(Messenger):
             )
         self.rounds = []
         return torch.stack(terms).sum() if terms else None
+
+
+class _Once:
+    """A function of a tensor that is evaluated once for the same one."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        self.function = function
+        self.seen: tuple[Tensor, Any] | None = None
+
+    def __call__(self, x: Tensor) -> Any:
+        if self.seen is None or self.seen[0] is not x:
+            self.seen = x, self.function(x)
+        return self.seen[1]
 
 
 class _Round:
