@@ -63,13 +63,20 @@ def test_a_fit_has_the_terms_of_the_bound(x: Tensor):
 
 @pytest.mark.parametrize("objective", [Trace_ELBO, TraceMeanField_ELBO])
 def test_objectives_of_pyro_agree(objective: type, x: Tensor):
-    """Means over 300 evaluations, to four standard errors."""
+    """Means over 300 evaluations with the same draws, to four standard errors; what the prior costs varies less."""
     vae = make_vae()
-    guide = vae.guide
-    losses = torch.tensor([[o.loss(vae, guide, x) for o in (NestedELBO(), objective())] for _ in range(300)])
-    error = (losses.var(0).sum() / len(losses)).sqrt()
-    assert losses.mean(0).diff().abs() < 4 * error
-    assert losses[:, 0].var() < losses[:, 1].var()
+    guide, ours = vae.guide, NestedELBO()
+    found = []
+    for seed in range(300):
+        pair = []
+        for elbo in (ours, objective()):
+            torch.manual_seed(seed)
+            pair.append(elbo.loss(vae, guide, x))
+        found.append([*pair, float(ours.log_likelihood)])
+    mine, theirs, likelihood = torch.tensor(found, dtype=torch.float64).T
+    differences = mine - theirs
+    assert differences.mean().abs() < 4 * differences.std() / len(differences) ** 0.5
+    assert (mine + likelihood).var() < (theirs + likelihood).var()
 
 
 @pytest.mark.parametrize("objective", [Trace_ELBO, TraceMeanField_ELBO, RenyiELBO(num_particles=2)])
@@ -84,10 +91,11 @@ def test_svi_trains_the_prior(objective, x: Tensor):
 @torch.no_grad()
 def test_more_draws_give_a_tighter_bound(x: Tensor):
     vae = make_vae()
-    one, many = (torch.stack([vae.log_likelihood(x, n) for _ in range(300)]).mean(0) for n in (1, 30))
-    assert (many > one).all()
+    one, many = (torch.stack([vae.log_likelihood(x, n) for _ in range(300)]) for n in (1, 30))
+    assert (many.mean(0) > one.mean(0)).all()
     single = vae.elbo(x, num_samples=20_000).elbo
-    torch.testing.assert_close(one, single, rtol=0.02, atol=0.05)
+    assert z_scores(one, single).abs().max() < 4
+    assert z_scores(one, many.mean(0)).abs().max() > 4
 
 
 @torch.no_grad()
