@@ -129,21 +129,21 @@ def run(
 
 
 def markdown(result: Mapping[str, Any], tries: Mapping[str, Any]) -> str:
-    """Format the tables: each metric by width, the learned laws and the time of a fit; then the tries, by cost."""
+    """Format the tables: each metric by width and the learned laws; then the tries, by cost."""
     found = Rows(result, "arch", "width", LABELS)
-    tables = [found.table("mlp", metric, [*WIDTHS, "own"]) for metric in METRICS]
+    tables = ["## Where masks come from"]
+    tables += [found.table("mlp", metric, [*WIDTHS, "own"]) for metric in METRICS]
     facts = [f"{fact}_length/{layer}" for layer in (1, 2) for fact in ("mean", "stddev")]
     body = [
         [
             LABELS[method],
             *(found.cell("mlp", method, "own", fact, digits=1) for fact in facts),
             found.cell("mlp", method, "own", "cost", digits=2),
-            found.cell("mlp", method, "own", "fit_seconds", digits=0),
         ]
         for method in found.methods
     ]
     heads = [f"{fact}, {layer} layer" for layer in ("first", "second") for fact in ("E[L]", "sd[L]")]
-    tables.append(markdown_table(["own widths", *heads, "share of multiply-adds", "seconds of a fit"], body))
+    tables.append(markdown_table(["own widths", *heads, "share of multiply-adds"], body))
     for name, label in TRIES.items():
         rows = [row for row in tries["rows"] if row["try"] == name]
         by_cost = Rows({"rows": rows}, "try", "cost", {row["method"]: row["method"] for row in rows})
