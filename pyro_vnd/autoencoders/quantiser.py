@@ -109,11 +109,12 @@ class Quantiser(nn.Module):
             The quantised vectors, before the mask, and the penalty, shape (...).
         """
         vectors, kept = torch.broadcast_tensors(vectors, mask.detach())
-        if self.training:
+        learns = self.training and torch.is_grad_enabled()  # a model that is asked in training mode stays what it is
+        if learns:
             self._restart(vectors.detach(), kept)
         index = self.nearest(vectors, kept)
         codes = embedding(index, self.codebook)
-        if self.training:
+        if learns:
             self._follow(vectors.detach(), kept, index)
         penalty = self.commitment * (kept * (vectors - codes).square()).sum((-2, -1))
         return codes + (vectors - vectors.detach()), penalty
