@@ -22,11 +22,12 @@ def test_pages_say_when_and_at_which_revision_they_were_measured(name):
     page = PAGES[name]
     lines = [line for line in page.path.read_text().splitlines() if line.startswith(("Measured ", "Joined "))]
     for header in (result["header"] for result in page.read_results()):
-        threads = f"{header['machine']['threads']} thread"
-        revision = f"revision {header['revision']['commit'][:7]}"
-        facts = (header["date"][:10], revision, threads, header["machine"]["cpu"])
-        (line, *_) = [line for line in lines if all(fact in line for fact in facts)]
-        assert ("not committed" in line) == header["revision"]["dirty"]
+        changes = " with changes that are not committed" if header["revision"]["dirty"] else ""
+        revision = f"{header['date'][:10]} at revision {header['revision']['commit'][:7]}{changes}, "
+        machine = (
+            f"{header['machine']['cpu']}, {header['machine']['cores']} cores, {header['machine']['threads']} thread"
+        )
+        assert any(revision + machine in line for line in lines)
 
 
 @pytest.mark.parametrize("name", PAGES)
