@@ -142,8 +142,8 @@ class MaskSchedule:
     Left alone, q puts its mass on the lengths that do best now, the others are no longer trained, and so they never do
     better. Here every width is trained as long as the fit lasts.
 
-    Nets want other shares than the default's, which are for codes. In a benchmark masks from q made no width of a net
-    better and narrow ones worse: `MaskSchedule(0, 0.9, 0.1, "log-uniform", num_particles=4, sliced=True)` has none.
+    Nets want other shares than the default's, which are for codes. In a benchmark masks from q made narrow nets worse
+    and wide ones hardly better: `MaskSchedule(0, 0.9, 0.1, "log-uniform", num_particles=4, sliced=True)` has none.
 
     The objective is still an exact ELBO. Add to the model an indicator c with the three fixed probabilities above that
     says where the masks come from, and let the guide share its law. Then KL(q(c) || p(c)) = 0, given a budget or full
