@@ -26,7 +26,8 @@ def demo(tmp_path_factory):
 
 def test_demo_writes_its_files_and_nothing_else(demo):
     out, _ = demo
-    figures = ("elbo_classifier", "elbo_vae", "errors", "keep_probs_classifier", "keep_probs_vae", "prefixes", "widths")
+    figures = ("elbo_classifier", "elbo_vae", "errors", "keep_probs_classifier", "keep_probs_vae", "learned_lengths")
+    figures += ("prefixes", "sorted_by_length", "widths")
     assert {path.name for path in out.iterdir()} == {
         *(f"{name}.png" for name in figures),
         "metrics.json",
@@ -64,7 +65,7 @@ def test_demo_metrics_agree_with_the_table(demo):
 def test_demo_report_is_self_contained(demo):
     out, _ = demo
     page = (out / "report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == 7
+    assert page.count('src="data:image/png;base64,') == 9
     assert 'src="http' not in page
     assert "<link" not in page
     # Measures by method; laws of two masks and their prior; errors by length; the law of the code and its prior.

@@ -67,7 +67,7 @@ WRONG = [
     ("elbo", pyro.infer.JitTraceMeanField_ELBO(), "got JitTraceMeanField_ELBO, which goes with"),
     ("elbo", pyro.infer.ReweightedWakeSleep(), "got ReweightedWakeSleep, which goes with"),
     ("schedule", MaskSchedule, r"a MaskSchedule\(\), a PriceSchedule\(\) or None; .*; got the class MaskSchedule"),
-    ("schedule", linear(0, 1), r"a MaskSchedule\(\), a PriceSchedule\(\) or None; schedules of weights go to `kl_weight`"),
+    ("schedule", linear(0, 1), r"a PriceSchedule\(\) or None; schedules of weights go to `kl_weight`"),
     ("schedule", "uniform", r"a MaskSchedule\(\), a PriceSchedule\(\) or None"),
     ("stop", 5, r"a function of the ELBO by epoch, such as Plateau\(\), or None; got 5"),
     ("stop", Plateau, "got the class Plateau"),
