@@ -118,7 +118,7 @@ def run(data: Dataset, settings: Settings, seed: int, report: Report) -> dict[st
     elbo_figure(report, result, "elbo_vae")
     by_image = lengths_by_image.run(model, data, report)
     return {
-        "lengths": by_image,
+        "lengths_by_image": by_image,
         "mse": {str(k): error for k, error in errors.items()},
         **fit_numbers(result),
         "laws": learned,

@@ -68,8 +68,20 @@ def test_demo_report_is_self_contained(demo):
     assert page.count('src="data:image/png;base64,') == 9
     assert 'src="http' not in page
     assert "<link" not in page
-    # Measures by method; laws of two masks and their prior; errors by length; the law of the code and its prior.
-    assert page.count("<tr>") == (1 + 3 * 4) + (1 + 3) + (1 + 8) + (1 + 2)
+    # Measures by method; laws of two masks and their prior; errors by length; the law of the code and its prior;
+    # errors by mean length.
+    assert page.count("<tr>") == (1 + 3 * 4) + (1 + 3) + (1 + 8) + (1 + 2) + (1 + 5)
+
+
+def test_demo_ends_with_codes_as_long_as_each_image_needs(demo):
+    out, done = demo
+    lengths = json.loads((out / "metrics.json").read_text())["vae"]["lengths_by_image"]
+    assert lengths["mse"].keys() == {"fixed", "model", "exact"}
+    lines = [line.split() for line in done.stdout.splitlines()]
+    for m, share in lengths["share_of_gain"].items():
+        errors = [f"{1000 * lengths['mse'][law][m]:.1f}" for law in ("fixed", "model", "exact")]
+        assert [m, *errors, f"{100 * share:.0f}", "%"] in lines
+    assert abs(sum(lengths["length_by_class"].values()) / 10 - 4) < 0.5  # the mean length at which images are shown
 
 
 def test_demo_report_says_what_the_laws_have_learned(demo):
