@@ -246,7 +246,7 @@ class ValueHead(nn.Module):
             ValueError: If it is not, or the head was not calibrated.
         """
         wanted = torch.as_tensor(mean_length, dtype=self.prices.dtype, device=self.prices.device)
-        if self.mean_lengths.isnan().any():
+        if self.mean_lengths[0].isnan():
             raise ValueError(
                 "ValueHead: argument `mean_length` needs a price, which is not known yet: fit the model with lengths "
                 "by values (an autoencoder's posterior_lengths='priced', say), or call `distil_lengths`"
