@@ -3,10 +3,10 @@
 The nets are those of `benchmarks.nested_nets`, method "vnd". Both ways of using one cost a single pass, with the
 posterior mean of the weights:
 
-- fixed: one width for all images. Between two widths, at a given cost, the metrics are interpolated: for accuracy and
-  NLL that is what a coin that chooses between the two widths scores;
 - cascade: `CascadeNet` of widths that double from 1/16 on, whose thresholds are fitted without labels on the
-  validation part, for each mean cost. Costs count all stages that an image went through.
+  validation part, for each mean cost. Costs count all stages that an image went through;
+- fixed: one width for all images, at the cost that the cascade had on the images that are scored. Between two widths
+  the metrics are interpolated: for accuracy and NLL that is what a coin that chooses between the two scores.
 
 The widths, and all else, were chosen on the validation part, half of which then fits thresholds and half is scored:
 
@@ -81,10 +81,13 @@ def rows(arch: str, seed: int, data: Data, recipe: Recipe) -> Iterator[dict[str,
         yield from flat("stage", width, by_width[round(width * recipe.num_blocks) - 1])
     costs = [cost for cost in COSTS if cost * cascade.whole_cost >= cascade.multiply_adds[0]]
     result = evaluate_cascade(cascade, data.scored, data.calibration, costs, data.ood, **shared)
+    spent = {1.0: 1.0}
     for cost in costs:
-        yield from flat("cascade", cost, metrics(result.sel(mean_cost=cost), cascade.whole_cost))
-    for cost in (*costs, 1.0):
-        between = {name: np.interp(cost, by_cost["multiply_adds"], values) for name, values in by_cost.items()}
+        values = metrics(result.sel(mean_cost=cost), cascade.whole_cost)
+        yield from flat("cascade", cost, values)
+        spent[cost] = values["multiply_adds"]  # on images that are not those of the fit
+    for cost, share in spent.items():
+        between = {name: np.interp(share, by_cost["multiply_adds"], values) for name, values in by_cost.items()}
         yield from flat("fixed", cost, between)
     yield from flat("fixed", 1.0, {"fit_seconds": record.seconds})
 
