@@ -12,6 +12,7 @@ from benchmarks.tables import Rows as SharedRows
 
 LABELS = {"fixed": "one width for all", "cascade": "cascade"}
 METRICS = {"accuracy": "accuracy", "nll": "NLL, nats", "ece": "ECE", "auroc": "AUROC of detection, entropy"}
+FORMATS: dict[str, Any] = {"accuracy": {"digits": 2, "scale": 100.0}, "nll": {"digits": 4}}
 NAMES = {1 / 16: "1/16", 1 / 8: "1/8", 1 / 4: "1/4", 1 / 2: "1/2", 1.0: "1"}
 
 
@@ -40,7 +41,7 @@ def markdown(result: dict[str, Any]) -> str:
     parts = []
     for arch in rows.fitted:
         parts.append(f"## {arch.upper()}")
-        parts += [rows.table(arch, metric, [*COSTS, 1.0]) for metric in METRICS]
+        parts += [rows.table(arch, metric, [*COSTS, 1.0], **FORMATS.get(metric, {})) for metric in METRICS]
         parts += [_gains(rows, arch), _stops(rows, arch)]
     return "\n\n".join(parts)
 
@@ -62,8 +63,8 @@ def _gains(rows: Rows, arch: str) -> str:
         }
         for name, values in found.items():
             digits = 2 if "points" in name or "same" in name else 4
-            error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-            lines.setdefault(name, []).append(f"{mean(values):+.{digits}f} ± {error:.{digits}f}")
+            error = f" ± {stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+            lines.setdefault(name, []).append(f"{mean(values):+.{digits}f}{error}")
     head = ["cascade less one width for all", *[NAMES[cost] for cost in COSTS]]
     return markdown_table(head, [[name, *cells] for name, cells in lines.items()])
 
