@@ -275,7 +275,7 @@ def spaced_lengths(num_units: int, num_lengths: int) -> list[int]:
 
     Example:
         >>> spaced_lengths(32, 12)
-        [1, 2, 3, 4, 5, 6, 8, 11, 14, 18, 24, 32]
+        [1, 2, 3, 4, 6, 7, 9, 12, 15, 20, 25, 32]
     """
     if num_lengths >= num_units:
         return list(range(1, num_units + 1))
