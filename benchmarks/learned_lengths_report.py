@@ -1,8 +1,7 @@
 """Tables, figure and targets of the benchmark of learned lengths, made from its committed rows."""
 
-from collections import defaultdict
 from collections.abc import Collection
-from statistics import mean, median, stdev
+from statistics import median
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -10,6 +9,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.learned_lengths import LEARNED, METHODS
 from benchmarks.record import markdown_table
+from benchmarks.tables import Rows
 
 METHOD_NAMES = {
     "fixed_uniform": "nested dropout, uniform",
@@ -41,7 +41,7 @@ COSTS = {
 }
 
 
-class Scores:
+class Scores(Rows):
     """Means and standard errors over seeds, by method, law, mean length and metric.
 
     Args:
@@ -50,33 +50,18 @@ class Scores:
     """
 
     def __init__(self, result: dict[str, Any], leave_out: Collection[tuple[str, int]] = ()) -> None:
-        self.values: dict[tuple[Any, ...], list[float]] = defaultdict(list)
-        for row in result["rows"]:
-            if (row["method"], row["seed"]) not in leave_out:
-                self.values[row["method"], row["law"], row["mean_length"], row["metric"]].append(row["value"])
-        self.methods = [name for name in METHODS if any(key[0] == name for key in self.values)]
-
-    def mean(self, *key: Any) -> float:
-        """Return the mean, or NaN."""
-        return mean(self.values[key]) if key in self.values else float("nan")
-
-    def cell(self, *key: Any, scale: float = 1.0, digits: int = 2) -> str:
-        """Return mean and standard error for a table."""
-        values = self.values.get(key, [])
-        if not values:
-            return "-"
-        error = f" ± {scale * stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
-        return f"{scale * mean(values):.{digits}f}{error}"
+        kept = [row for row in result["rows"] if (row["method"], row["seed"]) not in leave_out]
+        super().__init__({"rows": kept}, "method", "mean_length", LAW_NAMES, method="law")
 
     def better_fixed(self, law: str, mean_length: int) -> float:
         """Return the error of the better of the two fixed laws."""
         return min(self.mean(method, law, mean_length, "mse") for method in FIXED)
 
-    def table(self, metric: str, caption: str, lengths: tuple[int, ...], scale: float, digits: int) -> str:
+    def by_law(self, metric: str, caption: str, lengths: tuple[int, ...], scale: float, digits: int) -> str:
         """Format a metric: a line a method and law."""
         body = []
-        for method in self.methods:
-            for law, name in LAW_NAMES.items():
+        for method in (name for name in METHODS if name in self.fitted):
+            for law, name in self.labels.items():
                 cells = [self.cell(method, law, m, metric, scale=scale, digits=digits) for m in lengths]
                 if set(cells) != {"-"}:
                     body.append([f"{METHOD_NAMES[method]}: {name}", *cells])
@@ -151,13 +136,13 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "## Error at equal mean length",
-            scores.table("mse", "MSE x 1000", (*LENGTHS, 32), 1000.0, 2),
+            scores.by_law("mse", "MSE x 1000", (*LENGTHS, 32), 1000.0, 2),
             "## Share of the exact gain, and correlation with the exact lengths",
-            scores.table("share_of_gain", "share of gain", LENGTHS, 1.0, 2),
-            scores.table("correlation", "correlation", LENGTHS, 1.0, 2),
+            scores.by_law("share_of_gain", "share of gain", LENGTHS, 1.0, 2),
+            scores.by_law("correlation", "correlation", LENGTHS, 1.0, 2),
             "## Bound and rate, the length paid",
-            scores.table("elbo_length_paid", "ELBO, nats", (*LENGTHS, 32), 1.0, 0),
-            scores.table("rate", "rate, nats", (*LENGTHS, 32), 1.0, 1),
+            scores.by_law("elbo_length_paid", "ELBO, nats", (*LENGTHS, 32), 1.0, 0),
+            scores.by_law("rate", "rate, nats", (*LENGTHS, 32), 1.0, 1),
             "## Targets",
             *left_out,
             targets_table(fair),

@@ -20,12 +20,15 @@ class Rows:
         fitted: Column of what was fitted, "arch" say.
         size: Column of the size at which it was scored, "width" say.
         labels: Names of the methods in tables, in their order.
+        method: Column of the method.
     """
 
-    def __init__(self, result: Mapping[str, Any], fitted: str, size: str, labels: Mapping[str, str]) -> None:
+    def __init__(
+        self, result: Mapping[str, Any], fitted: str, size: str, labels: Mapping[str, str], method: str = "method"
+    ) -> None:
         self.values: dict[tuple[Any, ...], list[float]] = defaultdict(list)
         for row in result["rows"]:
-            self.values[row[fitted], row["method"], row[size], row["metric"]].append(row["value"])
+            self.values[row[fitted], row[method], row[size], row["metric"]].append(row["value"])
         self.fitted = list(dict.fromkeys(key[0] for key in self.values))
         self.labels = {name: label for name, label in labels.items() if any(key[1] == name for key in self.values)}
 

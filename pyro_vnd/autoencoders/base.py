@@ -238,12 +238,17 @@ class OrderedAutoencoder(LengthsByPrice):
             exact: As in `lengths`.
 
         Returns:
-            Codes with zeros past the length, shape (N, K).
+            Codes with zeros past the length, shape (N, K), or flat ones, block by block, of a model of blocks.
 
         Raises:
             ValueError: If images or lengths are invalid.
         """
-        return self.encode(x, self._choose("embed", x, length, price, mean_length, exact)).mean
+        return self._embedded(x, self._choose("embed", x, length, price, mean_length, exact))[0]
+
+    def _embedded(self, x: Tensor, length: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Return codes cut to given lengths, and their masks."""
+        law = self.encode(x, length)
+        return law.mean, law.keep_probs
 
     @torch.no_grad()
     def reconstruct(
@@ -270,8 +275,8 @@ class OrderedAutoencoder(LengthsByPrice):
         Raises:
             ValueError: If images or lengths are invalid.
         """
-        law = self.encode(x, self._choose("reconstruct", x, length, price, mean_length, exact))
-        return self.likelihood.mean(self.decoder(law.mean, law.keep_probs))
+        chosen = self._choose("reconstruct", x, length, price, mean_length, exact)
+        return self.likelihood.mean(self.decoder(*self._embedded(x, chosen)))
 
     @torch.no_grad()
     def sample(self, num_samples: int, length: int | None = None, *, noise: bool = False) -> Tensor:

@@ -15,7 +15,7 @@ from pyro_vnd.autoencoders.lengths import LengthEncoder
 from pyro_vnd.autoencoders.likelihoods import Likelihood
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.nested import NestedLaw
-from pyro_vnd.nn.values import ValueHead, interpolate_values, spaced_lengths
+from pyro_vnd.nn.values import ValueHead, checked_lengths, interpolate_values, spaced_lengths
 
 __all__ = ["LengthsByPrice"]
 
@@ -84,13 +84,7 @@ class LengthsByPrice(QuietModule):
             ValueError: If images or lengths are invalid.
         """
         self.check_images(x)
-        units = range(1, self.num_latents + 1)
-        lengths = list(units if lengths is None else lengths)
-        if not lengths or not all(length in units for length in lengths):
-            raise ValueError(
-                f"{type(self).__name__}.value_curve: argument `lengths` must be integers from 1 to {self.num_latents}; "
-                f"got {lengths}"
-            )
+        lengths = checked_lengths(f"{type(self).__name__}.value_curve", lengths, self.num_latents)
         codes, costs = self._codes_and_costs(x)
         everything = self.prior_probs.new_ones(len(x), self.num_latents)
         curve = [

@@ -194,33 +194,10 @@ class OrderedVQVAE(OrderedAutoencoder):
         return (length if self.blocks.by_token else self.blocks.num_tokens) * math.log2(self.codebook_size)
 
     @torch.no_grad()
-    def embed(
-        self,
-        x: Tensor,
-        length: int | Tensor | None = None,
-        *,
-        price: float | Tensor | None = None,
-        mean_length: float | None = None,
-        exact: int | None = None,
-    ) -> Tensor:
-        """Return the quantised codes of images, cut to a length.
-
-        Args:
-            x: Images, shape (N, *image_shape).
-            length: Blocks to keep, 1..K, for all images or one an image; None keeps all.
-            price: In place of a length, for the most probable one of each image at a price, as in `lengths`.
-            mean_length: The same for a mean length, as in `lengths`.
-            exact: As in `lengths`.
-
-        Returns:
-            Flat codes, block by block, with zeros past the length, shape (N, T * D).
-
-        Raises:
-            ValueError: If images or lengths are invalid.
-        """
+    def _embedded(self, x: Tensor, length: int | Tensor) -> tuple[Tensor, Tensor]:
         self.check_images(x)
-        length = self._choose("embed", x, length, price, mean_length, exact)
-        return self._code(self._encoded(x)[0], self._mask(len(x), length))
+        mask = self._mask(len(x), length)
+        return self._code(self._encoded(x)[0], mask), mask
 
     @property
     def _code_size(self) -> int:
@@ -229,21 +206,6 @@ class OrderedVQVAE(OrderedAutoencoder):
     def _mask_of(self, code: Tensor) -> Tensor:
         used = (code.unflatten(-1, (self.blocks.num_blocks, self.blocks.size)) != 0).any(-1)
         return NestedNormal.mask_of(used.to(code.dtype))
-
-    @torch.no_grad()
-    def reconstruct(
-        self,
-        x: Tensor,
-        length: int | Tensor | None = None,
-        *,
-        price: float | Tensor | None = None,
-        mean_length: float | None = None,
-        exact: int | None = None,
-    ) -> Tensor:
-        """Return the mean image for the quantised code, cut to a length; arguments and errors as in `embed`."""
-        self.check_images(x)
-        mask = self._mask(len(x), self._choose("reconstruct", x, length, price, mean_length, exact))
-        return self.likelihood.mean(self.decoder(self._code(self._encoded(x)[0], mask), mask))
 
     @torch.no_grad()
     def count_tokens(self, x: Tensor) -> None:

@@ -18,7 +18,7 @@ from pyro_vnd.distributions.straight_through import Noise
 from pyro_vnd.infer._fit.values import ValueSites
 from pyro_vnd.infer._model_sites import run_model
 from pyro_vnd.infer.auto_parts import AutoLengths, AutoRelaxedMask, mask_quantiles, nested_quantiles
-from pyro_vnd.nn.values import MOMENTUM, ValueHead
+from pyro_vnd.nn.values import MOMENTUM, ValueHead, checked_lengths
 
 __all__ = ["AutoAmortised", "LengthsByRow", "amortised_site"]
 
@@ -234,12 +234,7 @@ class LengthsByRow:
                 rows these are.
         """
         part = self._part_by_row("value_curve")
-        units = range(1, part.head.num_units + 1)
-        lengths = list(units if lengths is None else lengths)
-        if not lengths or not all(length in units for length in lengths):
-            raise ValueError(
-                f"AutoNested.value_curve: argument `lengths` must be integers from 1 to {units[-1]}; got {lengths}"
-            )
+        lengths = checked_lengths("AutoNested.value_curve", lengths, part.head.num_units)
         rows = run_model(self.model, args, kwargs).rows.get(part.frame.name)
         others = [name for name, frames in self._others() if part.frame.name in {frame.name for frame in frames}]
         if others and rows is None:

@@ -11,7 +11,7 @@ from torch.nn.functional import one_hot
 from pyro_vnd._sizes import check_sizes
 from pyro_vnd.distributions import OrderedMask
 
-__all__ = ["ValueHead", "interpolate_values", "spaced_lengths"]
+__all__ = ["ValueHead", "checked_lengths", "interpolate_values", "spaced_lengths"]
 
 NUM_PRICES = 256
 LARGEST_PRICE, SMALLEST_PRICE = 100.0, 1e-4  # in units of the spread of values
@@ -261,6 +261,19 @@ class ValueHead(nn.Module):
 def _check_temperature(caller: str, temperature: float) -> None:
     if not 0 < temperature < math.inf:
         raise ValueError(f"{caller}: argument `temperature` must be finite and > 0; got {temperature}")
+
+
+def checked_lengths(caller: str, lengths: Sequence[int] | None, num_units: int) -> list[int]:
+    """Return the lengths at which a value curve is wanted, all K by default.
+
+    Raises:
+        ValueError: If one is no integer from 1 to K, or there are none.
+    """
+    units = range(1, num_units + 1)
+    lengths = list(units if lengths is None else lengths)
+    if not lengths or not all(length in units for length in lengths):
+        raise ValueError(f"{caller}: argument `lengths` must be integers from 1 to {num_units}; got {lengths}")
+    return lengths
 
 
 def spaced_lengths(num_units: int, num_lengths: int) -> list[int]:
