@@ -50,7 +50,7 @@ METHODS = ("fixed_uniform", "fixed_geometric", "vnd", "priced")
 LEARNED = ("vnd", "priced")
 PRICES = ("low", "high", "full", "explore", "temperature")
 MEAN_LENGTHS = (2, 4, 8, 12, 32)
-STEPS = 300  # of a fit whose time is taken, which also sets things up
+STEPS = 1000  # of a fit whose time is taken: what it does once, as at its end, is a few parts in a thousand
 LAWS = {"fixed": "fixed", "own": "own", "model": "distilled", "decoded": "decoded12", "exact": "exact"}
 METRICS = {"mse": "mse", "elbo": "elbo_length_paid", "rate": "rate", "share_of_gain": "share_of_gain"}
 

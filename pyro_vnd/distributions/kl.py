@@ -99,10 +99,11 @@ def kl_of_coordinates(q: NestedLaw, p: NestedLaw, dense: Any = None) -> Tensor:
     """
     if not isinstance(q, NestedNormal):
         return q.densities(dense) - p.densities(dense)
-    exact = normal_kl(q.loc, q.scale, p.loc, p.scale)
+    loc, scale = p.loc, p.scale  # once: a mixture computes them
+    exact = normal_kl(q.loc, q.scale, loc, scale)
     if isinstance(p, NestedNormal):
         return exact
-    return exact + NestedNormal._of(p.loc, p.scale, p.mask_law).densities(dense) - p.densities(dense)
+    return exact + NestedNormal._of(loc, scale, p.mask_law).densities(dense) - p.densities(dense)
 
 
 def _check_units(q: OrderedMask | NestedLaw, p: OrderedMask | NestedLaw) -> None:

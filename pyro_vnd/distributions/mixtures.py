@@ -60,7 +60,9 @@ class NestedMixture(NestedLaw):
     def scale(self) -> Tensor:
         """Standard deviations of the uncut coordinates, shape batch_shape + (K,)."""
         loc, scale, log_weights = self._parts
-        return (log_weights.exp() * ((loc - self.loc.unsqueeze(-1)).square() + scale.square())).sum(-1).sqrt()
+        weights = log_weights.exp()
+        mean = (weights * loc).sum(-1, keepdim=True)
+        return (weights * ((loc - mean).square() + scale.square())).sum(-1).sqrt()
 
     def given(self, value: Tensor) -> Self:
         """Return this law: its coordinates know nothing of each other.
