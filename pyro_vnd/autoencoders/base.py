@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cached_property, partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import pyro
 import pyro.distributions as dist
@@ -22,7 +22,28 @@ from pyro_vnd.distributions import NestedNormal, OrderedMask
 from pyro_vnd.distributions.kl import kl_of_coordinates
 from pyro_vnd.distributions.nested import NestedLaw
 
-__all__ = ["EncoderGuide", "OrderedAutoencoder"]
+__all__ = ["ElboTerms", "EncoderGuide", "OrderedAutoencoder"]
+
+
+class ElboTerms(NamedTuple):
+    """The terms of the ELBO of each image, in nats, shape (N,).
+
+    Attributes:
+        log_likelihood: E_q log p(x | z), estimated.
+        kl_latents: Divergence of the kept latents from their prior, exact; from a prior that is autoregressive it is
+            that of each latent given the draws of those before it, and from mixtures that of the draws themselves. Of
+            tokens it is their rate.
+        kl_lengths: Divergence of the law of the lengths from its prior, exact.
+    """
+
+    log_likelihood: Tensor
+    kl_latents: Tensor
+    kl_lengths: Tensor
+
+    @property
+    def elbo(self) -> Tensor:
+        """The bound itself."""
+        return self.log_likelihood - self.kl_latents - self.kl_lengths
 
 
 class OrderedAutoencoder(LengthsByPrice):
@@ -169,20 +190,29 @@ class OrderedAutoencoder(LengthsByPrice):
         Raises:
             ValueError: If images or lengths are invalid.
         """
+        law: NestedNormal = self._law_of(x, length, price, mean_length)
+        return law
+
+    def _law_of(self, x: Tensor, length: int | Tensor | None, price: Any, mean_length: Any) -> Any:
+        """Return what the encoder says of codes, or of their masks, cut to a length or at a price."""
         self._check_one("encode", length=length, price=price, mean_length=mean_length)
         self.check_images(x)
         if not (price is None and mean_length is None):
-            return self._encoded(x, priced=True).tilt(self._price("encode", price, mean_length))
-        code = self._encoded(x)
+            return self._random_length(x, priced=True).tilt(self._price("encode", price, mean_length))
+        law = self._random_length(x)
         if length is None:
-            return code
+            return law
         lengths = self._length(length)
         if lengths.dim() and lengths.shape != (len(x),):
             raise ValueError(
                 f"{type(self).__name__}: argument `length` must be one for each of {len(x)} images; "
                 f"got {tuple(lengths.shape)}"
             )
-        return code.cut(lengths)
+        return law.cut(lengths)
+
+    def _random_length(self, x: Tensor, *, priced: bool = False) -> Any:
+        """Return the law whose length is random, one an image."""
+        return self._encoded(x, priced=priced)
 
     def decode(self, z: Tensor) -> Tensor:
         """Return the mean images of codes; a code ends with its last latent or block that is not zero.

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vnd.autoencoders.base import EncoderGuide, OrderedAutoencoder
+from pyro_vnd.autoencoders.base import ElboTerms, EncoderGuide, OrderedAutoencoder
 from pyro_vnd.autoencoders.bodies import Bodies
 from pyro_vnd.autoencoders.codes import CodeDecoder, CodeEncoder, Tail
 from pyro_vnd.autoencoders.conditioner import Conditioner
@@ -20,30 +20,10 @@ from pyro_vnd.distributions import NestedAutoregressive, NestedNormal, OrderedMa
 from pyro_vnd.distributions.kl import kl_parts
 from pyro_vnd.distributions.nested import NestedLaw
 
-__all__ = ["ElboTerms", "EnumeratingGuide", "OrderedVAE", "PriorLatents"]
+__all__ = ["EnumeratingGuide", "OrderedVAE", "PriorLatents"]
 
 PriorLatents = Literal["independent", "autoregressive"]
 CONDITIONER: dict[str, Any] = {"hidden": (128, 128), "num_components": 10}  # of a learned prior
-
-
-class ElboTerms(NamedTuple):
-    """The terms of the ELBO of each image, in nats, shape (N,).
-
-    Attributes:
-        log_likelihood: E_q log p(x | z), estimated.
-        kl_latents: Divergence of the kept latents from their prior, exact; from a prior that is autoregressive it is
-            that of each latent given the draws of those before it, and from mixtures that of the draws themselves.
-        kl_lengths: Divergence of the law of the lengths from its prior, exact.
-    """
-
-    log_likelihood: Tensor
-    kl_latents: Tensor
-    kl_lengths: Tensor
-
-    @property
-    def elbo(self) -> Tensor:
-        """The bound itself."""
-        return self.log_likelihood - self.kl_latents - self.kl_lengths
 
 
 class OrderedVAE(OrderedAutoencoder):

@@ -9,11 +9,12 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import kl_divergence
 from torch.fx import symbolic_trace
 from torch.nn.functional import one_hot
 
 from pyro_vnd._sizes import check_sizes
-from pyro_vnd.autoencoders.base import EncoderGuide, OrderedAutoencoder
+from pyro_vnd.autoencoders.base import ElboTerms, EncoderGuide, OrderedAutoencoder
 from pyro_vnd.autoencoders.bodies import Bodies
 from pyro_vnd.autoencoders.codes import Tail
 from pyro_vnd.autoencoders.lengths import LengthSource
@@ -125,9 +126,12 @@ class OrderedVQVAE(OrderedAutoencoder):
         return TokenGuide(self)
 
     def prior(self, length: int | Tensor | None = None) -> OrderedMask:
-        """Return the prior of the mask over blocks, cut to a length if one is given."""
+        """Return the prior of the mask over blocks, cut to a length if one is given, or of a batch to a length each."""
         prior = OrderedMask(probs=self.prior_probs)
-        return prior if length is None else prior.cut(self._length(length))
+        if length is None:
+            return prior
+        lengths = self._length(length)
+        return prior.expand(lengths.shape).cut(lengths)
 
     def encode(
         self,
@@ -151,12 +155,12 @@ class OrderedVQVAE(OrderedAutoencoder):
         Raises:
             ValueError: If images or lengths are invalid.
         """
-        self._check_one("encode", length=length, price=price, mean_length=mean_length)
-        self.check_images(x)
-        if not (price is None and mean_length is None):
-            return self._encoded(x, priced=True)[1].tilt(self._price("encode", price, mean_length))
-        law = self._encoded(x)[1].expand((len(x),))
-        return law if length is None else law.cut(self._length(length))
+        law: OrderedMaskStraightThrough = self._law_of(x, length, price, mean_length)
+        return law
+
+    def _random_length(self, x: Tensor, *, priced: bool = False) -> OrderedMaskStraightThrough:
+        law: OrderedMaskStraightThrough = self._encoded(x, priced=priced)[1]
+        return law.expand((len(x),))
 
     def _codes_and_costs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         nats = math.log(self.codebook_size)
@@ -167,6 +171,27 @@ class OrderedVQVAE(OrderedAutoencoder):
     def _cut_code(self, codes: Tensor, length: int) -> tuple[Tensor, Tensor]:
         mask = self._mask(len(codes), length)
         return self._code(codes, mask), mask
+
+    def elbo(self, x: Tensor, length: int | Tensor | None = None, num_samples: int = 1) -> ElboTerms:
+        """Estimate the ELBO of each image and its terms.
+
+        Args:
+            x: Images, shape (N, *image_shape).
+            length: Code length, 1..K, for all images or one an image: the bound of log p(x | L); None has it random.
+            num_samples: Draws of a random length; given its length a code is a point.
+
+        Returns:
+            The terms, each of shape (N,).
+
+        Raises:
+            ValueError: If an argument is invalid.
+        """
+        check_sizes(f"{type(self).__name__}.elbo", num_samples=num_samples)
+        law = self.encode(x, length)
+        values, costs = self._codes_and_costs(x)
+        mask = law.sample((num_samples,))
+        likelihood = self.likelihood_given(self._code(values, mask), mask).log_prob(x).mean(0)
+        return ElboTerms(likelihood, law.probs @ costs, kl_divergence(law, self.prior(length)))
 
     @torch.no_grad()
     def tokens(self, x: Tensor, length: int | None = None) -> Tensor:

@@ -71,6 +71,30 @@ def test_rate_is_the_expected_length_times_log_v(elbo, x):
     assert abs(losses.mean() - expected + rate) > 3.5 * error
 
 
+@both
+def test_elbo_is_that_of_all_lengths_by_their_probability(ordered, x):
+    torch.manual_seed(1)
+    model = with_own_lengths(small(ordered))
+    K, draws = model.num_latents, 2000
+    q = model.encode(x)
+    by_length = [model.elbo(x, k) for k in range(1, K + 1)]
+    for k, terms in enumerate(by_length, 1):
+        tokens = k if ordered == "tokens" else T
+        assert torch.allclose(terms.kl_latents, torch.full((N,), tokens * math.log(V)).double())
+        assert (terms.kl_lengths == 0).all()  # of log p(x | L)
+        law = model.likelihood_given(model.embed(x, k), model._prefix(torch.full((N,), k)))
+        torch.testing.assert_close(terms.log_likelihood, law.log_prob(x))
+    terms = model.elbo(x, None, draws)
+    torch.testing.assert_close(terms.kl_lengths, kl_divergence(q, model.prior()))
+    torch.testing.assert_close(terms.kl_latents, (q.probs * torch.stack([e.kl_latents for e in by_length], -1)).sum(-1))
+    likelihoods = torch.stack([each.log_likelihood for each in by_length], -1)
+    mean = (q.probs * likelihoods).sum(-1)
+    error = ((q.probs * likelihoods.square()).sum(-1) - mean.square()).clamp_min(0).sum().sqrt() / draws**0.5
+    assert abs((terms.log_likelihood - mean).sum()) < 4 * error
+    assert abs((terms.log_likelihood - likelihoods.mean(-1)).sum()) > 4 * error  # all lengths alike
+    torch.testing.assert_close(model.elbo(x, torch.arange(N) % K + 1).elbo[K], by_length[0].elbo[K])
+
+
 def test_rate_of_ordered_dimensions_is_that_of_all_tokens(x):
     model, objective = small("dims"), NestedELBO()
     with module_local_params(model, model.guide):
@@ -270,6 +294,10 @@ def test_lengths_and_images_are_checked(length, method, x):
         model.decode(torch.full((2, T * D), math.nan))
     with pytest.raises(ValueError, match="`length`"):
         model.narrow(T + 1)
+    with pytest.raises(ValueError, match=f"`length` must be one for each of {N} images; got \\(3,\\)"):
+        model.encode(x, torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match=r"OrderedVQVAE.elbo: argument `num_samples` must be positive; got 0"):
+        model.elbo(x, num_samples=0)
 
 
 def test_every_parameter_learns(x):

@@ -8,15 +8,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_vnd.autoencoders import OrderedVAE
+from pyro_vnd.autoencoders import OrderedVAE, OrderedVQVAE
 from pyro_vnd.diagnostics import evaluate_lengths
 from pyro_vnd.diagnostics.metrics.lengths import LAWS
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import distil_lengths
+from pyro_vnd.infer import MaskSchedule, distil_lengths, fit
 
 K, D, N = 6, 8, 60
 UNITS = torch.arange(1, K + 1)
 QUIET = {"progress": False}
+L8 = math.log(8)
 SCALE = 20_000.0  # nats for an error of one
 
 
@@ -246,3 +247,17 @@ def test_codes_of_one_unit():
 def test_errors(x, data, options, message: str):
     with pytest.raises(ValueError, match=message):
         evaluate_lengths(Planted(), x if data is None else data, **{"mean_lengths": [2]} | QUIET | options)
+
+
+def test_of_a_vqvae_the_rate_is_that_of_its_tokens(digits):
+    torch.manual_seed(0)
+    vae = OrderedVQVAE((64,), num_tokens=4, dim=2, codebook_size=8)
+    x = digits.train.images[:100].double()
+    fit(vae, vae.guide, x, num_epochs=5, batch_size=50, schedule=MaskSchedule(), progress=False)
+    result = evaluate_lengths(vae, x, (2, 2.5), progress=False)
+    fixed = result.sel(law="fixed")
+    np.testing.assert_allclose(fixed["rate"].values.ravel() - fixed["information"].values.ravel(), [2 * L8, 2.5 * L8])
+    own = result.sel(law="exact")
+    np.testing.assert_allclose(own["rate"] - own["information"], fixed["rate"] - fixed["information"], rtol=1e-4)
+    assert (own["information"] > 0).all()
+    np.testing.assert_allclose(result["elbo"], -(result["distortion"] + result["rate"]))
