@@ -58,7 +58,16 @@ class LengthsByPrice(QuietModule):
         """Return the part that predicts what lengths are worth, a new one, which knows nothing, if there is none.
 
         `distil_lengths` calls it; call it to load weights of a model that has one.
+
+        Raises:
+            ValueError: If the prior of the lengths gives some of them no probability.
         """
+        if not (self.prior_probs > 0).all():
+            raise ValueError(
+                f"{type(self).__name__}: argument `prior_lengths` gives some lengths no probability, so that codes are "
+                "never to be cut there and there is no length to choose; make and train the model with a prior that "
+                "gives all lengths some, such as OrderedMask.uniform(K)"
+            )
         return self.encoder.add_value_head()
 
     def value_inputs(self, x: Tensor) -> Tensor:

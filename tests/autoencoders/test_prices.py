@@ -17,6 +17,7 @@ from pyro_vnd.autoencoders import (
     OrderedVQVAE,
     OrderedWAE,
     conv_bodies,
+    full_length,
     mlp_bodies,
 )
 from pyro_vnd.distributions import OrderedMask
@@ -241,6 +242,13 @@ def test_models_that_do_not_know_their_values_say_what_to_do():
         OrderedVAE((D,), K, prior_lengths=zeros, posterior_lengths="priced")
     with pytest.raises(ValueError, match="`enumerate_lengths` needs another posterior_lengths than 'priced'"):
         OrderedVAE((D,), K, enumerate_lengths=True, posterior_lengths="priced")
+
+
+def test_where_only_whole_codes_are_possible_there_is_no_length_to_choose():
+    vae = OrderedVAE((D,), K, prior_lengths=full_length(K), posterior_lengths="prior")
+    with pytest.raises(ValueError, match="OrderedVAE: argument `prior_lengths` gives some lengths no probability"):
+        distil_lengths(vae, torch.rand(30, D), progress=False)
+    assert vae.encoder.value_head is None
 
 
 @pytest.mark.parametrize("name", ["vae", "tokens"])
