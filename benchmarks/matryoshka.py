@@ -203,7 +203,7 @@ def rows(method: str, seed: int, data: Dataset, part: Part, recipe: Recipe) -> I
         labels = data.train.labels, queries.labels
         known, wanted = (Split(*pair) for pair in zip(embeddings[method], labels, strict=True))
         for prefix in (k for k in PREFIXES if 1 < k < recipe.num_dims):
-            lengths = net.lengths(queries.images, mean_length=prefix).mode.sum(-1).long()
+            lengths = net.choose_lengths(queries.images, mean_length=prefix)
             scores = scores_by_query(known, wanted, lengths)
             scores["classification accuracy"] = classification_accuracy(net, queries, lengths)
             scores["mean length"] = lengths.double().mean().item()

@@ -115,7 +115,7 @@ class Recipe:
 RECIPE = Recipe()
 # Tokens are compared at short codes, too, where whole ones may cost a little: chosen on the validation part.
 OWN: dict[str, dict[str, Any]] = {
-    "vqvae_tokens": {"budget": 0.65, "full": 0.3, "budget_offset": 0.0, "budget_power": 0.8}
+    "vqvae_tokens": {"budget": 0.66, "full": 0.29, "budget_offset": 0.5, "budget_power": 0.9}
 }
 
 

@@ -200,12 +200,34 @@ class MatryoshkaEmbedding(PyroModule):
         Raises:
             ValueError: If an argument is invalid, or the net does not know what lengths are worth.
         """
-        if self.value_head is None:
+        return self._knowing_head().law(self.value_inputs(x), price, mean_length, temperature)
+
+    @torch.no_grad()
+    def choose_lengths(
+        self, x: Tensor, *, price: float | Tensor | None = None, mean_length: float | None = None
+    ) -> Tensor:
+        """Return the best length of each image's embedding at a price, or at that at which these have a mean.
+
+        Args:
+            x: Images, shape (N, *image_shape).
+            price: As in `lengths`.
+            mean_length: Mean over the images of `distil_lengths`, of these lengths rather than random ones by `lengths`.
+
+        Returns:
+            Integers from 1 to K, shape (N,).
+
+        Raises:
+            ValueError: As in `lengths`.
+        """
+        return self._knowing_head().choose(self.value_inputs(x), price, mean_length)
+
+    def _knowing_head(self) -> ValueHead:
+        if self.value_head is None or not self.value_head.is_calibrated:
             raise ValueError(
-                "MatryoshkaEmbedding: the net does not know what lengths are worth yet: call "
-                "`distil_lengths(net, (images, labels))` after the fit"
+                "MatryoshkaEmbedding: the net does not know what lengths are worth yet, or not since it was fitted "
+                "again: call `distil_lengths(net, (images, labels))` after the fit"
             )
-        return self.value_head.law(self.value_inputs(x), price, mean_length, temperature)
+        return self.value_head
 
     def embed(
         self,
@@ -235,7 +257,8 @@ class MatryoshkaEmbedding(PyroModule):
             return normalize(self.head(self.body(x))[:, :length], dim=-1)
         if length is not None:
             raise ValueError("MatryoshkaEmbedding.embed: give one of `length`, `price` and `mean_length`")
-        mask = self.lengths(x, price=price, mean_length=mean_length).mode
+        lengths = self.choose_lengths(x, price=price, mean_length=mean_length)
+        mask = (torch.arange(self.num_dims, device=x.device) < lengths.unsqueeze(-1)).to(x)
         return normalize(mask * self.head(self.body(x)), dim=-1)
 
     @torch.no_grad()

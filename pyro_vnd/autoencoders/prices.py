@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from pyro_vnd.autoencoders.lengths import LengthEncoder
 from pyro_vnd.autoencoders.likelihoods import Likelihood
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.nested import NestedLaw
-from pyro_vnd.nn.values import ValueHead, checked_lengths, interpolate_values, spaced_lengths
+from pyro_vnd.nn.values import ValueHead, checked_lengths, chosen_at_mean, interpolate_values, spaced_lengths
 
 __all__ = ["LengthsByPrice"]
 
@@ -129,13 +130,14 @@ class LengthsByPrice(QuietModule):
             x: Images, shape (N, *image_shape).
             price: Nats for one more latent, one for all images or one an image, shape (N,).
             mean_length: In place of a price that at which the mean length is this, strictly between 1 and K: over the
-                images that were kept to calibrate the model, or over `x` itself with `exact`.
+                images that were kept to calibrate the model, or over `x` itself with `exact`. One for all images, or
+                one an image, of those at whose price they all would have it.
             exact: How many lengths to decode, and to interpolate, in place of what the encoder predicts.
-            temperature: Flattens the law, > 0.
+            temperature: Flattens the law, > 0, once its price is known: its mean is no longer that asked for.
 
         Returns:
-            A law with batch shape (N,); its mode is what `reconstruct` takes. With neither price nor mean it is the
-            encoder's, at no price.
+            A law with batch shape (N,), which is random still: `choose_lengths` has the best length of each image. With
+            neither price nor mean it is the encoder's, at no price.
 
         Raises:
             ValueError: If an argument is invalid, or the model does not know what lengths are worth.
@@ -163,6 +165,49 @@ class LengthsByPrice(QuietModule):
                 law = law.tilt(price)
         return law if temperature == 1 else OrderedMask(logits=law.logits / temperature)
 
+    @torch.no_grad()
+    def choose_lengths(
+        self,
+        x: Tensor,
+        *,
+        price: float | Tensor | None = None,
+        mean_length: float | None = None,
+        exact: int | None = None,
+    ) -> Tensor:
+        """Return the best length of each image at a price: what `embed` and `reconstruct` take.
+
+        Args:
+            x: As in `lengths`.
+            price: As in `lengths`.
+            mean_length: In place of a price that at which these lengths, and not random ones by `lengths`, have this
+                mean: over the images that were kept to calibrate the model, or over `x` itself with `exact`, as nearly
+                as whole lengths allow.
+            exact: As in `lengths`.
+
+        Returns:
+            Integers from 1 to K, shape (N,): the modes of the laws of `lengths` at the price.
+
+        Raises:
+            ValueError: As in `lengths`.
+
+        Example:
+            >>> from pyro_vnd.autoencoders import OrderedVAE
+            >>> vae = OrderedVAE((64,), num_latents=8)
+            >>> vae.choose_lengths(torch.rand(100, 64), mean_length=3.0, exact=8).double().mean().round(decimals=1)
+            tensor(3., dtype=torch.float64)
+        """
+        self._check_one("choose_lengths", price=price, mean_length=mean_length)
+        if mean_length is not None and exact is not None:
+            if not (isinstance(mean_length, Real) and 1 <= mean_length <= self.num_latents):
+                raise ValueError(
+                    f"{type(self).__name__}.choose_lengths: argument `mean_length` must be a number from 1 to "
+                    f"{self.num_latents}; got {mean_length!r}"
+                )
+            return chosen_at_mean(self.lengths(x, exact=exact).logits, float(mean_length))
+        if mean_length is not None:
+            price = self._price("choose_lengths", None, mean_length, chosen=True)
+        return self.lengths(x, price=price, exact=exact).logits.argmax(-1) + 1
+
     def _exact_law(self, x: Tensor, num_lengths: int) -> OrderedMask:
         """Return the law of lengths at no price by decoding some of them."""
         if not (self.prior_probs > 0).all():
@@ -174,16 +219,19 @@ class LengthsByPrice(QuietModule):
         values = interpolate_values(self.value_curve(x, lengths), lengths, self.num_latents)
         return OrderedMask(logits=values + self.prior_probs.log())
 
-    def _price(self, method: str, price: float | Tensor | None, mean_length: float | None) -> Any:
+    def _price(
+        self, method: str, price: float | Tensor | None, mean_length: float | None, *, chosen: bool = False
+    ) -> Any:
         """Return a price, or that of a mean length."""
         head = self.encoder.value_head
-        if head is None:
+        # A head that was distilled knows nothing of what the model has learned since.
+        if head is None or not (head.is_calibrated or self.encoder.source == "priced"):
             raise ValueError(
                 f"{type(self).__name__}.{method}: arguments `price` and `mean_length` need a model that knows what "
                 "lengths are worth: make it with posterior_lengths='priced', call `distil_lengths(model, data)` after "
-                "a fit, or give `exact=12` to `lengths` or `reconstruct`"
+                "a fit, and again after the next one, or give `exact=12` to `lengths` or `reconstruct`"
             )
-        return price if mean_length is None else head.price_at(mean_length)
+        return price if mean_length is None else head.price_at(mean_length, chosen=chosen)
 
     def _choose(
         self,
@@ -201,7 +249,7 @@ class LengthsByPrice(QuietModule):
             return length
         if price is None and mean_length is None and exact is None:
             return self.num_latents
-        return self.lengths(x, price=price, mean_length=mean_length, exact=exact).logits.argmax(-1) + 1
+        return self.choose_lengths(x, price=price, mean_length=mean_length, exact=exact)
 
     def _check_one(self, method: str, **given: Any) -> None:
         names = [name for name, value in given.items() if value is not None]

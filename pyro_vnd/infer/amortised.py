@@ -207,6 +207,29 @@ class LengthsByRow:
             inputs = part.look(*args, **kwargs)
         return part.head.law(inputs, price, mean_length, temperature)
 
+    @torch.no_grad()
+    def choose_lengths(
+        self, *args: Any, price: float | Tensor | None = None, mean_length: float | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Return the best length of each row at a price, of a guide made with `amortise`.
+
+        Args:
+            *args: As in `lengths`.
+            price: As in `lengths`.
+            mean_length: In place of a price that at which these lengths, rather than random ones by `lengths`, have
+                this mean over the rows of the last `fit` or `distil_lengths`.
+            **kwargs: As in `lengths`.
+
+        Returns:
+            Integers from 1 to K, shape (N,): the modes of the laws of `lengths` at the price.
+
+        Raises:
+            ValueError: As in `lengths`.
+        """
+        part = self._part_by_row("choose_lengths")
+        with module_mode([part], training=False):
+            return part.head.choose(part.look(*args, **kwargs), price, mean_length)
+
     def add_value_head(self) -> ValueHead:
         """Return the part that predicts what lengths are worth, which `fit` or the first call made."""
         return self._part_by_row("add_value_head").head

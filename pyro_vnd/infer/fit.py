@@ -262,7 +262,7 @@ def fit(
                 break
         if rest:
             last = settings[max(result.num_steps - 1, 0)].weights
-            calibrate_heads(guide, data, plate)
+            calibrate_heads(model, guide, data, plate, batch_size)
             finish(result, objective, data, batch_size, partial(scale, weights=last), khat=khat and last == KLWeights())
             if file is not None:
                 file.save(result)

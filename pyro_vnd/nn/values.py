@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyro_vnd._sizes import check_sizes
 from pyro_vnd.distributions import OrderedMask
 
-__all__ = ["ValueHead", "checked_lengths", "interpolate_values", "spaced_lengths"]
+__all__ = ["ValueHead", "checked_lengths", "chosen_at_mean", "interpolate_values", "majorant_slopes", "spaced_lengths"]
 
 NUM_PRICES = 256
 LARGEST_PRICE, SMALLEST_PRICE = 100.0, 1e-4  # in units of the spread of values
@@ -55,7 +55,7 @@ class ValueHead(nn.Module):
     seen: Tensor
     prices: Tensor
     mean_lengths: Tensor
-
+    chosen_prices: Tensor
     log_probs: Tensor
 
     def __init__(
@@ -91,6 +91,7 @@ class ValueHead(nn.Module):
             ("seen", (num_units,), 0.0),
             ("prices", (NUM_PRICES,), torch.nan),
             ("mean_lengths", (NUM_PRICES,), torch.nan),
+            ("chosen_prices", (NUM_PRICES,), torch.nan),
         ):
             self.register_buffer(name, torch.full(size, start))
         self.register_buffer("log_probs", prior.logits.detach().clone())
@@ -175,7 +176,7 @@ class ValueHead(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, values: Tensor) -> None:
-        """Keep the mean length over some rows at each of many prices, that of their laws.
+        """Keep the mean length over some rows at each of many prices, and the prices of mean lengths that are chosen.
 
         Args:
             values: Values of the rows, shape (N, K).
@@ -202,12 +203,27 @@ class ValueHead(nn.Module):
             self.temperature * prices.flip(0)
         )  # in the order of mean lengths, which fall as the price rises
         self.mean_lengths.copy_(means.flip(0))
+        if self.num_units > 1:
+            slopes = majorant_slopes(logits).flatten().sort(descending=True).values
+            at = torch.linspace(0, len(slopes) - 1, NUM_PRICES, dtype=torch.float64, device=slopes.device)
+            self.chosen_prices.copy_(self.temperature * slopes[at.round().long()])
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Forget prices of mean lengths, as values are no longer those of the model: it was trained without the head."""
+        for table in (self.prices, self.mean_lengths, self.chosen_prices):
+            table.fill_(torch.nan)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it knows which price leads to which mean length."""
+        return not bool(self.mean_lengths[0].isnan())
 
     def law(
         self,
         inputs: Tensor,
         price: float | Tensor | None = None,
-        mean_length: float | None = None,
+        mean_length: float | Tensor | None = None,
         temperature: float = 1.0,
     ) -> OrderedMask:
         r"""Return the law of the lengths of rows at a price, $q(L | x, \lambda) \propto p(L) \exp(v_L(x) - \lambda L)$.
@@ -233,11 +249,33 @@ class ValueHead(nn.Module):
         temperature = temperature * self.temperature
         return law if temperature == 1 else OrderedMask(logits=law.logits / temperature)
 
-    def price_at(self, mean_length: float | Tensor) -> Tensor:
+    def choose(
+        self, inputs: Tensor, price: float | Tensor | None = None, mean_length: float | Tensor | None = None
+    ) -> Tensor:
+        """Return the best length of each row at a price, the mode of its law.
+
+        Args:
+            inputs: Features of the rows, shape (..., num_inputs).
+            price: As in `law`.
+            mean_length: In place of a price that at which the best lengths of the rows of `calibrate` have this mean.
+                Their laws, which are random still, have another mean there.
+
+        Returns:
+            Integers from 1 to K, shape (...).
+
+        Raises:
+            ValueError: As in `law`.
+        """
+        if mean_length is not None and price is None:
+            price, mean_length = self.price_at(mean_length, chosen=True), None
+        return self.law(inputs, price, mean_length).logits.argmax(-1) + 1
+
+    def price_at(self, mean_length: float | Tensor, *, chosen: bool = False) -> Tensor:
         """Return the price at which the lengths of the rows of `calibrate` have a given mean.
 
         Args:
             mean_length: Strictly between 1 and K.
+            chosen: Whether the lengths are those of `choose`, one a row, rather than random ones by `law`.
 
         Returns:
             Nats a unit, the shape of `mean_length`.
@@ -245,17 +283,72 @@ class ValueHead(nn.Module):
         Raises:
             ValueError: If it is not, or the head was not calibrated.
         """
-        wanted = torch.as_tensor(mean_length, dtype=self.prices.dtype, device=self.prices.device)
-        if self.mean_lengths[0].isnan():
+        if not self.is_calibrated:
             raise ValueError(
-                "ValueHead: argument `mean_length` needs a price, which is not known yet: fit the model with lengths "
-                "by values (an autoencoder's posterior_lengths='priced', say), or call `distil_lengths`"
+                "ValueHead: argument `mean_length` needs a price, which is not known yet, or not since the model was "
+                "fitted without its head: fit it with lengths by values (an autoencoder's posterior_lengths='priced', "
+                "say), or call `distil_lengths`"
             )
+        try:
+            wanted = torch.as_tensor(mean_length, dtype=self.prices.dtype, device=self.prices.device)
+        except (TypeError, ValueError, RuntimeError):
+            wanted = self.prices.new_tensor(torch.nan)
         if not ((wanted > 1) & (wanted < self.num_units)).all():
             raise ValueError(
-                f"ValueHead: argument `mean_length` must be strictly between 1 and {self.num_units}; got {mean_length}"
+                f"ValueHead: argument `mean_length` must be strictly between 1 and {self.num_units}; got "
+                f"{mean_length!r}"
             )
+        if chosen:
+            return _on_lines(wanted, torch.linspace(1, self.num_units, NUM_PRICES).to(wanted), self.chosen_prices)
         return _on_lines(wanted, self.mean_lengths, self.prices)
+
+
+def majorant_slopes(curves: Tensor) -> Tensor:
+    r"""Return by how much the least concave curve above each one rises from each length to the next.
+
+    At a price $\lambda$ the best length, $\arg\max_L v_L - \lambda L$, is one more than the number of slopes above it.
+
+    Args:
+        curves: v at the lengths 1..K, shape (N, K).
+
+    Returns:
+        Falling slopes, shape (N, K - 1).
+
+    Example:
+        >>> majorant_slopes(torch.tensor([[0.0, 1.0, 4.0, 5.0]]))  # a length of two is never the best
+        tensor([[2., 2., 1.]])
+    """
+    num_rows, num_units = curves.shape
+    units = torch.arange(num_units, device=curves.device)
+    slopes, at = torch.zeros_like(curves), units.new_zeros(num_rows, 1)
+    while num_units > 1 and bool((at < num_units - 1).any()):
+        rises = (curves - curves.gather(-1, at)) / (units - at)
+        rise, to = rises.where(units > at, -torch.inf).max(-1, keepdim=True)
+        to = to.where(at < num_units - 1, at)
+        slopes = torch.where((units > at) & (units <= to), rise, slopes)
+        at = to
+    return slopes[:, 1:]
+
+
+def chosen_at_mean(logits: Tensor, mean_length: float) -> Tensor:
+    """Return the best lengths of rows, the modes of their laws, at the price at which these have a mean, or just less.
+
+    Args:
+        logits: Of the lengths 1..K at no price, shape (N, K).
+        mean_length: From 1 to K.
+
+    Returns:
+        Integers, shape (N,).
+
+    Example:
+        >>> chosen_at_mean(torch.tensor([[0.0, 1.0, 1.5], [0.0, 3.0, 6.0]]), 2.5)
+        tensor([2, 3])
+    """
+    slopes = majorant_slopes(logits.double().clamp_min(torch.finfo(torch.float32).min))
+    number = int((mean_length - 1) * len(slopes) + 1e-9)
+    if number >= slopes.numel():
+        return torch.full((len(slopes),), logits.shape[-1], device=logits.device)
+    return (slopes > slopes.flatten().sort(descending=True).values[number]).sum(-1) + 1
 
 
 def _check_temperature(caller: str, temperature: float) -> None:

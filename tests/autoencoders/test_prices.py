@@ -99,7 +99,9 @@ def test_laws_at_a_price_by_enumeration(name: str):
 def test_codes_and_images_are_those_of_the_most_probable_lengths(name: str):
     model, x = make(name), torch.rand(N, D)
     for chosen in ({"price": 0.7}, {"mean_length": 2.2}, {"mean_length": 2.5, "exact": 3}, {"exact": K}):
-        lengths = model.lengths(x, **chosen).probs.argmax(-1) + 1
+        lengths = model.choose_lengths(x, **chosen)
+        if "mean_length" not in chosen:
+            assert torch.equal(lengths, model.lengths(x, **chosen).probs.argmax(-1) + 1)
         assert torch.equal(model.embed(x, **chosen), model.embed(x, lengths))
         assert torch.equal(model.reconstruct(x, **chosen), model.reconstruct(x, lengths))
     found = [model.lengths(x, mean_length=m).probs.argmax(-1) for m in (1.5, 2.0, 2.5, 3.0, 3.5)]
@@ -244,6 +246,41 @@ def test_models_that_do_not_know_their_values_say_what_to_do():
         OrderedVAE((D,), K, enumerate_lengths=True, posterior_lengths="priced")
 
 
+@pytest.mark.parametrize("name", ["vae", "tokens"])
+def test_a_budget_holds_for_the_codes_that_one_gets(name: str):
+    model = make(name)
+    x = torch.rand(100, D)
+    with torch.no_grad():
+        model.encoder.value_head.calibrate(model.encoder.value_head(model.value_inputs(x)))
+    off = []
+    for mean in (1.5, 2.2, 3.0, 3.5):
+        for exact in (None, K):
+            chosen = model.choose_lengths(x, mean_length=mean, exact=exact).double()
+            assert chosen.mean().item() == pytest.approx(mean, abs=0.1), (mean, exact)
+            by_law = model.lengths(x, mean_length=mean, exact=exact)
+            assert by_law.mean_length.mean().item() == pytest.approx(mean, rel=0.01)
+            off.append(abs((by_law.logits.argmax(-1) + 1).double().mean().item() - mean))
+    assert max(off) > 0.1  # the most probable lengths of these laws are others
+    with pytest.raises(ValueError, match="`mean_length` must be a number from 1 to 4; got 9"):
+        model.choose_lengths(x, mean_length=9, exact=K)
+
+
+def test_a_fit_that_does_not_train_the_head_makes_it_forget(images):
+    torch.manual_seed(0)
+    x = images[:200]
+    vae = OrderedVAE((1, 8, 8), K, bodies=mlp_bodies((1, 8, 8), hidden=(16,)))
+    how = {"num_epochs": 2, "batch_size": 50, "progress": False}
+    fit(vae, vae.guide, x, **how)
+    distil_lengths(vae, x, num_steps=50, progress=False)
+    assert vae.lengths(x, mean_length=2.0).mean_length.mean().item() == pytest.approx(2, abs=0.2)
+    fit(vae, vae.guide, x, **how)
+    for asked in ({"mean_length": 2.0}, {"price": 1.0}):
+        with pytest.raises(ValueError, match=r"call `distil_lengths\(model, data\)` after a fit, and again after"):
+            vae.reconstruct(x, **asked)
+    distil_lengths(vae, x, num_steps=50, progress=False)
+    assert vae.lengths(x, mean_length=2.0).mean_length.mean().item() == pytest.approx(2, abs=0.2)
+
+
 def test_where_only_whole_codes_are_possible_there_is_no_length_to_choose():
     vae = OrderedVAE((D,), K, prior_lengths=full_length(K), posterior_lengths="prior")
     with pytest.raises(ValueError, match="OrderedVAE: argument `prior_lengths` gives some lengths no probability"):
@@ -314,7 +351,7 @@ def test_a_fit_that_was_interrupted_ends_at_the_very_same_model(name: str, tmp_p
 
 def test_tokens_of_a_priced_length_are_so_many():
     model, x = make("tokens"), torch.rand(N, D)
-    lengths = model.lengths(x, mean_length=2.2).probs.argmax(-1) + 1
+    lengths = model.choose_lengths(x, mean_length=2.2)
     codes = model.embed(x, mean_length=2.2).unflatten(-1, (K, 2))
     for n, length in enumerate(lengths.tolist()):
         tokens = model.tokens(x[n : n + 1], length)

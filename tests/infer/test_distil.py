@@ -233,5 +233,5 @@ def test_errors(model, data, options, message: str):
 def test_a_prior_that_rules_lengths_out_leaves_nothing_to_choose():
     prior = OrderedMask(probs=torch.tensor([0.0, 0.5, 0.5]))
     model = OrderedVAE((9,), 3, prior_lengths=prior, posterior_lengths="prior")
-    with pytest.raises(ValueError, match="`prior` must be a single law over 3 units that gives each length a positive"):
+    with pytest.raises(ValueError, match="`prior_lengths` gives some lengths no probability"):
         distil_lengths(model, X, **BRIEF)

@@ -7,7 +7,7 @@ import torch
 
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.nn import ValueHead
-from pyro_vnd.nn.values import interpolate_values, spaced_lengths
+from pyro_vnd.nn.values import chosen_at_mean, interpolate_values, spaced_lengths
 
 K, D, N = 6, 3, 40
 
@@ -157,6 +157,60 @@ def test_prices_are_those_of_mean_lengths(scale: float, dtype: torch.dtype):
     assert torch.equal(head.price_at(4), prices[4])
 
 
+@pytest.mark.parametrize("scale", [0.3, 1.0, 1e4])
+def test_chosen_lengths_have_the_mean_that_is_asked_for(scale: float):
+    """Means of modes of 1,000 rows; those at the price of the laws are elsewhere."""
+    curves = curves_of(1000, 32, scale)
+    head = Known(curves)
+    head.calibrate(curves)
+    off = []
+    for mean in MEANS:
+        chosen = head.choose(torch.arange(1000), mean_length=mean)
+        assert chosen.double().mean().item() == pytest.approx(mean, rel=0.02, abs=0.05), mean
+        by_law = OrderedMask(logits=curves).tilt(head.price_at(mean)).logits.argmax(-1) + 1
+        off.append(abs(by_law.double().mean().item() - mean))
+    assert max(off) > 0.2 or scale > 1  # laws of many nats are as good as chosen lengths
+    assert torch.equal(head.choose(torch.arange(1000), price=0.3 * scale), best_by_hand(curves, 0.3 * scale))
+
+
+def best_by_hand(curves: torch.Tensor, price: float) -> torch.Tensor:
+    return torch.tensor([max(range(1, 33), key=lambda k: row[k - 1] - price * k) for row in curves.tolist()])
+
+
+class Known(ValueHead):
+    """A head that knows the curves of its rows."""
+
+    def __init__(self, curves: torch.Tensor):
+        super().__init__(1, curves.shape[-1])
+        self.double().curves = curves
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.curves[inputs]
+
+
+def test_lengths_chosen_among_known_curves_by_search():
+    """Against all prices at which a row changes its length."""
+    curves = curves_of(12, 5, 1.0)
+    prices = [
+        ((a - b) / (j - i)).item()
+        for row in curves
+        for i, b in enumerate(row)
+        for j, a in enumerate(row)
+        if j > i
+    ]
+    for mean in (1.0, 1.4, 2.5, 3.0, 4.9, 5.0):
+        chosen = chosen_at_mean(curves, mean).double().mean().item()
+        means = [best_of(curves, price + step).mean().item() for price in prices for step in (1e-9, -1e-9)]
+        assert chosen == pytest.approx(max(m for m in [*means, 1.0] if m <= mean + 1e-12))
+    assert chosen_at_mean(curves, 5.0).tolist() == [5] * 12
+    impossible = curves.index_fill(-1, torch.tensor([4]), -torch.inf)
+    assert chosen_at_mean(impossible, 4.9).max() == 4
+
+
+def best_of(curves: torch.Tensor, price: float) -> torch.Tensor:
+    return (curves - price * torch.arange(1, curves.shape[-1] + 1)).argmax(-1).double() + 1
+
+
 def test_prices_know_of_the_prior():
     prior = OrderedMask.geometric(0.3, 32)
     for scale in (1e-6, 1.0):  # values that say nothing leave the prior, whose mean is one of 3.3 at no price
@@ -182,6 +236,19 @@ def test_one_row_and_equal_rows_have_prices_too(num_units: int):
             assert law.mean_length.mean().item() == pytest.approx(mean, rel=0.03)
 
 
+def calibrated() -> ValueHead:
+    head = ValueHead(D, K)
+    head.calibrate(curves_of(10, K))
+    return head
+
+
+def forgetful() -> ValueHead:
+    head = calibrated()
+    assert head.is_calibrated
+    head.forget()
+    return head
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -192,6 +259,9 @@ def test_one_row_and_equal_rows_have_prices_too(num_units: int):
         (lambda: ValueHead(D, K, prior=OrderedMask.uniform(K).expand((2,))), "`prior` must be a single law"),
         (lambda: ValueHead(D, 2, prior=OrderedMask(probs=torch.tensor([0.0, 1.0]))), "a positive probability"),
         (lambda: ValueHead(D, K).price_at(2.0), "needs a price, which is not known yet"),
+        (lambda: forgetful().choose(torch.zeros(2, D), mean_length=2.0), "or not since the model was fitted without"),
+        (lambda: calibrated().choose(torch.zeros(2, D), 1.0, 2.0), "give one of `price` and `mean_length`; got both"),
+        (lambda: calibrated().price_at("2"), f"strictly between 1 and {K}; got '2'"),
     ],
 )
 def test_errors(make, message: str):

@@ -152,7 +152,8 @@ class ValueSites(Messenger):
         if self.schedule is not None and not terms:
             raise ValueError(
                 f"fit: argument `schedule` is a PriceSchedule, but no site in the plate {self.plate!r} has a law of "
-                "lengths by values that is drawn from"
+                "lengths by values that is drawn from: an autoencoder's has if it is made with "
+                "posterior_lengths='priced'; after a fit with a MaskSchedule, `distil_lengths` gives it one"
             )
         self.rounds = []
         return torch.stack(terms).sum() if terms else None
@@ -219,20 +220,40 @@ def _divergence(q: Any, p: Any, value: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate_heads(guide: Any, data: Data, plate: str) -> None:
-    """Tell value heads which price leads to which mean length, over rows from all over the data."""
-    heads = [part for part in guide.modules() if isinstance(part, ValueHead)] if isinstance(guide, nn.Module) else []
-    if not heads:
+def calibrate_heads(model: Any, guide: Any, data: Data, plate: str, batch_size: int) -> None:
+    """Tell value heads which price leads to which mean length; those that learned nothing in the fit forget it.
+
+    Over rows from all over the data of which the model does not hide all that is observed, as in the regression. A
+    model that is always given all of its rows is given them here, too.
+    """
+    known = _heads([model, guide])
+    if not known:
         return
     size = num_rows(data)
-    rows = torch.linspace(0, size - 1, min(size, NUM_CALIBRATION)).round().long()
+    few = torch.linspace(0, size - 1, min(size, NUM_CALIBRATION)).round().long()
+    rows = few if batch_size < size else torch.arange(size)
     args, kwargs = as_arguments(map_parts(lambda part: part[rows.to(part.device)], data))
     values = ValueSites(plate, 1.0, False, None)
-    with module_mode([guide], training=False), poutine.block(), values:
-        guide(*args, **kwargs)
+    with module_mode([model, guide], training=False), poutine.block(), values:
+        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        poutine.replay(model, trace=trace)(*args, **kwargs)
+    trained = set()
     for now in values.rounds:
         for name, curves in now.values.items():
-            now.heads[name].calibrate(curves.flatten(0, -2))
+            seen = curves.flatten(0, -2)
+            if now.visible:
+                seen = seen[now.seen(name).flatten()]
+            if len(seen):
+                now.heads[name].calibrate(seen[few] if len(seen) == size > len(few) else seen[:NUM_CALIBRATION])
+                trained.add(now.heads[name])
+    for head in known - trained:
+        head.forget()
+
+
+def _heads(roots: Iterable[Any]) -> set[ValueHead]:
+    """Return all value heads of models and guides."""
+    modules = (part for root in roots if isinstance(root, nn.Module) for part in root.modules())
+    return {part for part in modules if isinstance(part, ValueHead)}
 
 
 def value_sites(objects: Iterable[Any], elbo: ELBO, schedule: Any, plate: str, row_scale: float) -> ValueSites | None:
@@ -249,8 +270,7 @@ def value_sites(objects: Iterable[Any], elbo: ELBO, schedule: Any, plate: str, r
         ValueError: If the schedule has prices, and no law of lengths is by values.
     """
     prices = schedule if isinstance(schedule, PriceSchedule) else None
-    parts = (part for root in objects if isinstance(root, nn.Module) for part in root.modules())
-    if not any(isinstance(part, ValueHead) for part in parts):
+    if not _heads(objects):
         if prices is not None:
             raise ValueError(
                 "fit: argument `schedule` is a PriceSchedule, for laws of lengths by values, of which the guide has "
