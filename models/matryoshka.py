@@ -211,7 +211,7 @@ class MatryoshkaEmbedding(PyroModule):
         Args:
             x: Images, shape (N, *image_shape).
             price: As in `lengths`.
-            mean_length: Mean over the images of `distil_lengths`, of these lengths rather than random ones by `lengths`.
+            mean_length: Mean over the images of `distil_lengths`, of these lengths and not of random ones.
 
         Returns:
             Integers from 1 to K, shape (N,).

@@ -1,6 +1,6 @@
 """Where the lengths of codes come from: their law a priori, and what an encoder says of them."""
 
-from typing import Literal, TypeAlias, TypedDict, get_args
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,12 @@ class LengthEncoder(nn.Module):
             self.value_head = ValueHead(num_inputs, self.num_latents, (hidden, hidden), self._prior)
             self.value_head.to(self.heads.weight).train(self.training)
         return self.value_head
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Make a value head for the weights of one, those of a model that was given it by `distil_lengths`."""
+        if any(name.startswith(f"{prefix}value_head.") for name in state_dict):
+            self.add_value_head()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def values_and_lengths(self, x: Tensor, *, priced: bool = False) -> tuple[Tensor, LengthParameters]:
         """Return the numbers, shape (N, num_values), and what tells the law of the lengths.

@@ -60,7 +60,8 @@ class AutoAmortised(AutoGuide):
         if len(features) != self.frame.size:
             raise ValueError(
                 f"AutoNested: argument `amortise` must return a row of features for each of the {self.frame.size} rows "
-                f"of plate {self.frame.name!r}; got shape {tuple(features.shape)}"
+                f"of plate {self.frame.name!r}; got shape {tuple(features.shape)}. Rows that a plate draws inside the "
+                "model it does not see: give `fit` a batch_size instead of the plate a subsample_size"
             )
         is_mask = isinstance(law, OrderedMask)
         prior = self._single(law if is_mask else law.mask_law)

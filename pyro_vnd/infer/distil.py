@@ -4,7 +4,9 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from inspect import signature
+from numbers import Real
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -133,10 +135,13 @@ def distil_lengths(
         )
     check_rows(name, data)
     check_sizes(name, num_lengths=num_lengths, num_rows_used=num_rows_used, num_steps=num_steps, batch_size=batch_size)
-    if prices is not None and not (len(prices) == 2 and 0 < prices[0] < prices[1] < math.inf):
-        raise ValueError(f"{name}: argument `prices` must be two prices, 0 < low < high; got {prices}")
-    if not 0 < lr < math.inf:
-        raise ValueError(f"{name}: argument `lr` must be finite and > 0; got {lr}")
+    _check_arguments(model, data)
+    if prices is not None and not (_are_numbers(prices, 2) and 0 < prices[0] < prices[1] < math.inf):
+        raise ValueError(f"{name}: argument `prices` must be two prices, 0 < low < high; got {prices!r}")
+    if not (_are_numbers([lr], 1) and 0 < lr < math.inf):
+        raise ValueError(f"{name}: argument `lr` must be finite and > 0; got {lr!r}")
+    if torch.is_inference_mode_enabled():
+        raise ValueError(f"{name}: the head is trained, which torch.inference_mode does not allow: call it outside")
     if min(num_rows(data), num_rows_used) < FEWEST_ROWS:
         raise ValueError(
             f"{name}: arguments `data` and `num_rows_used` must have {FEWEST_ROWS} rows at least; got {num_rows(data)} "
@@ -161,6 +166,25 @@ def distil_lengths(
     return DistilReport(
         means, at, shares, correlation, len(chosen) - num_held_out, num_held_out, time.perf_counter() - started
     )
+
+
+def _check_arguments(model: ValuedModel, data: Data) -> None:
+    """Raise a ValueError if the model's methods do not take the parts of the data."""
+    args, kwargs = as_arguments(data)
+    for method, more in ((model.value_inputs, {}), (model.value_curve, {"lengths": [1]})):
+        wanted = signature(method)
+        try:
+            wanted.bind(*args, **kwargs, **more)
+        except TypeError as error:
+            parts = ", ".join([*(f"{type(part).__name__}" for part in args), *kwargs])
+            raise ValueError(
+                f"distil_lengths: argument `data` must be what {type(model).__name__}.{method.__name__}{wanted} takes; "
+                f"it has the parts ({parts}): {error}"
+            ) from None
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return isinstance(values, Sequence) and len(values) == count and all(isinstance(v, Real) for v in values)
 
 
 def _rows(data: Data, rows: Tensor) -> Data:
@@ -231,5 +255,6 @@ def _scores(head: ValueHead, predicted: Tensor, curves: Tensor) -> list[tuple[fl
         gain, whole = ((law.probs * curves).sum(-1).mean() - fixed for law in (ours, theirs))
         correlation = torch.corrcoef(torch.stack([ours.mean_length, theirs.mean_length]))[0, 1]
         price = head.temperature * mine.price_at_mean_length(mean_length, shared=True)
-        rows.append((mean_length, price.item(), (gain / whole).item(), correlation.item()))
+        share = (gain / whole).item() if whole > 0 else math.nan
+        rows.append((mean_length, price.item(), share, correlation.item()))
     return [tuple(row[i] for row in rows) for i in range(4)]

@@ -27,6 +27,8 @@ __all__ = [
     "schedule_values",
 ]
 
+LOWEST, HIGHEST, HOTTEST = 1 / 6500, 1 / 2.2, 1 / 260  # prices and temperature as shares of the spread of values
+
 Schedule = float | Callable[[float], float]
 LRSchedule = Callable[[Optimizer, int], LRScheduler]
 
@@ -268,12 +270,15 @@ class PriceSchedule:
     lengths; at a higher one it is flatter, so that neighbours of the best length are seen, too, and the bound is a
     bound still, but not the tightest. The law that is used afterwards has temperature one.
 
+    Bounds and temperature are by default in proportion to the *spread* s of values: how many nats the best length is
+    worth more than the worst, by the head, on average over the rows of a step. So they suit data of any size.
+
     Args:
-        low: Lowest price, in nats a unit, > 0.
-        high: Highest price, > `low`.
+        low: Lowest price, in nats a unit, > 0; s / 6,500 by default.
+        high: Highest price, > `low`; s / 2.2 by default.
         full: Share of rows at full length.
         explore: Share of the others with a uniform length once `warmup` is over.
-        temperature: T, > 0.
+        temperature: T, > 0; s / 260 by default, but one at least.
         warmup: Share of the fit in which that share falls from one, on a line.
 
     Raises:
@@ -285,27 +290,30 @@ class PriceSchedule:
         tensor(0.7500)
     """
 
-    low: float = 0.2
-    high: float = 600.0
+    low: float | None = None
+    high: float | None = None
     full: float = 0.3
     explore: float = 0.15
-    temperature: float = 5.0
+    temperature: float | None = None
     warmup: float = 0.15
     num_particles: ClassVar[int] = 1
     sliced: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.low < self.high < math.inf:
+        low, high = (price if price is None or _is_number(price) else math.nan for price in (self.low, self.high))
+        bounds = 0.0 if low is None else low, math.inf if high is None else high
+        if not 0 <= bounds[0] < bounds[1] or low == 0 or high == math.inf:
             raise ValueError(
-                f"PriceSchedule: arguments `low` and `high` must be prices 0 < low < high; got {self.low}, {self.high}"
+                f"PriceSchedule: arguments `low` and `high` must be prices 0 < low < high; got {self.low!r}, "
+                f"{self.high!r}"
             )
         for name in ("full", "explore", "warmup"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"PriceSchedule: argument `{name}` must be a share from 0 to 1; got {getattr(self, name)}"
-                )
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"PriceSchedule: argument `temperature` must be finite and > 0; got {self.temperature}")
+            share = getattr(self, name)
+            if not (_is_number(share) and 0 <= share <= 1):
+                raise ValueError(f"PriceSchedule: argument `{name}` must be a share from 0 to 1; got {share!r}")
+        hot = self.temperature
+        if hot is not None and not (_is_number(hot) and 0 < hot < math.inf):
+            raise ValueError(f"PriceSchedule: argument `temperature` must be finite and > 0; got {hot!r}")
 
     @property
     def anneal(self) -> float:
@@ -320,10 +328,21 @@ class PriceSchedule:
         priced, uniform = (1 - self.full) * (1 - explore), (1 - self.full) * explore
         return MaskSchedule(priced, uniform, self.full).draw(num_blocks, shape, t)
 
-    def draw_prices(self, shape: tuple[int, ...]) -> Tensor:
-        """Draw a price for each row, on the CPU."""
-        low, high = math.log(self.low), math.log(self.high)
-        return (low + (high - low) * torch.rand(shape)).exp()
+    def draw_prices(self, shape: tuple[int, ...], values: Tensor) -> Tensor:
+        """Draw a price for each row, given the values of rows, shape (..., K)."""
+        spread = _spread(values)
+        low = spread * LOWEST if self.low is None else torch.as_tensor(self.low).to(spread)
+        high = spread * HIGHEST if self.high is None else torch.as_tensor(self.high).to(spread)
+        return low * (high.maximum(low) / low) ** torch.rand(shape).to(spread)
+
+    def temperature_at(self, values: Tensor) -> Tensor | float:
+        """Return the temperature, given the values of rows, shape (..., K)."""
+        return (_spread(values) * HOTTEST).clamp_min(1) if self.temperature is None else self.temperature
+
+
+def _spread(values: Tensor) -> Tensor:
+    mean = values.detach().flatten(0, -2).mean(0)
+    return (mean.max() - mean.min()).clamp_min(1)
 
 
 @lru_cache(maxsize=16)

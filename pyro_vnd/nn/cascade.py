@@ -82,10 +82,10 @@ class CascadeNet(nn.Module):
     Example:
         >>> from pyro_vnd.nn import nest
         >>> plain = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
-        >>> x = torch.randn(100, 8)
+        >>> x = torch.randn(1000, 8)
         >>> cascade = CascadeNet(nest(plain, x[:1], num_blocks=16), [0.125, 0.5], mean_cost=0.25)
         >>> cascade.fit_thresholds(x)(x).shape
-        torch.Size([100, 3])
+        torch.Size([1000, 3])
         >>> mean_cost = cascade.costs[cascade.run(x).stage].double().mean()
         >>> round(mean_cost.item() / cascade.whole_cost, 2)
         0.25
@@ -97,7 +97,7 @@ class CascadeNet(nn.Module):
         self,
         net: NestedNet,
         widths: Sequence[float | int | Mapping[str, float | int]],
-        threshold: float | Sequence[float] | None = None,
+        threshold: float | Sequence[float] | Tensor | None = None,
         *,
         mean_cost: float | int | None = None,
         doubt: Doubt = "entropy",
@@ -124,6 +124,7 @@ class CascadeNet(nn.Module):
             self._add_stages(net, draws, recalibrate)
         self.mean_cost = None if mean_cost is None else self._check_cost(mean_cost)
         self.register_buffer("thresholds", self._check_threshold(threshold).to(next(net.parameters()).device))
+        self.eval()
 
     def _add_stages(
         self, net: NestedNet, draws: Sequence[Mapping[str, Tensor] | None], recalibrate: Rows | None
@@ -300,18 +301,21 @@ class CascadeNet(nn.Module):
             )
         return cost
 
-    def _check_threshold(self, threshold: float | Sequence[float] | None) -> Tensor:
+    def _check_threshold(self, threshold: float | Sequence[float] | Tensor | None) -> Tensor:
         count = len(self.kept) - 1
         if threshold is None:
             return torch.full((count,), math.nan)
-        several = list(threshold) if isinstance(threshold, Sequence) else [threshold] * count
-        values = torch.tensor(several, dtype=torch.get_default_dtype())
-        if len(values) != count or not (values >= 0).all():
+        try:
+            values = torch.as_tensor(threshold, dtype=torch.get_default_dtype()).detach().clone()
+        except (TypeError, ValueError, RuntimeError):
+            values = torch.tensor(math.nan)
+        values = values.expand(count) if values.dim() == 0 else values
+        if isinstance(threshold, bool) or values.shape != (count,) or not (values >= 0).all():
             raise ValueError(
                 f"CascadeNet: argument `threshold` must be a number >= 0, or one for each of the {count} stages that "
                 f"rows can go on from; got {threshold!r}"
             )
-        return values
+        return values.clone()
 
 
 def _check_widths(net: NestedNet, widths: Any, rounding: Rounding | None) -> list[dict[str, int]]:

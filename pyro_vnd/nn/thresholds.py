@@ -41,8 +41,8 @@ def best_thresholds(doubts: Tensor, losses: Tensor, costs: Tensor, mean_cost: fl
         mean_cost: Mean over rows of the costs of all stages that they go through; at least that of the first.
 
     Returns:
-        Shape (K - 1,), in float64. Rows cost the mean, or less by what one of them may cost, or several with the same
-        doubt.
+        Shape (K - 1,), of the type of the doubts and between them. Rows cost the mean, or less by what one of them may
+        cost, or several with the same doubt.
 
     Example:
         >>> doubts = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
@@ -50,7 +50,7 @@ def best_thresholds(doubts: Tensor, losses: Tensor, costs: Tensor, mean_cost: fl
         >>> last_stage(doubts, thresholds)
         tensor([0, 0, 1, 1])
     """
-    doubts, losses, costs = doubts.double(), losses.double(), costs.double()
+    given, doubts, losses, costs = doubts, doubts.double(), losses.double(), costs.double()
     total = costs.cumsum(0)
 
     def excess(thresholds: Tensor) -> float:
@@ -72,13 +72,26 @@ def best_thresholds(doubts: Tensor, losses: Tensor, costs: Tensor, mean_cost: fl
         return thresholds
 
     if excess(torch.zeros(len(doubts))) <= 0:
-        return torch.zeros(len(doubts), dtype=torch.float64)
+        return given.new_zeros(len(doubts))
     highest = ((losses.max() - losses.min() + 1) / costs[1:].min()).item()  # at which going on never pays
     below, above = _bisect(lambda share: excess(at_price(highest * share)) > 0)
     dear, cheap = at_price(highest * above), at_price(highest * below)
     cheap = torch.minimum(cheap, dear) if excess(cheap) > 0 else torch.zeros_like(dear)
     share, _ = _bisect(lambda share: excess(dear.lerp(cheap, share)) <= 0)
-    return dear.lerp(cheap, share)
+    return torch.stack([_between(*each) for each in zip(given, dear.lerp(cheap, share), strict=True)])
+
+
+def _between(doubts: Tensor, threshold: Tensor) -> Tensor:
+    """Return a threshold that sends on the same rows, as far as can be from any: rounded, it still does."""
+    going = doubts.double() >= threshold
+    if not going.any():
+        return doubts.max() * (1 + 1e-6) + torch.finfo(torch.float32).tiny
+    above = doubts[going].min()
+    if going.all():
+        return torch.zeros_like(above)
+    below = doubts[~going].max()
+    middle = below + (above - below) / 2
+    return torch.where(middle > below, middle, above)
 
 
 def _bisect(holds: Callable[[float], bool]) -> tuple[float, float]:

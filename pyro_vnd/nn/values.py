@@ -210,7 +210,7 @@ class ValueHead(nn.Module):
 
     @torch.no_grad()
     def forget(self) -> None:
-        """Forget prices of mean lengths, as values are no longer those of the model: it was trained without the head."""
+        """Forget prices of mean lengths: the model was trained without the head, whose values are no longer its own."""
         for table in (self.prices, self.mean_lengths, self.chosen_prices):
             table.fill_(torch.nan)
 

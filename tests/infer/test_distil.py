@@ -221,13 +221,28 @@ X = torch.rand(60, 9)
         (None, X, {"prices": (0.0, 1.0)}, "`prices` must be two prices"),
         (None, X, {"prices": (1.0, math.inf)}, "`prices` must be two prices"),
         (None, X, {"prices": (1.0,)}, "`prices` must be two prices"),
+        (None, X, {"prices": 5}, "`prices` must be two prices, 0 < low < high; got 5"),
+        (None, X, {"prices": ("a", "b")}, "`prices` must be two prices"),
         (None, X, {"lr": 0.0}, "`lr` must be finite and > 0; got 0.0"),
+        (None, X, {"lr": "x"}, "`lr` must be finite and > 0; got 'x'"),
+        (
+            None,
+            (X, torch.arange(60)),
+            {},
+            r"`data` must be what OrderedVAE.value_inputs\(x.*\(Tensor, Tensor\)",
+        ),
+        (None, {"y": X}, {}, r"`data` must be what OrderedVAE.value_inputs\(x.* takes; .*\(y\)"),
     ],
 )
 def test_errors(model, data, options, message: str):
     model = MODELS["vae"]() if model is None else model
     with pytest.raises(ValueError, match=f"distil_lengths: .*{message.removeprefix('distil_lengths: ')}"):
         distil_lengths(model, data, **BRIEF | options)
+
+
+def test_heads_are_not_trained_in_inference_mode():
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"which torch\.inference_mode does not allow"):
+        distil_lengths(MODELS["vae"](), X, **BRIEF)
 
 
 def test_a_prior_that_rules_lengths_out_leaves_nothing_to_choose():

@@ -89,3 +89,23 @@ def test_what_is_not_worse_narrow_is_paid_for_all_the_same():
     losses = torch.cat([doubts, doubts + 1])  # going on never pays, but the mean cost was asked for
     _, cost = outcome(doubts, losses, torch.tensor([1.0, 1.0]), best_thresholds(doubts, losses, torch.ones(2), 1.5))
     assert cost == pytest.approx(1.5, abs=0.01 + 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounded_thresholds_send_on_no_row_more(dtype):
+    """In the type in which doubts come, with neighbours that differ by one bit, and rows that are the same."""
+    one = torch.tensor(0.7, dtype=dtype)
+    doubts = torch.rand(400, dtype=dtype)
+    doubts[::7] = 0.3
+    doubts[3::11] = torch.nextafter(one, one + 1)
+    doubts[4::11] = one
+    losses, costs = torch.stack([doubts, 0.5 * doubts]), torch.tensor([1.0, 2.0])
+    for mean_cost in torch.linspace(1.01, 2.99, 40).tolist():
+        thresholds = best_thresholds(doubts[None], losses, costs, mean_cost)
+        assert thresholds.dtype == dtype
+        going = doubts >= thresholds
+        spent = 1 + 2 * going.double().mean().item()
+        assert spent <= mean_cost + 1e-12
+        if not going.all():
+            next_one = doubts == doubts[~going].max()
+            assert spent + 2 * next_one.double().mean().item() > mean_cost  # one more doubt would be too dear

@@ -192,11 +192,7 @@ def test_lengths_chosen_among_known_curves_by_search():
     """Against all prices at which a row changes its length."""
     curves = curves_of(12, 5, 1.0)
     prices = [
-        ((a - b) / (j - i)).item()
-        for row in curves
-        for i, b in enumerate(row)
-        for j, a in enumerate(row)
-        if j > i
+        ((a - b) / (j - i)).item() for row in curves for i, b in enumerate(row) for j, a in enumerate(row) if j > i
     ]
     for mean in (1.0, 1.4, 2.5, 3.0, 4.9, 5.0):
         chosen = chosen_at_mean(curves, mean).double().mean().item()

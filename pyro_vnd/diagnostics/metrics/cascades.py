@@ -64,6 +64,8 @@ def evaluate_cascade(
         >>> result["nll"].dims, result["multiply_adds"].dims
         (('seed', 'mean_cost'), ('seed', 'mean_cost'))
     """
+    if not len(mean_costs):
+        raise ValueError("evaluate_cascade: argument `mean_costs` must have one mean cost at least; got none")
     before, results = (cascade.mean_cost, cascade.thresholds.clone()), []
     try:
         for mean_cost in tqdm(list(mean_costs), desc="mean costs", disable=not progress):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from tqdm.auto import tqdm
 
 from pyro_vnd._data import Rows, batches
@@ -19,9 +20,11 @@ from pyro_vnd._sizes import check_sizes
 from pyro_vnd._state import module_mode
 from pyro_vnd.diagnostics.metrics.variables import variable
 from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.nn.values import chosen_at_mean
 
 __all__ = ["LengthModel", "evaluate_lengths"]
 
+DEFAULT = (2, 4, 8, 12)
 LAWS = ("fixed", "model", "decoded", "exact")
 _ROUNDING = 1e-5  # of lengths by laws in single precision
 _LABELS = {
@@ -72,8 +75,9 @@ class _Curves:
 def evaluate_lengths(
     model: LengthModel,
     data: Rows,
-    mean_lengths: Sequence[float] = (2, 4, 8, 12),
+    mean_lengths: Sequence[float] | None = None,
     *,
+    chosen: bool = False,
     laws: Mapping[str, OrderedMask] | None = None,
     num_decoded: int = 12,
     num_samples: int = 1,
@@ -87,6 +91,9 @@ def evaluate_lengths(
     $q(L \mid x, \lambda)$ from the encoder alone, by its value head or its learned law; "decoded", from decoding
     `num_decoded` lengths of each image; and "exact", from decoding all of them. Errors are expectations under the law.
 
+    Laws are random still: an image has one of several lengths. With `chosen` it has its best length, the mode of its
+    law, as `reconstruct` gives it at a mean length; prices are those at which the chosen lengths have the mean.
+
     A receiver must know the length of a code. Where lengths vary this costs the information that they have about the
     image, which is part of the rate:
 
@@ -97,7 +104,8 @@ def evaluate_lengths(
         model: An autoencoder of the library. It is run in evaluation mode and then put back.
         data: Test images x, and labels y if there are any: a tensor x, a pair (x, y), a mapping, or an iterable of
             batches.
-        mean_lengths: Mean lengths, each from 1 to K.
+        mean_lengths: Mean lengths, each from 1 to K; by default those of 2, 4, 8 and 12 that are shorter than K.
+        chosen: Whether each image has its best length rather than a random one.
         laws: More laws of the lengths of these images, by name, with batch shape (N,), to tilt and score as well.
         num_decoded: Lengths that "decoded" decodes.
         num_samples: Draws of each code for the ELBO.
@@ -109,13 +117,16 @@ def evaluate_lengths(
         A Dataset with the dimensions `seed`, `law`, `mean_length` and, of some, `image` and `class`:
 
         - `mse` (seed, law, mean_length), over images and pixels, `share_of_gain`, how much of what "exact" gains over
-          "fixed" a law gains, and `correlation`, over images, of its expected lengths and those of "exact", NaN where
-          all images have one;
+          "fixed" a law gains, NaN where that gains nothing, and `correlation`, over images, of its expected lengths and
+          those of "exact", NaN where all images have one;
         - of models with `elbo`: `elbo`, `distortion`, `rate` and `information`, in nats an image, the same dimensions;
         - `length` (seed, law, mean_length, image), the expected length of each code, and with labels `length_by_class`
           and `mse_by_class` (seed, law, mean_length, class);
         - `mean_length_at_price` (seed, mean_length), of "model" at the price that it has for a mean length, if it has
           one: the mean over other images than those it was calibrated on.
+
+    "Exact" is best in nats, at a price that is paid. In squared error at equal mean length it is no bound: where all
+    lengths are worth about the same, to within a nat or so, random lengths by any law may be worse than a fixed one.
 
     Raises:
         ValueError: If lengths or numbers are invalid, or there are no rows.
@@ -129,6 +140,8 @@ def evaluate_lengths(
     """
     name, num_latents = "evaluate_lengths", model.num_latents
     check_sizes(name, num_decoded=num_decoded, num_samples=num_samples, batch_size=batch_size)
+    if mean_lengths is None:
+        mean_lengths = [m for m in DEFAULT if m < num_latents] or [1]
     wanted = [float(m) for m in mean_lengths]
     if not wanted or len(set(wanted)) < len(wanted) or not all(1 <= m <= num_latents for m in wanted):
         raise ValueError(
@@ -147,19 +160,22 @@ def evaluate_lengths(
             parts.append(_look(model, _to_device(batch[0], model), num_decoded, num_samples))
         curves = _join(parts)
         for law, given in (laws or {}).items():
-            if law in LAWS or given.batch_shape != curves.error.shape[:1] or given.num_units != num_latents:
+            if (
+                not isinstance(given, OrderedMask)
+                or law in LAWS
+                or given.batch_shape != curves.error.shape[:1]
+                or given.num_units != num_latents
+            ):
                 raise ValueError(
                     f"{name}: argument `laws` must have names other than {', '.join(LAWS)}, and laws of batch shape "
                     f"({len(curves.error)},) over {num_latents} units; got {law!r}: {given!r}"
                 )
-            curves.laws[law] = given.logits.double().cpu()
+            curves.laws[law] = given.probs.double().log().cpu()
         head = getattr(getattr(model, "encoder", None), "value_head", None)
-        if head is not None and not head.mean_lengths.isnan().any():
+        if head is not None and head.is_calibrated:
             logits = curves.laws["model"].double()
             means = [
-                OrderedMask(logits=logits).tilt(head.price_at(m).item()).mean_length.mean().item()
-                if 1 < m < num_latents
-                else m
+                _mean_at_price(logits, head.price_at(m, chosen=chosen).item(), chosen) if 1 < m < num_latents else m
                 for m in wanted
             ]
             at_price = {"mean_length_at_price": variable(_LABELS, {}, "mean_length_at_price", ("mean_length",), means)}
@@ -167,7 +183,7 @@ def evaluate_lengths(
     scores: dict[str, list[list[Any]]] = defaultdict(list)
     names = [*LAWS, *(laws or {})]
     for law in names:
-        rows = [_score(curves, law, m, classes) for m in wanted]
+        rows = [_score(curves, law, m, classes, chosen) for m in wanted]
         for key in rows[0]:
             scores[key].append([row[key] for row in rows])
     coords: dict[str, Any] = {"seed": [seed], "law": names}
@@ -180,7 +196,7 @@ def evaluate_lengths(
     if classes is not None:
         coords["class"] = classes.unique().numpy()
     attrs = {"num_rows": len(curves.error), "num_latents": num_latents, "num_decoded": num_decoded}
-    return xr.Dataset(variables | at_price, coords, attrs)
+    return xr.Dataset(variables | at_price, coords, attrs | {"chosen": int(chosen)})
 
 
 def _to_device(x: Tensor, model: Any) -> Tensor:
@@ -234,7 +250,13 @@ def _join(parts: list[_Curves]) -> _Curves:
     )
 
 
-def _probs(curves: _Curves, law: str, mean_length: float) -> Tensor:
+def _mean_at_price(logits: Tensor, price: float, chosen: bool) -> float:
+    law = OrderedMask(logits=logits).tilt(price)
+    lengths = law.logits.argmax(-1).double() + 1 if chosen else law.mean_length
+    return lengths.mean().item()
+
+
+def _probs(curves: _Curves, law: str, mean_length: float, chosen: bool) -> Tensor:
     """Return the law of each image at the price of a mean length, shape (N, K)."""
     num_rows, num_units = curves.error.shape
     if law == "fixed" or mean_length in (1.0, float(num_units)):
@@ -244,18 +266,20 @@ def _probs(curves: _Curves, law: str, mean_length: float) -> Tensor:
         if num_units > 1:
             probs[low] = mean_length - low
         return probs.expand(num_rows, -1)
+    if chosen:
+        return one_hot(chosen_at_mean(curves.laws[law], mean_length) - 1, num_units).double()
     return OrderedMask(logits=curves.laws[law]).at_mean_length(mean_length, shared=True).probs
 
 
-def _score(curves: _Curves, law: str, mean_length: float, classes: Tensor | None) -> dict[str, Any]:
-    probs, exact, fixed = (_probs(curves, name, mean_length) for name in (law, "exact", "fixed"))
+def _score(curves: _Curves, law: str, mean_length: float, classes: Tensor | None, chosen: bool) -> dict[str, Any]:
+    probs, exact, fixed = (_probs(curves, name, mean_length, chosen) for name in (law, "exact", "fixed"))
     units = torch.arange(1, probs.shape[-1] + 1).to(probs)
     errors, lengths = (probs * curves.error).sum(-1), probs @ units
     gain = ((fixed - probs) * curves.error).sum(-1).mean()
     whole = ((fixed - exact) * curves.error).sum(-1).mean()
     scores: dict[str, Any] = {
         "mse": errors.mean().item(),
-        "share_of_gain": (gain / whole).item(),
+        "share_of_gain": (gain / whole).item() if whole > 0 else math.nan,
         "correlation": _correlation(lengths, exact @ units),
         "length": lengths.numpy(),
     }

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from pyro_vnd._sizes import check_sizes
 from pyro_vnd.diagnostics.plots.axes import one_axes
 from pyro_vnd.diagnostics.plots.images import pictures_of
 from pyro_vnd.diagnostics.plots.prefixes import over_seeds
@@ -51,11 +52,7 @@ def plot_lengths(
     Raises:
         ValueError: If the dataset is no such thing, or images are not as many.
     """
-    if not {"mse", "length"} <= set(dataset.data_vars):
-        raise ValueError(
-            "plot_lengths: argument `dataset` must be what evaluate_lengths returned; it has "
-            f"{sorted(map(str, dataset.data_vars))}"
-        )
+    _check("plot_lengths", dataset, "mse", "length")
     panels = ["error", "rate"] if "rate" in dataset else ["error"]
     mosaic: Any = [panels] if images is None else [["images"] * len(panels), panels]
     heights = [1] if images is None else [0.55, 1]
@@ -109,11 +106,13 @@ def plot_sorted_by_length(
     Raises:
         ValueError: If there is not a length for each image, or no such law or mean length.
     """
+    _check("plot_sorted_by_length", dataset, "length")
+    check_sizes("plot_sorted_by_length", num_images=num_images)
     means = dataset["mean_length"].values
     mean_length = float(means[len(means) // 2] if mean_length is None else mean_length)
     if mean_length not in means or law not in dataset["law"].values:
         raise ValueError(
-            f"plot_sorted_by_length: arguments `law` and `mean_length` must be of {list(dataset['law'].values)} and "
+            f"plot_sorted_by_length: arguments `law` and `mean_length` must be of {dataset['law'].values.tolist()} and "
             f"{means.tolist()}; got {law!r} and {mean_length:g}"
         )
     lengths = dataset["length"].isel(seed=0).sel(law=law, mean_length=mean_length).values
@@ -142,3 +141,11 @@ def plot_sorted_by_length(
     ax.set_axis_off()
     ax.set_title(f"from the shortest code to the longest, at mean length {mean_length:g}", fontsize="medium")
     return ax
+
+
+def _check(function: str, dataset: xr.Dataset, *names: str) -> None:
+    if not set(names) <= set(dataset.data_vars):
+        raise ValueError(
+            f"{function}: argument `dataset` must be what evaluate_lengths returned; it has "
+            f"{sorted(map(str, dataset.data_vars))}"
+        )

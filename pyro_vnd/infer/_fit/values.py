@@ -76,9 +76,11 @@ class ValueSites(Messenger):
             lengths = law.mask_law if isinstance(law, NestedLaw) else law
             logits = lengths._param
             now.heads[name], now.values[name] = head, logits - head.log_probs
+            temperature: float | Tensor = 1.0
             if self.schedule is not None:
-                now.prices[name] = self.schedule.draw_prices(tuple(law.batch_shape)).to(logits)
-            law = now.posteriors[name] = self._at_price(law, now.prices.get(name), logits.detach(), tempered=True)
+                now.prices[name] = self.schedule.draw_prices(tuple(law.batch_shape), now.values[name])
+                temperature = self.schedule.temperature_at(now.values[name])
+            law = now.posteriors[name] = self._at_price(law, now.prices.get(name), logits.detach(), temperature)
         else:
             if isinstance(law, NestedAutoregressive):
                 law = copy(law)
@@ -86,15 +88,17 @@ class ValueSites(Messenger):
             law = now.priors[name] = self._at_price(law, now.prices.get(name))
         msg["fn"] = law
 
-    def _at_price(self, law: Any, price: Tensor | None, logits: Tensor | None = None, *, tempered: bool = False) -> Any:
+    def _at_price(
+        self, law: Any, price: Tensor | None, logits: Tensor | None = None, temperature: float | Tensor = 1.0
+    ) -> Any:
         """Return a law of lengths, or of what has lengths, tilted by a price."""
         mask = law.mask_law if isinstance(law, NestedLaw) else law
         if logits is not None:
             mask = mask._with(logits, mask.batch_shape)
         if price is not None:
             mask = mask.tilt(price)
-            if tempered and self.schedule is not None:
-                mask = mask._with(mask._param / self.schedule.temperature, mask.batch_shape)
+            if logits is not None:
+                mask = mask._with(mask._param / temperature, mask.batch_shape)
         if mask is law:
             return law
         if not isinstance(law, NestedLaw):

@@ -104,6 +104,8 @@ def test_a_mean_cost_that_cannot_be_is_refused_and_nothing_changes(planted):
     before = cascade.thresholds.clone()
     with pytest.raises(ValueError, match=r"`mean_cost` is 0\.1, 2 multiply-adds a row; the narrowest width"):
         evaluate_cascade(cascade, data, validation, [0.4, 0.1], progress=False)
+    with pytest.raises(ValueError, match="evaluate_cascade: argument `mean_costs` must have one mean cost at least"):
+        evaluate_cascade(cascade, data, validation, [], progress=False)
     assert torch.equal(cascade.thresholds, before)
 
 

@@ -102,7 +102,7 @@ def test_scores_by_hand(x, batch_size: int):
     assert found.sizes == {"seed": 1, "law": 4, "mean_length": len(MEANS), "image": N, "class": 3}
     assert found["law"].values.tolist() == list(LAWS)
     assert found["seed"].values.tolist() == [4]
-    assert found.attrs == {"num_rows": N, "num_latents": K, "num_decoded": 3}
+    assert found.attrs == {"num_rows": N, "num_latents": K, "num_decoded": 3, "chosen": 0}
     for m in MEANS:
         laws = laws_by_hand(model, x, m)
         at = dict.fromkeys(laws, 0.0)
@@ -141,6 +141,45 @@ def test_scores_by_hand(x, batch_size: int):
                 share = (at["fixed"] - mse) / (at["fixed"] - at["exact"])
                 assert found["share_of_gain"].sel(law=name, mean_length=m).item() == pytest.approx(share, abs=1e-6)
             assert at["exact"] < 0.98 * min(at["model"], at["fixed"])  # so the shares say something
+
+
+def test_chosen_lengths_by_hand(x):
+    model = Planted()
+    found = evaluate_lengths(model, x, [2, 2.5, 4.75], chosen=True, **QUIET).isel(seed=0)
+    values = model.value_curve(x, range(1, K + 1))
+    prices = sorted(((row[j] - row[i]) / (j - i)).item() for row in values for i in range(K) for j in range(i + 1, K))
+    for m in (2, 2.5, 4.75):
+        row = found.sel(law="exact", mean_length=m)
+        best = [torch.stack([row - price * UNITS for row in values]).argmax(-1) for price in prices]
+        wanted = max((b.double().mean().item() + 1, n) for n, b in enumerate(best) if b.double().mean() + 1 <= m)
+        lengths = best[wanted[1]]
+        assert row["length"].mean().item() == pytest.approx(wanted[0])
+        assert m - 1 / 6 < wanted[0] <= m
+        assert row["mse"].item() == pytest.approx(x.gather(-1, lengths.unsqueeze(-1)).mean().item())
+        random = evaluate_lengths(model, x, [m], **QUIET).isel(seed=0).sel(law="exact")
+        assert row["mse"].item() != pytest.approx(random["mse"].item())  # power
+    assert found.attrs["chosen"] == 1
+
+
+def test_what_gains_nothing_has_no_shares(x):
+    class Misled(Planted):  # whose values are those of other images
+        def value_curve(self, x, lengths):
+            return super().value_curve(x, lengths).flip(-1)
+
+    found = evaluate_lengths(Misled(), x, [2.0], **QUIET).isel(seed=0)["mse"]
+    assert found.sel(law="exact").item() > found.sel(law="fixed").item()
+    assert evaluate_lengths(Misled(), x, [2.0], **QUIET)["share_of_gain"].isnull().all()
+
+
+def test_mean_lengths_are_by_default_those_that_are_shorter_than_codes(x):
+    assert evaluate_lengths(Planted(), x, **QUIET)["mean_length"].values.tolist() == [2, 4]
+
+
+def test_a_length_given_for_each_image(x):
+    given = torch.arange(N) % K + 1
+    law = OrderedMask(probs=torch.nn.functional.one_hot(given - 1, K).double())
+    found = evaluate_lengths(Planted(), x, [given.double().mean().item()], laws={"mine": law}, chosen=True, **QUIET)
+    np.testing.assert_allclose(found["length"].sel(law="mine").values.ravel(), given)
 
 
 def test_one_length_for_all_knows_nothing_and_pays_nothing_for_it(x):
