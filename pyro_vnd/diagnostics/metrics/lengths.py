@@ -170,7 +170,7 @@ def evaluate_lengths(
                     f"{name}: argument `laws` must have names other than {', '.join(LAWS)}, and laws of batch shape "
                     f"({len(curves.error)},) over {num_latents} units; got {law!r}: {given!r}"
                 )
-            curves.laws[law] = given.probs.double().log().cpu()
+            curves.laws[law] = given.logits.double().cpu()
         head = getattr(getattr(model, "encoder", None), "value_head", None)
         if head is not None and head.is_calibrated:
             logits = curves.laws["model"].double()
@@ -268,7 +268,8 @@ def _probs(curves: _Curves, law: str, mean_length: float, chosen: bool) -> Tenso
         return probs.expand(num_rows, -1)
     if chosen:
         return one_hot(chosen_at_mean(curves.laws[law], mean_length) - 1, num_units).double()
-    return OrderedMask(logits=curves.laws[law]).at_mean_length(mean_length, shared=True).probs
+    law_of_lengths = OrderedMask(logits=curves.laws[law], validate_args=False)  # some may be impossible
+    return law_of_lengths.at_mean_length(mean_length, shared=True).probs
 
 
 def _score(curves: _Curves, law: str, mean_length: float, classes: Tensor | None, chosen: bool) -> dict[str, Any]:

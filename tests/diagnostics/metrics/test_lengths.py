@@ -180,6 +180,11 @@ def test_a_length_given_for_each_image(x):
     law = OrderedMask(probs=torch.nn.functional.one_hot(given - 1, K).double())
     found = evaluate_lengths(Planted(), x, [given.double().mean().item()], laws={"mine": law}, chosen=True, **QUIET)
     np.testing.assert_allclose(found["length"].sel(law="mine").values.ravel(), given)
+    few = OrderedMask(probs=torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2, 0.0]).double().expand(N, -1))
+    sharp = OrderedMask(logits=-(UNITS.float() ** 3) * 10).expand((N,))  # whose probabilities underflow
+    found = evaluate_lengths(Planted(), x, [3.0], laws={"few": few, "sharp": sharp}, **QUIET).isel(seed=0)
+    for law in ("few", "sharp"):
+        np.testing.assert_allclose(found["length"].sel(law=law), 3, rtol=1e-5)
 
 
 def test_one_length_for_all_knows_nothing_and_pays_nothing_for_it(x):
