@@ -2,7 +2,17 @@
 
 from pyro_vnd.nn.cascade import CascadeNet
 from pyro_vnd.nn.layers import NestedLayer
-from pyro_vnd.nn.likelihoods import NestedClassifier
+from pyro_vnd.nn.likelihoods import (
+    BernoulliLabels,
+    CategoricalLabels,
+    NetLikelihood,
+    NormalTargets,
+    OrdinalLabels,
+    PixelLabels,
+    PoissonCounts,
+    TokenLabels,
+)
+from pyro_vnd.nn.model import NestedClassifier, NestedModel
 from pyro_vnd.nn.narrow import narrow, recalibrate_batchnorm
 from pyro_vnd.nn.nest import nest
 from pyro_vnd.nn.net import NestedNet
@@ -11,11 +21,20 @@ from pyro_vnd.nn.values import ValueHead
 from pyro_vnd.nn.width import Width
 
 __all__ = [
+    "BernoulliLabels",
     "CascadeNet",
+    "CategoricalLabels",
     "NestedClassifier",
     "NestedLayer",
+    "NestedModel",
     "NestedNet",
     "NestedNorm",
+    "NetLikelihood",
+    "NormalTargets",
+    "OrdinalLabels",
+    "PixelLabels",
+    "PoissonCounts",
+    "TokenLabels",
     "ValueHead",
     "Width",
     "narrow",
