@@ -241,7 +241,7 @@ def test_noise_is_learned(name, factor):
     outputs = 2 if likelihood.log_scale is None else 1
     net = nest(nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, outputs)), x[:1], num_blocks=4)
     model = NestedModel(net, likelihood)
-    fit(model, model.guide, (x, y), num_epochs=150, batch_size=100, lr=0.02, kl_weight=0.02, progress=False)
+    fit(model, model.guide, (x, y), num_epochs=250, lr=0.05, kl_weight=0.02, progress=False)
     scale = likelihood.entries(net.predict(x, width=1.0, num_samples=20), 2).scale.mean(0).detach().expand(600)
     for side, expected in ((x[:, 0] < -0.3, 0.3), (x[:, 0] > 0.3, 0.3 * factor)):
         assert scale[side].mean().item() == pytest.approx(expected, rel=0.15)

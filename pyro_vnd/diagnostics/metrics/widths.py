@@ -13,12 +13,11 @@ from tqdm.auto import tqdm
 from pyro_vnd._data import Rows, batches
 from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._state import module_mode
-from pyro_vnd.diagnostics.metrics.calibration import check_rows
-from pyro_vnd.diagnostics.metrics.classification import evaluate, net_cost
+from pyro_vnd.diagnostics.metrics.evaluation import evaluate, net_cost, scorer_of
 from pyro_vnd.diagnostics.posterior import _arviz
 from pyro_vnd.diagnostics.posterior.loo import loo
 from pyro_vnd.infer import module_local_params
-from pyro_vnd.nn import NestedNet, narrow, recalibrate_batchnorm
+from pyro_vnd.nn import CategoricalLabels, NestedModel, NestedNet, NetLikelihood, narrow, recalibrate_batchnorm
 from pyro_vnd.nn.width import Rounding
 
 __all__ = ["evaluate_learned", "evaluate_widths", "loo_widths", "smallest_width"]
@@ -28,7 +27,7 @@ _WITHOUT_WIDTH = ["prevalence", "score_limit"]
 
 
 def evaluate_widths(
-    net: NestedNet,
+    model: NestedModel | NestedNet,
     data: Rows,
     widths: Sequence[float] | Sequence[int],
     num_samples: int | None = 20,
@@ -46,7 +45,7 @@ def evaluate_widths(
     What is scored are the narrowed nets, one for each draw: memory holds S of them at a time.
 
     Args:
-        net: A trained nested net, whose outputs are logits.
+        model: A trained nested net with its likelihood, or a nested net alone, whose outputs are logits of classes.
         data: Test data, as in `evaluate`.
         widths: Fractions in (0, 1] (floats) or numbers of blocks (ints). Widths that are one and the same net are
             scored once.
@@ -82,6 +81,7 @@ def evaluate_widths(
         >>> result["nll"].dims, result["parameters"].values.tolist(), result["blocks"].values.tolist()
         (('seed', 'width'), [[19, 35, 67]], [1, 2, 4])
     """
+    net, likelihood = _parts("evaluate_widths", model)
     distinct = _distinct("evaluate_widths", net, widths, rounding)
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"evaluate_widths: `num_samples` must be at least 1; got {num_samples}")
@@ -97,6 +97,7 @@ def evaluate_widths(
             result = evaluate(
                 _Stacked(nets, net),
                 data,
+                likelihood,
                 ood=ood,
                 calibrate=calibrate,
                 seed=seed,
@@ -113,7 +114,7 @@ def evaluate_widths(
 
 
 def evaluate_learned(
-    net: NestedNet,
+    model: NestedModel | NestedNet,
     data: Rows,
     num_samples: int = 20,
     ood: Mapping[str, Rows] | None = None,
@@ -129,7 +130,7 @@ def evaluate_learned(
     as the net has it.
 
     Args:
-        net: A trained nested net, whose outputs are logits.
+        model: A trained nested net with its likelihood, or a nested net alone, whose outputs are logits of classes.
         data: Test data, as in `evaluate`.
         num_samples: Number of draws S of weights and masks.
         ood: Test data from outside the domain by name, as in `evaluate`.
@@ -144,10 +145,12 @@ def evaluate_learned(
     Raises:
         ValueError: As in `evaluate`.
     """
+    net, likelihood = _parts("evaluate_learned", model)
     with module_mode([net], training=False):
         return evaluate(
             lambda x: net.predict(x, num_samples=num_samples),
             data,
+            likelihood,
             ood=ood,
             calibrate=calibrate,
             seed=seed,
@@ -236,8 +239,21 @@ def _narrow_draws(
     return nets
 
 
+def _parts(name: str, model: NestedModel | NestedNet) -> tuple[NestedNet, NetLikelihood]:
+    """Return a nested net and its likelihood, which is that of classes where none is told."""
+    if isinstance(model, NestedModel):
+        return model.net, model.likelihood
+    if isinstance(model, NestedNet):
+        return model, CategoricalLabels()
+    raise ValueError(
+        f"{name}: argument `model` must be a NestedModel, or a NestedNet of classes; got {type(model).__name__}"
+    )
+
+
 class _Stacked(nn.ModuleList):
-    """Draws of a net, narrowed, with one more dimension of their outputs, (S, N, C)."""
+    """Draws of a net, narrowed, with one more dimension of their outputs, (S, N, ...)."""
+
+    returns_draws = True
 
     def __init__(self, nets: Sequence[nn.Module], net: NestedNet) -> None:
         super().__init__(nets)
@@ -249,7 +265,7 @@ class _Stacked(nn.ModuleList):
 
 @torch.no_grad()
 def loo_widths(
-    net: NestedNet,
+    model: NestedModel | NestedNet,
     data: Rows,
     widths: Sequence[float] | Sequence[int],
     num_samples: int = 200,
@@ -259,14 +275,14 @@ def loo_widths(
     batch_size: int = 256,
     progress: bool = True,
 ) -> dict[float, Any]:
-    r"""Estimate how well a nested classifier predicts each row from all others, at each of several widths.
+    r"""Estimate how well a nested net predicts each row from all others, at each of several widths.
 
     Pareto-smoothed importance sampling, as `loo` without its correction for the guide: the draws of the weights are
     taken for those of the posterior. The correction would need weights $p(w, y) / q(w)$ of a whole net, whose k-hat
     is hopeless. A net that was trained with a smaller weight of the KL answers for that objective.
 
     Args:
-        net: A trained nested net, whose outputs are logits.
+        model: A trained nested net with its likelihood, or a nested net alone, whose outputs are logits of classes.
         data: The rows it was trained on, inputs and labels.
         widths: Fractions or numbers of blocks, as in `evaluate_widths`.
         num_samples: Number of draws S of the weights; memory holds S numbers a row, and S nets of one width.
@@ -297,6 +313,7 @@ def loo_widths(
         >>> list(scores), scores[1.0].elpd_i.sizes["row"]
         ([0.25, 1.0], 50)
     """
+    net, likelihood = _parts("loo_widths", model)
     distinct = _distinct("loo_widths", net, widths, rounding)
     if num_samples < _arviz.MIN_DRAWS:
         raise ValueError(f"loo_widths: `num_samples` must be at least {_arviz.MIN_DRAWS}; got {num_samples}")
@@ -306,9 +323,10 @@ def loo_widths(
     with module_mode([net], training=False):
         for (asked, *_), blocks in tqdm(distinct, desc="widths", disable=not progress):
             nets = _narrow_draws(net, blocks, example, num_samples, seed)
-            terms = [_log_likelihoods(_Stacked(nets, net), batch, device) for batch in batches(data, batch_size)]
+            stacked = _Stacked(nets, net)
+            terms = [_log_likelihoods(stacked, likelihood, batch, device) for batch in batches(data, batch_size)]
             values = torch.cat(terms, -1)[None].numpy()
-            found = _arviz.from_groups({"log_likelihood": {"label": (["chain", "draw", "row"], values)}}, {})
+            found = _arviz.from_groups({"log_likelihood": {likelihood.site: (["chain", "draw", "row"], values)}}, {})
             common = None if isinstance(asked, Integral) else _common_fraction(net, blocks)
             scores[asked if common is None else common] = _arviz.loo(found)
     return scores
@@ -395,12 +413,14 @@ def _densities(width: float, found: Any, var_name: str | None, variational: bool
     return values
 
 
-def _log_likelihoods(nets: _Stacked, batch: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return the log-probabilities of labels under each net, shape (S, N), on the CPU."""
+def _log_likelihoods(
+    nets: _Stacked, likelihood: NetLikelihood, batch: Sequence[Tensor], device: torch.device
+) -> Tensor:
+    """Return the log-likelihood of each row under each net, shape (S, N), on the CPU."""
     if len(batch) < 2:
         raise ValueError("loo_widths: argument `data` must have inputs and labels; got inputs only")
     x = batch[0].to(device)
     with explain_inputs("loo_widths", (x,), next(nets.parameters()).dtype, nets.input_shapes):
-        log_probs = nets(x).double().log_softmax(-1).cpu()
-    labels = check_rows("loo_widths", "logits", log_probs[0], batch[1]).cpu()
-    return log_probs.gather(-1, labels.expand(len(log_probs), -1).unsqueeze(-1)).squeeze(-1)
+        outputs = nets(x).double().cpu()
+    y = scorer_of(likelihood).targets("loo_widths", outputs, batch[1])
+    return likelihood.law(outputs, batch_dim=2).log_prob(y)
