@@ -1,5 +1,6 @@
 """Nets whose hidden layers can be cut to any width."""
 
+from pyro_vnd.nn.budgets import widths_for
 from pyro_vnd.nn.cascade import CascadeNet
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.likelihoods import (
@@ -40,4 +41,5 @@ __all__ = [
     "narrow",
     "nest",
     "recalibrate_batchnorm",
+    "widths_for",
 ]

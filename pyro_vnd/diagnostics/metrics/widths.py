@@ -29,7 +29,7 @@ _WITHOUT_WIDTH = ["prevalence", "score_limit"]
 def evaluate_widths(
     model: NestedModel | NestedNet,
     data: Rows,
-    widths: Sequence[float] | Sequence[int],
+    widths: Sequence[float] | Sequence[int] | Sequence[Mapping[str, float | int]],
     num_samples: int | None = 20,
     ood: Mapping[str, Rows] | None = None,
     *,
@@ -47,8 +47,8 @@ def evaluate_widths(
     Args:
         model: A trained nested net with its likelihood, or a nested net alone, whose outputs are logits of classes.
         data: Test data, as in `evaluate`.
-        widths: Fractions in (0, 1] (floats) or numbers of blocks (ints). Widths that are one and the same net are
-            scored once.
+        widths: Fractions in (0, 1] (floats), numbers of blocks (ints), or mappings from group to either, such as
+            `widths_for` returns. Widths that are one and the same net are scored once.
         num_samples: Number of draws S of the weights, each of which costs a pass; None is one pass with their posterior
             mean.
         ood: Test data from outside the domain by name, as in `evaluate`.
@@ -82,7 +82,7 @@ def evaluate_widths(
         (('seed', 'width'), [[19, 35, 67]], [1, 2, 4])
     """
     net, likelihood = _parts("evaluate_widths", model)
-    distinct = _distinct("evaluate_widths", net, widths, rounding)
+    distinct = _distinct("evaluate_widths", net, widths, rounding, (Mapping, Integral, Real))
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"evaluate_widths: `num_samples` must be at least 1; got {num_samples}")
     device = next(net.parameters()).device
@@ -167,8 +167,12 @@ _LABELS = {
 
 
 def _distinct(
-    name: str, net: NestedNet, widths: Sequence[float] | Sequence[int], rounding: Rounding | None
-) -> list[tuple[list[float], dict[str, int]]]:
+    name: str,
+    net: NestedNet,
+    widths: Sequence[Any],
+    rounding: Rounding | None,
+    known: tuple[type, ...] = (Integral, Real),
+) -> list[tuple[list[Any], dict[str, int]]]:
     """Return the widths that are one and the same net, with the blocks that it keeps of each group, for each net.
 
     All are looked at before hours go into some of them.
@@ -177,12 +181,16 @@ def _distinct(
         widths = list(widths)
     except TypeError:
         raise ValueError(f"{name}: `widths` must be several widths in a list; got {widths!r}") from None
-    kinds = {next((kind for kind in (Integral, Real) if isinstance(width, kind)), None) for width in widths}
+    kinds = {next((kind for kind in known if isinstance(width, kind)), None) for width in widths}
     if len(kinds) != 1 or None in kinds:
-        raise ValueError(f"{name}: `widths` must be fractions (floats) or numbers of blocks (ints); got {widths}")
-    distinct: list[tuple[list[float], dict[str, int]]] = []
+        by_group = ", or mappings from group to these" if Mapping in known else ""
+        raise ValueError(
+            f"{name}: `widths` must be fractions (floats) or numbers of blocks (ints){by_group}; got {widths}"
+        )
+    whole = {group: width.num_blocks for group, width in net.widths.items()}
+    distinct: list[tuple[list[Any], dict[str, int]]] = []
     for width in widths:
-        blocks = net.kept_blocks(width, rounding)
+        blocks = whole | net.kept_blocks(width, rounding)
         if alike := [asked for asked, others in distinct if blocks == others]:
             alike[0].append(width)
         else:
@@ -190,7 +198,7 @@ def _distinct(
     return distinct
 
 
-def _coordinates(net: NestedNet, distinct: Sequence[tuple[Sequence[float], dict[str, int]]]) -> dict[str, Any]:
+def _coordinates(net: NestedNet, distinct: Sequence[tuple[Sequence[Any], dict[str, int]]]) -> dict[str, Any]:
     """Say what the widths are: fractions in effect, numbers of blocks, and what was asked for."""
     kept = [blocks for _, blocks in distinct]
     blocks = np.array([list(each.values()) for each in kept])
