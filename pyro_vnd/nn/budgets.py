@@ -16,8 +16,8 @@ from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._sizes import is_integer
 from pyro_vnd._state import module_mode
 from pyro_vnd.nn.cost import net_cost
-from pyro_vnd.nn.likelihoods import CategoricalLabels, NetLikelihood
-from pyro_vnd.nn.model import NestedModel
+from pyro_vnd.nn.likelihoods import NetLikelihood
+from pyro_vnd.nn.model import NestedModel, net_and_likelihood
 from pyro_vnd.nn.narrow import narrow_to_blocks, recalibrate_batchnorm
 from pyro_vnd.nn.net import NestedNet
 
@@ -86,7 +86,7 @@ def widths_for(
         >>> net_cost(narrow(net, budget=0.25), torch.zeros(1, 8))
         {'multiply_adds': 658, 'parameters': 703}
     """
-    net, likelihood = _parts(model)
+    net, likelihood = net_and_likelihood("widths_for", model)
     _check(budget, cost, max_tries)
     rows = None if data is None else list(batches(data, batch_size))
     with module_mode([net], training=False):
@@ -94,17 +94,6 @@ def widths_for(
         limit = float(budget) if is_integer(budget) else float(budget) * search.cost(search.whole)
         start = _uniform(search, limit, budget)
         return start if rows is None else _refine(search, start, limit, max_tries)
-
-
-def _parts(model: Any) -> tuple[NestedNet, NetLikelihood]:
-    if isinstance(model, NestedModel):
-        return model.net, model.likelihood
-    if isinstance(model, NestedNet):
-        return model, CategoricalLabels()
-    raise ValueError(
-        f"widths_for: argument `model` must be a NestedModel or a NestedNet, as `nest` returns; got "
-        f"{type(model).__name__}"
-    )
 
 
 def _check(budget: Any, cost: Any, max_tries: Any) -> None:

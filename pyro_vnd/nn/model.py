@@ -1,6 +1,6 @@
 """A nested net with a likelihood: the Pyro model of labels, numbers, counts, pixels or tokens."""
 
-from typing import Self
+from typing import Any, Self
 
 import pyro
 from torch import Tensor
@@ -10,7 +10,7 @@ from pyro_vnd._inputs import Look
 from pyro_vnd.nn.likelihoods import CategoricalLabels, NetLikelihood
 from pyro_vnd.nn.net import NestedNet, NetGuide
 
-__all__ = ["NestedClassifier", "NestedModel"]
+__all__ = ["NestedClassifier", "NestedModel", "net_and_likelihood"]
 
 
 class NestedModel(QuietModule):
@@ -120,3 +120,23 @@ class NestedClassifier(NestedModel):
 
     def __init__(self, net: NestedNet) -> None:
         super().__init__(net, CategoricalLabels())
+
+
+def net_and_likelihood(caller: str, model: Any) -> tuple[NestedNet, NetLikelihood]:
+    """Return a nested net and its likelihood, which is that of classes where a net comes alone.
+
+    Args:
+        caller: What was given the model, for messages.
+        model: A `NestedModel`, or a nested net.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(model, NestedModel):
+        return model.net, model.likelihood
+    if isinstance(model, NestedNet):
+        return model, CategoricalLabels()
+    raise ValueError(
+        f"{caller}: argument `model` must be a NestedModel, or a NestedNet of classes, as `nest` returns; got "
+        f"{type(model).__name__}"
+    )

@@ -233,5 +233,7 @@ def test_narrow_takes_a_width_or_a_budget():
     for arguments in ({}, {"width": 0.5, "budget": 0.5}):
         with pytest.raises(ValueError, match="narrow: give exactly one of `width` and `budget`"):
             narrow(net, **arguments)
-    with pytest.raises(ValueError, match=r"widths_for: argument `model` must be a NestedModel or a NestedNet.*Sequent"):
+    with pytest.raises(
+        ValueError, match=r"widths_for: argument `model` must be a NestedModel, or a NestedNet.*Sequent"
+    ):
         widths_for(net.net, 0.5)

@@ -17,7 +17,8 @@ from pyro_vnd.diagnostics.metrics.evaluation import evaluate, net_cost, scorer_o
 from pyro_vnd.diagnostics.posterior import _arviz
 from pyro_vnd.diagnostics.posterior.loo import loo
 from pyro_vnd.infer import module_local_params
-from pyro_vnd.nn import CategoricalLabels, NestedModel, NestedNet, NetLikelihood, narrow, recalibrate_batchnorm
+from pyro_vnd.nn import NestedModel, NestedNet, NetLikelihood, narrow, recalibrate_batchnorm
+from pyro_vnd.nn.model import net_and_likelihood
 from pyro_vnd.nn.width import Rounding
 
 __all__ = ["evaluate_learned", "evaluate_widths", "loo_widths", "smallest_width"]
@@ -81,7 +82,7 @@ def evaluate_widths(
         >>> result["nll"].dims, result["parameters"].values.tolist(), result["blocks"].values.tolist()
         (('seed', 'width'), [[19, 35, 67]], [1, 2, 4])
     """
-    net, likelihood = _parts("evaluate_widths", model)
+    net, likelihood = net_and_likelihood("evaluate_widths", model)
     distinct = _distinct("evaluate_widths", net, widths, rounding, (Mapping, Integral, Real))
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"evaluate_widths: `num_samples` must be at least 1; got {num_samples}")
@@ -145,7 +146,7 @@ def evaluate_learned(
     Raises:
         ValueError: As in `evaluate`.
     """
-    net, likelihood = _parts("evaluate_learned", model)
+    net, likelihood = net_and_likelihood("evaluate_learned", model)
     with module_mode([net], training=False):
         return evaluate(
             lambda x: net.predict(x, num_samples=num_samples),
@@ -247,17 +248,6 @@ def _narrow_draws(
     return nets
 
 
-def _parts(name: str, model: NestedModel | NestedNet) -> tuple[NestedNet, NetLikelihood]:
-    """Return a nested net and its likelihood, which is that of classes where none is told."""
-    if isinstance(model, NestedModel):
-        return model.net, model.likelihood
-    if isinstance(model, NestedNet):
-        return model, CategoricalLabels()
-    raise ValueError(
-        f"{name}: argument `model` must be a NestedModel, or a NestedNet of classes; got {type(model).__name__}"
-    )
-
-
 class _Stacked(nn.ModuleList):
     """Draws of a net, narrowed, with one more dimension of their outputs, (S, N, ...)."""
 
@@ -321,7 +311,7 @@ def loo_widths(
         >>> list(scores), scores[1.0].elpd_i.sizes["row"]
         ([0.25, 1.0], 50)
     """
-    net, likelihood = _parts("loo_widths", model)
+    net, likelihood = net_and_likelihood("loo_widths", model)
     distinct = _distinct("loo_widths", net, widths, rounding)
     if num_samples < _arviz.MIN_DRAWS:
         raise ValueError(f"loo_widths: `num_samples` must be at least {_arviz.MIN_DRAWS}; got {num_samples}")

@@ -24,7 +24,7 @@ from pyro_vnd.diagnostics import (
     smallest_width,
 )
 from pyro_vnd.diagnostics.metrics.regression import LEVELS, normal_mixture_crps
-from pyro_vnd.infer import module_local_params
+from pyro_vnd.infer import MaskSchedule, fit, module_local_params
 from pyro_vnd.nn import (
     BernoulliLabels,
     NestedModel,
@@ -36,6 +36,7 @@ from pyro_vnd.nn import (
     TokenLabels,
     narrow,
     nest,
+    widths_for,
 )
 
 ROWS, DRAWS = 12, 4
@@ -369,6 +370,26 @@ def test_leave_one_out_is_of_rows(nested):
     mixed = (terms.logsumexp(0) - math.log(40)).sum().item()
     assert float(scores[1.0].elpd) < mixed < float(scores[1.0].elpd) + 2 * float(scores[1.0].p) + 1
     assert smallest_width(scores) in (0.25, 1.0)
+
+
+def test_a_model_of_the_next_token_learns_it_at_every_width():
+    """Text in which each token follows from the one before, padded at the end."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randint(0, 5, (200, 1), generator=generator)
+    text = 1 + (start + 2 * torch.arange(9)) % 5
+    text[torch.arange(9) >= torch.randint(4, 10, (200, 1), generator=generator)] = 0
+    x, y = text[:, :-1], text[:, 1:]
+    plain = nn.Sequential(nn.Embedding(6, 8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 6))
+    net = nest(plain, x[:1], num_blocks=4, exclude=["0"])
+    model = NestedModel(net, TokenLabels(ignore_index=0))
+    how = {"num_epochs": 60, "lr": 0.05, "kl_weight": 0.01, "schedule": MaskSchedule()}
+    fit(model, model.guide, (x, y), **how, **QUIET)
+    noise = torch.randint(1, 6, x.shape, generator=generator)
+    found = evaluate_widths(model, (x, y), [0.25, 0.5, 1.0], 5, ood={"noise": (noise, y)}, **QUIET)
+    assert found.attrs["num_labels"] == (y != 0).sum()
+    assert (found["perplexity"] < 1.5).all()  # of five, for one who knows nothing
+    assert (found["accuracy"] > 0.95).all()
+    assert widths_for(model, 0.5, data=(x, y))["1"] in (1, 2)
 
 
 def test_what_does_not_fit_is_said():
