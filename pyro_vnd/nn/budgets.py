@@ -16,10 +16,10 @@ from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._sizes import is_integer
 from pyro_vnd._state import module_mode
 from pyro_vnd.nn.cost import net_cost
-from pyro_vnd.nn.likelihoods import NetLikelihood
 from pyro_vnd.nn.model import NestedModel, net_and_likelihood
 from pyro_vnd.nn.narrow import narrow_to_blocks, recalibrate_batchnorm
 from pyro_vnd.nn.net import NestedNet
+from pyro_vnd.nn.net_likelihood import NetLikelihood
 
 __all__ = ["Cost", "widths_for"]
 

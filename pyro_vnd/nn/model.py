@@ -7,8 +7,9 @@ from torch import Tensor
 
 from pyro_vnd._compat import QuietModule
 from pyro_vnd._inputs import Look
-from pyro_vnd.nn.likelihoods import CategoricalLabels, NetLikelihood
+from pyro_vnd.nn.likelihoods import CategoricalLabels
 from pyro_vnd.nn.net import NestedNet, NetGuide
+from pyro_vnd.nn.net_likelihood import NetLikelihood
 
 __all__ = ["NestedClassifier", "NestedModel", "net_and_likelihood"]
 
