@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from pyro_vnd.diagnostics.metrics.calibration import fit_temperature as fit_temperature
     from pyro_vnd.diagnostics.metrics.calibration import scale_temperature as scale_temperature
     from pyro_vnd.diagnostics.metrics.cascades import evaluate_cascade as evaluate_cascade
-    from pyro_vnd.diagnostics.metrics.classification import evaluate as evaluate
-    from pyro_vnd.diagnostics.metrics.classification import net_cost as net_cost
+    from pyro_vnd.diagnostics.metrics.evaluation import evaluate as evaluate
+    from pyro_vnd.diagnostics.metrics.evaluation import net_cost as net_cost
     from pyro_vnd.diagnostics.metrics.generative import generative_metrics as generative_metrics
     from pyro_vnd.diagnostics.metrics.lengths import evaluate_lengths as evaluate_lengths
     from pyro_vnd.diagnostics.metrics.ood import ood_metrics as ood_metrics
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "metrics.calibration": ("fit_temperature", "scale_temperature"),
     "metrics.cascades": ("evaluate_cascade",),
-    "metrics.classification": ("evaluate", "net_cost"),
+    "metrics.evaluation": ("evaluate", "net_cost"),
     "metrics.generative": ("generative_metrics",),
     "metrics.lengths": ("evaluate_lengths",),
     "metrics.ood": ("ood_metrics",),

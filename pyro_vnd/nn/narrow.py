@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,24 +15,28 @@ from pyro_vnd._data import Rows, batches
 from pyro_vnd._state import module_mode
 from pyro_vnd.nn.axis import Index, kept_channels, take
 from pyro_vnd.nn.layers import NestedLayer
+from pyro_vnd.nn.model import NestedModel
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.norms import BATCH_NORMS, NestedNorm
 from pyro_vnd.nn.submodules import replace_modules
 from pyro_vnd.nn.tracing.attention import Attention
 from pyro_vnd.nn.width import Rounding
 
-__all__ = ["narrow", "narrow_layer", "recalibrate_batchnorm"]
+__all__ = ["narrow", "narrow_layer", "narrow_to_blocks", "recalibrate_batchnorm"]
 
 
 @torch.no_grad()
 def narrow(
-    net: NestedNet,
-    width: float | int | Mapping[str, float | int],
+    net: NestedNet | NestedModel,
+    width: float | int | Mapping[str, float | int] | None = None,
     draw: Mapping[str, Tensor] | None = None,
     *,
     rounding: Rounding | None = None,
+    budget: float | int | None = None,
+    cost: Literal["macs", "parameters", "latency"] = "macs",
+    data: Rows | None = None,
 ) -> nn.Module:
-    """Narrow a nested net to a width: a plain, physically smaller torch net.
+    """Narrow a nested net to a width, or to a budget: a plain, physically smaller torch net.
 
     Its outputs are those of the masked net up to floating point, and it needs neither Pyro nor this library: its class
     is that of the net that was nested, its layers are torch's own. What was kept of each group is in the attribute
@@ -40,18 +44,23 @@ def narrow(
     the statistics of training, which are those of all widths together: see `recalibrate_batchnorm`.
 
     Args:
-        net: The nested net.
+        net: The nested net, or the model of it with its likelihood.
         width: A fraction in (0, 1] for all groups (a float), a number of blocks (an int), or a mapping from group to
             either; groups that it leaves out stay whole. 1.0 is the whole net, 1 a single block.
         draw: A draw of the weights by name of their site, such as `net.guide(x)` returns; the posterior mean by
             default.
         rounding: As in `Width.kept_blocks`: without it, a fraction that is no number of blocks is an error.
+        budget: In place of a width, the most that the narrowed net may cost: its widths are those of
+            `widths_for(net, budget, cost, data)`, which has more arguments, for BatchNorm say.
+        cost: What the budget is of: "macs", "parameters" or "latency".
+        data: Validation data that the widths for a budget are chosen by, if any.
 
     Returns:
         A new module in the mode (training or evaluation) of the nested one, which shares no memory with it.
 
     Raises:
-        ValueError: If a width is invalid or does not fit a group, or the draw lacks a site.
+        ValueError: If a width is invalid or does not fit a group, or the draw lacks a site; if there is neither a width
+            nor a budget, or both.
 
     Example:
         >>> import torch
@@ -66,9 +75,23 @@ def narrow(
           (2): Linear(in_features=16, out_features=3, bias=True)
         )
     """
+    model, net = net, net.net if isinstance(net, NestedModel) else net
     if not isinstance(net, NestedNet):
         raise ValueError(f"narrow: argument `net` must be a NestedNet, as `nest` returns; got {type(net).__name__}")
+    if (width is None) == (budget is None):
+        raise ValueError(f"narrow: give exactly one of `width` and `budget`; got {width!r} and {budget!r}")
+    if budget is not None:
+        from pyro_vnd.nn.budgets import widths_for  # which narrows nets to see what they cost
+
+        width = widths_for(model, budget, cost, data)
+    assert width is not None
     blocks = {name: each.num_blocks for name, each in net.widths.items()} | net.kept_blocks(width, rounding)
+    return narrow_to_blocks(net, blocks, draw)
+
+
+@torch.no_grad()
+def narrow_to_blocks(net: NestedNet, blocks: Mapping[str, int], draw: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Narrow a nested net to numbers of blocks that fit it, one for each group; `narrow` without its checks."""
     kept = {name: each.kept_units(blocks[name]) for name, each in net.widths.items()}
     narrowed: dict[int, Any] = {}
     for name, module in net.net.named_modules():

@@ -90,7 +90,8 @@ def check_rows(function: str, argument: str, predictions: Tensor, labels: Tensor
     if predictions.shape[1] == 1:
         raise ValueError(
             f"{function}: argument `{argument}` must have a column for each of two or more classes; got shape "
-            f"{tuple(predictions.shape)}. Regression is scored by log-likelihoods, `to_arviz` and `loo`"
+            f"{tuple(predictions.shape)}. Regression is scored with its likelihood, NormalTargets(), one logit with "
+            "BernoulliLabels()"
         )
     return check_labels(function, labels, *predictions.shape)
 

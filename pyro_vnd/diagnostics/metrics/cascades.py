@@ -8,7 +8,7 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from pyro_vnd._data import Rows, batches
-from pyro_vnd.diagnostics.metrics.classification import evaluate
+from pyro_vnd.diagnostics.metrics.evaluation import evaluate
 from pyro_vnd.nn import CascadeNet
 
 __all__ = ["evaluate_cascade"]

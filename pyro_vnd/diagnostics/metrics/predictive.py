@@ -1,6 +1,5 @@
 """The predictive of a classifier: draws of the posterior averaged, how much they disagree, and how good they are."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
 
@@ -19,12 +18,10 @@ class AveragedPredictive:
     Attributes:
         log_probs: $\log \bar p_n(c) = \log \frac1S \sum_s p_{sn}(c)$, shape (N, C).
         expected_entropy: $\frac1S \sum_s H[p_{sn}]$ in nats, shape (N,).
-        num_samples: S.
     """
 
     log_probs: Tensor
     expected_entropy: Tensor
-    num_samples: int
 
     @property
     def probs(self) -> Tensor:
@@ -45,12 +42,6 @@ class AveragedPredictive:
     def doubt(self) -> Tensor:
         """One minus the largest averaged probability, as the sum of the others, which does not cancel, shape (N,)."""
         return self.probs.scatter(-1, self.log_probs.argmax(-1, keepdim=True), 0.0).sum(-1)
-
-    @classmethod
-    def cat(cls, parts: Sequence["AveragedPredictive"]) -> "AveragedPredictive":
-        """Join the rows of several batches."""
-        log_probs = torch.cat([part.log_probs for part in parts])
-        return cls(log_probs, torch.cat([part.expected_entropy for part in parts]), parts[0].num_samples)
 
 
 @torch.no_grad()
@@ -89,7 +80,7 @@ def average_draws(*, logits: Tensor | None = None, probs: Tensor | None = None) 
         bad = int(log_probs.isnan().any(-1).sum())
         raise ValueError(f"evaluate: `{name}` must hold a distribution in each row; {bad} rows of draws have none")
     expected_entropy = torch.special.entr(log_probs.exp()).sum(-1).mean(0)
-    return AveragedPredictive(log_probs.logsumexp(0) - log(len(log_probs)), expected_entropy, len(log_probs))
+    return AveragedPredictive(log_probs.logsumexp(0) - log(len(log_probs)), expected_entropy)
 
 
 def classification_metrics(probs: Tensor, labels: Tensor) -> dict[str, float]:

@@ -13,12 +13,12 @@ from tqdm.auto import tqdm
 from pyro_vnd._data import Rows, batches
 from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._state import module_mode
-from pyro_vnd.diagnostics.metrics.calibration import check_rows
-from pyro_vnd.diagnostics.metrics.classification import evaluate, net_cost
+from pyro_vnd.diagnostics.metrics.evaluation import evaluate, net_cost, scorer_of
 from pyro_vnd.diagnostics.posterior import _arviz
 from pyro_vnd.diagnostics.posterior.loo import loo
 from pyro_vnd.infer import module_local_params
-from pyro_vnd.nn import NestedNet, narrow, recalibrate_batchnorm
+from pyro_vnd.nn import NestedModel, NestedNet, NetLikelihood, narrow, recalibrate_batchnorm
+from pyro_vnd.nn.model import net_and_likelihood
 from pyro_vnd.nn.width import Rounding
 
 __all__ = ["evaluate_learned", "evaluate_widths", "loo_widths", "smallest_width"]
@@ -28,9 +28,9 @@ _WITHOUT_WIDTH = ["prevalence", "score_limit"]
 
 
 def evaluate_widths(
-    net: NestedNet,
+    model: NestedModel | NestedNet,
     data: Rows,
-    widths: Sequence[float] | Sequence[int],
+    widths: Sequence[float] | Sequence[int] | Sequence[Mapping[str, float | int]],
     num_samples: int | None = 20,
     ood: Mapping[str, Rows] | None = None,
     *,
@@ -46,10 +46,10 @@ def evaluate_widths(
     What is scored are the narrowed nets, one for each draw: memory holds S of them at a time.
 
     Args:
-        net: A trained nested net, whose outputs are logits.
+        model: A trained nested net with its likelihood, or a nested net alone, whose outputs are logits of classes.
         data: Test data, as in `evaluate`.
-        widths: Fractions in (0, 1] (floats) or numbers of blocks (ints). Widths that are one and the same net are
-            scored once.
+        widths: Fractions in (0, 1] (floats), numbers of blocks (ints), or mappings from group to either, such as
+            `widths_for` returns. Widths that are one and the same net are scored once.
         num_samples: Number of draws S of the weights, each of which costs a pass; None is one pass with their posterior
             mean.
         ood: Test data from outside the domain by name, as in `evaluate`.
@@ -82,7 +82,8 @@ def evaluate_widths(
         >>> result["nll"].dims, result["parameters"].values.tolist(), result["blocks"].values.tolist()
         (('seed', 'width'), [[19, 35, 67]], [1, 2, 4])
     """
-    distinct = _distinct("evaluate_widths", net, widths, rounding)
+    net, likelihood = net_and_likelihood("evaluate_widths", model)
+    distinct = _distinct("evaluate_widths", net, widths, rounding, (Mapping, Integral, Real))
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"evaluate_widths: `num_samples` must be at least 1; got {num_samples}")
     device = next(net.parameters()).device
@@ -97,6 +98,7 @@ def evaluate_widths(
             result = evaluate(
                 _Stacked(nets, net),
                 data,
+                likelihood,
                 ood=ood,
                 calibrate=calibrate,
                 seed=seed,
@@ -113,7 +115,7 @@ def evaluate_widths(
 
 
 def evaluate_learned(
-    net: NestedNet,
+    model: NestedModel | NestedNet,
     data: Rows,
     num_samples: int = 20,
     ood: Mapping[str, Rows] | None = None,
@@ -129,7 +131,7 @@ def evaluate_learned(
     as the net has it.
 
     Args:
-        net: A trained nested net, whose outputs are logits.
+        model: A trained nested net with its likelihood, or a nested net alone, whose outputs are logits of classes.
         data: Test data, as in `evaluate`.
         num_samples: Number of draws S of weights and masks.
         ood: Test data from outside the domain by name, as in `evaluate`.
@@ -144,10 +146,12 @@ def evaluate_learned(
     Raises:
         ValueError: As in `evaluate`.
     """
+    net, likelihood = net_and_likelihood("evaluate_learned", model)
     with module_mode([net], training=False):
         return evaluate(
             lambda x: net.predict(x, num_samples=num_samples),
             data,
+            likelihood,
             ood=ood,
             calibrate=calibrate,
             seed=seed,
@@ -164,8 +168,12 @@ _LABELS = {
 
 
 def _distinct(
-    name: str, net: NestedNet, widths: Sequence[float] | Sequence[int], rounding: Rounding | None
-) -> list[tuple[list[float], dict[str, int]]]:
+    name: str,
+    net: NestedNet,
+    widths: Sequence[Any],
+    rounding: Rounding | None,
+    known: tuple[type, ...] = (Integral, Real),
+) -> list[tuple[list[Any], dict[str, int]]]:
     """Return the widths that are one and the same net, with the blocks that it keeps of each group, for each net.
 
     All are looked at before hours go into some of them.
@@ -174,12 +182,16 @@ def _distinct(
         widths = list(widths)
     except TypeError:
         raise ValueError(f"{name}: `widths` must be several widths in a list; got {widths!r}") from None
-    kinds = {next((kind for kind in (Integral, Real) if isinstance(width, kind)), None) for width in widths}
+    kinds = {next((kind for kind in known if isinstance(width, kind)), None) for width in widths}
     if len(kinds) != 1 or None in kinds:
-        raise ValueError(f"{name}: `widths` must be fractions (floats) or numbers of blocks (ints); got {widths}")
-    distinct: list[tuple[list[float], dict[str, int]]] = []
+        by_group = ", or mappings from group to these" if Mapping in known else ""
+        raise ValueError(
+            f"{name}: `widths` must be fractions (floats) or numbers of blocks (ints){by_group}; got {widths}"
+        )
+    whole = {group: width.num_blocks for group, width in net.widths.items()}
+    distinct: list[tuple[list[Any], dict[str, int]]] = []
     for width in widths:
-        blocks = net.kept_blocks(width, rounding)
+        blocks = whole | net.kept_blocks(width, rounding)
         if alike := [asked for asked, others in distinct if blocks == others]:
             alike[0].append(width)
         else:
@@ -187,7 +199,7 @@ def _distinct(
     return distinct
 
 
-def _coordinates(net: NestedNet, distinct: Sequence[tuple[Sequence[float], dict[str, int]]]) -> dict[str, Any]:
+def _coordinates(net: NestedNet, distinct: Sequence[tuple[Sequence[Any], dict[str, int]]]) -> dict[str, Any]:
     """Say what the widths are: fractions in effect, numbers of blocks, and what was asked for."""
     kept = [blocks for _, blocks in distinct]
     blocks = np.array([list(each.values()) for each in kept])
@@ -237,7 +249,9 @@ def _narrow_draws(
 
 
 class _Stacked(nn.ModuleList):
-    """Draws of a net, narrowed, with one more dimension of their outputs, (S, N, C)."""
+    """Draws of a net, narrowed, with one more dimension of their outputs, (S, N, ...)."""
+
+    returns_draws = True
 
     def __init__(self, nets: Sequence[nn.Module], net: NestedNet) -> None:
         super().__init__(nets)
@@ -249,7 +263,7 @@ class _Stacked(nn.ModuleList):
 
 @torch.no_grad()
 def loo_widths(
-    net: NestedNet,
+    model: NestedModel | NestedNet,
     data: Rows,
     widths: Sequence[float] | Sequence[int],
     num_samples: int = 200,
@@ -259,14 +273,14 @@ def loo_widths(
     batch_size: int = 256,
     progress: bool = True,
 ) -> dict[float, Any]:
-    r"""Estimate how well a nested classifier predicts each row from all others, at each of several widths.
+    r"""Estimate how well a nested net predicts each row from all others, at each of several widths.
 
     Pareto-smoothed importance sampling, as `loo` without its correction for the guide: the draws of the weights are
     taken for those of the posterior. The correction would need weights $p(w, y) / q(w)$ of a whole net, whose k-hat
     is hopeless. A net that was trained with a smaller weight of the KL answers for that objective.
 
     Args:
-        net: A trained nested net, whose outputs are logits.
+        model: A trained nested net with its likelihood, or a nested net alone, whose outputs are logits of classes.
         data: The rows it was trained on, inputs and labels.
         widths: Fractions or numbers of blocks, as in `evaluate_widths`.
         num_samples: Number of draws S of the weights; memory holds S numbers a row, and S nets of one width.
@@ -297,6 +311,7 @@ def loo_widths(
         >>> list(scores), scores[1.0].elpd_i.sizes["row"]
         ([0.25, 1.0], 50)
     """
+    net, likelihood = net_and_likelihood("loo_widths", model)
     distinct = _distinct("loo_widths", net, widths, rounding)
     if num_samples < _arviz.MIN_DRAWS:
         raise ValueError(f"loo_widths: `num_samples` must be at least {_arviz.MIN_DRAWS}; got {num_samples}")
@@ -306,9 +321,10 @@ def loo_widths(
     with module_mode([net], training=False):
         for (asked, *_), blocks in tqdm(distinct, desc="widths", disable=not progress):
             nets = _narrow_draws(net, blocks, example, num_samples, seed)
-            terms = [_log_likelihoods(_Stacked(nets, net), batch, device) for batch in batches(data, batch_size)]
+            stacked = _Stacked(nets, net)
+            terms = [_log_likelihoods(stacked, likelihood, batch, device) for batch in batches(data, batch_size)]
             values = torch.cat(terms, -1)[None].numpy()
-            found = _arviz.from_groups({"log_likelihood": {"label": (["chain", "draw", "row"], values)}}, {})
+            found = _arviz.from_groups({"log_likelihood": {likelihood.site: (["chain", "draw", "row"], values)}}, {})
             common = None if isinstance(asked, Integral) else _common_fraction(net, blocks)
             scores[asked if common is None else common] = _arviz.loo(found)
     return scores
@@ -395,12 +411,14 @@ def _densities(width: float, found: Any, var_name: str | None, variational: bool
     return values
 
 
-def _log_likelihoods(nets: _Stacked, batch: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return the log-probabilities of labels under each net, shape (S, N), on the CPU."""
+def _log_likelihoods(
+    nets: _Stacked, likelihood: NetLikelihood, batch: Sequence[Tensor], device: torch.device
+) -> Tensor:
+    """Return the log-likelihood of each row under each net, shape (S, N), on the CPU."""
     if len(batch) < 2:
         raise ValueError("loo_widths: argument `data` must have inputs and labels; got inputs only")
     x = batch[0].to(device)
     with explain_inputs("loo_widths", (x,), next(nets.parameters()).dtype, nets.input_shapes):
-        log_probs = nets(x).double().log_softmax(-1).cpu()
-    labels = check_rows("loo_widths", "logits", log_probs[0], batch[1]).cpu()
-    return log_probs.gather(-1, labels.expand(len(log_probs), -1).unsqueeze(-1)).squeeze(-1)
+        outputs = nets(x).double().cpu()
+    y = scorer_of(likelihood).targets("loo_widths", outputs, batch[1])
+    return likelihood.law(outputs, batch_dim=2).log_prob(y)

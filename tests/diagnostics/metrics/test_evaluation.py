@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_vnd.diagnostics import evaluate, net_cost, ood_metrics
 from pyro_vnd.diagnostics.metrics.calibration import calibration_bins
-from pyro_vnd.diagnostics.metrics.classification import average_batches
 from pyro_vnd.diagnostics.metrics.predictive import average_draws, predictive_metrics
 
 ROWS, CLASSES = 101, 3
@@ -77,9 +76,9 @@ def test_data_are_a_pair_a_mapping_or_batches(net, data):
     batches = [(x[:40], y[:40]), [x[40:80], y[40:80]], Pair(x[80:], y[80:])]
     for same in (Pair(x, y), [x, y], {"x": x, "y": y}, batches, iter(batches)):
         xr.testing.assert_identical(evaluate(draws(net), same, batch_size=40, progress=False), first)
-    predictive, labels = average_batches(net, {"x": x}, batch_size=40)
-    assert labels is None
-    torch.testing.assert_close(predictive.probs, net(x).softmax(-1))
+    foreign = {"the same": {"x": x}}  # inputs alone
+    found = evaluate(net, data, ood=foreign, batch_size=40, progress=False)
+    assert found["auroc"].values.ravel() == pytest.approx(0.5)
 
 
 def test_memory_holds_one_batch_of_logits(net, data):
@@ -89,7 +88,7 @@ def test_memory_holds_one_batch_of_logits(net, data):
         sizes.append(len(x))
         return draws(net)(x)
 
-    average_batches(predict, data, batch_size=40)
+    evaluate(predict, data, batch_size=40, progress=False)
     assert sizes == [40, 40, 21]
 
 
@@ -177,7 +176,7 @@ def test_labels_and_rows_are_needed(net, data):
 
 
 def test_shapes_of_predictions_are_checked(data):
-    with pytest.raises(ValueError, match=r"shape \(S, N, C\); got \(101, 5, 3\) for 101 rows"):
+    with pytest.raises(ValueError, match=r"shape \(S, N, ...\); got \(101, 5, 3\) for 101 rows"):
         evaluate(lambda x: torch.zeros(ROWS, 5, CLASSES), data, progress=False)
     with pytest.raises(ValueError, match=r"`logits` must hold a distribution.*101 rows"):
         evaluate(lambda x: torch.full((1, len(x), CLASSES), torch.nan), data, progress=False)

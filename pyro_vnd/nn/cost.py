@@ -1,0 +1,33 @@
+"""What a plain net costs: parameters, and multiply-adds as they are counted in a pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pyro_vnd._state import module_mode
+
+__all__ = ["net_cost"]
+
+
+def net_cost(net: nn.Module, x: Tensor, *more: Any) -> dict[str, int]:
+    """Count the parameters of a net and its multiply-adds for one row.
+
+    Args:
+        net: A plain module, such as `narrow` makes.
+        x: A batch of inputs; any number of rows.
+        *more: Further inputs.
+
+    Returns:
+        multiply_adds, half the floating-point operations of matrix products and convolutions, and parameters.
+
+    Example:
+        >>> import torch
+        >>> net_cost(torch.nn.Linear(2, 3), torch.zeros(1, 2))
+        {'multiply_adds': 6, 'parameters': 9}
+    """
+    with torch.no_grad(), module_mode([net], training=False), FlopCounterMode(display=False) as counter:
+        net(x, *more)
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    return {"multiply_adds": counter.get_total_flops() // (2 * len(x)), "parameters": parameters}
