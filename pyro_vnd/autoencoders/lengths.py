@@ -1,5 +1,6 @@
 """Where the lengths of codes come from: their law a priori, and what an encoder says of them."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 import torch
@@ -69,6 +70,7 @@ class LengthEncoder(nn.Module):
         self.heads = nn.Linear(bodies.num_features, num_values + (self.num_latents if source == "amortised" else 0))
         self.value_head = None
         self._prior = prior
+        self.register_load_state_dict_pre_hook(_make_value_head)
         if source == "prior":
             self.register_buffer("length_probs", prior.probs.detach().clone())
         elif source == "global":
@@ -96,12 +98,6 @@ class LengthEncoder(nn.Module):
             self.value_head = ValueHead(num_inputs, self.num_latents, (hidden, hidden), self._prior)
             self.value_head.to(self.heads.weight).train(self.training)
         return self.value_head
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Make a value head for the weights of one, those of a model that was given it by `distil_lengths`."""
-        if any(name.startswith(f"{prefix}value_head.") for name in state_dict):
-            self.add_value_head()
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def values_and_lengths(self, x: Tensor, *, priced: bool = False) -> tuple[Tensor, LengthParameters]:
         """Return the numbers, shape (N, num_values), and what tells the law of the lengths.
@@ -137,6 +133,12 @@ class LengthEncoder(nn.Module):
             head.weight.copy_(self.heads.weight[:num_values])
             head.bias.copy_(self.heads.bias[:num_values])
         return nn.Sequential(self.body, head)
+
+
+def _make_value_head(encoder: LengthEncoder, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Make a value head for the weights of one, those of a model that was given it by `distil_lengths`."""
+    if any(name.startswith(f"{prefix}value_head.") for name in state_dict):
+        encoder.add_value_head()
 
 
 def check_lengths(model: str, prior: OrderedMask, num_latents: int, source: str) -> None:
