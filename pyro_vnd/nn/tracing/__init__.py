@@ -1,6 +1,6 @@
 """Which layers of a net share channels: the net is traced, and channels are followed through its operations."""
 
 from pyro_vnd.nn.tracing.attention import unpack_attention
-from pyro_vnd.nn.tracing.groups import ChannelGroups, LayerChannels, Tracer, channel_groups
+from pyro_vnd.nn.tracing.groups import ChannelGroups, LayerChannels, channel_groups
 
-__all__ = ["ChannelGroups", "LayerChannels", "Tracer", "channel_groups", "unpack_attention"]
+__all__ = ["ChannelGroups", "LayerChannels", "channel_groups", "unpack_attention"]
