@@ -13,6 +13,8 @@ Of torch. Its distributions are made to be subclassed, by these names; another n
 - `torch.nn.Module._forward_hooks`, `torch.nn.Module._forward_pre_hooks`, `torch.nn.Module._backward_hooks`,
   `torch.nn.Module._backward_pre_hooks`: whether a layer has hooks, which only its own call runs.
 - `torch.nn.utils.parametrizations._WeightNorm`: the parametrization that `weight_norm` makes.
+- `torch.utils.checkpoint._checkpoint_without_reentrant_generator` and `torch.utils.checkpoint.CheckpointFunction`: what
+  surrounds a function that is computed again in the backward pass.
 - `torch._assert`: a check that a graph can hold.
 - `torch.Tensor._base`: what a weight is a view of.
 - `torch.nn.Module._modules`: where a module has its parts, for lookups that Pyro is not to hear of.
@@ -53,6 +55,7 @@ from typing import Any
 
 import pyro
 import torch
+import torch.utils.checkpoint
 from pyro.distributions import MaskedDistribution
 from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement as check_mean_field_requirement
 from pyro.nn import PyroModule
@@ -71,6 +74,7 @@ __all__ = [
     "keep_own_params",
     "mask_of_rows",
     "only_plain_code",
+    "plain_checkpoints",
     "quiet_lookups",
     "recall",
     "remember",
@@ -94,6 +98,34 @@ def weight_norm_of(module: nn.Module) -> str:
     chains: Any = getattr(module, "parametrizations", {})
     found = list(chains) == ["weight"] and all(isinstance(each, _WeightNorm) for each in chains["weight"])
     return "parametrization" if found else ""
+
+
+@contextmanager
+def plain_checkpoints() -> Iterator[None]:
+    """Let `torch.utils.checkpoint.checkpoint` call its function and keep all inside a block.
+
+    What it would compute again in the backward pass, when draws of masks and weights are gone, would be something else.
+    """
+    module: Any = torch.utils.checkpoint
+    names = ("_checkpoint_without_reentrant_generator", "CheckpointFunction")
+    before = [getattr(module, name) for name in names]
+    for name, value in zip(names, (_nothing_around, _JustCalls), strict=True):
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(module, name, value)
+
+
+def _nothing_around(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+class _JustCalls:
+    @staticmethod
+    def apply(function: Any, preserve: bool, *args: Any) -> Any:
+        return function(*args)
 
 
 def in_func() -> bool:

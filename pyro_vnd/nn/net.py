@@ -13,7 +13,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_vnd._compat import QuietModule
+from pyro_vnd._compat import QuietModule, plain_checkpoints
 from pyro_vnd._inputs import explain_inputs
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.nn.layers import NestedLayer
@@ -181,7 +181,7 @@ class NestedNet(QuietModule):
         try:
             values = self._draw_masks(which, num_rows, plate)
             values |= self._draw_weights(which) if weights else {}
-            with self._in_place():
+            with self._in_place(), plain_checkpoints():
                 yield values
         finally:
             for width in self.widths.values():

@@ -11,6 +11,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import remove_weight_norm
 
 from pyro_vnd._compat import weight_norm_of
+from pyro_vnd.nn.recognition import as_torch_has_it
+from pyro_vnd.nn.submodules import replace_modules
 from pyro_vnd.nn.tracing import unpack_attention
 
 __all__ = ["prepared"]
@@ -19,8 +21,10 @@ __all__ = ["prepared"]
 def prepared(net: nn.Module, excluded: tuple[str, ...]) -> nn.Module:
     """Return a copy of a net to be nested.
 
-    Weights of `weight_norm`, old and new, become parameters: the same function, whose weights are the starting means.
-    Attention is taken apart. Wrappers of nets for several devices are left away.
+    Weights of `weight_norm`, old and new, become parameters, and so do those that a convolution with a forward of its
+    own computes from its parameters, as weight standardisation does: the same function, whose weights are the starting
+    means. Modules that compute what RMSNorm or LayerNorm does become these. Attention is taken apart. Wrappers of nets
+    for several devices are left away.
 
     Args:
         net: The net.
@@ -42,7 +46,7 @@ def prepared(net: nn.Module, excluded: tuple[str, ...]) -> nn.Module:
     for name, part in copied.named_modules():
         if not any(f"{name}.".startswith(f"{each}.") for each in excluded):
             _keep_normalised_weights(part)
-    return unpack_attention(copied, excluded)
+    return unpack_attention(_recognised(copied, excluded), excluded)
 
 
 def _computed_tensors(net: nn.Module) -> dict[int, Any]:
@@ -63,3 +67,14 @@ def _keep_normalised_weights(part: nn.Module) -> None:
         layer.__class__ = parametrize.type_before_parametrizations(layer)
         del layer.parametrizations
         layer.register_parameter("weight", nn.Parameter(weight))
+
+
+def _recognised(net: nn.Module, excluded: tuple[str, ...]) -> nn.Module:
+    """Replace parts by layers of torch that compute the same, in place."""
+    found = {
+        part: same
+        for name, part in net.named_modules()
+        if name and not any(f"{name}.".startswith(f"{each}.") for each in excluded)
+        if (same := as_torch_has_it(part)) is not None
+    }
+    return replace_modules(net, found)

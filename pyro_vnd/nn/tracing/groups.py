@@ -139,7 +139,10 @@ def channel_groups(
         rows, tapes, untrained = _run(net, inputs, len(first), excluded)
         interpreter = _followed(net, rows, tapes, excluded, by_example)
     spaces = [space for space in dict.fromkeys(space.root for space in interpreter.made) if space.made]
-    whole = {space.name: space.reason for space in spaces if space.reason}
+    whole: dict[str, str] = {}
+    for space in spaces:
+        if space.reason and space.reason != whole.get(space.name.partition("[")[0]):  # once for all parts of an axis
+            whole[space.name] = space.reason
     cut = [space for space in spaces if not space.reason]
     if not cut:
         reasons = "".join(f"\n- `{name}`: {reason}" for name, reason in whole.items()) or " it has no layers to cut"
@@ -176,9 +179,12 @@ def _run(net: nn.Module, inputs: tuple[Any, ...], count: int, excluded: set[int]
     more = tuple(map(one_more, inputs))
     try:
         tapes = [recorded(net, more, excluded, find_rule)]
-    except Exception:
+    except Exception as error:
         recorded(net, _copied(inputs), excluded, find_rule)  # which says what is wrong with the example itself
-        raise
+        raise ValueError(
+            f"nest: the net runs on {count} examples, but not on {count + 1}: {error}. Does its forward have the "
+            "number of examples written down? Write x.shape[0], or -1 there"
+        ) from error
     for module in net.modules():
         module.training = True  # in a net that is put back as it was
     try:

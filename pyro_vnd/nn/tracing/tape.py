@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pyro_vnd._compat import plain_checkpoints
+
 __all__ = [
     "Attribute",
     "Op",
@@ -231,7 +233,7 @@ class Tape(TorchFunctionMode):
                 for hook in hooks:
                     stack.enter_context(hook)
             stack.enter_context(_sourced_attributes(self.net))
-            with self:
+            with plain_checkpoints(), self:
                 returned = self.net(*inputs)
         self.results = [self._value(tensor) for tensor in tensors_in(returned)]
 
