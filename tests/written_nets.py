@@ -645,6 +645,51 @@ def a_checkpoint():
     return Net(forward, a=nn.Linear(8, 32), b=inner, c=nn.Linear(32, 3)), torch.randn(2, 8)
 
 
+def recurrent(kind, outputs, **options):
+    def forward(net, x):
+        return net.o(net.rnn(net.i(x).relu())[0][:, -1])
+
+    layers = {"i": nn.Linear(8, 32), "rnn": kind(32, 16, batch_first=True, **options), "o": nn.Linear(outputs, 3)}
+    return Net(forward, **layers), torch.randn(2, 6, 8)
+
+
+@net({"i": 32, "rnn.steps.0.input": 16}, 0.2)
+def an_lstm():
+    return recurrent(nn.LSTM, 16)
+
+
+@net({"i": 32, "rnn.steps.0.input": 16}, 0.2)
+def a_gru_in_both_directions():
+    return recurrent(nn.GRU, 32, num_layers=2, bidirectional=True, dropout=0.2)
+
+
+@net({"i": 32, "rnn.steps.0.input": 16}, 0.2)
+def a_plain_recurrent_net():
+    return recurrent(nn.RNN, 16, nonlinearity="relu", bias=False)
+
+
+@net({"cell.step.input": 16}, 0.2)
+def a_cell_in_a_loop():
+    def forward(net, x):
+        h, c = x.new_zeros(x.shape[0], net.hidden), x.new_zeros(x.shape[0], net.hidden)
+        for t in range(x.shape[1]):
+            h, c = net.cell(x[:, t], (h, c))
+        return net.o(h)
+
+    return Net(forward, cell=nn.LSTMCell(8, 16), o=nn.Linear(16, 3), hidden=16), torch.randn(2, 6, 8)
+
+
+@net({"cell.step.input": 16}, 0.2)
+def a_cell_that_begins_at_zero():
+    def forward(net, x):
+        h = None
+        for t in range(x.shape[1]):
+            h = net.cell(x[:, t], h)
+        return net.o(h)
+
+    return Net(forward, cell=nn.GRUCell(8, 16), o=nn.Linear(16, 3)), torch.randn(2, 6, 8)
+
+
 @net({"i": 32}, 0.3)
 def picked_tokens():
     def forward(net, x):

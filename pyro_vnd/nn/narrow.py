@@ -20,6 +20,7 @@ from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.norms import BATCH_NORMS, NestedNorm, sizes_of
 from pyro_vnd.nn.submodules import replace_modules
 from pyro_vnd.nn.tracing.attention import Attention, as_graph
+from pyro_vnd.nn.tracing.recurrent import Cell, Recurrent
 from pyro_vnd.nn.width import Rounding
 
 __all__ = ["narrow", "narrow_layer", "narrow_to_blocks", "recalibrate_batchnorm"]
@@ -107,9 +108,13 @@ def narrow_to_blocks(net: NestedNet, blocks: Mapping[str, int], draw: Mapping[st
             narrowed[id(module)] = _narrow_norm(module, kept)
     # A copy takes what the memo has in place of copying it: wide weights are never copied.
     plain = copy.deepcopy(net.net, narrowed)
-    plain = replace_modules(
-        plain, {module: as_graph(module) for module in plain.modules() if isinstance(module, Attention)}
-    )
+    of_torch: dict[nn.Module, nn.Module] = {}
+    for module in plain.modules():
+        if isinstance(module, Attention):
+            of_torch[module] = as_graph(module)
+        elif isinstance(module, Recurrent | Cell):
+            of_torch[module] = module.as_torch_has_it()
+    plain = replace_modules(plain, of_torch)
     for own in net.own_channels:
         vars(plain.get_submodule(own.path)).update(own.counts(kept))
     _say_what_is_left(plain, net, blocks, kept)

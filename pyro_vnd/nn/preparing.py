@@ -13,7 +13,7 @@ from torch.nn.utils.weight_norm import remove_weight_norm
 from pyro_vnd._compat import weight_norm_of
 from pyro_vnd.nn.recognition import as_torch_has_it
 from pyro_vnd.nn.submodules import replace_modules
-from pyro_vnd.nn.tracing import unpack_attention
+from pyro_vnd.nn.tracing import unpack_attention, unpack_recurrent
 
 __all__ = ["prepared"]
 
@@ -23,7 +23,8 @@ def prepared(net: nn.Module, excluded: tuple[str, ...]) -> nn.Module:
 
     Weights of `weight_norm`, old and new, become parameters, and so do those that a convolution with a forward of its
     own computes from its parameters, as weight standardisation does: the same function, whose weights are the starting
-    means. Modules that compute what RMSNorm or LayerNorm does become these. Attention is taken apart. Wrappers of nets
+    means. Modules that compute what RMSNorm or LayerNorm does become these. Attention and recurrent
+    nets are taken apart. Wrappers of nets
     for several devices are left away.
 
     Args:
@@ -46,7 +47,7 @@ def prepared(net: nn.Module, excluded: tuple[str, ...]) -> nn.Module:
     for name, part in copied.named_modules():
         if not any(f"{name}.".startswith(f"{each}.") for each in excluded):
             _keep_normalised_weights(part)
-    return unpack_attention(_recognised(copied, excluded), excluded)
+    return unpack_recurrent(unpack_attention(_recognised(copied, excluded), excluded), excluded)
 
 
 def _computed_tensors(net: nn.Module) -> dict[int, Any]:

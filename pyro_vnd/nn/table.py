@@ -93,6 +93,10 @@ def _rows(net: NestedNet) -> list[tuple[str, ...]]:
 def _sharing(net: NestedNet, width: Width) -> str:
     """Name the layers that make or read the units of a group."""
     names = [name or "the net" for name, part in _nested(net).items() if width in part.widths]
+    for own in net.own_channels:
+        for name, axes in own.parameters.items():
+            if any(width in axis.widths for axis in axes.values()):
+                names.append(f"{own.path}.{name}" if own.path else name)
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more
 

@@ -194,6 +194,17 @@ def test_gradients_through_a_checkpoint_are_those_without_it(reentrant):
     assert len(counted) == 2
 
 
+def test_recurrent_nets_are_narrowed_to_those_of_torch():
+    build, *_ = written.NETS["a_gru_in_both_directions"]
+    narrowed = narrow(nest(*build()), 0.5)
+    assert type(narrowed.rnn) is nn.GRU
+    assert (narrowed.rnn.input_size, narrowed.rnn.hidden_size, narrowed.rnn.num_layers) == (16, 8, 2)
+    build, *_ = written.NETS["a_cell_in_a_loop"]
+    narrowed = narrow(nest(*build()), 0.5)
+    assert type(narrowed.cell) is nn.LSTMCell
+    assert (narrowed.cell.hidden_size, narrowed.hidden) == (8, 8)
+
+
 def test_wrappers_for_several_devices_are_left_away():
     plain = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
     net = nest(nn.DataParallel(plain), torch.randn(2, 8))

@@ -2,5 +2,6 @@
 
 from pyro_vnd.nn.tracing.attention import unpack_attention
 from pyro_vnd.nn.tracing.groups import ChannelGroups, LayerChannels, channel_groups
+from pyro_vnd.nn.tracing.recurrent import unpack_recurrent
 
-__all__ = ["ChannelGroups", "LayerChannels", "channel_groups", "unpack_attention"]
+__all__ = ["ChannelGroups", "LayerChannels", "channel_groups", "unpack_attention", "unpack_recurrent"]
