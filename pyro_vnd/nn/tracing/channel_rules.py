@@ -87,7 +87,10 @@ def stack(call: Call) -> Axes:
     return {axis + (axis >= dim): runs for axis, runs in call.join(call.tensors).items()}
 
 
-@rule(*(name + k for name in POOLING.split() for k in SPATIAL), *modules(POOLING_MODULES, SPATIAL))
+@rule(
+    *(name + k + end for name in POOLING.split() for k in SPATIAL for end in ("", "_with_indices")),
+    *modules(POOLING_MODULES, SPATIAL),
+)
 def pool(call: Call) -> Results:
     """Keep the axes before those that are pooled."""
     return each(call, call.mixed(range(-dimensions(call), 0), "pools channels"))

@@ -54,6 +54,20 @@ def embedding(call: Call) -> Axes:
     return call.axes() | {len(call.shape()): outputs}
 
 
+@rule(nn.EmbeddingBag)
+def bag(call: Call) -> Axes:
+    """Make channels for each bag, a row of the indices."""
+    table, indices = call.module, call.tensors[0]
+    if table.max_norm is not None or len(indices.shape) != 2:
+        call.fail()
+    outputs = call.weight_axis(table.weight, 1)
+    for run in outputs:
+        run.owner.make()
+    name = call.interpreter.names[id(table.weight)].rpartition(".")[0]
+    call.interpreter.bind(Attribute(name, "embedding_dim", None, table.embedding_dim), outputs)
+    return call.mixed([1], "sums over channels") | {1: outputs}
+
+
 @rule("embedding")
 def functional_embedding(call: Call) -> Axes:
     """Make channels along a new axis; rows of the table are whole."""

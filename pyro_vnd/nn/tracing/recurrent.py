@@ -76,7 +76,8 @@ class Cell(nn.Module):
     def as_torch_has_it(self) -> nn.Module:
         """Return a cell of torch with the same parameters."""
         weight, back, bias, _ = parameters = list(self.step.parameters_of_torch())
-        assert weight is not None and back is not None  # for the type checker: only biases can be None
+        assert weight is not None  # only biases
+        assert back is not None  # can be None
         cell = self.kind(weight.shape[1], back.shape[1], bias is not None, device="meta")
         for name, value in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), parameters, strict=True):
             setattr(cell, name, value)

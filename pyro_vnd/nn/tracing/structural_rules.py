@@ -279,6 +279,18 @@ def _as_wide_as_asked(call: Call) -> tuple[Axes, ...]:
     return (axes, *({} for _ in call.op.outputs[1:]))
 
 
+@rule("unfold", nn.Unfold, follows_sizes=True)
+def unfold(call: Call) -> Axes | tuple[Axes, ...]:
+    """Lay the pixels around a place after each channel; the method of that name is a move as others are."""
+    if len(call.tensors[0].shape) != 4 or (len(call.op.args) + len(call.op.kwargs) == 4 and call.op.name != "Unfold"):
+        return structural(call)
+    axes = call.mixed([-1, -2], "takes positions")
+    if 1 in axes:
+        along = scaled(axes[1], call.out.shape[1])
+        axes |= {1: along} if along else {}
+    return axes
+
+
 @rule("setitem", follows_sizes=True)
 def put(call: Call) -> tuple[Axes, ...]:
     """Unite what is put into a part of a tensor with what lies along the axes of that part."""
