@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from pyro_vnd.nn.tracing.call import Call, rule
 from pyro_vnd.nn.tracing.channels import Axes, extent, split_at, unify
-from pyro_vnd.nn.tracing.interpreter import Call, rule
 from pyro_vnd.nn.tracing.tape import Attribute, Size, Value, numbers_in
 
 __all__ = ["SPATIAL", "contract", "dimensions", "ends", "modules"]

@@ -15,8 +15,9 @@ from torch.nn.parameter import is_lazy
 
 from pyro_vnd.nn.axis import Rows, Run
 from pyro_vnd.nn.tracing import channel_rules, layer_rules, structural_rules  # noqa: F401  (they fill the table)
+from pyro_vnd.nn.tracing.call import Layer, find_rule
 from pyro_vnd.nn.tracing.channels import Runs, Split
-from pyro_vnd.nn.tracing.interpreter import Interpreter, Layer, find_rule
+from pyro_vnd.nn.tracing.interpreter import Interpreter
 from pyro_vnd.nn.tracing.tape import Attribute, Tape, recorded, tensors_in
 
 __all__ = ["ChannelGroups", "LayerChannels", "Layout", "channel_groups"]

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from pyro_vnd.nn.axis import Run
+from pyro_vnd.nn.tracing.call import Call, rule
 from pyro_vnd.nn.tracing.channel_rules import SPATIAL, dimensions, modules
 from pyro_vnd.nn.tracing.channels import Axes, Runs, are_rows, scaled, unify, whole
-from pyro_vnd.nn.tracing.interpreter import Call, rule
 from pyro_vnd.nn.tracing.tape import Attribute, Value, numbers_in
 
 __all__: list[str] = []

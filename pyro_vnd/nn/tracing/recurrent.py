@@ -114,7 +114,10 @@ class Recurrent(nn.Module):
             ValueError: If the input is a packed sequence.
         """
         if not isinstance(input, Tensor):
-            raise ValueError(f"nest: a nested {self.kind.__name__} takes padded tensors; got {type(input).__name__}")
+            raise ValueError(
+                f"nest: a nested {self.kind.__name__} takes padded tensors; got {type(input).__name__}: leave it alone "
+                "with `exclude`"
+            )
         is_lstm, is_batch = self.mode == "LSTM", input.dim() == 3
         states = (hx if is_lstm else (hx, None)) if hx is not None else (None, None)
         x = input if is_batch else input.unsqueeze(0 if self.batch_first else 1)

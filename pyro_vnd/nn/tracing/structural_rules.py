@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_vnd.nn.tracing.call import Call, rule
 from pyro_vnd.nn.tracing.channels import Axes, Runs, are_rows, extent, kept, scaled, split_at, unify
-from pyro_vnd.nn.tracing.interpreter import Call, rule
 from pyro_vnd.nn.tracing.tape import Attribute, Size, Source, Value, numbers_in, within
 
 __all__: list[str] = []

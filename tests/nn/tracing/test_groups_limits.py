@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pyro_vnd.nn.tracing import channel_groups
-from pyro_vnd.nn.tracing.interpreter import rule
+from pyro_vnd.nn.tracing.call import rule
 
 
 @pytest.mark.parametrize(
