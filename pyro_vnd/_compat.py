@@ -10,6 +10,13 @@ Of torch. Its distributions are made to be subclassed, by these names; another n
 - `torch.Tensor._version`: grows with each change in place, by which `recall` knows that a sample is no longer its own.
 - `torch._C._are_functorch_transforms_active`: asked before each hand-written gradient, which `torch.func` cannot use.
 - `torch._is_all_true`: tells in `vmap`, too, whether something holds for all of a batch, as torch's own laws ask it.
+- `torch.nn.Module._forward_hooks`, `torch.nn.Module._forward_pre_hooks`, `torch.nn.Module._backward_hooks`,
+  `torch.nn.Module._backward_pre_hooks`: whether a layer has hooks, which only its own call runs.
+- `torch.nn.utils.parametrizations._WeightNorm`: the parametrization that `weight_norm` makes.
+- `torch.utils.checkpoint._checkpoint_without_reentrant_generator` and `torch.utils.checkpoint.CheckpointFunction`: what
+  surrounds a function that is computed again in the backward pass.
+- `torch._assert`: a check that a graph can hold.
+- `torch.Tensor._base`: what a weight is a view of.
 - `torch.nn.Module._modules`: where a module has its parts, for lookups that Pyro is not to hear of.
 
 Of Pyro. Objectives, guides and handlers are extended by the methods that its own override:
@@ -48,26 +55,77 @@ from typing import Any
 
 import pyro
 import torch
+import torch.utils.checkpoint
 from pyro.distributions import MaskedDistribution
 from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement as check_mean_field_requirement
 from pyro.nn import PyroModule
 from pyro.nn.module import _Context
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 __all__ = [
     "QuietModule",
     "all_true",
     "check_mean_field_requirement",
     "give_local_params",
+    "has_hooks",
     "in_func",
     "keep_own_params",
     "mask_of_rows",
     "only_plain_code",
+    "plain_checkpoints",
     "quiet_lookups",
     "recall",
     "remember",
     "stray_params",
+    "weight_norm_of",
 ]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Say whether a module has hooks, which run when it is called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def weight_norm_of(module: nn.Module) -> str:
+    """Say whether only the weight of a module is normalised, by a "hook" or a "parametrization"; "" if it is not."""
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm)]
+    if [hook.name for hook in hooks] == ["weight"]:
+        return "hook"
+    chains: Any = getattr(module, "parametrizations", {})
+    found = list(chains) == ["weight"] and all(isinstance(each, _WeightNorm) for each in chains["weight"])
+    return "parametrization" if found else ""
+
+
+@contextmanager
+def plain_checkpoints() -> Iterator[None]:
+    """Let `torch.utils.checkpoint.checkpoint` call its function and keep all inside a block.
+
+    What it would compute again in the backward pass, when draws of masks and weights are gone, would be something else.
+    """
+    module: Any = torch.utils.checkpoint
+    names = ("_checkpoint_without_reentrant_generator", "CheckpointFunction")
+    before = [getattr(module, name) for name in names]
+    for name, value in zip(names, (_nothing_around, _JustCalls), strict=True):
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(module, name, value)
+
+
+def _nothing_around(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+class _JustCalls:
+    @staticmethod
+    def apply(function: Any, preserve: bool, *args: Any) -> Any:
+        return function(*args)
 
 
 def in_func() -> bool:

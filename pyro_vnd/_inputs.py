@@ -1,5 +1,6 @@
 """What is asked of data where they meet a model: labels that are classes, inputs that a net takes."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from pyro_vnd._compat import only_plain_code
 
-__all__ = ["Look", "check_labels", "explain_inputs"]
+__all__ = ["Look", "check_example", "check_labels", "explain_inputs"]
 
 _REAL = ", if they are classes; real targets need a likelihood of their own"
 
@@ -80,6 +81,28 @@ def check_labels(
             count = f": count them from 0, {argument} - 1" if (low, high) == (1, num_classes) else ""
             raise ValueError(f"{got} from {low} to {high}{count}")
     return labels.long()
+
+
+def check_example(inputs: Sequence[Any]) -> None:
+    """Say what is odd about the numbers of an example input: those that are NaN, and bytes where a net wants floats.
+
+    Raises:
+        ValueError: If some are NaN.
+
+    Warns:
+        UserWarning: If they look like images of bytes.
+    """
+    for x in inputs:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
+            continue
+        if x.isnan().any():
+            raise ValueError(f"nest: argument `example_input` has {int(x.isnan().sum())} numbers that are NaN")
+        if x.dim() == 4 and x.min() >= 0 and 16 < x.max() <= 255 and torch.equal(x, x.round()):
+            warnings.warn(
+                "nest: argument `example_input` looks like images of bytes, whole numbers from 0 to 255; nets want "
+                "small numbers: give x / 255",
+                stacklevel=3,
+            )
 
 
 @contextmanager

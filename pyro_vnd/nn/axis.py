@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_vnd.distributions._fast.arrays import leading_block
 from pyro_vnd.nn.width import Width
 
-__all__ = ["Axis", "Channels", "Index", "Run", "kept_channels", "take"]
+__all__ = ["Axis", "Channels", "Index", "Rows", "Run", "kept_channels", "take"]
 
 Owner = TypeVar("Owner")
 Index = slice | Tensor | None  # channels along a dimension: leading ones, some, or all
@@ -27,6 +27,46 @@ class Run(NamedTuple, Generic[Owner]):
 
     owner: Owner
     size: int
+
+
+class Rows(NamedTuple):
+    """Where the examples of a batch lie in a tensor: along an axis, each of them several times in a row, and all so.
+
+    Attributes:
+        axis: The axis.
+        repeats: How often all of them come, one after the other, as time steps before examples do that are flattened.
+        each: How often each comes in a row, as tokens after examples do. One of the two numbers, which is 1 or else
+            this one, follows from the length of the axis.
+    """
+
+    axis: int = 0
+    repeats: int = 1
+    each: int = 1
+
+    def spread(self, mask: Tensor, x: Tensor, channel_dim: int) -> Tensor:
+        """Give a mask with a row for each example the shape in which it can be multiplied with a tensor.
+
+        Args:
+            mask: Shape (N, channels).
+            x: The tensor.
+            channel_dim: Where its channels are.
+
+        Raises:
+            ValueError: If the tensor has no such rows.
+        """
+        length = x.shape[self.axis]
+        repeats = length // len(mask) if self.each == 1 and self.repeats > 1 else self.repeats
+        each = length // (repeats * len(mask)) if repeats else 0
+        if repeats * each * len(mask) != length:
+            raise ValueError(
+                f"a layer reads {length} rows where there are masks for {len(mask)} examples: nest with an example "
+                'that has the same layout, or with mask_per="batch"'
+            )
+        mask = mask if each == 1 else mask.repeat_interleave(each, 0)
+        mask = mask if repeats == 1 else mask.repeat(repeats, 1)
+        shape = [1] * x.dim()
+        shape[self.axis], shape[channel_dim] = mask.shape
+        return (mask if self.axis < channel_dim % x.dim() else mask.T).reshape(shape)
 
 
 Channels = Width | tuple[Run[Width | None], ...] | None

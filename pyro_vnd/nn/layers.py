@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Normal, kl_divergence
 from torch.nn import functional as F
 
+from pyro_vnd._compat import has_hooks
 from pyro_vnd.distributions import Gated
 from pyro_vnd.distributions.weights import LogScaleNormal
-from pyro_vnd.nn.axis import Axis, Channels, Index, kept_channels, take
+from pyro_vnd.nn.axis import Axis, Channels, Index, Rows, kept_channels, take
+from pyro_vnd.nn.reads import MaskedReads, Read, apply_mask, on_its_own, substituted
 from pyro_vnd.nn.width import Width
 
-__all__ = ["AFFINE", "NestedLayer", "Prior", "affine"]
+__all__ = ["AFFINE", "NestedLayer", "Prior", "affine", "affine_kind"]
 
 Plain = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Prior = Distribution | Callable[[str, nn.Module], Distribution] | Mapping[str, Any]
@@ -34,6 +36,11 @@ AFFINE: dict[type[nn.Module], Callable[..., Tensor]] = {
 }
 
 
+def affine_kind(layer: nn.Module) -> type[nn.Module] | None:
+    """Return the linear or convolutional class of torch that a layer is of, or a subclass of; None if it is none."""
+    return next((kind for kind in AFFINE if isinstance(layer, kind)), None)
+
+
 @effectful(type="affine")
 def affine(layer: NestedLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Apply a layer with given weights; an effect, so that a handler can draw the outputs rather than the weights."""
@@ -47,10 +54,11 @@ class NestedLayer(nn.Module):
 
     The mask of the inputs acts here, where they are read: after whatever norm, activation or sum came between. In a
     sliced pass only the kept rows and columns of the weights exist. The layer draws nothing itself: `NestedNet` draws
-    the weights of all its layers before a pass. Used outside one, the layer computes with the posterior mean.
+    the weights of all its layers before a pass. Used outside one, the layer computes with the posterior mean. Layers
+    with a forward of their own, or with hooks, run it, and find the drawn weights in the place of their parameters.
 
     Args:
-        layer: A torch layer, whose weights are the starting means: pretrained ones, or torch's own.
+        layer: A torch layer, or of a subclass, whose weights are the starting means: pretrained ones, or torch's own.
         inputs: Width of the input channels, or runs of several, or None if they are left whole.
         outputs: Width of the output channels.
         prior: Law of each weight, or a function of the parameter's name ("weight" or "bias") and the layer that
@@ -58,6 +66,7 @@ class NestedLayer(nn.Module):
             default is N(0, 2 / fan_in) for weights and N(0, 1) for biases.
         init_scale: Starting standard deviation of the posterior as a share of the prior's, or of N(0, 2 / fan_in)
             where that has none.
+        rows: Where the examples lie in the inputs; by default along the first axis.
 
     Raises:
         ValueError: If the layer is of another kind, or an argument does not fit it.
@@ -80,9 +89,11 @@ class NestedLayer(nn.Module):
         outputs: Channels = None,
         prior: Prior | Literal["normal"] | None = "normal",
         init_scale: float = 0.1,
+        rows: Rows | None = None,
     ) -> None:
         super().__init__()
-        if type(layer) not in AFFINE:
+        kind = affine_kind(layer)
+        if kind is None:
             known = ", ".join(kind.__name__ for kind in AFFINE)
             raise ValueError(f"NestedLayer: argument `layer` must be one of {known}; got {type(layer).__name__}")
         if isinstance(prior, str) and prior != "normal":
@@ -90,7 +101,9 @@ class NestedLayer(nn.Module):
         if not 0 < init_scale < math.inf:
             raise ValueError(f"NestedLayer: argument `init_scale` must be finite and > 0; got {init_scale}")
         self.plain: Any = layer  # its weights are the means
-        self.transposed, self.groups = "Transpose" in type(layer).__name__, getattr(layer, "groups", 1)
+        self.kind, self.rows = kind, rows
+        self.runs_plain = type(layer).forward is not kind.forward or has_hooks(layer)
+        self.transposed, self.groups = "Transpose" in kind.__name__, getattr(layer, "groups", 1)
         linear, plain = isinstance(layer, nn.Linear), cast(Any, layer)
         self.channel_dim = -1 if linear else 1
         self.input_axis = Axis(plain.in_features if linear else plain.in_channels, inputs)
@@ -101,13 +114,19 @@ class NestedLayer(nn.Module):
             for name, mean in layer.named_parameters():
                 scale = init_scale * self._spread_of_prior(name)
                 self.log_scales[name] = nn.Parameter(torch.full_like(mean.detach(), math.log(scale)))
-        self.has_exact_kl = {name: self._has_exact_kl(name) for name in self.log_scales}
+        # Outputs are drawn rather than weights only where nobody else sees the weights.
+        self.draws_outputs = {name: self._has_exact_kl(name) and not self.runs_plain for name in self.log_scales}
         self.values: dict[str, Tensor] = {}
+        self.is_read = False
 
     @property
     def widths(self) -> list[Width]:
         """The widths of its inputs and outputs, each once."""
         return list(dict.fromkeys(self.input_axis.widths + self.output_axis.widths))
+
+    def share(self) -> None:
+        """Let others read the weights, too: what is drawn is then weights, and the same ones for all."""
+        self.is_read, self.draws_outputs = True, dict.fromkeys(self.draws_outputs, False)
 
     def _spread_of_prior(self, name: str) -> float:
         try:
@@ -215,7 +234,7 @@ class NestedLayer(nn.Module):
             return {}
         for name in self.log_scales:
             kind = "linear" if self.channel_dim == -1 else "convolution"
-            infer: Any = {"local_reparam": kind if self.has_exact_kl[name] else None}
+            infer: Any = {"local_reparam": kind if self.draws_outputs[name] else None}
             value = pyro.sample(f"{site}.{name}", self.law(name, which), infer=infer)
             extra = value.dim() - self.plain.get_parameter(name).dim()
             if value.shape[:extra].numel() > 1:
@@ -227,21 +246,55 @@ class NestedLayer(nn.Module):
             self.values[name] = value.to(self.plain.weight.dtype)  # a prior may be of another precision
         return {f"{site}.{name}": value for name, value in self.values.items()}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (as torch's layers name it)
         """Mask the inputs and apply the layer.
 
         Args:
-            x: Inputs, shape (N, ..., channels) for linear layers and (N, channels, ...) for convolutions; in a sliced
-                pass with the kept channels only.
+            input: Inputs, shape (N, ..., channels) for linear layers and (N, channels, ...) for convolutions; in a
+                sliced pass with the kept channels only.
 
         Returns:
             Outputs; those of dropped units are left to the layers that read them.
         """
-        weight, bias = self.values.get("weight"), self.values.get("bias")
-        if weight is None:
-            weight, bias = self.take("weight", self.plain.weight), self.plain.bias
-            bias = None if bias is None else self.take("bias", bias)
-        return affine(self, apply_mask(x, self.input_axis.mask(), self.channel_dim), weight, bias)
+        if self.runs_plain:
+            return self._run_plain(input)
+        if self.is_read:
+            with on_its_own():
+                return self._run(input)
+        return self._run(input)
+
+    def _run(self, x: Tensor) -> Tensor:
+        weight, bias = self.value("weight"), self.value("bias")
+        return affine(self, apply_mask(x, self.input_axis.mask(), self.channel_dim, self.rows), weight, bias)
+
+    def value(self, name: str) -> Any:
+        """Return the "weight" or "bias" that this forward pass computes with, drawn or the mean; None if there is none.
+
+        Layers that share a parameter share what is drawn for it.
+        """
+        if name in self.values:
+            return self.values[name]
+        mean = self.plain.get_parameter(name) if getattr(self.plain, name, None) is not None else None
+        return None if mean is None else self.take(name, mean)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the plain layer has: the code of a net may ask for it; its weights are those of the pass."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "plain" not in vars(self).get("_modules", {}) or name.startswith("__"):
+                raise
+        return self.value(name) if name in ("weight", "bias") else getattr(self.plain, name)
+
+    def _run_plain(self, x: Tensor) -> Tensor:
+        """Run the layer as it is written, with the weights of this pass in the place of its own."""
+        weight, bias = self.value("weight"), self.value("bias")
+        values: dict[str, Any] = {"weight": weight} | ({} if bias is None else {"bias": bias})
+        if self.groups > 1:
+            kept = kept_channels(self.input_axis.index(), self.input_axis.size)
+            values["groups"] = self.groups * kept // self.input_axis.size
+        with substituted(self.plain, values), MaskedReads([(weight, Read(self.input_axis, self.rows))]):
+            return self.plain(x)
 
     def affine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the plain layer's operation with other weights, whole or sliced."""
@@ -252,13 +305,13 @@ class NestedLayer(nn.Module):
         if groups > 1:
             groups = groups * x.shape[1] // self.input_axis.size
         if self.transposed:
-            return AFFINE[type(plain)](
+            return AFFINE[self.kind](
                 x, weight, bias, plain.stride, plain.padding, plain.output_padding, groups, plain.dilation
             )
         padding = plain.padding
         if plain.padding_mode != "zeros":
             x, padding = F.pad(x, _padding_of_ends(plain), mode=plain.padding_mode), 0
-        return AFFINE[type(plain)](x, weight, bias, plain.stride, padding, plain.dilation, groups)
+        return AFFINE[self.kind](x, weight, bias, plain.stride, padding, plain.dilation, groups)
 
     def extra_repr(self) -> str:
         """Describe the layer in the representation of a net."""
@@ -285,16 +338,6 @@ def fan_in_normal(name: str, layer: nn.Module) -> Normal:
         fan_in = weight.numel() // weight.shape[1] // layer.groups
     scale = math.sqrt(2 / max(1, fan_in)) if name == "weight" else 1.0
     return Normal(weight.new_tensor(0.0), weight.new_tensor(scale), validate_args=False)
-
-
-def apply_mask(x: Tensor, mask: Tensor | None, channel_dim: int) -> Tensor:
-    """Multiply channels by a mask of shape (channels,), or (N, channels) with one row an example."""
-    if mask is None:
-        return x
-    rows, mask = mask.shape[:-1], mask.to(x.dtype)  # the law of a width may be of another precision
-    if channel_dim == -1:
-        return x * mask.reshape(*rows, *[1] * (x.dim() - 1 - len(rows)), mask.shape[-1])
-    return x * mask.reshape(*(rows or (1,)), mask.shape[-1], *[1] * (x.dim() - 2))
 
 
 def _taken(law: Any, cut: Callable[[Tensor], Tensor]) -> Distribution:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from pyro_vnd._data import Rows, batches
 from pyro_vnd._state import module_mode
@@ -17,9 +17,10 @@ from pyro_vnd.nn.axis import Index, kept_channels, take
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.model import NestedModel
 from pyro_vnd.nn.net import NestedNet
-from pyro_vnd.nn.norms import BATCH_NORMS, NestedNorm
+from pyro_vnd.nn.norms import BATCH_NORMS, NestedNorm, sizes_of
 from pyro_vnd.nn.submodules import replace_modules
-from pyro_vnd.nn.tracing.attention import Attention
+from pyro_vnd.nn.tracing.attention import Attention, as_graph
+from pyro_vnd.nn.tracing.recurrent import Cell, Recurrent
 from pyro_vnd.nn.width import Rounding
 
 __all__ = ["narrow", "narrow_layer", "narrow_to_blocks", "recalibrate_batchnorm"]
@@ -93,21 +94,36 @@ def narrow(
 def narrow_to_blocks(net: NestedNet, blocks: Mapping[str, int], draw: Mapping[str, Tensor] | None = None) -> nn.Module:
     """Narrow a nested net to numbers of blocks that fit it, one for each group; `narrow` without its checks."""
     kept = {name: each.kept_units(blocks[name]) for name, each in net.widths.items()}
-    narrowed: dict[int, Any] = {}
+    narrowed: dict[int, Any] = {}  # what takes the place of modules and tensors, by their ids
+    for own in net.own_channels:
+        cut = own.values(kept)
+        for name in own.parameters.keys() & cut.keys():
+            narrowed[id(own.tensor(name))] = _copied(cut[name], own.tensor(name))
     for name, module in net.net.named_modules():
         if isinstance(module, NestedLayer):
             site = f"{net.prefix}{name}" if name else f"{net.prefix}layer"
             index = module.output_axis.index(kept), module.input_axis.index(kept)
-            narrowed[id(module)] = narrow_layer(module, index, site, draw)
+            narrowed[id(module)] = narrow_layer(module, index, site, draw, narrowed)
         elif isinstance(module, NestedNorm):
             narrowed[id(module)] = _narrow_norm(module, kept)
     # A copy takes what the memo has in place of copying it: wide weights are never copied.
     plain = copy.deepcopy(net.net, narrowed)
-    plain = replace_modules(
-        plain, {module: _as_graph(module) for module in plain.modules() if isinstance(module, Attention)}
-    )
+    of_torch: dict[nn.Module, nn.Module] = {}
+    for module in plain.modules():
+        if isinstance(module, Attention):
+            of_torch[module] = as_graph(module)
+        elif isinstance(module, Recurrent | Cell):
+            of_torch[module] = module.as_torch_has_it()
+    plain = replace_modules(plain, of_torch)
+    for own in net.own_channels:
+        vars(plain.get_submodule(own.path)).update(own.counts(kept))
     _say_what_is_left(plain, net, blocks, kept)
     return plain
+
+
+def _copied(value: Tensor, like: Tensor) -> Tensor:
+    copied = value.detach().clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(copied, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else copied
 
 
 def _say_what_is_left(plain: nn.Module, net: NestedNet, blocks: Mapping[str, int], kept: Mapping[str, int]) -> None:
@@ -123,16 +139,12 @@ def _say_what_is_left(plain: nn.Module, net: NestedNet, blocks: Mapping[str, int
     vars(plain).update(narrowed_to=left, extra_repr=partial(str, "\n".join(own + lines)))
 
 
-def _as_graph(module: nn.Module) -> fx.GraphModule:
-    """Turn a module of this library into one of torch."""
-    graph = fx.Tracer().trace(module)
-    for node in graph.nodes:
-        node.type = None  # names of types could not be saved
-    return fx.GraphModule(module, graph, class_name=type(module).__name__)
-
-
 def narrow_layer(
-    layer: NestedLayer, index: tuple[Index, Index], site: str, draw: Mapping[str, Tensor] | None
+    layer: NestedLayer,
+    index: tuple[Index, Index],
+    site: str,
+    draw: Mapping[str, Tensor] | None,
+    known: dict[int, Any] | None = None,
 ) -> nn.Module:
     """Make a plain layer of some outputs and inputs of a nested one, at the posterior mean or with a draw.
 
@@ -141,6 +153,7 @@ def narrow_layer(
         index: Which outputs, and which inputs.
         site: Name of its sites, without that of the parameter.
         draw: As in `narrow`.
+        known: Parameters that were narrowed before, by their ids, and are shared with others; this layer's are added.
 
     Returns:
         A new module.
@@ -149,7 +162,11 @@ def narrow_layer(
         ValueError: If the draw lacks a site, or has a part of it only.
     """
     memo: dict[int, Any] = {}
+    known = {} if known is None else known
     for name, mean in layer.plain.named_parameters():
+        if id(mean) in known:
+            memo[id(mean)] = known[id(mean)]
+            continue
         value = mean
         if draw is not None and name in layer.log_scales:
             if f"{site}.{name}" not in draw:
@@ -160,8 +177,7 @@ def narrow_layer(
                     f"narrow: argument `draw` has shape {tuple(value.shape)} at site {f'{site}.{name}'!r}; expected "
                     f"{tuple(mean.shape)}: draw outside of `cut(..., sliced=True)`"
                 )
-        cut = layer.take(name, value, index).detach().clone(memory_format=torch.contiguous_format)
-        memo[id(mean)] = nn.Parameter(cut, requires_grad=mean.requires_grad)
+        memo[id(mean)] = known[id(mean)] = _copied(layer.take(name, value, index), mean)
     plain = copy.deepcopy(layer.plain, memo)
     num_out, num_in = (
         kept_channels(each, axis.size) for each, axis in zip(index, (layer.output_axis, layer.input_axis), strict=True)
@@ -184,15 +200,7 @@ def _narrow_norm(norm: NestedNorm, kept: dict[str, int]) -> nn.Module:
     for name, value in [*plain.named_buffers()]:
         if value.dim() == 1:
             setattr(plain, name, take(value, {0: index}).clone())
-    if isinstance(plain, nn.GroupNorm):
-        groups = plain.num_groups if plain.num_groups == 1 else plain.num_groups * size // plain.num_channels
-        plain.num_groups, plain.num_channels = groups, size
-    elif isinstance(plain, nn.LayerNorm | nn.RMSNorm):
-        plain.normalized_shape = (size,)
-    elif isinstance(plain, nn.PReLU):
-        plain.num_parameters = size
-    else:
-        plain.num_features = size
+    vars(plain).update(sizes_of(plain, size))
     return plain
 
 

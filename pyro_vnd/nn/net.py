@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -13,11 +13,12 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_vnd._compat import QuietModule
+from pyro_vnd._compat import QuietModule, plain_checkpoints
 from pyro_vnd._inputs import explain_inputs
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.norms import NestedNorm
+from pyro_vnd.nn.reads import MaskedReads, OwnChannels, Read
 from pyro_vnd.nn.table import as_html, as_text
 from pyro_vnd.nn.width import Rounding, Width, kept_blocks
 
@@ -64,6 +65,8 @@ class NestedNet(QuietModule):
             mask an example every weight is in use by some of them, and a gate is a choice: it regularises a weight in
             proportion to the rows that use it, so that the tail, which few rows use, is held less to the prior.
         prefix: Prefix of the names of all Pyro sites, for models with several nets.
+        own_channels: Parameters, and numbers of channels, of modules that are no nested layers, as `nest` finds them.
+        reads: Parameters that functions take as weights, each as its module, its name, and what is read with it.
 
     Attributes:
         whole: Why channels cannot be cut, by the layer that makes them, as far as `nest` found out.
@@ -91,6 +94,8 @@ class NestedNet(QuietModule):
         mask_per: Literal["example", "batch"] = "example",
         gated: bool | None = None,
         prefix: str = "",
+        own_channels: Sequence[OwnChannels] = (),
+        reads: Sequence[tuple[nn.Module, str, Read]] = (),
     ) -> None:
         super().__init__()
         if mask_per not in ("example", "batch"):
@@ -98,11 +103,10 @@ class NestedNet(QuietModule):
         self.net, self.mask_per, self.prefix = net, mask_per, prefix
         self.gated = mask_per == "batch" if gated is None else gated
         found: dict[str, Width] = {}
-        for module in net.modules():
-            if isinstance(module, NestedLayer | NestedNorm):
-                for width in module.widths:
-                    if found.setdefault(width.name, width) is not width:
-                        raise ValueError(f"NestedNet: two widths have the name {width.name!r}")
+        parts = [module for module in net.modules() if isinstance(module, NestedLayer | NestedNorm)]
+        for width in (width for part in (*parts, *own_channels) for width in part.widths):
+            if found.setdefault(width.name, width) is not width:
+                raise ValueError(f"NestedNet: two widths have the name {width.name!r}")
         if not found:
             raise ValueError("NestedNet: argument `net` has no NestedLayer with a width; use `nest` to convert a net")
         self._groups = tuple(found)
@@ -111,6 +115,7 @@ class NestedNet(QuietModule):
         self.whole: dict[str, str] = {}
         self.positions: dict[str, int] = {}
         self.input_shapes: tuple[tuple[int, ...], ...] = ()
+        self.own_channels, self.reads = list(own_channels), list(reads)
 
     def __repr__(self) -> str:
         """Return a table of the groups; `net.net` has the modules."""
@@ -175,12 +180,25 @@ class NestedNet(QuietModule):
         """Draw masks and weights, or compute with the mean weights, in the passes inside the block."""
         try:
             values = self._draw_masks(which, num_rows, plate)
-            yield values | self._draw_weights(which) if weights else values
+            values |= self._draw_weights(which) if weights else {}
+            with self._in_place(), plain_checkpoints():
+                yield values
         finally:
             for width in self.widths.values():
                 width.release()
             for layer in self.layers.values():
                 layer.values = {}
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """Let modules that are no nested layers find and read what is kept."""
+        with ExitStack() as stack:
+            for own in self.own_channels:
+                stack.enter_context(own.cut())
+            reads = MaskedReads([(getattr(module, name), read) for module, name, read in self.reads])
+            if reads:
+                stack.enter_context(reads)
+            yield
 
     def _draw_masks(
         self, which: Literal["prior", "posterior"], num_rows: int, plate: pyro.plate | None

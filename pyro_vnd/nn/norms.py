@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_vnd.nn.axis import Axis, Channels, kept_channels, take
-from pyro_vnd.nn.layers import apply_mask
+from pyro_vnd._compat import has_hooks
+from pyro_vnd.nn.axis import Axis, Channels, Rows, kept_channels, take
+from pyro_vnd.nn.reads import MaskedReads, Read, masked_norm, shaped, substituted
 from pyro_vnd.nn.width import Width
 
 __all__ = ["BATCH_NORMS", "INSTANCE_NORMS", "NestedNorm", "mixes_channels"]
@@ -28,12 +29,13 @@ class NestedNorm(nn.Module):
     Args:
         layer: BatchNorm, InstanceNorm, GroupNorm, LayerNorm, RMSNorm or PReLU.
         channels: Width of the channels, or runs of several.
+        rows: Where the examples lie in the inputs; by default along the first axis.
 
     Raises:
         ValueError: If the layer is of another kind.
     """
 
-    def __init__(self, layer: nn.Module, channels: Channels) -> None:
+    def __init__(self, layer: nn.Module, channels: Channels, rows: Rows | None = None) -> None:
         super().__init__()
         kinds = (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.PReLU)
         if not isinstance(layer, kinds):
@@ -44,6 +46,7 @@ class NestedNorm(nn.Module):
                 f"NestedNorm: argument `layer` must normalise over the channels only; got {layer.normalized_shape}"
             )
         self.plain: Any = layer
+        self.rows, self.has_hooks = rows, has_hooks(layer)
         self.axis = Axis(_num_channels(layer), channels)
 
     @property
@@ -55,27 +58,44 @@ class NestedNorm(nn.Module):
         """Return how many entries of "weight" or "bias" are left when groups keep a number of units."""
         return kept_channels(self.axis.index(kept), self.plain.get_parameter(name).numel())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
+        """Return what the plain norm has: the code of a net may ask for it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "plain" not in vars(self).get("_modules", {}) or name.startswith("__"):
+                raise
+        if name in ("weight", "bias"):
+            return self._kept_parameters()[name == "bias"]
+        return getattr(self.plain, name)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (as torch's norms name it)
         """Normalise the kept channels; dropped ones are left to the layers that read them."""
-        plain = self.plain
+        plain, x = self.plain, input
         mask = self.axis.mask()
+        if self.has_hooks:
+            return self._with_hooks(x)
         if mask is None or not mixes_channels(plain):
             return self._sliced(x) if self.axis.is_sliced else plain(x)
         last = isinstance(plain, nn.LayerNorm | nn.RMSNorm)
-        channel_dim = -1 if last else 1
+        kept = shaped(x, mask, -1 if last else 1, self.rows).expand(x.shape)
         dims = -1 if last else tuple(range(1, x.dim()))
-        kept = apply_mask(torch.ones_like(x), mask, channel_dim)
-        count = kept.sum(dims, keepdim=True)
-        x = x * kept
-        if not isinstance(plain, nn.RMSNorm):
-            x = (x - x.sum(dims, keepdim=True) / count) * kept
-        eps = torch.finfo(x.dtype).eps if plain.eps is None else plain.eps
-        x = x * ((x.square().sum(dims, keepdim=True) / count) + eps).rsqrt()
+        x = masked_norm(x, kept, dims, plain.eps, not isinstance(plain, nn.RMSNorm))
         trailing = (1,) * (0 if last else x.dim() - 2)
         weight, bias = self._kept_parameters()
         if weight is not None:
             x = x * weight.reshape(-1, *trailing)
         return x if bias is None else x + bias.reshape(-1, *trailing)
+
+    def _with_hooks(self, x: Tensor) -> Tensor:
+        """Run the norm as it is, so that its hooks are, with the parameters of this pass in the place of its own."""
+        index = self.axis.index()
+        values: dict[str, Any] = {name: take(value, {0: index}) for name, value in _per_channel(self.plain).items()}
+        numbers = sizes_of(self.plain, kept_channels(index, self.axis.size)) if self.axis.is_sliced else {}
+        weight = values.get("weight")
+        masked = MaskedReads([] if weight is None else [(weight, Read(self.axis, self.rows))])
+        with substituted(self.plain, values | numbers), masked:
+            return self.plain(x)
 
     def _kept_parameters(self) -> tuple[Tensor | None, Tensor | None]:
         index = self.axis.index()
@@ -121,6 +141,16 @@ def _num_channels(layer: Any) -> int:
     if isinstance(layer, nn.GroupNorm):
         return layer.num_channels
     return layer.num_parameters if isinstance(layer, nn.PReLU) else layer.num_features
+
+
+def sizes_of(layer: Any, size: int) -> dict[str, Any]:
+    """Return the attributes by which a torch norm knows its number of channels, when it has `size` of them."""
+    if isinstance(layer, nn.GroupNorm):
+        groups = layer.num_groups if layer.num_groups == 1 else layer.num_groups * size // layer.num_channels
+        return {"num_groups": groups, "num_channels": size}
+    if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+        return {"normalized_shape": (size,)}
+    return {"num_parameters" if isinstance(layer, nn.PReLU) else "num_features": size}
 
 
 def mixes_channels(layer: Any) -> bool:

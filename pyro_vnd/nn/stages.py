@@ -14,7 +14,6 @@ from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.narrow import narrow_layer
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.norms import NestedNorm, mixes_channels
-from pyro_vnd.nn.tracing import Tracer
 
 __all__ = ["Doubt", "Stage", "WidenedLayer", "continued", "doubt_of", "shared_layers"]
 
@@ -199,9 +198,38 @@ def _widened(
 def _trace(net: NestedNet, plain: nn.Module) -> fx.Graph:
     """Trace a narrowed net down to the layers that the nested one has, whatever else is in it."""
     nested = [name for name, part in net.net.named_modules() if isinstance(part, NestedLayer | NestedNorm)]
-    leaves = {
+    operations = {
         id(part)
         for name, part in plain.named_modules()
         if name and not any(other.startswith(f"{name}.") for other in nested)
     }
-    return Tracer(leaves, num_inputs=1).trace(plain)
+    try:
+        return _Tracer(operations).trace(plain)
+    except Exception as error:  # whatever the code of the net does with what is no tensor
+        raise ValueError(
+            f"CascadeNet: torch.fx, which takes a net apart into stages, cannot trace {type(plain).__name__}: {error}"
+        ) from error
+
+
+class _Tracer(fx.Tracer):
+    """Makes of a net of one input a graph that stages can be cut from; other arguments keep their defaults."""
+
+    def __init__(self, operations: set[int]) -> None:
+        super().__init__()
+        self._operations, self._has_input = operations, False
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Say whether a module is one operation of the trace."""
+        return id(m) in self._operations or super().is_leaf_module(m, module_qualified_name)
+
+    def create_proxy(self, kind: str, target: Any, args: tuple[Any, ...], *rest: Any, **kwargs: Any) -> Any:
+        """Record an operation; of the net's arguments, the first."""
+        if kind == "placeholder":
+            if target.startswith("**"):
+                return {}
+            if self._has_input:
+                return () if target.startswith("*") else args[0]
+            self._has_input = True
+            if target.startswith("*"):
+                return (super().create_proxy(kind, f"{target[1:]}_0", (), *rest, **kwargs),)
+        return super().create_proxy(kind, target, args, *rest, **kwargs)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pyro_vnd.nn.net import NestedNet
     from pyro_vnd.nn.width import Width
 
-__all__ = ["as_html", "as_text", "multiply_adds", "num_parameters"]
+__all__ = ["as_html", "as_text", "multiply_adds", "num_parameters", "share_that_narrows"]
 
 HEADER = ("group", "units", "blocks", "mean blocks kept", "mode", "layers")
 SHOWN = {"1/4": 0.25, "1/2": 0.5}  # fractions at which a net says what is left
@@ -44,11 +44,20 @@ def num_parameters(net: NestedNet, kept: Mapping[str, int]) -> int:
         net: The nested net.
         kept: Units that groups keep; those left out keep all.
     """
-    count = sum(parameter.numel() for parameter in net.net.parameters())
+    left = {id(parameter): parameter.numel() for parameter in net.net.parameters()}
     for module in _nested(net).values():
-        count -= sum(parameter.numel() for parameter in module.parameters())
-        count += sum(module.num_parameters(name, kept) for name, _ in module.plain.named_parameters())
-    return count
+        for name, parameter in module.plain.named_parameters():
+            left[id(parameter)] = module.num_parameters(name, kept)
+    for own in net.own_channels:
+        for name, parameter in own.module.named_parameters(recurse=False):
+            left[id(parameter)] = own.num_parameters(name, kept)
+    # What has laws of its own is no part of the narrowed net.
+    return sum(left.values()) - sum(p.numel() for layer in net.layers.values() for p in layer.log_scales.parameters())
+
+
+def share_that_narrows(net: NestedNet) -> float:
+    """Return which share of the parameters is gone when every group keeps a single unit."""
+    return 1 - num_parameters(net, dict.fromkeys(net.widths, 1)) / num_parameters(net, {})
 
 
 def multiply_adds(net: NestedNet, kept: Mapping[str, int], layers: Collection[str] | None = None) -> int:
@@ -84,6 +93,10 @@ def _rows(net: NestedNet) -> list[tuple[str, ...]]:
 def _sharing(net: NestedNet, width: Width) -> str:
     """Name the layers that make or read the units of a group."""
     names = [name or "the net" for name, part in _nested(net).items() if width in part.widths]
+    for own in net.own_channels:
+        for name, axes in own.parameters.items():
+            if any(width in axis.widths for axis in axes.values()):
+                names.append(f"{own.path}.{name}" if own.path else name)
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more
 

@@ -1,18 +1,19 @@
-"""The algebra of channels: spaces of atoms that are united and coarsened while a net is followed."""
+"""The algebra of channels: spaces of atoms that are united, split and coarsened while a net is followed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from pyro_vnd.nn.axis import Run
 
-__all__ = ["Axes", "Mark", "Runs", "SizeOf", "Space", "hold", "kept", "leaves", "scaled", "unify", "whole"]
+__all__ = ["Axes", "Runs", "Space", "Split", "extent", "hold", "kept", "scaled", "split_at", "unify", "whole"]
+
+ROWS = "they are the examples"
 
 
 class Space:
@@ -23,14 +24,19 @@ class Space:
 
     Args:
         order: The space that came first gives its name to those united with it.
-        name: Module that makes the channels.
+        name: Module or parameter that makes the channels.
         atoms: Number of atoms.
         reason: Why the channels cannot be cut, or "" if they can.
+        origin: What the channels are an axis of, or a part of one, if they could be split into parts.
     """
 
-    def __init__(self, order: float, name: str, atoms: int, reason: str = "") -> None:
+    def __init__(
+        self, order: float, name: str, atoms: int, reason: str = "", origin: tuple[Hashable, int] | None = None
+    ) -> None:
         self._order, self._name, self._atoms, self._reason = order, name, atoms, reason
         self._parent: Space | None = None
+        self._origins = [] if origin is None else [(*origin, atoms)]
+        self._made = False
 
     @property
     def root(self) -> Space:
@@ -55,12 +61,29 @@ class Space:
         """Why nothing can be cut, or "" if something can."""
         return self.root._reason or ("" if self.atoms > 1 else "no cut fits all the layers that share it")
 
+    @property
+    def made(self) -> bool:
+        """Whether a layer makes such channels, rather than parameters having them."""
+        return self.root._made
+
+    @property
+    def is_rows(self) -> bool:
+        """Whether these are no channels but the examples of a batch."""
+        return self.root._reason == ROWS
+
+    @property
+    def origins(self) -> list[tuple[Hashable, int, int]]:
+        """Of all united spaces, the axes that they are parts of: key, number of the part and size."""
+        return self.root._origins
+
     def unite(self, other: Space) -> None:
         """Let two spaces be cut together."""
         first, second = sorted((self.root, other.root), key=lambda space: space._order)
         if first is not second:
             first._reason = first._reason or second._reason
             first._atoms = math.gcd(first._atoms, second._atoms)
+            first._made |= second._made
+            first._origins += second._origins
             second._parent = first
 
     def coarsen(self, num_units: int) -> None:
@@ -71,21 +94,30 @@ class Space:
         """Leave the space whole."""
         self.root._reason = self.root._reason or reason
 
+    def make(self) -> None:
+        """Note that a layer makes such channels."""
+        self.root._made = True
+
 
 Runs: TypeAlias = tuple[Run[Space], ...]
-Axes: TypeAlias = dict[int, Runs]  # runs along those axes of a tensor that may be cut
+Axes: TypeAlias = dict[int, Runs]  # runs along those axes of a tensor that are known
 
 
-@dataclass(frozen=True)
-class SizeOf:
-    """A number computed from the number of channels in `runs`; `narrowed()` computes it with one atom cut."""
+class Split(Exception):
+    """Asks for axes of parameters to be followed in parts, which turned out to be different things.
 
-    runs: Runs
-    narrowed: Callable[[], Any]
+    Args:
+        parts: Sizes of the parts, by key of the axis and number of the part that is split further.
+    """
+
+    def __init__(self, parts: dict[tuple[Hashable, int], tuple[int, ...]]) -> None:
+        super().__init__()
+        self.parts = parts
 
 
-# What is known of a value: runs by axis of a tensor, a number of channels, the same for each item, or nothing to cut.
-Mark: TypeAlias = "Axes | SizeOf | tuple[Mark, ...] | None"
+def rows(size: int) -> Runs:
+    """Return the examples of a batch."""
+    return (Run(Space(-1, "", 1, ROWS), size),)
 
 
 def whole(size: int, reason: str) -> Runs:
@@ -93,36 +125,54 @@ def whole(size: int, reason: str) -> Runs:
     return (Run(Space(math.inf, "", 1, reason), size),)
 
 
-def leaves(mark: Mark) -> Iterator[Axes | SizeOf]:
-    """Yield what a mark consists of."""
-    if isinstance(mark, tuple):
-        for item in mark:
-            yield from leaves(item)
-    elif mark:
-        yield mark
+def extent(runs: Runs) -> int:
+    """Return the length of an axis."""
+    return sum(run.size for run in runs)
 
 
-def hold(mark: Mark, reason: str) -> None:
-    """Leave whole all that is marked."""
-    for leaf in leaves(mark):
-        for runs in [leaf.runs] if isinstance(leaf, SizeOf) else leaf.values():
-            for run in runs:
-                run.owner.hold(reason)
+def are_rows(runs: Runs) -> bool:
+    """Say whether examples lie along an axis, rather than channels."""
+    return all(run.owner.is_rows for run in runs)
+
+
+def hold(axes: Axes | Iterable[Runs], reason: str) -> None:
+    """Leave whole all that lies along axes."""
+    for runs in axes.values() if isinstance(axes, dict) else axes:
+        for run in runs:
+            run.owner.hold(reason)
 
 
 def unify(first: Runs, second: Runs, reason: str) -> None:
-    """Unite runs that lie on top of each other, or leave all whole for `reason` if their sizes differ."""
-    if [run.size for run in first] == [run.size for run in second]:
-        for one, other in zip(first, second, strict=True):
-            one.owner.unite(other.owner)
-    else:
-        for run in first + second:
-            run.owner.hold(reason)
+    """Unite runs that lie on top of each other, or leave all whole for `reason` if their sizes cannot be matched."""
+    if are_rows(first) or are_rows(second):
+        hold([runs for runs in (first, second) if not are_rows(runs)], reason)
+        return
+    one, other = ([run.size for run in runs] for runs in (first, second))
+    if one == other:
+        for run, with_it in zip(first, second, strict=True):
+            run.owner.unite(with_it.owner)
+        return
+    if sum(one) == sum(other) and not any(run.owner.reason for run in first + second):
+        for fewer, more in ((first, other), (second, one)):
+            if len(fewer) == 1 and len(more) > 1:
+                split_at(fewer[0], tuple(more))
+    hold([first, second], reason)
+
+
+def split_at(run: Run[Space], sizes: Sequence[int]) -> None:
+    """Ask for a run to be followed in parts, if it consists of axes that can be split so; else return."""
+    parts: dict[tuple[Hashable, int], tuple[int, ...]] = {}
+    for key, number, size in run.owner.origins:
+        if any(part * size % run.size for part in sizes):
+            return
+        parts[key, number] = tuple(part * size // run.size for part in sizes)
+    if parts:
+        raise Split(parts)
 
 
 def scaled(runs: Runs, size: int) -> Runs | None:
     """Spread the same atoms over `size` channels, coarsened if they are too many; None if runs would meet in one."""
-    before = sum(run.size for run in runs)
+    before = extent(runs)
     if any(run.size * size % before for run in runs):
         return None
     result = tuple(Run(run.owner, run.size * size // before) for run in runs)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterator, Sequence
+import inspect
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from pyro_vnd.nn.axis import Run
-from pyro_vnd.nn.tracing import channel_rules, structural_rules  # noqa: F401  (they fill the table of rules)
-from pyro_vnd.nn.tracing.channels import Runs
-from pyro_vnd.nn.tracing.interpreter import Interpreter, find_rule
+from pyro_vnd.nn.axis import Rows, Run
+from pyro_vnd.nn.tracing import channel_rules, layer_rules, structural_rules  # noqa: F401  (they fill the table)
+from pyro_vnd.nn.tracing.call import Layer, find_rule
+from pyro_vnd.nn.tracing.channels import Runs, Split
+from pyro_vnd.nn.tracing.interpreter import Interpreter
+from pyro_vnd.nn.tracing.tape import Attribute, Tape, recorded, tensors_in
 
-__all__ = ["ChannelGroups", "LayerChannels", "Layout", "Tracer", "channel_groups"]
+__all__ = ["ChannelGroups", "LayerChannels", "Layout", "channel_groups"]
 
 Layout: TypeAlias = tuple[Run[str | None], ...]
 
@@ -27,10 +30,16 @@ class LayerChannels:
     """What lies, in order, along the channel axis that a layer reads and the one that it makes.
 
     The owner of a run is the name of its group, or None where channels are left whole.
+
+    Attributes:
+        inputs: Channels that it reads.
+        outputs: Channels that it makes.
+        rows: Where the examples lie in its input.
     """
 
     inputs: Layout
     outputs: Layout
+    rows: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -41,11 +50,21 @@ class ChannelGroups:
         units: How many pieces each group can be cut into, by its name, that of the first layer that makes its channels.
         layers: Channels of each layer with parameters or statistics along them, by name, in order of execution.
         whole: Why channels cannot be cut, by the first layer that makes them.
+        parameters: What lies along axes of parameters and buffers, by name, of which something can be cut.
+        reads: What functions read and make that take a parameter as their weight, by its name, and are no layers.
+        attributes: Attributes of modules that are numbers of channels, and which.
+        unfollowed: Operations that could not be followed, by the module that they are in.
+        untrained: Why the net could not be run in training mode, "" if it could.
     """
 
     units: dict[str, int]
     layers: dict[str, LayerChannels]
     whole: dict[str, str]
+    parameters: dict[str, dict[int, Layout]] = field(default_factory=dict)
+    reads: dict[str, LayerChannels] = field(default_factory=dict)
+    attributes: dict[Attribute, Layout] = field(default_factory=dict)
+    unfollowed: dict[str, str] = field(default_factory=dict)
+    untrained: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -54,7 +73,11 @@ class ChannelGroups:
 
 
 def channel_groups(
-    net: nn.Module, example_input: Tensor | tuple[Any, ...], *, exclude: Collection[str] = ()
+    net: nn.Module,
+    example_input: Tensor | tuple[Any, ...],
+    *,
+    exclude: Collection[str] = (),
+    by_example: bool = False,
 ) -> ChannelGroups:
     r"""Find which layers of a net share channels.
 
@@ -64,22 +87,23 @@ def channel_groups(
     zero wherever a linear or convolutional layer reads them. Only norms over the channels themselves (LayerNorm,
     RMSNorm, GroupNorm of one group) differ: their statistics are then over the channels that are left.
 
-    Inputs and outputs of the net are left whole, and so is what meets them, or a parameter of the net, a softmax, sum
-    or maximum over channels, fixed sizes as in `x.view(-1, 400)`, or a layer that shares its weights.
+    Inputs and outputs of the net are left whole, and so is what meets them, a softmax, sum or maximum over channels,
+    fixed sizes as in `x.view(-1, 400)`, or an operation that is not known.
 
-    The net is traced by torch.fx and run once on the example, in evaluation mode; it is left as it was.
+    The net is run on the example and one more row, in evaluation mode and in training mode; it is left as it was.
 
     Args:
-        net: Any module that torch.fx can trace.
+        net: Any module.
         example_input: Its input, or the tuple of its arguments; arguments left out keep their defaults.
         exclude: Names of submodules to leave alone, and all in them; what they read and make is left whole.
+        by_example: Whether masks will have a row for each example: layers for which it is not known where the examples
+            lie then read whole channels.
 
     Returns:
         The groups in order of execution, and the channels of each layer.
 
     Raises:
-        ValueError: If the net cannot be traced, an operation cannot be followed, a name in `exclude` does not exist,
-            or nothing can be cut.
+        ValueError: If the net cannot be run, a name in `exclude` does not exist, or nothing can be cut.
 
     Example:
         >>> from torch import nn
@@ -106,22 +130,103 @@ def channel_groups(
     if lazy := [name for name, parameter in net.named_parameters() if is_lazy(parameter)]:
         raise ValueError(f"nest: run the net once before; `{lazy[0]}` has no shape yet")
     excluded = _find_excluded(net, exclude)
+    try:
+        inspect.signature(net.forward).bind(*inputs)
+    except TypeError as error:
+        raise ValueError(
+            f"nest: `example_input` does not fit the arguments of {type(net).__name__}: {error}"
+        ) from error
     with _undisturbed(net, inputs):
-        graph = _trace(net, excluded, len(inputs))
-        wanted = sum(node.op == "placeholder" for node in graph.nodes)
-        if wanted != len(inputs):
-            raise ValueError(f"nest: `example_input` has {len(inputs)} arguments; the net takes {wanted}")
-        clones = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
-        interpreter = Interpreter(net, graph, clones, excluded)
-        interpreter.run()
-    spaces = list(dict.fromkeys(space.root for space in interpreter.made))
-    whole = {space.name: space.reason for space in spaces if space.reason}
+        rows, tapes, untrained = _run(net, inputs, len(first), excluded)
+        interpreter = _followed(net, rows, tapes, excluded, by_example)
+    spaces = [space for space in dict.fromkeys(space.root for space in interpreter.made) if space.made]
+    whole: dict[str, str] = {}
+    for space in spaces:
+        if space.reason and space.reason != whole.get(space.name.partition("[")[0]):  # once for all parts of an axis
+            whole[space.name] = space.reason
     cut = [space for space in spaces if not space.reason]
     if not cut:
         reasons = "".join(f"\n- `{name}`: {reason}" for name, reason in whole.items()) or " it has no layers to cut"
         raise ValueError(f"nest: no channels of the net can be cut:{reasons}")
-    layers = {name: LayerChannels(_layout(a), _layout(b)) for name, (a, b) in interpreter.layers.items()}
-    return ChannelGroups({space.name: space.atoms for space in cut}, layers, whole)
+    parameters: dict[str, dict[int, Layout]] = {}
+    for (name, dim), runs in interpreter.parameters.items():
+        if any(not run.owner.reason for run in runs):
+            parameters.setdefault(name, {})[dim] = _layout(runs)
+    return ChannelGroups(
+        {space.name: space.atoms for space in cut},
+        {name: _channels(layer, rows) for name, layer in interpreter.layers.items()},
+        whole,
+        parameters,
+        {name: _channels(layer, rows) for name, layer in interpreter.reads.items()},
+        {
+            each: _layout(runs)
+            for each, runs in interpreter.attributes.items()
+            if any(not run.owner.reason for run in runs)
+        },
+        interpreter.unfollowed,
+        untrained,
+    )
+
+
+def _run(net: nn.Module, inputs: tuple[Any, ...], count: int, excluded: set[int]) -> tuple[int, list[Tape], str]:
+    """Run the net with a row more than the example has, in both modes; return the number of rows and what it did.
+
+    With two rows at least it can be seen where they go, and a net that has the number of rows written down fails.
+    """
+
+    def one_more(x: Any) -> Any:
+        return torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.shape[:1] == (count,) else x
+
+    more = tuple(map(one_more, inputs))
+    try:
+        tapes = [recorded(net, more, excluded, find_rule)]
+    except Exception as error:
+        recorded(net, _copied(inputs), excluded, find_rule)  # which says what is wrong with the example itself
+        raise ValueError(
+            f"nest: the net runs on {count} examples, but not on {count + 1}: {error}. Does its forward have the "
+            "number of examples written down? Write x.shape[0], or -1 there"
+        ) from error
+    for module in net.modules():
+        module.training = True  # in a net that is put back as it was
+    try:
+        trained = recorded(net, tuple(map(one_more, inputs)), excluded, find_rule)
+    except Exception as error:  # whatever the net asks for in training: labels, say
+        return count + 1, tapes, f"{type(error).__name__}: {error}"
+    finally:
+        for module in net.modules():
+            module.training = False
+    if [(op.name, op.path) for op in trained.ops] != [(op.name, op.path) for op in tapes[0].ops]:
+        tapes.append(trained)
+    return count + 1, tapes, ""
+
+
+def _copied(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(each.clone() if isinstance(each, Tensor) else each for each in inputs)
+
+
+def _followed(net: nn.Module, rows: int, tapes: Sequence[Tape], excluded: set[int], by_example: bool) -> Interpreter:
+    """Follow the channels, again for each axis of a parameter that turns out to have several parts."""
+    splits: dict[Any, tuple[int, ...]] = {}
+    while True:
+        interpreter = Interpreter(net, rows, excluded, by_example, splits)
+        try:
+            for tape in tapes:
+                interpreter.run(tape)
+        except Split as split:
+            for (key, number), sizes in sorted(split.parts.items(), key=lambda item: -item[0][1]):
+                before = splits.get(key) or (sum(sizes),)
+                splits[key] = (*before[:number], *sizes, *before[number + 1 :])
+            continue
+        interpreter.finish()
+        return interpreter
+
+
+def _channels(layer: Layer, num_rows: int) -> LayerChannels:
+    rows = None
+    if layer.rows is not None:
+        axis, runs = layer.rows
+        rows = Rows(axis, len(runs), runs[0].size // num_rows)
+    return LayerChannels(_layout(layer.inputs), _layout(layer.outputs), rows)
 
 
 def _layout(runs: Runs) -> Layout:
@@ -144,7 +249,8 @@ def _find_excluded(net: nn.Module, names: Collection[str]) -> set[int]:
 def _undisturbed(net: nn.Module, inputs: Sequence[Any]) -> Iterator[None]:
     """Evaluate the net without a trace: training flags, attributes and random numbers are as before."""
     before = {module: dict(vars(module)) for module in net.modules()}
-    tensors = [*net.parameters(), *net.buffers(), *(value for value in inputs if isinstance(value, Tensor))]
+    tensors = [*net.parameters(), *net.buffers(), *tensors_in(inputs)]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in net.buffers()]  # statistics change in training mode
     devices = {tensor.device.index for tensor in tensors if tensor.is_cuda}
     try:
         for module in before:
@@ -155,60 +261,6 @@ def _undisturbed(net: nn.Module, inputs: Sequence[Any]) -> Iterator[None]:
         for module, attributes in before.items():
             vars(module).clear()
             vars(module).update(attributes)
-
-
-def _trace(net: nn.Module, excluded: set[int], num_inputs: int) -> fx.Graph:
-    tracer = Tracer(excluded, num_inputs)
-    try:
-        return tracer.trace(net)
-    except Exception as error:  # whatever the code of the net does with what is no tensor
-        path = tracer.culprit
-        where = f"`{path}` ({type(net.get_submodule(path)).__name__})" if path else type(net).__name__
-        advice = f'`exclude=["{path}"]` leaves it alone' if path else "put the code into a submodule, to exclude that"
-        raise ValueError(f"nest: torch.fx cannot trace {where}: {error}; {advice}") from error
-
-
-class Tracer(fx.Tracer):
-    """Enters modules that have no rule; arguments that the example input leaves out keep their defaults.
-
-    Args:
-        excluded: Ids of modules that are not entered either.
-        num_inputs: How many arguments the net is given.
-
-    Attributes:
-        culprit: Name of the module in which tracing failed, "" if it did not.
-    """
-
-    def __init__(self, excluded: set[int], num_inputs: int) -> None:
-        super().__init__()
-        self.culprit = ""
-        self._excluded, self._num_inputs = excluded, num_inputs
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Say whether a module is one operation of the trace."""
-        known = id(m) in self._excluded or find_rule(m) is not None
-        return known or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Enter a module, or record its call."""
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            self.culprit = self.culprit or self.path_of_module(m)
-            raise
-
-    def create_proxy(self, kind: str, target: Any, args: tuple[Any, ...], *rest: Any, **kwargs: Any) -> Any:
-        """Record an operation; of the net's arguments, those it is given."""
-        if kind != "placeholder":
-            return super().create_proxy(kind, target, args, *rest, **kwargs)
-        if target.startswith("**"):
-            return {}
-        count = max(self._num_inputs, 0) if target.startswith("*") else 1
-        self._num_inputs -= count
-        if self._num_inputs < 0 and args:
-            return args[0]
-        names = [f"{target[1:]}_{i}" for i in range(count)] if target.startswith("*") else [target]
-        proxies = tuple(super(Tracer, self).create_proxy(kind, name, (), *rest, **kwargs) for name in names)
-        return proxies if target.startswith("*") else proxies[0]
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)

@@ -2,62 +2,153 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise, product
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
-from pyro_vnd.nn.tracing.channels import Axes, Mark, Runs, SizeOf, kept, leaves, scaled
-from pyro_vnd.nn.tracing.interpreter import Call, rule
+from pyro_vnd.nn.tracing.call import Call, rule
+from pyro_vnd.nn.tracing.channels import Axes, Runs, are_rows, extent, kept, scaled, split_at, unify
+from pyro_vnd.nn.tracing.tape import Attribute, Size, Source, Value, numbers_in, within
 
 __all__: list[str] = []
 
 NAMES = """
     chunk expand flatten flip index_select moveaxis movedim narrow permute pixel_shuffle pixel_unshuffle repeat
     repeat_interleave reshape roll select split squeeze swapaxes swapdims t tensor_split tile transpose unbind unflatten
-    unsqueeze view
+    unsqueeze view channel_shuffle native_channel_shuffle T mT H mH adjoint hsplit vsplit dsplit split_with_sizes
+    view_as_real broadcast_to atleast_2d getitem diagonal ravel
 """
 MODULES = (nn.ChannelShuffle, nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.Unflatten)
 
 
 @rule(NAMES, *MODULES, follows_sizes=True)
-def structural(call: Call) -> Mark:
+def structural(call: Call) -> tuple[Axes, ...]:
     """Follow each axis, and leave it whole if its channels are not in order, or if the operation has fixed sizes."""
-    tensor, axes = call.tensors[0], {axis: runs for axis, runs in call.axes().items() if call.shape()[axis] > 1}
-    own = {run.owner.root for runs in axes.values() for run in runs}
-    for other in set(call.node.all_input_nodes) - {tensor}:
-        for leaf in leaves(call.mark(other)):
-            if isinstance(leaf, dict) or not {run.owner.root for run in leaf.runs} <= own:
-                call.hold(leaf, "takes it as an argument")
+    tensor = call.tensors[0]
+    axes = {axis: runs for axis, runs in call.axes().items() if call.shape()[axis] > 1}
+    for other in dict.fromkeys(call.tensors):
+        if other is not tensor:
+            call.hold(call.axes(other), "takes it as an argument")
     if not axes:
-        return None
-    entries = torch.arange(call.shape().numel(), device=call.value(tensor).device).view(call.shape())
+        return _as_wide_as_asked(call)
+    entries = torch.arange(call.shape().numel(), device=tensor.tensor.device).view(call.shape())
     moved = call.again(tensor, entries)
     results: list[Axes] = [{} for _ in moved]
     for axis, runs in axes.items():
         size, stride = call.shape()[axis], entries.stride(axis)
         for out, result in zip(moved, results, strict=True):
-            place = _find(out // stride % size, size)
-            along = scaled(runs, out.shape[place]) if place is not None else None
-            if place is None or along is None:
-                call.hold({axis: runs}, "takes channels apart, or out of order")
+            found = _follow(out // stride % size, size, runs)
+            if found is None:
+                call.hold([runs], "takes channels apart, or out of order")
             else:
-                result[place] = along
-    if not _bears_a_cut(call, tensor, entries, axes, moved, results):
-        call.hold(axes, "has fixed sizes (write -1, or read the size from its own argument)")
-    return results[0] if isinstance(call.out, Tensor) else tuple(results)
+                result.update([found])
+    moves = _Moves(call, tensor, axes, results)
+    moves.match_sizes()
+    if not moves.bear_a_cut() and not moves.bear_with_others():
+        moves.split()
+    if numbers_in((call.op.args, call.op.kwargs)) or not moves.bear_a_cut():
+        call.interpreter.check_later(moves.bear_a_cut, moves.hold)
+    return tuple(results)
 
 
-def _find(indices: Tensor, size: int) -> int | None:
+def _follow(indices: Tensor, size: int, runs: Runs) -> tuple[int, Runs] | None:
+    """Return the axis along which channels lie after they were moved, and how; None if it is not that simple.
+
+    Args:
+        indices: For each entry of the result, which of the channels it is of.
+        size: Number of channels.
+        runs: The channels.
+    """
+    ends, count = _ends(indices), len(runs)
+    if count > 1 and len({run.size for run in runs}) == 1 and runs[0].size > 1:
+        # Equal parts on top of each other, such as query, key and value, are cut together.
+        part = runs[0].size
+        place = _finest(_ends(indices % part), part)
+        if place is not None and _has_all_parts(*ends[place], size, part):
+            along = scaled(runs[:1], indices.shape[place])
+            for other in runs[1:]:
+                unify(runs[:1], (other,), "parts of different make-up lie on top of each other")
+            return None if along is None else (place, along)
+    place = _finest(ends, size)
+    if place is None and count == 1 and not runs[0].owner.is_rows:
+        for number in (each for each in range(2, 17) if size % each == 0):
+            inner = _finest(_ends(indices % (size // number)), size // number)
+            if inner is not None and _has_all_parts(*ends[inner], size, size // number):
+                split_at(runs[0], [size // number] * number)
+    if place is not None:
+        along_axis = scaled(runs, indices.shape[place])
+        return None if along_axis is None else (place, along_axis)
+    return _repeated(ends, size, runs) or _part(ends, runs)
+
+
+def _ends(indices: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return, for each axis, the least and the greatest index at each of its positions."""
+    ends = []
+    for axis, length in enumerate(indices.shape):
+        rows = indices.movedim(axis, 0).reshape(length, -1) if indices.numel() else indices.new_zeros(length, 1)
+        ends.append((rows.amin(1), rows.amax(1)))
+    return ends
+
+
+def _is_grown(low: Tensor, high: Tensor, size: int, times: int) -> bool:
+    """Say whether indices below `size` grow in even blocks, so often one after the other."""
+    length = low.shape[0]
+    if length % times:
+        return False
+    t, each = torch.arange(length, device=low.device) % (length // times), length // times
+    return torch.equal(low, t * size // each) and torch.equal(high, ((t + 1) * size - 1) // each)
+
+
+def _has_all_parts(low: Tensor, high: Tensor, size: int, part: int) -> bool:
+    """Say whether at each place along an axis the same channel of all equal parts is found."""
+    each = max(1, low.shape[0] // part)
+    if low.shape[0] % each:
+        return False
+    return bool((high.view(-1, each).amax(1) - low.view(-1, each).amin(1) >= size - part).all())
+
+
+def _finest(ends: list[tuple[Tensor, Tensor]], size: int) -> int | None:
     """Return the axis, the finest if there are several, along which indices below `size` grow in even blocks."""
     found = None
-    for axis, length in enumerate(indices.shape):
-        if length < 2 or not indices.numel() or (found is not None and length <= indices.shape[found]):
-            continue
-        rows, t = indices.movedim(axis, 0).reshape(length, -1), torch.arange(length, device=indices.device)
-        low, high = t * size // length, ((t + 1) * size - 1) // length
-        if torch.equal(rows.amin(1), low) and torch.equal(rows.amax(1), high):
+    for axis, (low, high) in enumerate(ends):
+        length = low.shape[0]
+        if length > 1 and (found is None or length > ends[found][0].shape[0]) and _is_grown(low, high, size, 1):
             found = axis
     return found
+
+
+def _repeated(ends: list[tuple[Tensor, Tensor]], size: int, runs: Runs) -> tuple[int, Runs] | None:
+    """Find an axis along which all channels come several times."""
+    for axis, (low, high) in enumerate(ends):
+        starts = int((low == 0).logical_and(low.roll(1) != 0).sum()) if low.shape[0] > 1 else 0
+        if starts > 1 and low[0] == 0 and _is_grown(low, high, size, starts):
+            each = scaled(runs, low.shape[0] // starts)
+            return None if each is None else (axis, each * starts)
+    return None
+
+
+def _part(ends: list[tuple[Tensor, Tensor]], runs: Runs) -> tuple[int, Runs] | None:
+    """Find an axis along which some neighbouring channels lie, those of whole runs; or ask for runs to be split."""
+    for axis, (low, high) in enumerate(ends):
+        length = low.shape[0]
+        steps = torch.arange(length, device=low.device) + low[:1]
+        if not length or not torch.equal(low, high) or not torch.equal(low, steps):
+            continue
+        start, stop = int(low[0]), int(low[-1]) + 1
+        borders = [0]
+        for run in runs:
+            borders.append(borders[-1] + run.size)
+        if start in borders and stop in borders:
+            return axis, runs[borders.index(start) : borders.index(stop)]
+        for run, (first, last) in zip(runs, pairwise(borders), strict=True):
+            inner = sorted({first, last, *(place for place in (start, stop) if first < place < last)})
+            if len(inner) > 2 and not run.owner.reason:
+                split_at(run, [b - a for a, b in pairwise(inner)])
+        return None
+    return None
 
 
 def _cut(x: Tensor, axes: Axes) -> Tensor:
@@ -67,56 +158,163 @@ def _cut(x: Tensor, axes: Axes) -> Tensor:
     return x
 
 
-def _bears_a_cut(
-    call: Call, tensor: Node, entries: Tensor, axes: Axes, moved: list[Tensor], results: list[Axes]
-) -> bool:
-    """Tell whether the operation on fewer channels gives what is left of its result."""
-    try:
-        outs = call.again(tensor, _cut(entries, axes), narrow=True)
-    except (IndexError, RuntimeError, ValueError):
+class _Moves:
+    """An operation that moves entries, and where the channels were found afterwards.
+
+    Args:
+        call: The operation.
+        tensor: What it moves.
+        axes: Channels along the axes of this.
+        results: Channels along the axes of its results.
+    """
+
+    def __init__(self, call: Call, tensor: Value, axes: Axes, results: list[Axes]) -> None:
+        self.call, self.tensor, self.axes, self.results = call, tensor, axes, results
+        self.sources = sorted(numbers_in((call.op.args, call.op.kwargs)), key=_order)
+
+    def bear_a_cut(self, counted: Mapping[Source, Runs] | None = None) -> bool:
+        """Tell whether the operation on fewer channels gives what is left of its result."""
+        shape = self.tensor.shape
+        entries = torch.arange(shape.numel(), device=self.tensor.tensor.device).view(shape)
+        moved = self.call.again(self.tensor, entries)
+        try:
+            outs = self.call.again(self.tensor, _cut(entries, self.axes), True, counted)
+        except (IndexError, RuntimeError, ValueError, TypeError, ZeroDivisionError):
+            return False
+        expected = [_cut(out, result) for out, result in zip(moved, self.results, strict=True)]
+        return len(outs) == len(expected) and all(map(torch.equal, outs, expected))
+
+    def match_sizes(self) -> None:
+        """Unite channels whose number is a size here with those that get this size."""
+        given = [each for each in _numbers(self.call) if len(each.sources) == 1]
+        for number in given:
+            (source,) = number.sources
+            runs = self.call.interpreter.counted(source)
+            if not runs or extent(runs) != number or isinstance(source, Attribute) or self._own(runs):
+                continue
+            for each in (each for result in self.results for each in result.values() if extent(each) == extent(runs)):
+                unify(each, runs, f"{self.call.where} makes the number of one that of the other")
+                break
+
+    def bear_with_others(self) -> bool:
+        """Tell the same when numbers that are free count the channels; let them follow these, if it is so.
+
+        These are attributes of modules, and numbers of channels of other tensors, which are then cut together.
+        """
+        interpreter = self.call.interpreter
+        lying = [runs for each in (*self.results, self.axes) for runs in each.values()]
+        lying += [(run,) for runs in self.axes.values() for run in runs if len(runs) > 1]
+        lying = [runs for runs in lying if not all(run.owner.reason for run in runs)]
+        free: list[Source] = []
+        for each in self.sources:
+            runs = interpreter.counted(each)
+            if not runs if isinstance(each, Attribute) else runs and not self._own(runs):
+                free.append(each)
+        choices = [[None, *(runs for runs in lying if extent(runs) == _plain_number(each))] for each in free[:4]]
+        tries = sorted(product(*choices), key=lambda runs: sum(each is not None for each in runs))
+        for choice in tries[1:65]:
+            counted = {each: runs for each, runs in zip(free, choice, strict=False) if runs is not None}
+            if self.bear_a_cut(counted):
+                for source, runs in counted.items():
+                    if isinstance(source, Attribute):
+                        interpreter.bind(source, runs)
+                    else:
+                        unify(interpreter.counted(source), runs, f"{self.call.where} makes both as many")
+                return True
         return False
-    expected = [_cut(out, result) for out, result in zip(moved, results, strict=True)]
-    return len(outs) == len(expected) and all(map(torch.equal, outs, expected))
+
+    def split(self) -> None:
+        """Ask for channels to be followed in parts where a fixed number of them lie along an axis of their own."""
+        for result in self.results:
+            for axis, runs in result.items():
+                for before in self.axes.values():
+                    parts = self.call.op.outputs[0].shape[axis] if axis < len(self.call.out.shape) else 1
+                    if (
+                        len(before) == len(runs) == 1
+                        and before[0].owner.root is runs[0].owner.root
+                        and (1 < parts < before[0].size and not runs[0].owner.is_rows)
+                    ):
+                        split_at(before[0], [before[0].size // parts] * parts)
+
+    def hold(self) -> None:
+        """Leave whole what it moves."""
+        why = "has fixed sizes (write -1, or read the size from its own argument)"
+        self.call.hold(self.axes, why)
+        self.call.hold(map(self.call.interpreter.counted, self.sources), why)
+
+    def _own(self, runs: Runs) -> bool:
+        own = {run.owner.root for each in (self.axes, *self.results) for runs in each.values() for run in runs}
+        return {run.owner.root for run in runs} <= own or all(run.owner.reason for run in runs)
 
 
-@rule("size")
-def size(call: Call) -> Mark:
-    """Remember which numbers are numbers of channels."""
-    axes = call.axes()
-    sizes = tuple(_size_of(axes[axis]) if axis in axes else None for axis in range(len(call.shape())))
-    dim = call.argument("dim", 1)
-    return sizes if dim is None else sizes[dim]
+def _plain_number(source: Source) -> int:
+    return source.value.shape[source.axis] if isinstance(source, Size) else source.number
 
 
-def _size_of(runs: Runs) -> SizeOf:
-    return SizeOf(runs, lambda: int(kept(runs).sum()))
+def _order(source: Source) -> tuple[str, str, int]:
+    if isinstance(source, Attribute):
+        return source.module, source.name, source.index or 0
+    return "", "", source.axis
 
 
-@rule("getattr", follows_sizes=True)
-def attribute(call: Call) -> Mark:
-    """Follow the shape of a tensor, its transpose, and the named parts of a result."""
-    of, name = call.node.args
-    mark = call.mark(of)
-    if name == "shape":
-        return tuple(_size_of(call.axes()[axis]) if axis in call.axes() else None for axis in range(len(call.out)))
-    if name in ("T", "mT"):
+def _numbers(call: Call) -> list[Any]:
+    return [each for each in within((call.op.args, call.op.kwargs)) if hasattr(each, "sources")]
+
+
+def _as_wide_as_asked(call: Call) -> tuple[Axes, ...]:
+    """Know the axes of what had no channels by the numbers that it is expanded to."""
+    axes: Axes = {}
+    if call.name == "expand":
+        for number in _numbers(call):
+            for source in number.sources:
+                runs, places = call.interpreter.counted(source), call.out.shape
+                at = [axis for axis, size in enumerate(places) if size == number == extent(runs)]
+                if len(at) == 1:
+                    axes[at[0]] = runs
+    known = {id(runs) for runs in axes.values()}
+    for source in numbers_in((call.op.args, call.op.kwargs)):
+        runs = call.interpreter.counted(source)
+        if runs and id(runs) not in known:
+            call.hold([runs], "takes it as an argument")
+    return (axes, *({} for _ in call.op.outputs[1:]))
+
+
+@rule("unfold", nn.Unfold, follows_sizes=True)
+def unfold(call: Call) -> Axes | tuple[Axes, ...]:
+    """Lay the pixels around a place after each channel; the method of that name is a move as others are."""
+    if len(call.tensors[0].shape) != 4 or (len(call.op.args) + len(call.op.kwargs) == 4 and call.op.name != "Unfold"):
         return structural(call)
-    if isinstance(mark, tuple) and name in ("values", "indices"):
-        return mark[name == "indices"]
-    return call.fail() if mark and isinstance(call.out, Tensor) else None
+    axes = call.mixed([-1, -2], "takes positions")
+    if 1 in axes:
+        along = scaled(axes[1], call.out.shape[1])
+        axes |= {1: along} if along else {}
+    return axes
 
 
-@rule("getitem", follows_sizes=True)
-def item(call: Call) -> Mark:
-    """Take an item of a tuple, or slices of a tensor."""
-    container, index = call.node.args
-    mark = call.mark(container)
-    if isinstance(mark, tuple):
-        return mark[call.value(index)]
-    return structural(call) if call.tensors else None
-
-
-@rule("dim ndimension get_device is_floating_point _assert", follows_sizes=True)
-def nothing(call: Call) -> Mark:
-    """Ask for what does not depend on channels."""
-    return None
+@rule("setitem", follows_sizes=True)
+def put(call: Call) -> tuple[Axes, ...]:
+    """Unite what is put into a part of a tensor with what lies along the axes of that part."""
+    tensor, index, value = call.op.args
+    if not isinstance(value, Value):
+        return ()  # a number
+    if set(call.tensors) - {tensor, value}:
+        call.fail()
+    entries = torch.arange(tensor.shape.numel(), device=tensor.tensor.device).view(tensor.shape)
+    part, lying = entries[call.interpreter.plain(index)], {}
+    for axis, runs in call.axes(tensor).items():
+        found = _follow(part // entries.stride(axis) % tensor.shape[axis], tensor.shape[axis], runs)
+        if found is not None:
+            lying[found[0]] = found[1]
+        elif not are_rows(runs):
+            call.fail()
+    offset = part.dim() - len(value.shape)
+    for axis, runs in call.axes(value).items():
+        with_it = lying.get(axis + offset)
+        if with_it is None or value.shape[axis] == 1:
+            call.hold([runs], "puts it where nothing can be cut")
+        elif not are_rows(runs):
+            unify(with_it, runs, f"{call.where} combines channels of different make-up")
+    for axis, runs in lying.items():
+        if axis - offset not in call.axes(value):
+            call.hold([runs], "puts there what cannot be cut")
+    return ()

@@ -1,0 +1,194 @@
+"""Whether a nested net computes what it should, asked of the net itself when it is made."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vnd._state import cuda_devices, module_mode, random_numbers
+from pyro_vnd.nn.axis import take
+from pyro_vnd.nn.layers import NestedLayer
+from pyro_vnd.nn.net import NestedNet
+from pyro_vnd.nn.tracing.tape import tensors_in
+
+__all__ = ["Misfit", "check_and_count"]
+
+
+class Misfit(ValueError):
+    """A nested net that does not compute what it should.
+
+    Args:
+        path: Name of the module to blame, "" if it is not known.
+        why: What is wrong.
+    """
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(f"nest: {why}")
+        self.path, self.why = path, why
+
+
+def check_and_count(net: NestedNet, inputs: tuple[Any, ...], trains: bool) -> dict[str, int]:
+    """Compare passes that are cut by masks with passes that compute the kept part only; count positions of the layers.
+
+    Both are compared in evaluation mode and, if the net can be run in it, in training mode, with the same random
+    numbers. With masks by example, rows of mixed widths are compared with passes of one width, at another batch size.
+
+    Args:
+        net: The nested net.
+        inputs: The example.
+        trains: Whether the net can be run in training mode.
+
+    Returns:
+        How often each layer is applied to one example, by its name.
+
+    Raises:
+        Misfit: If they differ, or the net does not run with fewer channels.
+    """
+    rows = len(next(x for x in inputs if isinstance(x, Tensor)))
+    half = {name: max(each.always_kept, each.num_blocks // 2) for name, each in net.widths.items()}
+    with _as_it_was(net), torch.no_grad(), random_numbers(0, cuda_devices([net])):
+        with module_mode([net], training=False), _counted(net) as positions:
+            _compare(net, inputs, rows, half)
+        if net.mask_per == "example":
+            with module_mode([net], training=False):
+                _compare_rows(net, inputs, rows)
+        if trains:
+            more = tuple(_one_more(x, rows) for x in inputs)  # norms of a batch want two rows
+            with module_mode([net], training=True):
+                _compare(net, more, rows + 1, half)
+    return {name: count // (2 * rows) for name, count in positions.items()}
+
+
+def _one_more(x: Any, rows: int) -> Any:
+    return torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.shape[:1] == (rows,) else x
+
+
+def _compare(net: NestedNet, inputs: tuple[Any, ...], rows: int, half: dict[str, int]) -> None:
+    dense, seen = _pass(net, inputs, rows, half, sliced=False)
+    sliced, seen_sliced = _pass(net, inputs, rows, half, sliced=True)
+    shapes = [[x.shape for x in each] for each in (dense, sliced)]
+    if shapes[0] == shapes[1] and all(map(_alike, dense, sliced)):
+        return
+    other, _ = _pass(net, inputs, rows, half, sliced=False, seed=1)
+    if shapes[0] == shapes[1] and not all(map(_alike, dense, other)):
+        return  # a random net, such as with dropout, draws other numbers for fewer channels
+    path = _first_that_differs(net, seen, seen_sliced, half)
+    where = f"`{path}` is the first layer that differs" if path else "no single layer differs"
+    raise Misfit(
+        path,
+        f"a cut net and the same net masked differ; {where}. A part of the net mixes channels in a way that was not "
+        f"recognised: leave parts alone with `exclude`{f', such as exclude={[path]!r}' if path else ''}",
+    )
+
+
+def _compare_rows(net: NestedNet, inputs: tuple[Any, ...], rows: int) -> None:
+    """Compare rows of different widths with passes of one width."""
+    more, count = tuple(_one_more(x, rows) for x in inputs), rows + 1
+    law = net.widths[next(iter(net.widths))].logits  # of the type and device that fractions have
+    is_narrow = torch.arange(count, device=law.device) % 2 == 0
+    narrow, wide, mixed = (
+        _pass(net, more, count, torch.where(rows_of, 0.5, 1.0).to(law.dtype), sliced=False)[0]
+        for rows_of in (torch.ones_like(is_narrow), torch.zeros_like(is_narrow), is_narrow)
+    )
+    for one, other, both in zip(narrow, wide, mixed, strict=True):
+        if both.shape[:1] == (count,):
+            of_rows = is_narrow.to(both.device).reshape(-1, *[1] * (both.dim() - 1))
+            if not _alike(both, torch.where(of_rows, one, other)):
+                raise Misfit(
+                    "", 'rows of different widths disturb each other; nest with mask_per="batch", one mask for all rows'
+                )
+
+
+def _pass(
+    net: NestedNet, inputs: tuple[Any, ...], rows: int, width: Any, *, sliced: bool, seed: int = 0
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Run the net at the mean of its weights; return its outputs and those of its nested parts, by name."""
+    stack: list[str] = []
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for name, part in net.net.named_modules():
+        handles.append(part.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
+
+        def after(part: nn.Module, _: Any, out: Any, name: str = name) -> None:
+            stack.pop()
+            if isinstance(part, NestedLayer):
+                seen.setdefault(name, out.detach())
+
+        handles.append(part.register_forward_hook(after))
+    given = copy.deepcopy(inputs)  # operations in place may change them
+    try:
+        drawn = net._drawn("posterior", rows, weights=False)
+        with net.cut(width, sliced=sliced), drawn, random_numbers(seed, cuda_devices([net])):
+            return [x.detach().clone() for x in tensors_in(net.net(*given))], seen
+    except RuntimeError as error:
+        path = next((name for name in reversed(stack) if "plain" not in name.split(".")), "")
+        inside = f" in `{path}`" if path else ""
+        raise Misfit(
+            path,
+            f"the net does not run with fewer channels{inside}: {error}. Does its forward name a number of channels, "
+            "as in view(-1, 512)? "
+            + (f"exclude={[path]!r} leaves that part alone" if path else "Write torch.flatten(x, 1), or -1 there"),
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    if not one.is_floating_point():
+        return bool(torch.equal(one, other))
+    finite = one[one.isfinite()]
+    size = finite.abs().max().item() if finite.numel() else 0.0
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-3 * (1 + size), equal_nan=True)
+
+
+def _first_that_differs(
+    net: NestedNet, dense: Mapping[str, Tensor], sliced: Mapping[str, Tensor], half: dict[str, int]
+) -> str:
+    kept = {name: sum(width.sizes[: half[name]]) for name, width in net.widths.items()}
+    layers = net.layers
+    for name, one in dense.items():
+        layer = layers[name]
+        dim = -1 if layer.channel_dim == -1 else one.dim() - len(layer.plain.kernel_size) - 1
+        part = take(one, {dim: layer.output_axis.index(kept)})
+        other = sliced.get(name)
+        if other is None or part.shape != other.shape or not _alike(part, other):
+            return name
+    return ""
+
+
+@contextmanager
+def _as_it_was(net: nn.Module) -> Iterator[None]:
+    """Give buffers, such as running statistics, and attributes their values back after a block."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in net.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+@contextmanager
+def _counted(net: NestedNet) -> Iterator[dict[str, int]]:
+    """Count the positions, rows of a linear layer or pixels of a convolution, to which layers are applied."""
+    positions = dict.fromkeys(net.layers, 0)
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(layer: NestedLayer, inputs: tuple[Tensor], output: Tensor) -> None:
+            x = inputs[0] if layer.transposed and inputs else output
+            positions[name] += x.numel() // x.shape[layer.channel_dim]
+
+        return hook
+
+    handles = [layer.register_forward_hook(count(name)) for name, layer in net.layers.items()]
+    try:
+        yield positions
+    finally:
+        for handle in handles:
+            handle.remove()

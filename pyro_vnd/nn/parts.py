@@ -1,0 +1,127 @@
+"""The parts of a nested net, made of a plain one and of what is known of its channels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from pyro_vnd.nn.axis import Axis, Rows, Run
+from pyro_vnd.nn.layers import NestedLayer, affine_kind
+from pyro_vnd.nn.norms import NestedNorm
+from pyro_vnd.nn.reads import OwnChannels, Read
+from pyro_vnd.nn.submodules import replace_modules
+from pyro_vnd.nn.tracing import ChannelGroups, LayerChannels
+from pyro_vnd.nn.width import Width
+
+__all__ = ["Parts"]
+
+
+class Parts:
+    """What a net becomes: nested layers and norms, and modules that stay and whose own parameters can be cut.
+
+    Args:
+        net: The net, which is changed.
+        groups: Its channels.
+        widths: The width of each group, and None of what stays whole.
+        by_example: Whether masks have a row for each example.
+
+    Attributes:
+        affine: Names of the linear and convolutional layers that are nested.
+    """
+
+    def __init__(
+        self, net: nn.Module, groups: ChannelGroups, widths: Mapping[str | None, Width | None], by_example: bool
+    ) -> None:
+        self.net, self.groups, self.widths, self.by_example = net, groups, widths, by_example
+        self.modules = dict(net.named_modules())
+        self.replaced: dict[str, nn.Module] = {}
+        self._functional = {name.rpartition(".")[0]: name for name in groups.reads if self._is_layer(name)}
+        self.affine = [name for name in groups.layers if affine_kind(self.modules[name])] + list(self._functional)
+        self._names = {id(tensor): name for name, tensor in [*net.named_parameters(), *net.named_buffers()]}
+        self._uses = Counter(id(tensor) for part in net.modules() for tensor in part.parameters(recurse=False))
+
+    def _is_layer(self, name: str) -> bool:
+        """Say whether a weight that a function reads is that of a linear or convolutional layer as torch has them."""
+        path, _, key = name.rpartition(".")
+        part = self.modules[path]
+        own = {each for each, _ in part.named_parameters(recurse=False)}
+        if key != "weight" or path in self.groups.layers or own - {"weight", "bias"} or not affine_kind(part):
+            return False
+        plain: Any = part
+        sizes = (
+            (plain.in_features, plain.out_features)
+            if hasattr(plain, "in_features")
+            else (plain.in_channels, plain.out_channels)
+        )
+        channels = self.groups.reads[name]
+        return sizes == tuple(sum(run.size for run in runs) for runs in (channels.inputs, channels.outputs))
+
+    def nested(self, priors: Mapping[str, Any], init_scale: float) -> nn.Module:
+        """Replace layers and norms by nested ones; return the net.
+
+        Args:
+            priors: Prior of each affine layer, by its name.
+            init_scale: As in `NestedLayer`.
+        """
+        found = self.groups.layers | {path: self.groups.reads[name] for path, name in self._functional.items()}
+        for name, channels in found.items():
+            layer = self.modules[name]
+            inputs, outputs, rows = self._runs(channels.inputs), self._runs(channels.outputs), self._rows(channels)
+            if name in priors:
+                # A parameter that several modules have is a point estimate: what it is for one, it is for all.
+                is_shared = any(self._uses[id(each)] > 1 for each in layer.parameters())
+                prior = None if is_shared else priors[name]
+                nested = NestedLayer(
+                    layer, inputs=inputs, outputs=outputs, prior=prior, init_scale=init_scale, rows=rows
+                )
+                if name not in self._functional and self._names[id(layer.weight)] in self.groups.reads:
+                    nested.share()
+                self.replaced[name] = nested
+            elif any(run.owner is not None for run in outputs):
+                self.replaced[name] = NestedNorm(layer, outputs, rows)
+        self.net = replace_modules(self.net, {self.modules[name]: part for name, part in self.replaced.items()})
+        return self.net
+
+    def own_channels(self) -> list[OwnChannels]:
+        """Return what modules that stay as they are have along channels."""
+        found = []
+        for path, part in self.modules.items():
+            if path in self.replaced:
+                continue
+            own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+            parameters = {
+                key: {dim: self._axis(layout) for dim, layout in axes.items()}
+                for key, tensor in own
+                if (axes := self.groups.parameters.get(self._names[id(tensor)]))
+            }
+            numbers = {
+                (each.name, each.index): self._axis(layout)
+                for each, layout in self.groups.attributes.items()
+                if each.module == path
+            }
+            if parameters or numbers:
+                found.append(OwnChannels(path, part, parameters, numbers))
+        return found
+
+    def reads(self) -> list[tuple[nn.Module, str, Read]]:
+        """Return what functions read with parameters."""
+        found = []
+        for name, channels in self.groups.reads.items():
+            path, _, key = name.rpartition(".")
+            if path not in self._functional and any(run.owner for run in channels.inputs):
+                part: nn.Module = self.replaced.get(path) or self.modules[path]
+                found.append((part, key, Read(self._axis(channels.inputs), self._rows(channels))))
+        return found
+
+    def _runs(self, layout: tuple[Run[str | None], ...]) -> tuple[Run[Width | None], ...]:
+        return tuple(Run(self.widths[run.owner], run.size) for run in layout)
+
+    def _axis(self, layout: tuple[Run[str | None], ...]) -> Axis:
+        return Axis(sum(run.size for run in layout), self._runs(layout))
+
+    def _rows(self, channels: LayerChannels) -> Rows | None:
+        """Return where the examples lie, None if that is along the first axis, or there is one mask for all."""
+        return channels.rows if self.by_example and channels.rows != Rows() else None

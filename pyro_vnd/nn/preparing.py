@@ -1,0 +1,81 @@
+"""A copy of a net in which only what is followed is left: without wrappers, and with weights that are parameters."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.weight_norm import remove_weight_norm
+
+from pyro_vnd._compat import weight_norm_of
+from pyro_vnd.nn.recognition import as_torch_has_it
+from pyro_vnd.nn.submodules import replace_modules
+from pyro_vnd.nn.tracing import unpack_attention, unpack_recurrent
+
+__all__ = ["prepared"]
+
+
+def prepared(net: nn.Module, excluded: tuple[str, ...]) -> nn.Module:
+    """Return a copy of a net to be nested.
+
+    Weights of `weight_norm`, old and new, become parameters, and so do those that a convolution with a forward of its
+    own computes from its parameters, as weight standardisation does: the same function, whose weights are the starting
+    means. Modules that compute what RMSNorm or LayerNorm does become these. Attention and recurrent
+    nets are taken apart. Wrappers of nets
+    for several devices are left away.
+
+    Args:
+        net: The net.
+        excluded: Names of modules to leave alone.
+
+    Raises:
+        ValueError: If a part of the net was compiled.
+    """
+    if isinstance(net, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        net = net.module
+    for name, part in net.named_modules():
+        if type(part).__name__ == "OptimizedModule":  # torch has no public name for it
+            which = f"its part {name!r}" if name else "it"
+            raise ValueError(
+                f"nest: argument `net` must be the net itself; {which} is what torch.compile made of one. "
+                "Nest first, and compile afterwards"
+            )
+    copied = copy.deepcopy(net, _computed_tensors(net))
+    for name, part in copied.named_modules():
+        if not any(f"{name}.".startswith(f"{each}.") for each in excluded):
+            _keep_normalised_weights(part)
+    return unpack_recurrent(unpack_attention(_recognised(copied, excluded), excluded), excluded)
+
+
+def _computed_tensors(net: nn.Module) -> dict[int, Any]:
+    """Return copies of tensors that modules computed, such as weights that hooks make, which deepcopy refuses."""
+    tensors = [value for part in net.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    return {id(value): value.detach().clone() for value in tensors if not value.is_leaf}
+
+
+def _keep_normalised_weights(part: nn.Module) -> None:
+    kind = weight_norm_of(part)
+    if kind == "hook":
+        with torch.no_grad():
+            remove_weight_norm(part)
+    elif kind == "parametrization":
+        layer: Any = part
+        weight = layer.weight.detach().clone()
+        # torch's own removal would change the class, which is that of the net given, too.
+        layer.__class__ = parametrize.type_before_parametrizations(layer)
+        del layer.parametrizations
+        layer.register_parameter("weight", nn.Parameter(weight))
+
+
+def _recognised(net: nn.Module, excluded: tuple[str, ...]) -> nn.Module:
+    """Replace parts by layers of torch that compute the same, in place."""
+    found = {
+        part: same
+        for name, part in net.named_modules()
+        if name and not any(f"{name}.".startswith(f"{each}.") for each in excluded)
+        if (same := as_torch_has_it(part)) is not None
+    }
+    return replace_modules(net, found)
