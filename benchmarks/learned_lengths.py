@@ -22,6 +22,7 @@ Recipes are compared on the validation part, as in
 with other seeds than those of the final run, which alone scores the test part. Each fit is kept in a file of its own.
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -50,7 +51,6 @@ METHODS = ("fixed_uniform", "fixed_geometric", "vnd", "priced")
 LEARNED = ("vnd", "priced")
 PRICES = ("low", "high", "full", "explore", "temperature")
 MEAN_LENGTHS = (2, 4, 8, 12, 32)
-STEPS = 1000  # of a fit whose time is taken: what it does once, as at its end, is a few parts in a thousand
 LAWS = {"fixed": "fixed", "own": "own", "model": "distilled", "decoded": "decoded12", "exact": "exact"}
 METRICS = {"mse": "mse", "elbo": "elbo_length_paid", "rate": "rate", "share_of_gain": "share_of_gain"}
 
@@ -69,6 +69,7 @@ class Recipe:
         temperature: Of the law that lengths are drawn from.
         distil_steps: Steps of `distil_lengths`.
         cost_seconds: Time to spend on what the law costs.
+        cost_steps: Steps of a fit whose time is taken, many beside what it does once.
     """
 
     epochs: int = 12
@@ -80,6 +81,7 @@ class Recipe:
     temperature: float = 5.0
     distil_steps: int = 4000
     cost_seconds: float = 30.0
+    cost_steps: int = 1000
 
 
 def build(method: str, image_size: int, recipe: Recipe) -> OrderedAutoencoder:
@@ -145,7 +147,9 @@ def _rows(scores: xr.Dataset, base: dict[str, Any], seed: int) -> Iterator[dict[
             wanted = ["mse", "elbo", "rate"] if whole or law == "fixed" else [*METRICS, "correlation"]
             for metric in wanted:
                 place = {"law": name, "mean_length": int(mean_length), "seed": seed}
-                yield base | place | {"metric": METRICS.get(metric, metric), "value": rounded(point[metric].item())}
+                value = point[metric].item()
+                if not math.isnan(value):  # as a share is where nothing is gained
+                    yield base | place | {"metric": METRICS.get(metric, metric), "value": rounded(value)}
 
 
 def run(
@@ -170,7 +174,7 @@ def cost(image_size: int, recipe: Recipe) -> dict[str, float]:
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        x = torch.rand(STEPS * recipe.batch_size, 1, image_size, image_size)
+        x = torch.rand(recipe.cost_steps * recipe.batch_size, 1, image_size, image_size)
         vaes = {method: build(method, image_size, recipe) for method in ("fixed_uniform", "vnd", "priced")}
 
         def steps(method: str) -> None:

@@ -1,5 +1,6 @@
 """Tables, figure and targets of the benchmark of learned lengths, made from its committed rows."""
 
+import math
 from collections.abc import Collection
 from statistics import median
 from typing import Any
@@ -108,7 +109,7 @@ def targets_table(scores: Scores) -> str:
     body = []
     for row in targets(scores):
         cells = [
-            f"{value:.3f} ({limit:g})" if met else f"**{value:.3f}** ({limit:g})"
+            "-" if math.isnan(value) else f"{value:.3f} ({limit:g})" if met else f"**{value:.3f}** ({limit:g})"
             for value, limit, met in zip(row["values"], row["limits"], row["met"], strict=True)
         ]
         body.append([row["what"], "at least" if row["least"] else "at most", *cells])

@@ -11,7 +11,7 @@ from benchmarks.learned_lengths_report import LENGTHS, Scores, astray, figures, 
 def result(tmp_path_factory):
     """Every method, on digits, for one epoch; the second call finds all of it done."""
     folder = tmp_path_factory.mktemp("learned_lengths")
-    few = ["--data", "digits", "--set", "epochs=1", "distil_steps=50", "cost_seconds=0.1", "--json"]
+    few = ["--data", "digits", "--set", "epochs=1", "distil_steps=50", "cost_seconds=0.1", "cost_steps=20", "--json"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         main([*few, str(folder / "rows.json"), "--seeds", "1"])
@@ -34,7 +34,8 @@ def test_rows_are_complete(result):
 def test_what_is_exact_gains_all(result):
     rows = result["rows"]
     shares = [row["value"] for row in rows if row["metric"] == "share_of_gain" and row["law"] == "exact"]
-    assert shares == [1.0] * (len(METHODS) * len(LENGTHS))
+    assert len(METHODS) < len(shares) <= len(METHODS) * len(LENGTHS)  # there are none where nothing is gained
+    assert set(shares) == {1.0}
     scores = Scores(result)
     for method in METHODS:
         whole = {scores.mean(method, law, 32, "mse") for law in ("fixed", "distilled", "exact")}
