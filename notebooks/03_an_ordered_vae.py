@@ -168,9 +168,9 @@ plt.show()
 
 # %% [markdown]
 # Test images from the one with the shortest code to that with the longest, at a mean of four
-# numbers: a sneaker is much like another one, a striped dress or a bag with a flap is not. For
-# the same mean length the error is a tenth to a quarter less than with one length for all images,
-# up to four numbers. By class:
+# numbers: a sneaker is much like another one, a jumper with a print is not. For the same mean
+# length the error is a tenth to three tenths less than with one length for all images, up to four
+# numbers. By class:
 
 # %%
 at_four = by_length.sel(seed=0, law="model", mean_length=4)
