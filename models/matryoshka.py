@@ -173,7 +173,7 @@ class MatryoshkaEmbedding(PyroModule):
         """
         self._check_images(x)
         lengths = [self._length(k) for k in (range(1, self.num_dims + 1) if lengths is None else lengths)]
-        masks = (torch.arange(self.num_dims, device=x.device) < torch.tensor(lengths, device=x.device)[:, None]).to(x)
+        masks = self._masks(torch.tensor(lengths, device=x.device)).to(x)
         embedding = masks.unsqueeze(1) * self.head(self.body(x))
         return dist.Categorical(logits=self._logits(masks.unsqueeze(1), embedding)).log_prob(y).T
 
@@ -221,6 +221,10 @@ class MatryoshkaEmbedding(PyroModule):
         """
         return self._knowing_head().choose(self.value_inputs(x), price, mean_length)
 
+    def _masks(self, lengths: Tensor) -> Tensor:
+        """Return which numbers lengths keep, shape (..., K)."""
+        return torch.arange(self.num_dims, device=lengths.device) < lengths.unsqueeze(-1)
+
     def _knowing_head(self) -> ValueHead:
         if self.value_head is None or not self.value_head.is_calibrated:
             raise ValueError(
@@ -257,14 +261,13 @@ class MatryoshkaEmbedding(PyroModule):
             return normalize(self.head(self.body(x))[:, :length], dim=-1)
         if length is not None:
             raise ValueError("MatryoshkaEmbedding.embed: give one of `length`, `price` and `mean_length`")
-        lengths = self.choose_lengths(x, price=price, mean_length=mean_length)
-        mask = (torch.arange(self.num_dims, device=x.device) < lengths.unsqueeze(-1)).to(x)
+        mask = self._masks(self.choose_lengths(x, price=price, mean_length=mean_length)).to(x)
         return normalize(mask * self.head(self.body(x)), dim=-1)
 
     @torch.no_grad()
     def classify(self, x: Tensor, length: Tensor) -> Tensor:
         """Return logits of classes, shape (N, C), of images by numbers up to a length of their own, shape (N,)."""
-        mask = (torch.arange(self.num_dims, device=x.device) < length.unsqueeze(-1)).to(x)
+        mask = self._masks(length).to(x)
         return self._logits(mask, mask * self.head(self.body(x)))
 
     @torch.no_grad()

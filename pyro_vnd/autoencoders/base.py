@@ -199,13 +199,16 @@ class OrderedAutoencoder(LengthsByPrice):
         self.check_images(x)
         if not (price is None and mean_length is None):
             return self._random_length(x, priced=True).tilt(self._price("encode", price, mean_length))
-        law = self._random_length(x)
+        return self._cut_to(self._random_length(x), length)
+
+    def _cut_to(self, law: Any, length: int | Tensor | None) -> Any:
+        """Return laws of images with given lengths, one for all or one an image; None leaves them random."""
         if length is None:
             return law
         lengths = self._length(length)
-        if lengths.dim() and lengths.shape != (len(x),):
+        if lengths.dim() and lengths.shape != law.batch_shape:
             raise ValueError(
-                f"{type(self).__name__}: argument `length` must be one for each of {len(x)} images; "
+                f"{type(self).__name__}: argument `length` must be one for each of {law.batch_shape[0]} images; "
                 f"got {tuple(lengths.shape)}"
             )
         return law.cut(lengths)

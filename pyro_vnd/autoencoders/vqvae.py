@@ -163,10 +163,13 @@ class OrderedVQVAE(OrderedAutoencoder):
         return law.expand((len(x),))
 
     def _codes_and_costs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        nats = math.log(self.codebook_size)
+        return self._encoded(x)[0], self._rates()
+
+    def _rates(self) -> Tensor:
+        """Return the rates of the lengths 1..K in nats."""
         counts = torch.arange(1, self.num_latents + 1).to(self.prior_probs)
         tokens = counts if self.blocks.by_token else torch.full_like(counts, self.blocks.num_tokens)
-        return self._encoded(x)[0], nats * tokens
+        return math.log(self.codebook_size) * tokens
 
     def _cut_code(self, codes: Tensor, length: int) -> tuple[Tensor, Tensor]:
         mask = self._mask(len(codes), length)
@@ -187,11 +190,12 @@ class OrderedVQVAE(OrderedAutoencoder):
             ValueError: If an argument is invalid.
         """
         check_sizes(f"{type(self).__name__}.elbo", num_samples=num_samples)
-        law = self.encode(x, length)
-        values, costs = self._codes_and_costs(x)
+        self.check_images(x)
+        values, lengths = self._encoded(x)
+        law = self._cut_to(lengths.expand((len(x),)), length)
         mask = law.sample((num_samples,))
         likelihood = self.likelihood_given(self._code(values, mask), mask).log_prob(x).mean(0)
-        return ElboTerms(likelihood, law.probs @ costs, kl_divergence(law, self.prior(length)))
+        return ElboTerms(likelihood, law.probs @ self._rates(), kl_divergence(law, self.prior(length)))
 
     @torch.no_grad()
     def tokens(self, x: Tensor, length: int | None = None) -> Tensor:

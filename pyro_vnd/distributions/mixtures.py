@@ -64,17 +64,6 @@ class NestedMixture(NestedLaw):
         mean = (weights * loc).sum(-1, keepdim=True)
         return (weights * ((loc - mean).square() + scale.square())).sum(-1).sqrt()
 
-    def given(self, value: Tensor) -> Self:
-        """Return this law: its coordinates know nothing of each other.
-
-        Args:
-            value: Not used.
-
-        Returns:
-            The law.
-        """
-        return self
-
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Draw vectors with zeros past a random length, shape sample_shape + batch_shape + (K,)."""
         mask = self.mask_law.rsample(sample_shape)

@@ -126,7 +126,7 @@ class NestedLaw(Tiltable, TorchDistribution):
     probs = logits
 
     def given(self, value: Tensor) -> Any:
-        """Return the law that each coordinate has given those before it in `value`.
+        """Return the law that each coordinate has given those before it: this law, if they are independent.
 
         Args:
             value: Samples, shape (..., K).
@@ -134,7 +134,7 @@ class NestedLaw(Tiltable, TorchDistribution):
         Returns:
             A law whose coordinates are independent.
         """
-        raise NotImplementedError
+        return self
 
     def densities(self, dense: Tensor) -> Tensor:
         """Return the log-density of each uncut coordinate where they are independent.
@@ -302,17 +302,6 @@ class NestedNormal(NestedLaw):
     def entropy(self) -> Tensor:
         """Return H(L) + sum_i S_i H(N_i) in nats, shape batch_shape."""
         return self.mask_law.entropy() + (self.keep_probs * self.normal.entropy()).sum(-1)
-
-    def given(self, value: Tensor) -> Self:
-        """Return this law: its coordinates know nothing of each other.
-
-        Args:
-            value: Not used.
-
-        Returns:
-            The law.
-        """
-        return self
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Draw vectors with zeros past a random length, shape sample_shape + batch_shape + (K,)."""

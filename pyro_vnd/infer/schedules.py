@@ -328,16 +328,13 @@ class PriceSchedule:
         priced, uniform = (1 - self.full) * (1 - explore), (1 - self.full) * explore
         return MaskSchedule(priced, uniform, self.full).draw(num_blocks, shape, t)
 
-    def draw_prices(self, shape: tuple[int, ...], values: Tensor) -> Tensor:
-        """Draw a price for each row, given the values of rows, shape (..., K)."""
-        spread = _spread(values)
-        low = spread * LOWEST if self.low is None else torch.as_tensor(self.low).to(spread)
-        high = spread * HIGHEST if self.high is None else torch.as_tensor(self.high).to(spread)
-        return low * (high.maximum(low) / low) ** torch.rand(shape).to(spread)
-
-    def temperature_at(self, values: Tensor) -> Tensor | float:
-        """Return the temperature, given the values of rows, shape (..., K)."""
-        return (_spread(values) * HOTTEST).clamp_min(1) if self.temperature is None else self.temperature
+    def draw_prices(self, shape: tuple[int, ...], values: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw a price for each row, and return the temperature, too, given the values of rows, shape (..., K)."""
+        spread = _spread(values) if None in (self.low, self.high, self.temperature) else values
+        low = spread * LOWEST if self.low is None else values.new_tensor(self.low)
+        high = spread * HIGHEST if self.high is None else values.new_tensor(self.high)
+        hot = (spread * HOTTEST).clamp_min(1) if self.temperature is None else values.new_tensor(self.temperature)
+        return low * (high.maximum(low) / low) ** torch.rand(shape).to(low), hot
 
 
 def _spread(values: Tensor) -> Tensor:

@@ -243,14 +243,14 @@ def test_shares_sum_to_one_wherever_the_fit_stands(explore):
 def test_prices_are_log_uniform():
     schedule = PriceSchedule(0.5, 200.0)
     values = torch.randn(10, 5)
-    prices = schedule.draw_prices((N,), values)
+    prices, _ = schedule.draw_prices((N,), values)
     assert 0.5 <= prices.min() <= prices.max() <= 200
     place = (prices / 0.5).log() / math.log(400)
     assert kstest(place.numpy(), "uniform").pvalue > 0.001
     assert kstest(((prices - 0.5) / 199.5).numpy(), "uniform").pvalue < 1e-6  # they are not uniform themselves
     assert kstest((0.95 * place).numpy(), "uniform").pvalue < 1e-6  # nor with an end 5 % off
-    assert schedule.draw_prices((3, 2), values).shape == (3, 2)
-    assert PriceSchedule(temperature=3.0).temperature_at(values) == 3
+    assert schedule.draw_prices((3, 2), values)[0].shape == (3, 2)
+    assert PriceSchedule(temperature=3.0).draw_prices((N,), values)[1] == 3
 
 
 @pytest.mark.parametrize("scale", [0.1, 50.0, 3000.0])
@@ -258,13 +258,13 @@ def test_prices_are_by_default_in_proportion_to_what_lengths_are_worth(scale):
     values = torch.tensor([[0.0, 0.5, 1.0, 0.8], [0.0, 1.5, 2.0, 2.2]])  # their mean rises by 1.5
     shift = torch.tensor([[7.0], [-90.0]])  # which no length has to itself
     spread = max(1.5 * scale, 1)
-    prices = PriceSchedule().draw_prices((N,), scale * values + shift)
+    prices, temperature = PriceSchedule().draw_prices((N,), scale * values + shift)
     place = (prices * 6500 / spread).log() / math.log(6500 / 2.2)
     assert place.min() > -1e-5
     assert place.max() < 1 + 1e-5
     assert kstest(place.numpy(), "uniform").pvalue > 0.001
-    assert float(PriceSchedule().temperature_at(scale * values + shift)) == pytest.approx(max(spread / 260, 1))
-    low = PriceSchedule(low=3 * spread).draw_prices((5,), scale * values)  # above what would be the highest
+    assert float(temperature) == pytest.approx(max(spread / 260, 1))
+    low, _ = PriceSchedule(low=3 * spread).draw_prices((5,), scale * values)  # above what would be the highest
     torch.testing.assert_close(low, torch.full((5,), 3.0 * spread))
 
 

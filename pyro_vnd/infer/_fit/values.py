@@ -78,8 +78,7 @@ class ValueSites(Messenger):
             now.heads[name], now.values[name] = head, logits - head.log_probs
             temperature: float | Tensor = 1.0
             if self.schedule is not None:
-                now.prices[name] = self.schedule.draw_prices(tuple(law.batch_shape), now.values[name])
-                temperature = self.schedule.temperature_at(now.values[name])
+                now.prices[name], temperature = self.schedule.draw_prices(tuple(law.batch_shape), now.values[name])
             law = now.posteriors[name] = self._at_price(law, now.prices.get(name), logits.detach(), temperature)
         else:
             if isinstance(law, NestedAutoregressive):
