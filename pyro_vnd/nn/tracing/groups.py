@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -15,10 +15,10 @@ from torch.nn.parameter import is_lazy
 
 from pyro_vnd.nn.axis import Rows, Run
 from pyro_vnd.nn.tracing import channel_rules, layer_rules, structural_rules  # noqa: F401  (they fill the table)
-from pyro_vnd.nn.tracing.call import Layer, find_rule
+from pyro_vnd.nn.tracing.call import Layer, find_rule, first_kept
 from pyro_vnd.nn.tracing.channels import Runs, Split
 from pyro_vnd.nn.tracing.interpreter import Interpreter
-from pyro_vnd.nn.tracing.tape import Attribute, Tape, recorded, tensors_in
+from pyro_vnd.nn.tracing.tape import Attribute, Forgotten, Tape, recorded, tensors_in
 
 __all__ = ["ChannelGroups", "LayerChannels", "Layout", "channel_groups"]
 
@@ -137,8 +137,12 @@ def channel_groups(
             f"nest: `example_input` does not fit the arguments of {type(net).__name__}: {error}"
         ) from error
     with _undisturbed(net, inputs):
-        rows, tapes, untrained = _run(net, inputs, len(first), excluded)
-        interpreter = _followed(net, rows, tapes, excluded, by_example)
+        try:
+            rows, tapes, untrained = _run(net, inputs, len(first), excluded, first_kept)
+            interpreter = _followed(net, rows, tapes, excluded, by_example)
+        except Forgotten:  # a rule could not follow an operation, which is then run again as unknown ones are
+            rows, tapes, untrained = _run(net, inputs, len(first), excluded, lambda *_: 0)
+            interpreter = _followed(net, rows, tapes, excluded, by_example)
     spaces = [space for space in dict.fromkeys(space.root for space in interpreter.made) if space.made]
     whole: dict[str, str] = {}
     for space in spaces:
@@ -168,7 +172,13 @@ def channel_groups(
     )
 
 
-def _run(net: nn.Module, inputs: tuple[Any, ...], count: int, excluded: set[int]) -> tuple[int, list[Tape], str]:
+def _run(
+    net: nn.Module,
+    inputs: tuple[Any, ...],
+    count: int,
+    excluded: set[int],
+    keeps: Callable[[Any, bool], int | None],
+) -> tuple[int, list[Tape], str]:
     """Run the net with a row more than the example has, in both modes; return the number of rows and what it did.
 
     With two rows at least it can be seen where they go, and a net that has the number of rows written down fails.
@@ -177,11 +187,15 @@ def _run(net: nn.Module, inputs: tuple[Any, ...], count: int, excluded: set[int]
     def one_more(x: Any) -> Any:
         return torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.shape[:1] == (count,) else x
 
-    more = tuple(map(one_more, inputs))
+    known = {module: id(module) in excluded or find_rule(module) is not None for module in net.modules()}
+
+    def record(inputs: tuple[Any, ...]) -> Tape:
+        return recorded(net, inputs, known.__getitem__, lambda *op: 0 if id(op[0]) in excluded else keeps(*op))
+
     try:
-        tapes = [recorded(net, more, excluded, find_rule)]
+        tapes = [record(tuple(map(one_more, inputs)))]
     except Exception as error:
-        recorded(net, _copied(inputs), excluded, find_rule)  # which says what is wrong with the example itself
+        record(_copied(inputs))  # which says what is wrong with the example itself
         raise ValueError(
             f"nest: the net runs on {count} examples, but not on {count + 1}: {error}. Does its forward have the "
             "number of examples written down? Write x.shape[0], or -1 there"
@@ -189,7 +203,7 @@ def _run(net: nn.Module, inputs: tuple[Any, ...], count: int, excluded: set[int]
     for module in net.modules():
         module.training = True  # in a net that is put back as it was
     try:
-        trained = recorded(net, tuple(map(one_more, inputs)), excluded, find_rule)
+        trained = record(tuple(map(one_more, inputs)))
     except Exception as error:  # whatever the net asks for in training: labels, say
         return count + 1, tapes, f"{type(error).__name__}: {error}"
     finally:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyro_vnd.nn.axis import Run
 from pyro_vnd.nn.tracing.call import FOLLOW_SIZES, PARAMETERS_COME_LATER, Call, Layer, Unfollowed, find_rule
 from pyro_vnd.nn.tracing.channels import Axes, Runs, Space, are_rows, extent, hold, kept, rows, unify
-from pyro_vnd.nn.tracing.tape import Attribute, Op, Size, Source, Tape, Value, numbers_in, resolved, tensors_in
+from pyro_vnd.nn.tracing.tape import Attribute, Forgotten, Op, Size, Source, Tape, Value, numbers_in, resolved, tensors_in
 
 __all__ = ["Interpreter"]
 
@@ -97,7 +97,7 @@ class Interpreter:
     def _axes_of_new(self, value: Value) -> Axes:
         if value.is_input:
             return {0: rows(self.num_rows)} if value.shape[:1] == (self.num_rows,) else {}
-        if not value.parameter or not value.tensor.is_floating_point():
+        if not value.parameter or not value.is_real:
             return {}
         if any(id(self.net.get_submodule(path)) in self.excluded for path in _around(value.parameter)):
             return {}
@@ -127,8 +127,7 @@ class Interpreter:
 
     def reads_of(self, weight: Value) -> str:
         """Return the name of the parameter that a weight is, or is a view of; "" if it is computed."""
-        base = weight.tensor if weight.parameter else weight.tensor._base
-        return self.names.get(id(base), "")
+        return weight.parameter or weight.view_of
 
     def record(
         self, name: str, inputs: Runs, outputs: Runs, at: tuple[int, Runs] | None, where: str, read: bool = False
@@ -216,6 +215,8 @@ class Interpreter:
             plain = self.evaluate(op, {})
             torch.set_rng_state(states)
             turned = self.evaluate(op, {value: value.tensor.flip(0) for value in with_rows})
+        except Forgotten:
+            raise
         except Exception:  # whatever the code of the net does not bear
             return
         for value, one, other in zip(op.outputs, tensors_in(plain), tensors_in(turned), strict=False):
@@ -233,7 +234,7 @@ class Interpreter:
 
         def put(thing: Any) -> Any:
             if isinstance(thing, Value):
-                return instead.get(thing, thing.tensor)
+                return instead[thing] if thing in instead else thing.tensor
             if type(thing) in (tuple, list):
                 return type(thing)(map(put, thing))
             if type(thing) is dict:

@@ -24,7 +24,7 @@ NAMES = """
 MODULES = (nn.ChannelShuffle, nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.Unflatten)
 
 
-@rule(NAMES, *MODULES, follows_sizes=True)
+@rule(NAMES, *MODULES, follows_sizes=True, runs_again=True)
 def structural(call: Call) -> tuple[Axes, ...]:
     """Follow each axis, and leave it whole if its channels are not in order, or if the operation has fixed sizes."""
     tensor = call.tensors[0]
@@ -34,7 +34,7 @@ def structural(call: Call) -> tuple[Axes, ...]:
             call.hold(call.axes(other), "takes it as an argument")
     if not axes:
         return _as_wide_as_asked(call)
-    entries = torch.arange(call.shape().numel(), device=tensor.tensor.device).view(call.shape())
+    entries = torch.arange(call.shape().numel(), device=tensor.device).view(call.shape())
     moved = call.again(tensor, entries)
     results: list[Axes] = [{} for _ in moved]
     for axis, runs in axes.items():
@@ -175,7 +175,7 @@ class _Moves:
     def bear_a_cut(self, counted: Mapping[Source, Runs] | None = None) -> bool:
         """Tell whether the operation on fewer channels gives what is left of its result."""
         shape = self.tensor.shape
-        entries = torch.arange(shape.numel(), device=self.tensor.tensor.device).view(shape)
+        entries = torch.arange(shape.numel(), device=self.tensor.device).view(shape)
         moved = self.call.again(self.tensor, entries)
         try:
             outs = self.call.again(self.tensor, _cut(entries, self.axes), True, counted)
@@ -279,7 +279,7 @@ def _as_wide_as_asked(call: Call) -> tuple[Axes, ...]:
     return (axes, *({} for _ in call.op.outputs[1:]))
 
 
-@rule("unfold", nn.Unfold, follows_sizes=True)
+@rule("unfold", nn.Unfold, follows_sizes=True, runs_again=True)
 def unfold(call: Call) -> Axes | tuple[Axes, ...]:
     """Lay the pixels around a place after each channel; the method of that name is a move as others are."""
     if len(call.tensors[0].shape) != 4 or (len(call.op.args) + len(call.op.kwargs) == 4 and call.op.name != "Unfold"):
@@ -299,7 +299,7 @@ def put(call: Call) -> tuple[Axes, ...]:
         return ()  # a number
     if set(call.tensors) - {tensor, value}:
         call.fail()
-    entries = torch.arange(tensor.shape.numel(), device=tensor.tensor.device).view(tensor.shape)
+    entries = torch.arange(tensor.shape.numel(), device=tensor.device).view(tensor.shape)
     part, lying = entries[call.interpreter.plain(index)], {}
     for axis, runs in call.axes(tensor).items():
         found = _follow(part // entries.stride(axis) % tensor.shape[axis], tensor.shape[axis], runs)
