@@ -110,7 +110,7 @@ def nest(
         result.whole = groups.whole
         result.input_shapes = tuple(tuple(x.shape) for x in examples if isinstance(x, Tensor))
         try:
-            result.positions = check_and_count(result, examples, trains=not groups.untrained)
+            result.positions = check_and_count(result, examples, not groups.untrained, groups.outputs)
         except Misfit as misfit:
             if not misfit.path or misfit.path in alone:
                 raise

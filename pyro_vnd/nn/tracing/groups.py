@@ -55,6 +55,7 @@ class ChannelGroups:
         attributes: Attributes of modules that are numbers of channels, and which.
         unfollowed: Operations that could not be followed, by the module that they are in.
         untrained: Why the net could not be run in training mode, "" if it could.
+        outputs: The tensors that the net returned in evaluation mode, on the example with its first row once more.
     """
 
     units: dict[str, int]
@@ -65,6 +66,7 @@ class ChannelGroups:
     attributes: dict[Attribute, Layout] = field(default_factory=dict)
     unfollowed: dict[str, str] = field(default_factory=dict)
     untrained: str = ""
+    outputs: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -169,6 +171,7 @@ def channel_groups(
         },
         interpreter.unfollowed,
         untrained,
+        tuple(tapes[0].returned),
     )
 
 
