@@ -224,6 +224,12 @@ class Call:
         }
         return {ndim + axis: each for axis, each in lying.items() if each}
 
+    def arguments(
+        self, tensor: Value, value: Any, narrow: bool = False, counted: Mapping[Source, Runs] | None = None
+    ) -> tuple[Any, Any]:
+        """Return the arguments with something else for a tensor, and with numbers of narrowed channels if asked."""
+        return self.interpreter.arguments(self.op, {tensor: value}, narrow, counted)
+
     def again(
         self, tensor: Value, value: Tensor, narrow: bool = False, counted: Mapping[Source, Runs] | None = None
     ) -> list[Tensor]:

@@ -32,6 +32,7 @@ class Interpreter:
         attributes: What lies along axes whose lengths are attributes of modules.
         reads: Names of parameters that functions take as weights, rather than modules.
         made: The spaces, in order.
+        ways: What is known of operations that are alike.
         unfollowed: Operations without a rule, each as the name of its module and what it is.
     """
 
@@ -57,6 +58,7 @@ class Interpreter:
         self.attributes: dict[Attribute, Runs] = {}
         self.reads: dict[str, Layer] = {}
         self.made: list[Space] = []
+        self.ways: dict[Any, Any] = {}
         self.unfollowed: dict[str, str] = {}
         self._checks: list[tuple[Callable[[], bool], Callable[[], None]]] = []
 
@@ -231,6 +233,13 @@ class Interpreter:
         counted: Mapping[Source, Runs] | None = None,
     ) -> Any:
         """Run one operation, with other tensors for some, and numbers as in `plain`."""
+        args, kwargs = self.arguments(op, instead, narrow, counted)
+        return op.target(*args, **kwargs)
+
+    def arguments(
+        self, op: Op, instead: Mapping[Value, Any], narrow: bool = False, counted: Mapping[Source, Runs] | None = None
+    ) -> tuple[Any, Any]:
+        """Return the arguments of an operation likewise."""
 
         def put(thing: Any) -> Any:
             if isinstance(thing, Value):
@@ -241,7 +250,7 @@ class Interpreter:
                 return {key: put(each) for key, each in thing.items()}
             return self.plain(thing, narrow, counted)
 
-        return op.target(*put(op.args), **put(op.kwargs))
+        return put(op.args), put(op.kwargs)
 
     def plain(self, thing: Any, narrow: bool = False, instead: Mapping[Source, Runs] | None = None) -> Any:
         """Return numbers, in containers too, as they are, or as they are when channels are cut.
