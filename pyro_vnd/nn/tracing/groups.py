@@ -190,10 +190,17 @@ def _run(
     def one_more(x: Any) -> Any:
         return torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.shape[:1] == (count,) else x
 
-    known = {module: id(module) in excluded or find_rule(module) is not None for module in net.modules()}
+    def first_row(x: Any) -> Any:
+        return x[:1].clone() if isinstance(x, Tensor) and x.shape[:1] == (count,) else x
+
+    operations = {each: id(each) in excluded or find_rule(each) is not None for each in net.modules()}
+    kept = {each: 0 if id(each) in excluded else keeps(each, False) for each, alone in operations.items() if alone}
+
+    def keep(operation: Any, in_place: bool) -> int | None:
+        return kept[operation] if operation in kept else keeps(operation, in_place)
 
     def record(inputs: tuple[Any, ...]) -> Tape:
-        return recorded(net, inputs, known.__getitem__, lambda *op: 0 if id(op[0]) in excluded else keeps(*op))
+        return recorded(net, inputs, operations.__getitem__, keep)
 
     try:
         tapes = [record(tuple(map(one_more, inputs)))]
@@ -206,15 +213,33 @@ def _run(
     for module in net.modules():
         module.training = True  # in a net that is put back as it was
     try:
-        trained = record(tuple(map(one_more, inputs)))
+        trained = _in_training(record, tapes[0], *(tuple(map(of, inputs)) for of in (first_row, one_more)))
     except Exception as error:  # whatever the net asks for in training: labels, say
         return count + 1, tapes, f"{type(error).__name__}: {error}"
     finally:
         for module in net.modules():
             module.training = False
-    if [(op.name, op.path) for op in trained.ops] != [(op.name, op.path) for op in tapes[0].ops]:
-        tapes.append(trained)
-    return count + 1, tapes, ""
+    return count + 1, tapes if trained is None else [*tapes, trained], ""
+
+
+def _in_training(
+    record: Callable[[tuple[Any, ...]], Tape], evaluated: Tape, one: tuple[Any, ...], more: tuple[Any, ...]
+) -> Tape | None:
+    """Return what the net does on more rows in training mode; None if that is what it does in evaluation mode.
+
+    Most nets do, which a single row shows.
+    """
+    try:
+        if _names(record(one)) == _names(evaluated):
+            return None
+    except Exception:  # a norm over examples, say, wants some
+        pass
+    trained = record(more)
+    return None if _names(trained) == _names(evaluated) else trained
+
+
+def _names(tape: Tape) -> list[tuple[str, str]]:
+    return [(op.name, op.path) for op in tape.ops]
 
 
 def _copied(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -11,7 +11,18 @@ from torch import Tensor, nn
 from pyro_vnd.nn.axis import Run
 from pyro_vnd.nn.tracing.call import FOLLOW_SIZES, PARAMETERS_COME_LATER, Call, Layer, Unfollowed, find_rule
 from pyro_vnd.nn.tracing.channels import Axes, Runs, Space, are_rows, extent, hold, kept, rows, unify
-from pyro_vnd.nn.tracing.tape import Attribute, Forgotten, Op, Size, Source, Tape, Value, numbers_in, resolved, tensors_in
+from pyro_vnd.nn.tracing.tape import (
+    Attribute,
+    Forgotten,
+    Op,
+    Size,
+    Source,
+    Tape,
+    Value,
+    numbers_in,
+    resolved,
+    tensors_in,
+)
 
 __all__ = ["Interpreter"]
 
@@ -243,7 +254,9 @@ class Interpreter:
 
         def put(thing: Any) -> Any:
             if isinstance(thing, Value):
-                return instead[thing] if thing in instead else thing.tensor
+                if thing in instead:
+                    return instead[thing]
+                return thing.tensor  # which may not have been kept
             if type(thing) in (tuple, list):
                 return type(thing)(map(put, thing))
             if type(thing) is dict:

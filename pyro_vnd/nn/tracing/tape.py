@@ -1,10 +1,11 @@
 """What a net does on an example, operation by operation, as it is run.
 
 The net runs once on real tensors while each function of torch that it calls is written down, with the shapes of the
-tensors that it takes and returns; only tensors that are asked for later are kept. Control flow simply happens, as the example has it; modules may be called by keyword, and any of their
-attributes may be read. What a net computes from sizes of tensors, or from whole numbers that its modules have as
-attributes, remembers where it is from: so it can be said later what these numbers would be if there were fewer
-channels. (Symbolic values, such as those of torch.fx, fail where Python asks for a number, a length or a truth; graphs
+tensors that it takes and returns; the tensors themselves are kept where they are needed later. Control flow simply
+happens, as the example has it; modules may be called by keyword, and any of their attributes may be read. What a net
+computes from sizes of tensors, or from whole numbers that its modules have as attributes, remembers where it is from:
+so it can be said later what these numbers would be if there were fewer channels.
+(Symbolic values, such as those of torch.fx, fail where Python asks for a number, a length or a truth; graphs
 of `torch.export` are slow to make, and have numbers in place of the sizes that they were computed from.)
 """
 
@@ -14,7 +15,7 @@ import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -303,7 +304,8 @@ class Tape(TorchFunctionMode):
                 return self._sizes(args[0])
         in_place = name.endswith("_") and not name.endswith("__")
         is_question = name in _QUESTIONS
-        noted = self._noted((args, kwargs or {}), None if is_question else self.keeps(name.strip("_") or name, in_place))
+        keeps = None if is_question else self.keeps(name.strip("_") or name, in_place)
+        noted = self._noted((args, kwargs or {}), keeps)
         out = func(*args, **(kwargs or {}))
         if name == "size":
             sizes = self._sizes(args[0])
@@ -386,8 +388,9 @@ _QUESTIONS = {
     ),
     *("is_sparse", "is_quantized", "is_meta", "is_mps", "is_xpu", "is_nested", "requires_grad_", "names", "__repr__"),
     *("storage_offset", "data_ptr", "untyped_storage", "_version", "_base", "_backward_hooks", "retain_grad", "name"),
-    *("size", "numel", "is_inference", "is_same_size", "is_set_to", "output_nr", "nbytes", "ndimension", "nelement", "__format__"),
+    *("is_inference", "is_same_size", "is_set_to", "output_nr", "nbytes", "ndimension", "nelement", "__format__"),
     *("register_hook", "has_names", "is_neg", "is_conj", "_set_grad_enabled", "_assert", "set_grad_enabled"),
+    *("size", "numel"),
 }
 
 
