@@ -34,7 +34,7 @@ class Misfit(ValueError):
 
 
 def check_and_count(
-    net: NestedNet, inputs: tuple[Any, ...], trains: bool, whole: Sequence[Tensor] = ()
+    net: NestedNet, inputs: tuple[Any, ...], trains: bool, whole: Sequence[Tensor] = (), one_row_trains: bool = False
 ) -> dict[str, int]:
     """Compare passes that are cut by masks with passes that compute the kept part only; count positions of the layers.
 
@@ -48,6 +48,7 @@ def check_and_count(
         inputs: The example.
         trains: Whether the net can be run in training mode.
         whole: What the net given returns, on these inputs or on more rows after them.
+        one_row_trains: Whether in training mode it does the same as in evaluation mode, on a single row, too.
 
     Returns:
         How often each layer is applied to one example, by its name.
@@ -67,12 +68,20 @@ def check_and_count(
                     _compare_rows(net, inputs, rows)
         if trains:
             with module_mode([net], training=True):
-                _compare(net, more, max(rows, 2), half)
+                if one_row_trains:
+                    _compare(net, _rows_of(inputs, rows, torch.arange(rows) == 0), 1, half)
+                else:
+                    _compare(net, more, max(rows, 2), half)
     return positions
 
 
 def _one_more(x: Any, rows: int) -> Any:
     return torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.shape[:1] == (rows,) else x
+
+
+def _rows_of(inputs: tuple[Any, ...], rows: int, which: Tensor) -> tuple[Any, ...]:
+    """Return inputs of some rows."""
+    return tuple(x[which] if isinstance(x, Tensor) and x.shape[:1] == (rows,) else x for x in inputs)
 
 
 def _agree_at_once(
@@ -83,10 +92,9 @@ def _agree_at_once(
     That they differ may have reasons that are none, such as results that do not have a row for each example.
     """
     is_narrow = torch.arange(rows) % 2 == 0
-    few = tuple(x[is_narrow] if isinstance(x, Tensor) and x.shape[:1] == (rows,) else x for x in inputs)
     try:
         mixed, positions = _pass(net, inputs, rows, _fractions(net, is_narrow), sliced=False)
-        sliced, _ = _pass(net, few, int(is_narrow.sum()), half, sliced=True)
+        sliced, _ = _pass(net, _rows_of(inputs, rows, is_narrow), int(is_narrow.sum()), half, sliced=True)
     except Misfit:
         return {}
     if not len(mixed) == len(sliced) == len(whole):

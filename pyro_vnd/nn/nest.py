@@ -110,7 +110,9 @@ def nest(
         result.whole = groups.whole
         result.input_shapes = tuple(tuple(x.shape) for x in examples if isinstance(x, Tensor))
         try:
-            result.positions = check_and_count(result, examples, not groups.untrained, groups.outputs)
+            result.positions = check_and_count(
+                result, examples, not groups.untrained, groups.outputs, groups.same_in_training
+            )
         except Misfit as misfit:
             if not misfit.path or misfit.path in alone:
                 raise

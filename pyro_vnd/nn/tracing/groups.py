@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -55,6 +55,7 @@ class ChannelGroups:
         attributes: Attributes of modules that are numbers of channels, and which.
         unfollowed: Operations that could not be followed, by the module that they are in.
         untrained: Why the net could not be run in training mode, "" if it could.
+        same_in_training: Whether a single row showed that the net does in training mode what it does in evaluation.
         outputs: The tensors that the net returned in evaluation mode, on the example with its first row once more.
     """
 
@@ -66,6 +67,7 @@ class ChannelGroups:
     attributes: dict[Attribute, Layout] = field(default_factory=dict)
     unfollowed: dict[str, str] = field(default_factory=dict)
     untrained: str = ""
+    same_in_training: bool = False
     outputs: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
 
     @property
@@ -140,11 +142,11 @@ def channel_groups(
         ) from error
     with _undisturbed(net, inputs):
         try:
-            rows, tapes, untrained = _run(net, inputs, len(first), excluded, first_kept)
-            interpreter = _followed(net, rows, tapes, excluded, by_example)
+            run = _run(net, inputs, len(first), excluded, first_kept)
+            interpreter = _followed(net, run.rows, run.tapes, excluded, by_example)
         except Forgotten:  # a rule could not follow an operation, which is then run again as unknown ones are
-            rows, tapes, untrained = _run(net, inputs, len(first), excluded, lambda *_: 0)
-            interpreter = _followed(net, rows, tapes, excluded, by_example)
+            run = _run(net, inputs, len(first), excluded, lambda *_: 0)
+            interpreter = _followed(net, run.rows, run.tapes, excluded, by_example)
     spaces = [space for space in dict.fromkeys(space.root for space in interpreter.made) if space.made]
     whole: dict[str, str] = {}
     for space in spaces:
@@ -160,19 +162,30 @@ def channel_groups(
             parameters.setdefault(name, {})[dim] = _layout(runs)
     return ChannelGroups(
         {space.name: space.atoms for space in cut},
-        {name: _channels(layer, rows) for name, layer in interpreter.layers.items()},
+        {name: _channels(layer, run.rows) for name, layer in interpreter.layers.items()},
         whole,
         parameters,
-        {name: _channels(layer, rows) for name, layer in interpreter.reads.items()},
+        {name: _channels(layer, run.rows) for name, layer in interpreter.reads.items()},
         {
             each: _layout(runs)
             for each, runs in interpreter.attributes.items()
             if any(not run.owner.reason for run in runs)
         },
         interpreter.unfollowed,
-        untrained,
-        tuple(tapes[0].returned),
+        run.untrained,
+        run.same_in_training,
+        tuple(run.tapes[0].returned),
     )
+
+
+@dataclass
+class _Run:
+    """What the net did: on how many rows, in evaluation mode and, where that is something else, in training mode."""
+
+    rows: int
+    tapes: list[Tape]
+    untrained: str = ""
+    same_in_training: bool = False
 
 
 def _run(
@@ -181,8 +194,8 @@ def _run(
     count: int,
     excluded: set[int],
     keeps: Callable[[Any, bool], int | None],
-) -> tuple[int, list[Tape], str]:
-    """Run the net with a row more than the example has, in both modes; return the number of rows and what it did.
+) -> _Run:
+    """Run the net with a row more than the example has, in both modes.
 
     With two rows at least it can be seen where they go, and a net that has the number of rows written down fails.
     """
@@ -210,32 +223,22 @@ def _run(
             f"nest: the net runs on {count} examples, but not on {count + 1}: {error}. Does its forward have the "
             "number of examples written down? Write x.shape[0], or -1 there"
         ) from error
+    run = _Run(count + 1, tapes)
     for module in net.modules():
         module.training = True  # in a net that is put back as it was
     try:
-        trained = _in_training(record, tapes[0], *(tuple(map(of, inputs)) for of in (first_row, one_more)))
+        # Most nets do the same in both modes, which a single row shows, if no norm over examples wants more.
+        with suppress(Exception):
+            run.same_in_training = _names(record(tuple(map(first_row, inputs)))) == _names(tapes[0])
+        if not run.same_in_training:
+            trained = record(tuple(map(one_more, inputs)))
+            tapes.extend([trained] if _names(trained) != _names(tapes[0]) else [])
     except Exception as error:  # whatever the net asks for in training: labels, say
-        return count + 1, tapes, f"{type(error).__name__}: {error}"
+        run.untrained = f"{type(error).__name__}: {error}"
     finally:
         for module in net.modules():
             module.training = False
-    return count + 1, tapes if trained is None else [*tapes, trained], ""
-
-
-def _in_training(
-    record: Callable[[tuple[Any, ...]], Tape], evaluated: Tape, one: tuple[Any, ...], more: tuple[Any, ...]
-) -> Tape | None:
-    """Return what the net does on more rows in training mode; None if that is what it does in evaluation mode.
-
-    Most nets do, which a single row shows.
-    """
-    try:
-        if _names(record(one)) == _names(evaluated):
-            return None
-    except Exception:  # a norm over examples, say, wants some
-        pass
-    trained = record(more)
-    return None if _names(trained) == _names(evaluated) else trained
+    return run
 
 
 def _names(tape: Tape) -> list[tuple[str, str]]:
