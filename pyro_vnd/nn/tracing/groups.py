@@ -252,8 +252,10 @@ def _copied(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def _followed(net: nn.Module, rows: int, tapes: Sequence[Tape], excluded: set[int], by_example: bool) -> Interpreter:
     """Follow the channels, again for each axis of a parameter that turns out to have several parts."""
     splits: dict[Any, tuple[int, ...]] = {}
+    ways: dict[Any, Any] = {}
     while True:
         interpreter = Interpreter(net, rows, excluded, by_example, splits)
+        interpreter.ways = ways
         try:
             for tape in tapes:
                 interpreter.run(tape)

@@ -43,7 +43,7 @@ class Interpreter:
         attributes: What lies along axes whose lengths are attributes of modules.
         reads: Names of parameters that functions take as weights, rather than modules.
         made: The spaces, in order.
-        ways: What is known of operations that are alike.
+        ways: What is known of operations that are alike, which may be found out by other interpreters, too.
         unfollowed: Operations without a rule, each as the name of its module and what it is.
     """
 
