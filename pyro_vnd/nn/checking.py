@@ -65,7 +65,7 @@ def check_and_count(net: NestedNet, inputs: tuple[Any, ...], trains: bool) -> di
 
 
 def _one_more(x: Any, rows: int) -> Any:
-    return torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.shape[:1] == (rows,) else x
+    return torch.cat([x, x[-1:]]) if isinstance(x, Tensor) and x.shape[:1] == (rows,) else x
 
 
 def _compare(net: NestedNet, inputs: tuple[Any, ...], rows: int, half: dict[str, int]) -> None:

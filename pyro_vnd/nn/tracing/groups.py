@@ -175,7 +175,7 @@ def _run(net: nn.Module, inputs: tuple[Any, ...], count: int, excluded: set[int]
     """
 
     def one_more(x: Any) -> Any:
-        return torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.shape[:1] == (count,) else x
+        return torch.cat([x, x[-1:]]) if isinstance(x, Tensor) and x.shape[:1] == (count,) else x
 
     more = tuple(map(one_more, inputs))
     try:
