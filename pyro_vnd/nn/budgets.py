@@ -163,6 +163,11 @@ class _Search:
             outputs = narrowed(x)
         self.likelihood.check_outputs("widths_for", outputs, len(x))
         outputs = outputs.cpu().double()
+        if bad := int((~outputs.isfinite()).flatten(1).any(1).sum()):
+            raise ValueError(
+                f"widths_for: outputs of the net have NaN or inf for {bad} of {len(x)} rows of `data`: inputs must be "
+                "finite"
+            )
         y = self.likelihood.targets("widths_for", batch[1].cpu(), outputs)
         return self.likelihood.law(outputs).log_prob(y)
 

@@ -165,7 +165,7 @@ class CascadeNet(nn.Module):
             Logits, shape (N, C), or (S, N, C) if there are draws.
 
         Raises:
-            ValueError: If there are no thresholds yet, or inputs do not fit the net.
+            ValueError: If there are no thresholds yet, or inputs do not fit the net, or predictions are NaN.
         """
         return self.run(x).logits
 
@@ -178,6 +178,11 @@ class CascadeNet(nn.Module):
                 "or give `threshold`"
             )
         logits, doubt, *known = self._start(x)
+        if bool((unknown := doubt.isnan()).any()):  # which is below no threshold, nor above one
+            raise ValueError(
+                f"CascadeNet: predictions are NaN for {int(unknown.sum())} of {len(x)} rows: the inputs, or the "
+                "weights, have NaN or inf"
+            )
         rows = torch.arange(len(x), device=logits.device)
         stage = torch.zeros_like(rows)
         for number, (module, threshold) in enumerate(zip(self.stages[1:], self.thresholds, strict=True), 1):

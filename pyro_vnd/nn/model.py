@@ -5,8 +5,8 @@ from typing import Any, Self
 import pyro
 from torch import Tensor
 
-from pyro_vnd._compat import QuietModule
-from pyro_vnd._inputs import Look
+from pyro_vnd._compat import QuietModule, only_plain_code
+from pyro_vnd._inputs import Look, check_numbers
 from pyro_vnd.nn.likelihoods import CategoricalLabels
 from pyro_vnd.nn.net import NestedNet, NetGuide
 from pyro_vnd.nn.net_likelihood import NetLikelihood
@@ -69,7 +69,7 @@ class NestedModel(QuietModule):
         return self.net.guide
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; the next evaluation looks at the values of y, see `forward`."""
+        """Set the mode; the next evaluation looks at the values of inputs and of y, see `forward`."""
         self._look.done = False
         return super().train(mode)
 
@@ -77,7 +77,7 @@ class NestedModel(QuietModule):
         """Run the model and return the outputs of the net.
 
         Args:
-            x: Inputs, a row for each example.
+            x: Inputs, a row for each example. Their values are looked at in the first evaluation of a fit.
             y: What is observed, a row for each example. Its values are looked at in the first evaluation of a fit, on
                 the CPU in each.
 
@@ -85,9 +85,14 @@ class NestedModel(QuietModule):
             Outputs of the net, shape (N, ...).
 
         Raises:
-            ValueError: If outputs of the net, or y, do not suit the likelihood.
+            ValueError: If outputs of the net, or y, do not suit the likelihood, or inputs are NaN.
+
+        Warns:
+            UserWarning: If inputs look like images of bytes.
         """
         caller = type(self).__name__
+        if not self._look.done and not only_plain_code():
+            check_numbers(caller, "x", (x,))
         plate = pyro.plate("data", len(x), dim=-1)
         outputs = self.net(x, plate=plate)
         self.likelihood.check_outputs(caller, outputs, len(x))

@@ -223,8 +223,8 @@ def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256) 
         The same net.
 
     Raises:
-        ValueError: If there are no data, or a layer sees one value of each channel only, or the tensors of a tuple have
-            different numbers of rows or look like batches.
+        ValueError: If there are no data, or they are not finite, or a layer sees one value of each channel only, or the
+            tensors of a tuple have different numbers of rows or look like batches. The net is then as it was.
 
     Source: Yu and Huang, arXiv 1903.05134, section 3.3 (statistics after training, for each width).
 
@@ -247,21 +247,34 @@ def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256) 
                 f"{tuple(data[0].shape)}: if they are batches, give them as a generator, or joined by torch.cat"
             )
     moments = {norm: _Moments() for norm in norms}
-    seen = False
-    with _calibrating(net, moments):
-        for inputs in _of_two_rows(batch[0] for batch in batches(data, batch_size)):
-            if not seen:
-                for norm in norms:
-                    norm.reset_running_stats()
-            seen = True
-            net(inputs)
-    if not seen:
-        raise ValueError("recalibrate_batchnorm: argument `data` has no batches")
+    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    try:
+        _take_moments(net, moments, (batch[0] for batch in batches(data, batch_size)))
+    except BaseException:
+        for buffer, value in before:
+            buffer.copy_(value)
+        raise
     for norm, found in moments.items():
         if norm.running_mean is not None and found.count:
             norm.running_mean.copy_(found.mean)
             norm.running_var.copy_(found.squares / (found.count - 1))
     return net
+
+
+def _take_moments(net: nn.Module, moments: Mapping[Any, _Moments], inputs: Iterable[Tensor]) -> None:
+    """Run a net on all inputs, with norms whose moments are taken."""
+    seen = False
+    with _calibrating(net, moments):
+        for rows in _of_two_rows(inputs):
+            if not seen:
+                for norm in moments:
+                    norm.reset_running_stats()
+            seen = True
+            net(rows)
+    if not seen:
+        raise ValueError("recalibrate_batchnorm: argument `data` has no batches")
+    if any(found.count and not bool(found.squares.isfinite().all()) for found in moments.values()):
+        raise ValueError("recalibrate_batchnorm: argument `data` must be finite; a norm has seen NaN or inf")
 
 
 class _Moments:

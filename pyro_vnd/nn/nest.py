@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeGuard
 
 from torch import Tensor, nn
 
-from pyro_vnd._inputs import check_example, explain_inputs
+from pyro_vnd._inputs import check_numbers, explain_inputs
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.straight_through import Noise
 from pyro_vnd.nn.checking import Misfit, check_and_count
@@ -88,7 +88,7 @@ def nest(
         Width(0, 64 units in 16 blocks, mean blocks kept 8.5, modes 1-16)
     """
     examples = example_input if isinstance(example_input, tuple) else (example_input,)
-    check_example(examples)
+    check_numbers("nest", "example_input", examples)
     alone, left = tuple(exclude), dict[str, str]()
     while True:
         nested = prepared(net, alone)

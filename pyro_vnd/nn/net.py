@@ -14,7 +14,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vnd._compat import QuietModule, plain_checkpoints
-from pyro_vnd._inputs import explain_inputs
+from pyro_vnd._inputs import explain_inputs, refuse_nan
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.norms import NestedNorm
@@ -350,8 +350,9 @@ class NestedNet(QuietModule):
             Outputs, shape (S, N, ...).
 
         Raises:
-            ValueError: If a width or the number of draws is invalid, or as in a call of the net.
+            ValueError: If a width or the number of draws is invalid, inputs are NaN, or as in a call of the net.
         """
+        refuse_nan("predict", "inputs", inputs)
         if num_samples < 1:
             raise ValueError(f"predict: argument `num_samples` must be at least 1; got {num_samples}")
         sliced = width is not None and not isinstance(width, Tensor)

@@ -297,6 +297,16 @@ def test_what_does_not_fit_is_named(rows):
             make()
 
 
+def test_rows_without_a_prediction_are_said_rather_than_stopped_at_the_first_stage(rows):
+    cascade = halving(small_net(), rows)
+    x = rows.clone()
+    x[3:5, 2] = math.nan
+    with pytest.raises(
+        ValueError, match="CascadeNet: predictions are NaN for 2 of 300 rows: the inputs, or the weight"
+    ):
+        cascade(x)
+
+
 # Parts that are exported.
 
 
