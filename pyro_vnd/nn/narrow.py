@@ -99,6 +99,10 @@ def narrow_to_blocks(net: NestedNet, blocks: Mapping[str, int], draw: Mapping[st
         cut = own.values(kept)
         for name in own.parameters.keys() & cut.keys():
             narrowed[id(own.tensor(name))] = _copied(cut[name], own.tensor(name))
+    if draw is not None:
+        for name, each in net.random_parameters.items():
+            value = _drawn(draw, f"{net.prefix}{name}", each.mean)
+            narrowed[id(each.mean)] = _copied(each.take(value, kept), each.mean)
     for name, module in net.net.named_modules():
         if isinstance(module, NestedLayer):
             site = f"{net.prefix}{name}" if name else f"{net.prefix}layer"
@@ -169,14 +173,7 @@ def narrow_layer(
             continue
         value = mean
         if draw is not None and name in layer.log_scales:
-            if f"{site}.{name}" not in draw:
-                raise ValueError(f"narrow: argument `draw` has no value for site {f'{site}.{name}'!r}")
-            value = draw[f"{site}.{name}"]
-            if value.shape != mean.shape:
-                raise ValueError(
-                    f"narrow: argument `draw` has shape {tuple(value.shape)} at site {f'{site}.{name}'!r}; expected "
-                    f"{tuple(mean.shape)}: draw outside of `cut(..., sliced=True)`"
-                )
+            value = _drawn(draw, f"{site}.{name}", mean)
         memo[id(mean)] = known[id(mean)] = _copied(layer.take(name, value, index), mean)
     plain = copy.deepcopy(layer.plain, memo)
     num_out, num_in = (
@@ -189,6 +186,18 @@ def narrow_layer(
         if plain.groups > 1:
             plain.groups = plain.groups * num_in // layer.input_axis.size
     return plain
+
+
+def _drawn(draw: Mapping[str, Tensor], site: str, like: Tensor) -> Tensor:
+    """Return the value of a site, of which all was drawn."""
+    if site not in draw:
+        raise ValueError(f"narrow: argument `draw` has no value for site {site!r}")
+    if draw[site].shape != like.shape:
+        raise ValueError(
+            f"narrow: argument `draw` has shape {tuple(draw[site].shape)} at site {site!r}; expected "
+            f"{tuple(like.shape)}: draw outside of `cut(..., sliced=True)`"
+        )
+    return draw[site]
 
 
 def _narrow_norm(norm: NestedNorm, kept: dict[str, int]) -> nn.Module:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Mapping
+from numbers import Real
 from typing import Any, Literal, TypeGuard
 
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from pyro_vnd.nn.layers import Prior
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.parts import Parts
 from pyro_vnd.nn.preparing import prepared
+from pyro_vnd.nn.random_parameters import ZeroMeanNormal
 from pyro_vnd.nn.table import share_that_narrows
 from pyro_vnd.nn.tracing import ChannelGroups, channel_groups
 from pyro_vnd.nn.width import Width, check_int
@@ -33,7 +36,7 @@ def nest(
     frozen: int | Mapping[str, int] = 0,
     mask_per: Literal["example", "batch"] = "example",
     gated: bool | None = None,
-    prior: Prior | Mapping[str, Prior] | Literal["normal"] | None = "normal",
+    prior: Prior | float | Literal["normal"] | Mapping[str, Any] | None = "normal",
     init_scale: float = 0.1,
     width_prior: WidthLaw = None,
     width_init: WidthLaw = None,
@@ -49,7 +52,8 @@ def nest(
     flattening, depthwise and grouped convolutions, norms, embeddings, attention heads). Each such group gets one
     `Width`, a learned ordered mask over blocks of its units that acts after norm and activation; inputs and outputs of
     the net stay whole. Linear and convolutional layers get independent Normal weights; other parameters along channels,
-    such as embeddings and scales of layers, are cut with them, as point estimates. The net given is not changed; its
+    such as embeddings and scales of layers, are cut with them, as point estimates if `prior` does not name them. The
+    net given is not changed; its
     weights are the starting means, so that a pretrained net goes on from where it is.
 
     Args:
@@ -60,8 +64,10 @@ def nest(
         frozen: Leading blocks that are always kept; or numbers by group.
         mask_per: One mask for each "example" or for each "batch"; see `NestedNet`.
         gated: Whether the KL of a weight counts as far as its units are kept; see `NestedNet`.
-        prior: Prior of the weights, as in `NestedLayer`, or priors by name of layer with "" for all others; None for
-            point estimates: only the masks are random.
+        prior: Prior of the weights, as in `NestedLayer`, or a number s for N(0, s^2), or None for point estimates: only
+            the masks are random. Or any of these by name of layer, with "" for all others. Other parameters, such as a
+            class token, the scale of a layer or the table of an embedding, get a law where they are named, or their
+            module is; "normal" is then N(0, 1).
         init_scale: Starting deviation of the posterior of weights, as a share of the prior's.
         width_prior: Prior of the lengths in blocks: an `OrderedMask`, or the rate of a geometric one, or either by
             group; uniform by default.
@@ -104,9 +110,17 @@ def nest(
             )
         widths = _widths(groups, num_blocks, frozen, width_prior, width_init, temperature=temperature, noise=noise)
         parts = Parts(nested, groups, widths, mask_per == "example")
-        plain = parts.nested(_by_name(prior, parts.affine), init_scale)
-        own_channels, reads = parts.own_channels(), parts.reads()
-        result = NestedNet(plain, mask_per=mask_per, gated=gated, prefix=prefix, own_channels=own_channels, reads=reads)
+        priors, of_raw = _by_name(prior, parts)
+        plain = parts.nested(priors, init_scale)
+        result = NestedNet(
+            plain,
+            mask_per=mask_per,
+            gated=gated,
+            prefix=prefix,
+            own_channels=parts.own_channels(),
+            reads=parts.reads(),
+            random_parameters=parts.random_parameters(of_raw, init_scale),
+        )
         result.whole = groups.whole
         result.input_shapes = tuple(tuple(x.shape) for x in examples if isinstance(x, Tensor))
         try:
@@ -167,13 +181,27 @@ def _law(law: OrderedMask | float | None, entries: int) -> OrderedMask | None:
     return OrderedMask.geometric(law, entries) if isinstance(law, float) else law
 
 
-def _by_name(prior: Any, layers: Collection[str]) -> dict[str, Any]:
-    """Return the prior of each layer."""
+def _by_name(prior: Any, parts: Parts) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the priors of layers, and those of other parameters or of modules that have these."""
     if not _by_layer(prior):
-        return dict.fromkeys(layers, prior)
-    if unknown := sorted(set(prior) - {"", *layers}):
-        raise ValueError(f"nest: argument `prior` names {unknown}; layers of the net: {list(layers)}")
-    return {name: prior.get(name, prior.get("", "normal")) for name in layers}
+        return dict.fromkeys(parts.affine, _number_as_law(prior)), {}
+    raw = {*parts.raw, *(name.rpartition(".")[0] for name in parts.raw)} - {""}
+    if unknown := sorted(set(prior) - {"", *parts.affine, *raw}):
+        raise ValueError(
+            f"nest: argument `prior` names {unknown}; layers of the net: {parts.affine}; other parameters: "
+            f"{list(parts.raw)}"
+        )
+    laws = {name: _number_as_law(law) for name, law in prior.items()}
+    of_raw = {name: ZeroMeanNormal() if law == "normal" else law for name, law in laws.items() if name in raw}
+    return {name: laws.get(name, laws.get("", "normal")) for name in parts.affine}, of_raw
+
+
+def _number_as_law(prior: Any) -> Any:
+    if not isinstance(prior, Real):
+        return prior
+    if isinstance(prior, bool) or not 0 < float(prior) < math.inf:
+        raise ValueError(f"nest: argument `prior` must have a finite scale > 0 where it is a number; got {prior!r}")
+    return ZeroMeanNormal(float(prior))
 
 
 def _by_layer(prior: Any) -> TypeGuard[Mapping[str, Any]]:

@@ -18,6 +18,7 @@ from pyro_vnd._inputs import explain_inputs, refuse_nan
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.norms import NestedNorm
+from pyro_vnd.nn.random_parameters import RandomParameter
 from pyro_vnd.nn.reads import MaskedReads, OwnChannels, Read
 from pyro_vnd.nn.table import as_html, as_text
 from pyro_vnd.nn.width import Rounding, Width, kept_blocks
@@ -67,6 +68,7 @@ class NestedNet(QuietModule):
         prefix: Prefix of the names of all Pyro sites, for models with several nets.
         own_channels: Parameters, and numbers of channels, of modules that are no nested layers, as `nest` finds them.
         reads: Parameters that functions take as weights, each as its module, its name, and what is read with it.
+        random_parameters: Laws of parameters of modules that are no nested layers.
 
     Attributes:
         whole: Why channels cannot be cut, by the layer that makes them, as far as `nest` found out.
@@ -96,6 +98,7 @@ class NestedNet(QuietModule):
         prefix: str = "",
         own_channels: Sequence[OwnChannels] = (),
         reads: Sequence[tuple[nn.Module, str, Read]] = (),
+        random_parameters: Sequence[RandomParameter] = (),
     ) -> None:
         super().__init__()
         if mask_per not in ("example", "batch"):
@@ -116,6 +119,7 @@ class NestedNet(QuietModule):
         self.positions: dict[str, int] = {}
         self.input_shapes: tuple[tuple[int, ...], ...] = ()
         self.own_channels, self.reads = list(own_channels), list(reads)
+        self._random_parameters = nn.ModuleList(random_parameters)
 
     def __repr__(self) -> str:
         """Return a table of the groups; `net.net` has the modules."""
@@ -133,6 +137,11 @@ class NestedNet(QuietModule):
     def layers(self) -> dict[str, NestedLayer]:
         """The nested layers by name, in the order of the net."""
         return {name: module for name, module in self.net.named_modules() if isinstance(module, NestedLayer)}
+
+    @property
+    def random_parameters(self) -> dict[str, RandomParameter]:
+        """The laws of parameters of modules that are no nested layers, by name of the parameter."""
+        return {each.name: each for each in self._random_parameters}  # type: ignore[misc]
 
     @property
     def laws(self) -> dict[str, OrderedMask]:
@@ -188,6 +197,8 @@ class NestedNet(QuietModule):
                 width.release()
             for layer in self.layers.values():
                 layer.values = {}
+            for each in self.random_parameters.values():
+                each.value = None
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -195,6 +206,8 @@ class NestedNet(QuietModule):
         with ExitStack() as stack:
             for own in self.own_channels:
                 stack.enter_context(own.cut())
+            for each in self.random_parameters.values():
+                stack.enter_context(each.in_place())
             reads = MaskedReads([(getattr(module, name), read) for module, name, read in self.reads])
             if reads:
                 stack.enter_context(reads)
@@ -253,6 +266,8 @@ class NestedNet(QuietModule):
         values: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             values |= layer.draw(which, f"{self.prefix}{name}" if name else f"{self.prefix}layer")
+        for each in self.random_parameters.values():
+            values |= each.draw(which, self.prefix)
         return values
 
     def kept_blocks(

@@ -11,6 +11,7 @@ from torch import nn
 from pyro_vnd.nn.axis import Axis, Rows, Run
 from pyro_vnd.nn.layers import NestedLayer, affine_kind
 from pyro_vnd.nn.norms import NestedNorm
+from pyro_vnd.nn.random_parameters import RandomParameter
 from pyro_vnd.nn.reads import OwnChannels, Read
 from pyro_vnd.nn.submodules import replace_modules
 from pyro_vnd.nn.tracing import ChannelGroups, LayerChannels
@@ -30,6 +31,7 @@ class Parts:
 
     Attributes:
         affine: Names of the linear and convolutional layers that are nested.
+        raw: The parameters of other modules, by name, each with its module.
     """
 
     def __init__(
@@ -42,6 +44,12 @@ class Parts:
         self.affine = [name for name in groups.layers if affine_kind(self.modules[name])] + list(self._functional)
         self._names = {id(tensor): name for name, tensor in [*net.named_parameters(), *net.named_buffers()]}
         self._uses = Counter(id(tensor) for part in net.modules() for tensor in part.parameters(recurse=False))
+        self.raw = {
+            f"{path}.{key}".removeprefix("."): part
+            for path, part in self.modules.items()
+            if path not in self.affine and path not in groups.layers
+            for key, _ in part.named_parameters(recurse=False)
+        }
 
     def _is_layer(self, name: str) -> bool:
         """Say whether a weight that a function reads is that of a linear or convolutional layer as torch has them."""
@@ -84,6 +92,40 @@ class Parts:
                 self.replaced[name] = NestedNorm(layer, outputs, rows)
         self.net = replace_modules(self.net, {self.modules[name]: part for name, part in self.replaced.items()})
         return self.net
+
+    def random_parameters(self, priors: Mapping[str, Any], init_scale: float) -> list[RandomParameter]:
+        """Return the laws of raw parameters.
+
+        Args:
+            priors: Prior of each, by its name, or by that of its module for all parameters of this.
+            init_scale: As in `NestedLayer`.
+
+        Raises:
+            ValueError: If a parameter is read otherwise than by its name, so that a draw would not be seen, or is
+                shared with another module.
+        """
+        found = []
+        for name, part in self.raw.items():
+            prior = priors.get(name, priors.get(name.rpartition(".")[0] or name))
+            if prior is None:
+                continue
+            parameter = part.get_parameter(name.rpartition(".")[2])
+            if self._uses[id(parameter)] > 1:
+                raise ValueError(
+                    f"nest: argument `prior` names {name!r}, which several modules share: it stays a point estimate; "
+                    "leave it out"
+                )
+            if isinstance(part, nn.RNNBase):
+                raise ValueError(
+                    f"nest: argument `prior` names {name!r}, which a {type(part).__name__} keeps a copy of: it stays a "
+                    "point estimate; leave it out"
+                )
+            axes = {
+                dim: self._axis(runs)
+                for dim, runs in self.groups.parameters.get(self._names[id(parameter)], {}).items()
+            }
+            found.append(RandomParameter(name, part, axes, prior, init_scale))
+        return found
 
     def own_channels(self) -> list[OwnChannels]:
         """Return what modules that stay as they are have along channels."""
