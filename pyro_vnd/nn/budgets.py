@@ -15,7 +15,7 @@ from pyro_vnd._data import Rows, batches
 from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._sizes import is_integer
 from pyro_vnd._state import module_mode
-from pyro_vnd.nn.cost import net_cost
+from pyro_vnd.nn.cost import net_cost, zeros_for
 from pyro_vnd.nn.model import NestedModel, net_and_likelihood
 from pyro_vnd.nn.narrow import narrow_to_blocks, recalibrate_batchnorm
 from pyro_vnd.nn.net import NestedNet
@@ -182,15 +182,8 @@ class _Search:
             return (self.rows[0][0][:1].to(self.device),)
         if self.kind == "parameters":
             return ()
-        zeros = tuple(next(self.net.parameters()).new_zeros(shape) for shape in self.net.input_shapes)
-        plain = narrow_to_blocks(self.net, self.whole)
-        for inputs in (zeros, tuple(x.long() for x in zeros)):  # of indices, say, for an embedding
-            try:
-                if inputs:
-                    plain(*inputs)
-                    return inputs
-            except RuntimeError:
-                continue
+        if inputs := zeros_for(self.net, narrow_to_blocks(self.net, self.whole)):
+            return inputs
         raise ValueError(
             f"widths_for: argument `data` is needed for cost={self.kind!r}, as the net does not say what its inputs "
             "are like"

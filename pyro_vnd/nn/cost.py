@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_vnd._state import module_mode
+from pyro_vnd.nn.net import NestedNet
 
-__all__ = ["net_cost"]
+__all__ = ["net_cost", "zeros_for"]
 
 
 def net_cost(net: nn.Module, x: Tensor, *more: Any) -> dict[str, int]:
@@ -31,3 +32,22 @@ def net_cost(net: nn.Module, x: Tensor, *more: Any) -> dict[str, int]:
         net(x, *more)
     parameters = sum(parameter.numel() for parameter in net.parameters())
     return {"multiply_adds": counter.get_total_flops() // (2 * len(x)), "parameters": parameters}
+
+
+def zeros_for(net: NestedNet, plain: nn.Module) -> tuple[Tensor, ...]:
+    """Return zeros like the example that a net was nested with, numbers or else indices; nothing if it takes neither.
+
+    Args:
+        net: The nested net.
+        plain: What `narrow` makes of it.
+    """
+    zeros = tuple(next(net.parameters()).new_zeros(shape) for shape in net.input_shapes)
+    with torch.no_grad(), module_mode([plain], training=False):
+        for inputs in (zeros, tuple(x.long() for x in zeros)):  # of indices, say, for an embedding
+            try:
+                if inputs:
+                    plain(*inputs)
+                    return inputs
+            except RuntimeError:
+                continue
+    return ()

@@ -36,6 +36,9 @@ AFFINE: dict[type[nn.Module], Callable[..., Tensor]] = {
 }
 
 
+SIZES = ("in_features", "out_features", "in_channels", "out_channels")
+
+
 def affine_kind(layer: nn.Module) -> type[nn.Module] | None:
     """Return the linear or convolutional class of torch that a layer is of, or a subclass of; None if it is none."""
     return next((kind for kind in AFFINE if isinstance(layer, kind)), None)
@@ -250,13 +253,18 @@ class NestedLayer(nn.Module):
         return None if mean is None else self.take(name, mean)
 
     def __getattr__(self, name: str) -> Any:
-        """Return what the plain layer has: the code of a net may ask for it; its weights are those of the pass."""
+        """Return what the plain layer has: the code of a net may ask for it; weights and sizes are of this pass."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             if "plain" not in vars(self).get("_modules", {}) or name.startswith("__"):
                 raise
-        return self.value(name) if name in ("weight", "bias") else getattr(self.plain, name)
+        if name in ("weight", "bias"):
+            return self.value(name)
+        if name in SIZES:
+            axis = self.input_axis if name.startswith("in") else self.output_axis
+            return kept_channels(axis.index(), axis.size)
+        return getattr(self.plain, name)
 
     def _run_plain(self, x: Tensor) -> Tensor:
         """Run the layer as it is written, with the weights of this pass in the place of its own."""
