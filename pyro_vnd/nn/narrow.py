@@ -18,7 +18,7 @@ from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.model import NestedModel
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.norms import BATCH_NORMS, NestedNorm, sizes_of
-from pyro_vnd.nn.submodules import replace_modules
+from pyro_vnd.nn.submodules import computed_tensors, replace_modules
 from pyro_vnd.nn.tracing.attention import Attention, as_graph
 from pyro_vnd.nn.tracing.recurrent import Cell, Recurrent
 from pyro_vnd.nn.width import Rounding
@@ -111,7 +111,7 @@ def narrow_to_blocks(net: NestedNet, blocks: Mapping[str, int], draw: Mapping[st
         elif isinstance(module, NestedNorm):
             narrowed[id(module)] = _narrow_norm(module, kept)
     # A copy takes what the memo has in place of copying it: wide weights are never copied.
-    plain = copy.deepcopy(net.net, narrowed)
+    plain = copy.deepcopy(net.net, computed_tensors(net.net) | narrowed)
     of_torch: dict[nn.Module, nn.Module] = {}
     for module in plain.modules():
         if isinstance(module, Attention):

@@ -58,6 +58,8 @@ class Parts:
         own = {each for each, _ in part.named_parameters(recurse=False)}
         if key != "weight" or path in self.groups.layers or own - {"weight", "bias"} or not affine_kind(part):
             return False
+        if hasattr(part, "parametrizations"):  # of its bias
+            return False
         plain: Any = part
         sizes = (
             (plain.in_features, plain.out_features)
