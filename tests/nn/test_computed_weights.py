@@ -1,4 +1,4 @@
-"""Weights that are computed from parameters, by hooks or parametrizations: nested as they are, or left whole by name."""
+"""Weights that hooks or parametrizations compute: nested as they are, or left whole by name."""
 
 import warnings
 
