@@ -2,22 +2,25 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 __all__ = [
+    "Batch",
     "Data",
     "Rows",
     "as_arguments",
     "batches",
     "check_rows",
+    "input_batches",
     "map_parts",
     "named_parts",
     "num_rows",
     "shapes",
+    "split_inputs",
     "split_rows",
 ]
 
@@ -188,6 +191,97 @@ def batches(data: Rows, batch_size: int) -> Iterator[Sequence[Tensor]]:
         batch = (each,) if isinstance(each, Tensor) else each
         _check_batch(batch[:1] if isinstance(batch, tuple | list) else [batch])
         yield batch
+
+
+class Batch(NamedTuple):
+    """Rows as a net takes them, and what was observed of them.
+
+    Attributes:
+        args: Inputs in order.
+        kwargs: Inputs by name.
+        y: What was observed, None if nothing was.
+        more: What came after it.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    y: Any = None
+    more: tuple[Any, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """All inputs."""
+        return (*self.args, *self.kwargs.values())
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the first input that is a tensor."""
+        return next((len(x) for x in self.inputs if isinstance(x, Tensor) and x.dim()), 0)
+
+    def map_inputs(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Apply a function to all inputs that are tensors."""
+
+        def of(x: Any) -> Any:
+            return function(x) if isinstance(x, Tensor) else x
+
+        return self._replace(args=tuple(map(of, self.args)), kwargs={name: of(x) for name, x in self.kwargs.items()})
+
+    def to(self, device: torch.device | str | None) -> "Batch":
+        """Move inputs to a device; None leaves them where they are."""
+        return self if device is None else self.map_inputs(lambda x: x.to(device))
+
+
+def split_inputs(args: Sequence[Any], named: Mapping[str, Any], num_inputs: int = 1) -> Batch:
+    """Tell inputs of a net from what was observed.
+
+    Args:
+        args: Inputs in order, then what was observed.
+        named: The same by name: "y" is what was observed, and "x" the first input. What comes after the inputs is
+            observed where there is no such name.
+        num_inputs: How many inputs the net takes in order; 0 if it takes them by name.
+
+    Example:
+        >>> split_inputs((1, 2), {}), split_inputs((), {"y": 2, "ids": 1}, num_inputs=0)
+        (Batch(args=(1,), kwargs={}, y=2, more=()), Batch(args=(), kwargs={'ids': 1}, y=2, more=()))
+    """
+    named = dict(named)
+    y = named.pop("y", None)
+    if not num_inputs:
+        return Batch(tuple(args), named, y)
+    first = [named.pop("x")] if "x" in named else []
+    parts = [*args, *first, *named.values()]
+    inputs, rest = parts[:num_inputs], parts[num_inputs:]
+    if y is None and rest:
+        y = rest.pop(0)
+    return Batch(tuple(inputs), {}, y, tuple(rest))
+
+
+def input_batches(data: Rows, batch_size: int, num_inputs: int = 1) -> Iterator[Batch]:
+    """Yield the batches of data as a net takes them.
+
+    Args:
+        data: As in `batches`; a batch may be a mapping, too.
+        batch_size: Rows of a batch, where data are tensors.
+        num_inputs: As in `split_inputs`.
+
+    Raises:
+        ValueError: If tensors have different numbers of rows, or a batch is none.
+    """
+    if isinstance(data, Mapping):
+        for parts in batches(tuple(data.values()), batch_size):
+            yield split_inputs((), dict(zip(data, parts, strict=True)), num_inputs)
+    elif isinstance(data, Tensor) or (isinstance(data, tuple | list) and all(isinstance(x, Tensor) for x in data)):
+        for parts in batches(data, batch_size):
+            yield split_inputs(parts, {}, num_inputs)
+    else:
+        if isinstance(data, tuple | list):
+            _check_batch([each for each in data if not isinstance(each, tuple | list | Mapping)])
+        for each in data:
+            if isinstance(each, Mapping):
+                yield split_inputs((), each, num_inputs)
+            else:
+                (batch,) = batches(iter([each]), batch_size)
+                yield split_inputs(batch, {}, num_inputs)
 
 
 def _check_batch(tensors: Sequence[Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pyro_vnd._data import Rows, batches
+from pyro_vnd._data import Batch, Rows, input_batches
 from pyro_vnd._state import module_mode
 from pyro_vnd.nn.axis import Index, kept_channels, take
 from pyro_vnd.nn.layers import NestedLayer
@@ -23,7 +23,7 @@ from pyro_vnd.nn.tracing.attention import Attention, as_graph
 from pyro_vnd.nn.tracing.recurrent import Cell, Recurrent
 from pyro_vnd.nn.width import Rounding
 
-__all__ = ["narrow", "narrow_layer", "narrow_to_blocks", "recalibrate_batchnorm"]
+__all__ = ["narrow", "narrow_layer", "narrow_to_blocks", "recalibrate_batchnorm", "recalibrated"]
 
 
 @torch.no_grad()
@@ -214,7 +214,7 @@ def _narrow_norm(norm: NestedNorm, kept: dict[str, int]) -> nn.Module:
 
 
 @torch.no_grad()
-def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256) -> nn.Module:
+def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256, num_inputs: int = 1) -> nn.Module:
     """Replace the running statistics of all BatchNorm layers by those of data, in place.
 
     A nested net's running statistics mix all widths; each narrowed net wants its own. Mean and variance are over all
@@ -227,6 +227,7 @@ def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256) 
         data: Training inputs: a tensor, a tuple or list of tensors that begins with them, or a mapping in which they
             are "x" or come first; or batches, each a tensor or a sequence, from a `DataLoader` or a generator.
         batch_size: Rows of a batch, where data are tensors.
+        num_inputs: How many tensors of a batch are inputs, in order; 0 for a net that takes all but "y" by name.
 
     Returns:
         The same net.
@@ -245,20 +246,32 @@ def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256) 
         >>> net[1].num_batches_tracked
         tensor(3)
     """
-    norms: list[Any] = [module for module in net.modules() if isinstance(module, BATCH_NORMS)]
-    if not norms:
-        return net
-    if isinstance(data, tuple | list) and len(data) > 1 and all(isinstance(rows, Tensor) for rows in data):
+    if (
+        num_inputs == 1
+        and isinstance(data, tuple | list)
+        and len(data) > 1
+        and all(isinstance(rows, Tensor) for rows in data)
+    ):
         alike = sum(rows.dim() > 1 and rows.shape == data[0].shape for rows in data)
         if alike > 1:
             raise ValueError(
                 f"recalibrate_batchnorm: argument `data` has {alike} tensors like the inputs, shape "
                 f"{tuple(data[0].shape)}: if they are batches, give them as a generator, or joined by torch.cat"
             )
+    return recalibrated(net, input_batches(data, batch_size, num_inputs))
+
+
+@torch.no_grad()
+def recalibrated(net: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+    """Replace the running statistics of a net, on its device; `recalibrate_batchnorm` without checks."""
+    norms: list[Any] = [module for module in net.modules() if isinstance(module, BATCH_NORMS)]
+    if not norms:
+        return net
+    device = next((each.device for each in net.parameters()), None)
     moments = {norm: _Moments() for norm in norms}
     before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     try:
-        _take_moments(net, moments, (batch[0] for batch in batches(data, batch_size)))
+        _take_moments(net, moments, (batch.to(device) for batch in batches))
     except BaseException:
         for buffer, value in before:
             buffer.copy_(value)
@@ -270,16 +283,16 @@ def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256) 
     return net
 
 
-def _take_moments(net: nn.Module, moments: Mapping[Any, _Moments], inputs: Iterable[Tensor]) -> None:
+def _take_moments(net: nn.Module, moments: Mapping[Any, _Moments], batches: Iterable[Batch]) -> None:
     """Run a net on all inputs, with norms whose moments are taken."""
     seen = False
     with _calibrating(net, moments):
-        for rows in _of_two_rows(inputs):
+        for batch in _of_two_rows(batches):
             if not seen:
                 for norm in moments:
                     norm.reset_running_stats()
             seen = True
-            net(rows)
+            net(*batch.args, **batch.kwargs)
     if not seen:
         raise ValueError("recalibrate_batchnorm: argument `data` has no batches")
     if any(found.count and not bool(found.squares.isfinite().all()) for found in moments.values()):
@@ -305,19 +318,32 @@ class _Moments:
         self.count = total
 
 
-def _of_two_rows(found: Iterable[Tensor]) -> Iterator[Tensor]:
+def _of_two_rows(found: Iterable[Batch]) -> Iterator[Batch]:
     """Join a batch of a single row, which has no variance, to the next one, or the last one to that before it."""
-    whole: list[Tensor] = []
-    single: list[Tensor] = []
+    whole: list[Batch] = []
+    single: list[Batch] = []
     for rows in found:
-        joined = torch.cat([*single, rows]) if single else rows
-        if len(joined) < 2:
+        joined = _joined([*single, rows])
+        if joined.num_rows < 2:
             single = [joined]
             continue
         yield from whole
         whole, single = [joined], []
     if whole or single:
-        yield torch.cat([*whole, *single])
+        yield _joined([*whole, *single])
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    """Join inputs of batches, of which those that are no tensors are the same."""
+    if len(batches) == 1:
+        return batches[0]
+
+    def join(parts: Sequence[Any]) -> Any:
+        return torch.cat([*parts]) if isinstance(parts[0], Tensor) else parts[0]
+
+    names = batches[0].kwargs
+    args = tuple(join(parts) for parts in zip(*(batch.args for batch in batches), strict=True))
+    return Batch(args, {name: join([batch.kwargs[name] for batch in batches]) for name in names})
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Collection, Mapping
@@ -30,7 +31,7 @@ WidthLaw = OrderedMask | float | Mapping[str, OrderedMask | float] | None
 
 def nest(
     net: nn.Module,
-    example_input: Tensor | tuple[Tensor, ...],
+    example_input: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor],
     *,
     num_blocks: int | Mapping[str, int] | None = None,
     frozen: int | Mapping[str, int] = 0,
@@ -58,7 +59,8 @@ def nest(
 
     Args:
         net: Any net. What it does may depend on shapes; where it depends on data, the example decides.
-        example_input: An input, or a tuple of them, for shapes; one or two examples suffice.
+        example_input: An input, or a tuple of them, or a mapping for a net that takes them by name, for shapes; one or
+            two examples suffice.
         num_blocks: Number of blocks of a group, at most its number of units; or numbers by group. By default each unit
             is a block.
         frozen: Leading blocks that are always kept; or numbers by group.
@@ -93,13 +95,13 @@ def nest(
         >>> net.widths["0"]
         Width(0, 64 units in 16 blocks, mean blocks kept 8.5, modes 1-16)
     """
-    examples = example_input if isinstance(example_input, tuple) else (example_input,)
+    examples = _in_order(net, example_input)
     check_numbers("nest", "example_input", examples)
     alone, left = tuple(exclude), dict[str, str]()
     while True:
         nested = prepared(net, alone)
         with explain_inputs("nest", examples, next((parameter.dtype for parameter in net.parameters()), None)):
-            groups = channel_groups(nested, example_input, exclude=alone, by_example=mask_per == "example")
+            groups = channel_groups(nested, examples, exclude=alone, by_example=mask_per == "example")
         if strict and (unfollowed := groups.unfollowed | left):
             lines = "".join(f"\n- {what}" for what in unfollowed.values())
             names = [name for name in unfollowed if name]
@@ -122,6 +124,7 @@ def nest(
             random_parameters=parts.random_parameters(of_raw, init_scale),
         )
         result.whole = groups.whole
+        result.num_inputs = 0 if isinstance(example_input, Mapping) else len(examples)
         result.input_shapes = tuple(tuple(x.shape) for x in examples if isinstance(x, Tensor))
         try:
             result.positions = check_and_count(result, examples, trains=not groups.untrained)
@@ -133,6 +136,29 @@ def nest(
             continue
         _warn(result, groups, left)
         return result
+
+
+def _in_order(net: nn.Module, example_input: Any) -> tuple[Any, ...]:
+    """Return the arguments of a net in their order, with defaults for those before the last one given."""
+    if not isinstance(example_input, Mapping):
+        return example_input if isinstance(example_input, tuple) else (example_input,)
+    signature = inspect.signature(net.forward)
+    try:
+        bound = signature.bind(**example_input)
+    except TypeError as error:
+        raise ValueError(f"nest: argument `example_input` does not fit {type(net).__name__}: {error}") from error
+    bound.apply_defaults()
+    names = list(signature.parameters)
+    last = max((names.index(name) for name in example_input if name in names), default=-1)
+    by_order = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if strange := [
+        name for name in example_input if name not in names or signature.parameters[name].kind not in by_order
+    ]:
+        raise ValueError(
+            f"nest: argument `example_input` names {strange}, which {type(net).__name__} takes by name only; give it a "
+            "forward that takes them in order, too"
+        )
+    return bound.args[: last + 1]
 
 
 def _widths(

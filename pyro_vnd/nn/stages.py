@@ -18,6 +18,7 @@ from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.narrow import narrow_layer
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.norms import NestedNorm, mixes_channels
+from pyro_vnd.nn.outputs import picked
 from pyro_vnd.nn.submodules import replace_modules
 from pyro_vnd.nn.tracing.tape import Value, recorded
 
@@ -100,7 +101,7 @@ class ContinuedNet(nn.Module):
         exchange = _Exchange(known, [None] * self.num_shared)
         token = _EXCHANGE.set(exchange)
         try:
-            return (self.net(x), *exchange.handed)
+            return (picked("CascadeNet", self.net(x)), *exchange.handed)
         finally:
             _EXCHANGE.reset(token)
 
