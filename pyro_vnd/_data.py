@@ -174,9 +174,14 @@ def batches(data: Rows, batch_size: int) -> Iterator[Sequence[Tensor]]:
         >>> [len(inputs) for inputs, labels in batches((torch.zeros(5, 2), torch.zeros(5)), 2)]
         [2, 2, 1]
     """
-    parts: Iterable[Any] = (data,) if isinstance(data, Tensor) else data
     if isinstance(data, Mapping):
-        parts = tuple(data[name] for name in sorted(data, key=lambda name: {"x": 0, "y": 1}.get(name, 2)))
+        data = tuple(data[name] for name in sorted(data, key=lambda name: {"x": 0, "y": 1}.get(name, 2)))
+    yield from _batches(data, batch_size, (tuple, list))
+
+
+def _batches(data: Tensor | Iterable[Any], batch_size: int, kinds: tuple[type, ...]) -> Iterator[Any]:
+    """Yield the batches of what is no mapping of tensors; batches that it has already may be of some kinds."""
+    parts: Iterable[Any] = (data,) if isinstance(data, Tensor) else data
     if isinstance(parts, tuple | list) and all(isinstance(rows, Tensor) for rows in parts):
         if len({len(rows) for rows in parts}) > 1:
             raise ValueError(
@@ -186,10 +191,13 @@ def batches(data: Rows, batch_size: int) -> Iterator[Sequence[Tensor]]:
         yield from zip(*(rows.split(batch_size) for rows in parts), strict=True)
         return
     if isinstance(parts, tuple | list):
-        _check_batch([each for each in parts if not isinstance(each, tuple | list)])
+        _check_batch([each for each in parts if not isinstance(each, kinds)])
     for each in parts:
         batch = (each,) if isinstance(each, Tensor) else each
-        _check_batch(batch[:1] if isinstance(batch, tuple | list) else [batch])
+        if isinstance(batch, tuple | list):
+            _check_batch(batch[:1])
+        elif not isinstance(batch, kinds):
+            _check_batch([batch])
         yield batch
 
 
@@ -268,20 +276,12 @@ def input_batches(data: Rows, batch_size: int, num_inputs: int = 1) -> Iterator[
         ValueError: If tensors have different numbers of rows, or a batch is none.
     """
     if isinstance(data, Mapping):
-        for parts in batches(tuple(data.values()), batch_size):
+        for parts in _batches(tuple(data.values()), batch_size, (tuple, list)):
             yield split_inputs((), dict(zip(data, parts, strict=True)), num_inputs)
-    elif isinstance(data, Tensor) or (isinstance(data, tuple | list) and all(isinstance(x, Tensor) for x in data)):
-        for parts in batches(data, batch_size):
-            yield split_inputs(parts, {}, num_inputs)
-    else:
-        if isinstance(data, tuple | list):
-            _check_batch([each for each in data if not isinstance(each, tuple | list | Mapping)])
-        for each in data:
-            if isinstance(each, Mapping):
-                yield split_inputs((), each, num_inputs)
-            else:
-                (batch,) = batches(iter([each]), batch_size)
-                yield split_inputs(batch, {}, num_inputs)
+        return
+    for batch in _batches(data, batch_size, (tuple, list, Mapping)):
+        is_named = isinstance(batch, Mapping)
+        yield split_inputs(() if is_named else batch, batch if is_named else {}, num_inputs)
 
 
 def _check_batch(tensors: Sequence[Any]) -> None:

@@ -20,7 +20,17 @@ from pyro_vnd.nn.axis import Axis, Channels, Index, Rows, joint_keep_probs, kept
 from pyro_vnd.nn.reads import MaskedReads, Read, apply_mask, on_its_own, substituted
 from pyro_vnd.nn.width import Width
 
-__all__ = ["AFFINE", "NestedLayer", "Prior", "affine", "affine_kind", "cut_law", "entry_law", "spread_of"]
+__all__ = [
+    "AFFINE",
+    "NestedLayer",
+    "Prior",
+    "affine",
+    "affine_kind",
+    "cut_law",
+    "drawn_entries",
+    "entry_law",
+    "spread_of",
+]
 
 Plain = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Prior = Distribution | Callable[[str, nn.Module], Distribution] | Mapping[str, Any]
@@ -34,8 +44,6 @@ AFFINE: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.ConvTranspose2d: F.conv_transpose2d,
     nn.ConvTranspose3d: F.conv_transpose3d,
 }
-
-
 SIZES = ("in_features", "out_features", "in_channels", "out_channels")
 
 
@@ -210,15 +218,8 @@ class NestedLayer(nn.Module):
         for name in self.log_scales:
             kind = "linear" if self.channel_dim == -1 else "convolution"
             infer: Any = {"local_reparam": kind if self.draws_outputs[name] else None}
-            value = pyro.sample(f"{site}.{name}", self.law(name, which), infer=infer)
-            extra = value.dim() - self.plain.get_parameter(name).dim()
-            if value.shape[:extra].numel() > 1:
-                raise ValueError(
-                    f"site {site}.{name}: weights were drawn in a plate, shape {tuple(value.shape)}; call the net "
-                    "outside of plates, and use several particles without vectorize_particles"
-                )
-            value = value.reshape(value.shape[extra:]) if extra else value  # `Predictive` puts ones before the shape
-            self.values[name] = value.to(self.plain.weight.dtype)  # a prior may be of another precision
+            law = self.law(name, which)
+            self.values[name] = drawn_entries(f"{site}.{name}", law, self.plain.get_parameter(name), infer)
         return {f"{site}.{name}": value for name, value in self.values.items()}
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (as torch's layers name it)
@@ -329,6 +330,23 @@ def entry_law(caller: str, prior: Any, name: str, module: nn.Module) -> Distribu
             f"{caller}: the prior of {name!r} must have one entry, or those of the array {tuple(shape)}; got {law}"
         )
     return law
+
+
+def drawn_entries(site: str, law: Any, like: Tensor, infer: Any = None) -> Tensor:
+    """Draw an array at a Pyro site, of the type of a parameter and with as many axes.
+
+    Raises:
+        ValueError: If the site is in a plate.
+    """
+    value = pyro.sample(site, law, infer=infer)
+    extra = value.dim() - like.dim()
+    if value.shape[:extra].numel() > 1:
+        raise ValueError(
+            f"site {site}: weights were drawn in a plate, shape {tuple(value.shape)}; call the net outside of plates, "
+            "and use several particles without vectorize_particles"
+        )
+    value = value.reshape(value.shape[extra:]) if extra else value  # `Predictive` puts ones before the shape
+    return value.to(like.dtype)  # a prior may be of another precision
 
 
 def spread_of(law: Distribution) -> float | None:

@@ -54,8 +54,7 @@ def nest(
     `Width`, a learned ordered mask over blocks of its units that acts after norm and activation; inputs and outputs of
     the net stay whole. Linear and convolutional layers get independent Normal weights; other parameters along channels,
     such as embeddings and scales of layers, are cut with them, as point estimates if `prior` does not name them. The
-    net given is not changed; its
-    weights are the starting means, so that a pretrained net goes on from where it is.
+    net given is not changed; its weights are the starting means, so that a pretrained net goes on from where it is.
 
     Args:
         net: Any net. What it does may depend on shapes; where it depends on data, the example decides.

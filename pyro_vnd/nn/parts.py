@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_vnd.nn.axis import Axis, Rows, Run
 from pyro_vnd.nn.layers import NestedLayer, affine_kind
@@ -122,11 +122,7 @@ class Parts:
                     f"nest: argument `prior` names {name!r}, which a {type(part).__name__} keeps a copy of: it stays a "
                     "point estimate; leave it out"
                 )
-            axes = {
-                dim: self._axis(runs)
-                for dim, runs in self.groups.parameters.get(self._names[id(parameter)], {}).items()
-            }
-            found.append(RandomParameter(name, part, axes, prior, init_scale))
+            found.append(RandomParameter(name, part, self._axes(parameter), prior, init_scale))
         return found
 
     def own_channels(self) -> list[OwnChannels]:
@@ -136,11 +132,7 @@ class Parts:
             if path in self.replaced:
                 continue
             own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
-            parameters = {
-                key: {dim: self._axis(layout) for dim, layout in axes.items()}
-                for key, tensor in own
-                if (axes := self.groups.parameters.get(self._names[id(tensor)]))
-            }
+            parameters = {key: axes for key, tensor in own if (axes := self._axes(tensor))}
             numbers = {
                 (each.name, each.index): self._axis(layout)
                 for each, layout in self.groups.attributes.items()
@@ -159,6 +151,11 @@ class Parts:
                 part: nn.Module = self.replaced.get(path) or self.modules[path]
                 found.append((part, key, Read(self._axis(channels.inputs), self._rows(channels))))
         return found
+
+    def _axes(self, tensor: Tensor) -> dict[int, Axis]:
+        """Return what lies along the axes of a parameter or buffer, of which something can be cut."""
+        layouts = self.groups.parameters.get(self._names[id(tensor)], {})
+        return {dim: self._axis(layout) for dim, layout in layouts.items()}
 
     def _runs(self, layout: tuple[Run[str | None], ...]) -> tuple[Run[Width | None], ...]:
         return tuple(Run(self.widths[run.owner], run.size) for run in layout)

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import pyro
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
@@ -16,7 +15,7 @@ from torch.distributions import Distribution, Normal
 from pyro_vnd.distributions import Gated
 from pyro_vnd.distributions.weights import LogScaleNormal
 from pyro_vnd.nn.axis import Axis, Index, joint_keep_probs, take
-from pyro_vnd.nn.layers import cut_law, entry_law, spread_of
+from pyro_vnd.nn.layers import cut_law, drawn_entries, entry_law, spread_of
 from pyro_vnd.nn.reads import substituted
 
 __all__ = ["RandomParameter", "ZeroMeanNormal"]
@@ -95,16 +94,9 @@ class RandomParameter(nn.Module):
 
     def draw(self, which: Literal["prior", "posterior"], prefix: str) -> dict[str, Tensor]:
         """Draw the parameter for the coming pass, at the Pyro site of its name."""
-        value = pyro.sample(f"{prefix}{self.name}", self.law(which))
-        extra = value.dim() - self.mean.dim()
-        if value.shape[:extra].numel() > 1:
-            raise ValueError(
-                f"site {prefix}{self.name}: a parameter was drawn in a plate, shape {tuple(value.shape)}; call the net "
-                "outside of plates, and use several particles without vectorize_particles"
-            )
-        value = value.reshape(value.shape[extra:]) if extra else value  # `Predictive` puts ones before the shape
-        self.value = value.to(self.mean.dtype)  # a prior may be of another precision
-        return {f"{prefix}{self.name}": self.value}
+        site = f"{prefix}{self.name}"
+        self.value = drawn_entries(site, self.law(which), self.mean)
+        return {site: self.value}
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
