@@ -245,7 +245,8 @@ def split_inputs(args: Sequence[Any], named: Mapping[str, Any], num_inputs: int 
     Args:
         args: Inputs in order, then what was observed.
         named: The same by name: "y" is what was observed, and "x" the first input. What comes after the inputs is
-            observed where there is no such name.
+            observed where there is no such name. A net of several inputs gets the others by their names, in whatever
+            order they come; to a net of one input they are in this order.
         num_inputs: How many inputs the net takes in order; 0 if it takes them by name.
 
     Example:
@@ -256,12 +257,14 @@ def split_inputs(args: Sequence[Any], named: Mapping[str, Any], num_inputs: int 
     y = named.pop("y", None)
     if not num_inputs:
         return Batch(tuple(args), named, y)
-    first = [named.pop("x")] if "x" in named else []
-    parts = [*args, *first, *named.values()]
-    inputs, rest = parts[:num_inputs], parts[num_inputs:]
+    parts = [*args, *([named.pop("x")] if "x" in named else [])]
+    by_name = [*named][: max(num_inputs - len(parts), 0)] if num_inputs > 1 else []
+    inputs = {name: named.pop(name) for name in by_name}
+    parts += named.values()
+    in_order, rest = parts[: num_inputs - len(inputs)], parts[num_inputs - len(inputs) :]
     if y is None and rest:
         y = rest.pop(0)
-    return Batch(tuple(inputs), {}, y, tuple(rest))
+    return Batch(tuple(in_order), inputs, y, tuple(rest))
 
 
 def input_batches(data: Rows, batch_size: int, num_inputs: int = 1) -> Iterator[Batch]:

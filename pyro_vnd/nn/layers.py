@@ -323,6 +323,11 @@ def fan_in_normal(name: str, layer: nn.Module) -> Normal:
 
 def entry_law(caller: str, prior: Any, name: str, module: nn.Module) -> Distribution:
     """Return the prior of the entries of a parameter: a law, or what a function of its name and module returns."""
+    if not isinstance(prior, Distribution) and not callable(prior):
+        raise ValueError(
+            f"{caller}: the prior of {name!r} must be a law, or a function that returns one; `nest` takes 'normal', a "
+            f"scale and None, too; got {prior!r}"
+        )
     law = prior if isinstance(prior, Distribution) else prior(name, module)
     shape = module.get_parameter(name).shape
     if law.event_shape or law.batch_shape.numel() not in (1, shape.numel()):

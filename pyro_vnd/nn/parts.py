@@ -104,7 +104,7 @@ class Parts:
 
         Raises:
             ValueError: If a parameter is read otherwise than by its name, so that a draw would not be seen, or is
-                shared with another module.
+                shared with another module, or has a row of padding, which must stay as it is.
         """
         found = []
         for name, part in self.raw.items():
@@ -116,6 +116,11 @@ class Parts:
                 raise ValueError(
                     f"nest: argument `prior` names {name!r}, which several modules share: it stays a point estimate; "
                     "leave it out"
+                )
+            if getattr(part, "padding_idx", None) is not None:
+                raise ValueError(
+                    f"nest: argument `prior` names {name!r}, of which row {part.padding_idx} stands for padding and is "
+                    "not to be random: it stays a point estimate; leave it out"
                 )
             if isinstance(part, nn.RNNBase):
                 raise ValueError(

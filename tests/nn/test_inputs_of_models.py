@@ -176,6 +176,14 @@ def test_statistics_are_of_all_inputs():
     assert found["nll"].item() == pytest.approx(expected)
 
 
+def test_names_of_inputs_matter_and_their_order_does_not():
+    model = NestedClassifier(pair())
+    expected = evaluate_widths(model, (X, Z, Y), [2], None, **QUIET)["nll"]
+    turned = evaluate_widths(model, {"y": Y, "right": Z, "left": X}, [2], None, **QUIET)["nll"]
+    assert turned.values == pytest.approx(expected.values, rel=1e-6)
+    assert abs(evaluate_widths(model, (Z, X, Y), [2], None, **QUIET)["nll"] - expected).item() > 1e-3
+
+
 def test_inputs_are_told_from_what_is_observed():
     a, b, c = torch.zeros(4, 1), torch.ones(4, 2), torch.full((4,), 2)
     assert split_inputs((a, c), {}) == Batch((a,), {}, c)
@@ -183,7 +191,12 @@ def test_inputs_are_told_from_what_is_observed():
     assert split_inputs((), {"y": c, "x": a}) == Batch((a,), {}, c)
     assert split_inputs((), {"images": a, "labels": c}) == Batch((a,), {}, c)
     assert split_inputs((a, b, c, b), {}, 2) == Batch((a, b), {}, c, (b,))
-    assert split_inputs((), {"right": b, "x": a, "y": c}, 2) == Batch((a, b), {}, c)
+    assert split_inputs((), {"right": b, "x": a, "y": c}, 2) == Batch((a,), {"right": b}, c)
+    assert split_inputs((), {"right": b, "left": a, "y": c}, 2) == Batch((), {"right": b, "left": a}, c)
+    assert split_inputs((), {"left": a, "right": b, "labels": c, "weights": b}, 2) == Batch(
+        (), {"left": a, "right": b}, c, (b,)
+    )
+    assert split_inputs((a,), {"right": b, "y": c}, 2) == Batch((a,), {"right": b}, c)
     assert split_inputs((), {"ids": a, "mask": b, "y": c}, 0) == Batch((), {"ids": a, "mask": b}, c)
     parts = [*input_batches({"ids": a, "y": c}, 3, 0)]
     assert [part.num_rows for part in parts] == [3, 1]

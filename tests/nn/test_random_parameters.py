@@ -254,6 +254,11 @@ def test_what_cannot_be_random_is_refused_by_name():
             nested(prior={"pos": number})
     with pytest.raises(ValueError, match=r"the prior of 'pos' must have one entry, or those of the array \(5, 8\)"):
         nested(prior={"pos": Normal(torch.zeros(3), 1.0)})
+    with pytest.raises(ValueError, match=r"the prior of 'pos' must be a law, or a function .* got 'laplace'"):
+        nested(prior={"pos": "laplace"})
+    padded = nn.Sequential(nn.Embedding(7, 8, padding_idx=0), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match=r"`prior` names '0\.weight', of which row 0 stands for padding"):
+        nest(padded, IDS, prior={"0": "normal"})
     with pytest.raises(ValueError, match=r"'rnn\.weight_ih_l0', which a LSTM keeps a copy of"):
         nest(Projected(), torch.zeros(2, 3), prior={"rnn": 1.0})
 
