@@ -15,7 +15,7 @@ from pyro_vnd._state import cuda_devices, module_mode, random_numbers
 from pyro_vnd.nn.axis import take
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.net import NestedNet
-from pyro_vnd.nn.tracing.tape import tensors_in
+from pyro_vnd.nn.tracing.tape import tensors_in, with_one_more
 
 __all__ = ["Misfit", "check_and_count"]
 
@@ -57,7 +57,7 @@ def check_and_count(
         Misfit: If they differ, or the net does not run with fewer channels.
     """
     rows = len(next(x for x in inputs if isinstance(x, Tensor)))
-    more = inputs if rows > 1 else tuple(_one_more(x, rows) for x in inputs)  # norms of a batch want two rows
+    more = inputs if rows > 1 else with_one_more(inputs, rows)  # norms of a batch want two rows
     half = net.kept_blocks(0.5, "nearest")
     with _as_it_was(net), torch.no_grad(), random_numbers(0, cuda_devices([net])):
         with module_mode([net], training=False):
@@ -73,10 +73,6 @@ def check_and_count(
                 else:
                     _compare(net, more, max(rows, 2), half)
     return positions
-
-
-def _one_more(x: Any, rows: int) -> Any:
-    return torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.shape[:1] == (rows,) else x
 
 
 def _rows_of(inputs: tuple[Any, ...], rows: int, which: Tensor) -> tuple[Any, ...]:
@@ -136,7 +132,7 @@ def _compare(net: NestedNet, inputs: tuple[Any, ...], rows: int, half: dict[str,
 
 def _compare_rows(net: NestedNet, inputs: tuple[Any, ...], rows: int) -> None:
     """Compare rows of different widths with passes of one width."""
-    more, count = tuple(_one_more(x, rows) for x in inputs), rows + 1
+    more, count = with_one_more(inputs, rows), rows + 1
     is_narrow = torch.arange(count) % 2 == 0
     narrow, wide, mixed = (
         _pass(net, more, count, _fractions(net, rows_of), sliced=False)[0]

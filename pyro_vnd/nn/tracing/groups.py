@@ -18,7 +18,7 @@ from pyro_vnd.nn.tracing import channel_rules, layer_rules, structural_rules  # 
 from pyro_vnd.nn.tracing.call import Layer, find_rule, first_kept
 from pyro_vnd.nn.tracing.channels import Runs, Split
 from pyro_vnd.nn.tracing.interpreter import Interpreter
-from pyro_vnd.nn.tracing.tape import Attribute, Forgotten, Tape, recorded, tensors_in
+from pyro_vnd.nn.tracing.tape import Attribute, Forgotten, Tape, recorded, tensors_in, with_one_more
 
 __all__ = ["ChannelGroups", "LayerChannels", "Layout", "channel_groups"]
 
@@ -200,9 +200,6 @@ def _run(
     With two rows at least it can be seen where they go, and a net that has the number of rows written down fails.
     """
 
-    def one_more(x: Any) -> Any:
-        return torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.shape[:1] == (count,) else x
-
     def first_row(x: Any) -> Any:
         return x[:1].clone() if isinstance(x, Tensor) and x.shape[:1] == (count,) else x
 
@@ -216,7 +213,7 @@ def _run(
         return recorded(net, inputs, operations.__getitem__, keep)
 
     try:
-        tapes = [record(tuple(map(one_more, inputs)))]
+        tapes = [record(with_one_more(inputs, count))]
     except Exception as error:
         record(_copied(inputs))  # which says what is wrong with the example itself
         raise ValueError(
@@ -231,7 +228,7 @@ def _run(
         with suppress(Exception):
             run.same_in_training = _names(record(tuple(map(first_row, inputs)))) == _names(tapes[0])
         if not run.same_in_training:
-            trained = record(tuple(map(one_more, inputs)))
+            trained = record(with_one_more(inputs, count))
             tapes.extend([trained] if _names(trained) != _names(tapes[0]) else [])
     except Exception as error:  # whatever the net asks for in training: labels, say
         run.untrained = f"{type(error).__name__}: {error}"
