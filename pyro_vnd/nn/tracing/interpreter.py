@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_vnd.nn.axis import Run
 from pyro_vnd.nn.tracing.call import FOLLOW_SIZES, PARAMETERS_COME_LATER, Call, Layer, Unfollowed, find_rule
-from pyro_vnd.nn.tracing.channels import Axes, Runs, Space, are_rows, extent, hold, kept, rows, unify
+from pyro_vnd.nn.tracing.channels import Axes, Runs, Space, Split, are_rows, extent, hold, kept, rows, unify
 from pyro_vnd.nn.tracing.tape import (
     Attribute,
     Forgotten,
@@ -78,9 +78,25 @@ class Interpreter:
         self._checks: list[tuple[Callable[[], bool], Callable[[], None]]] = []
 
     def run(self, tape: Tape) -> None:
-        """Follow all that is on a tape."""
+        """Follow all that is on a tape.
+
+        Raises:
+            Split: If axes of parameters must be followed in parts; it names those of the whole tape, as far as they are
+                seen when nothing is known of what such operations return: nets have as many of them as layers.
+        """
+        parts: dict[tuple[Hashable, int], tuple[int, ...]] = {}
         for op in tape.that_matter():
-            self._follow(op)
+            try:
+                self._follow(op)
+            except Split as split:
+                parts = split.parts | parts
+                self.marks.update((value, {}) for value in op.outputs)
+            except Exception:
+                if not parts:
+                    raise
+                break  # it may come of what is not known
+        if parts:
+            raise Split(parts)
         for value in tape.results:
             hold(self.axes(value), "it reaches the net's output")
 
