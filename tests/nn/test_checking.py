@@ -7,7 +7,7 @@ import pstats
 import pytest
 import torch
 from torch import Tensor, nn
-from written_nets import Net
+from written_nets import Block, FusedAttention, Net
 
 from pyro_vnd.nn import nest
 from pyro_vnd.nn.checking import Misfit, check_and_count
@@ -55,13 +55,19 @@ def test_what_is_computed_on_the_way_is_not_kept():
     assert max(Seen.tensors) <= 4
 
 
-def test_calls_grow_with_the_number_of_layers():
+def attention_blocks(layers):
+    blocks = [Block(8, FusedAttention(8, 2)) for _ in range(layers // 4)]
+    return nn.Sequential(nn.Linear(8, 8), nn.Unflatten(1, (1, 8)), *blocks, nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("build", [perceptron, attention_blocks])
+def test_calls_grow_with_the_number_of_layers(build):
     def calls(layers):
-        net, profile = perceptron(layers), cProfile.Profile()
+        net, profile = build(layers), cProfile.Profile()
         profile.runcall(nest, net, torch.randn(2, 8))
         return pstats.Stats(profile).total_calls
 
-    calls(2)  # what is set up once
+    calls(10)  # what is set up once
     few, more, many = (calls(layers) for layers in (20, 40, 80))
     assert many - more < 1.05 * 2 * (more - few)
 
