@@ -139,7 +139,8 @@ class CascadeNet(nn.Module):
                 if recalibrate is not None:
                     device = next(net.parameters()).device
                     recalibrate_batchnorm(plain, (batch[0].to(device) for batch in batches(recalibrate, 256)))
-                shared = shared_layers(net, plain)
+                # Behind a block that the narrower net has dropped, nothing is as it was there.
+                shared = [] if net.blocks else shared_layers(net, plain)
                 nets.append(continued(net, plain, shared, before, units, draw))
             known = 0 if before is None else multiply_adds(net, before, shared)
             self.multiply_adds.append(len(draws) * (multiply_adds(net, units) - known))

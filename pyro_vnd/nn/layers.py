@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pyro
 import torch
@@ -19,6 +19,9 @@ from pyro_vnd.distributions.weights import LogScaleNormal
 from pyro_vnd.nn.axis import Axis, Channels, Index, Rows, kept_channels, take
 from pyro_vnd.nn.reads import MaskedReads, Read, apply_mask, on_its_own, substituted
 from pyro_vnd.nn.width import Width
+
+if TYPE_CHECKING:
+    from pyro_vnd.nn.depth import NestedBlock
 
 __all__ = ["AFFINE", "NestedLayer", "Prior", "affine", "affine_kind"]
 
@@ -118,6 +121,7 @@ class NestedLayer(nn.Module):
         self.draws_outputs = {name: self._has_exact_kl(name) and not self.runs_plain for name in self.log_scales}
         self.values: dict[str, Tensor] = {}
         self.is_read = False
+        self.block: NestedBlock | None = None  # that may be dropped, and the layer with it
 
     @property
     def widths(self) -> list[Width]:
@@ -186,7 +190,13 @@ class NestedLayer(nn.Module):
         return {0: columns, 1: rows} if self.transposed else {0: rows, 1: columns}
 
     def gate(self, name: str) -> Tensor | None:
-        """Return P(both units kept) for each entry of a parameter, or None where all count."""
+        """Return P(both units and the block around them kept) for each entry of a parameter; None if all count."""
+        gate, kept = self._gate_of_units(name), None if self.block is None else self.block.keep_prob()
+        if gate is None or kept is None:
+            return kept if gate is None else gate
+        return gate * kept.to(gate.device)  # the masks are independent
+
+    def _gate_of_units(self, name: str) -> Tensor | None:
         rows, columns = self.output_axis.keep_probs(), self.input_axis.keep_probs()
         if name == "bias" or self.groups > 1:  # the two ends of a grouped convolution are the same width
             if rows is None or name == "bias":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyro_vnd._compat import QuietModule, plain_checkpoints
 from pyro_vnd._inputs import explain_inputs
 from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.nn.depth import NestedBlock
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.norms import NestedNorm
 from pyro_vnd.nn.reads import MaskedReads, OwnChannels, Read
@@ -67,6 +68,7 @@ class NestedNet(QuietModule):
         prefix: Prefix of the names of all Pyro sites, for models with several nets.
         own_channels: Parameters, and numbers of channels, of modules that are no nested layers, as `nest` finds them.
         reads: Parameters that functions take as weights, each as its module, its name, and what is read with it.
+        blocks: Residual blocks that can be dropped, as `nest` finds them.
 
     Attributes:
         whole: Why channels cannot be cut, by the layer that makes them, as far as `nest` found out.
@@ -96,6 +98,7 @@ class NestedNet(QuietModule):
         prefix: str = "",
         own_channels: Sequence[OwnChannels] = (),
         reads: Sequence[tuple[nn.Module, str, Read]] = (),
+        blocks: Sequence[NestedBlock] = (),
     ) -> None:
         super().__init__()
         if mask_per not in ("example", "batch"):
@@ -104,7 +107,8 @@ class NestedNet(QuietModule):
         self.gated = mask_per == "batch" if gated is None else gated
         found: dict[str, Width] = {}
         parts = [module for module in net.modules() if isinstance(module, NestedLayer | NestedNorm)]
-        for width in (width for part in (*parts, *own_channels) for width in part.widths):
+        widths = [width for part in (*parts, *own_channels) for width in part.widths]
+        for width in (*widths, *(block.width for block in blocks)):
             if found.setdefault(width.name, width) is not width:
                 raise ValueError(f"NestedNet: two widths have the name {width.name!r}")
         if not found:
@@ -115,7 +119,11 @@ class NestedNet(QuietModule):
         self.whole: dict[str, str] = {}
         self.positions: dict[str, int] = {}
         self.input_shapes: tuple[tuple[int, ...], ...] = ()
-        self.own_channels, self.reads = list(own_channels), list(reads)
+        self.own_channels, self.reads, self.blocks = list(own_channels), list(reads), list(blocks)
+        for block in blocks:
+            for part in block.module.modules():
+                if isinstance(part, NestedLayer):
+                    part.block = block
 
     def __repr__(self) -> str:
         """Return a table of the groups; `net.net` has the modules."""
@@ -191,8 +199,10 @@ class NestedNet(QuietModule):
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
-        """Let modules that are no nested layers find and read what is kept."""
+        """Let modules that are no nested layers find and read what is kept, and blocks be dropped."""
         with ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(block.masked())
             for own in self.own_channels:
                 stack.enter_context(own.cut())
             reads = MaskedReads([(getattr(module, name), read) for module, name, read in self.reads])
@@ -252,6 +262,8 @@ class NestedNet(QuietModule):
     def _draw_weights(self, which: Literal["prior", "posterior"]) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
+            if layer.block is not None and layer.block.is_sliced_away:
+                continue
             values |= layer.draw(which, f"{self.prefix}{name}" if name else f"{self.prefix}layer")
         return values
 
@@ -307,6 +319,11 @@ class NestedNet(QuietModule):
             yield self
         finally:
             self._cut = outer
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether the net is cut so that only what is kept is computed."""
+        return self._cut is not None and self._cut.sliced
 
     def describe_cut(self) -> str:
         """Say what the net is cut to at the moment, "" if it is not."""
