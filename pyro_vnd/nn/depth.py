@@ -91,10 +91,11 @@ def stand_in(block: NestedBlock) -> nn.Module:
     if is_single and isinstance(returns, Given) and returns.position == 0:
         return nn.Identity().train(block.module.training)
     graph = fx.Graph()
-    nodes: dict[str, fx.Node] = {}
+    nodes, optional = dict[str, fx.Node](), False
     for each in parameters:
         star = "*" if each.kind is each.VAR_POSITIONAL else "**" if each.kind is each.VAR_KEYWORD else ""
-        default = each.empty if each.default is each.empty else None
+        optional |= each.default is not each.empty  # also what must be given by name, once something before need not
+        default = None if optional and not star else each.empty
         nodes[star or each.name] = graph.placeholder(f"{star}{each.name}", default_value=default)
 
     def argument(given: Given) -> fx.Node:

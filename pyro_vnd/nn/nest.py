@@ -107,8 +107,8 @@ def nest(
             )
         if depth and not groups.stages and not left:
             raise ValueError(
-                "nest: argument `depth` needs residual blocks, at least two submodules in a row that add to their input "
-                f"and keep its shape, and can be dropped; the net has none{_reasons(groups.whole)}"
+                "nest: argument `depth` needs residual blocks, at least two submodules in a row that add to their "
+                f"input, keep its shape, and can be dropped; the net has none{_reasons(groups.whole)}"
             )
         if strict and (unfollowed := groups.unfollowed | left):
             lines = "".join(f"\n- {what}" for what in unfollowed.values())
