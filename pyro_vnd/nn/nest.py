@@ -74,7 +74,8 @@ def nest(
             warning says which these are.
         depth: Whether the net can lose whole blocks as well. Residual blocks in a row, each a submodule that adds to
             its input and keeps its shape, are then the units of a group of their own, `"blocks.depth"` for those in
-            `blocks`: a mask drops the last of them, never the first. What a dropped block hands on is its input.
+            `blocks`: a mask drops the last of them, never the first, and a dropped block hands on its input. A width
+            for all groups cuts them, too.
         prefix: Prefix of the names of all Pyro sites.
 
     Returns:
