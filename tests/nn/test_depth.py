@@ -1,5 +1,6 @@
 """Depth: residual blocks that are dropped, the last ones of a stage first."""
 
+import copy
 import itertools
 import math
 import pickle
@@ -440,3 +441,15 @@ def test_a_stage_that_fails_the_check_is_left_alone():
         net = nest(plain.eval(), x, depth=True)
     assert list(net.widths) == ["before"]
     assert_same(run(net, (x,), 0.5), narrow(net, 0.5)(x))
+
+
+def test_copies_have_blocks_of_their_own():
+    plain, x = depth_nets.NETS["blocks_with_a_norm_before"][0]()
+    net = nest(plain.eval(), x, num_blocks=4, depth=True).eval()
+    other, before = copy.deepcopy(net), run(net, (x,), 0.25)
+    with torch.no_grad():
+        for parameter in other.net.parameters():
+            parameter.add_(0.1)
+    assert all(block.module is other.net.get_submodule(block.path) for block in other.blocks)
+    assert_same(run(other, (x,), 0.25), narrow(other, 0.25, rounding="nearest")(x))
+    assert_same(run(net, (x,), 0.25), before)
