@@ -17,12 +17,15 @@ from pyro_vnd.nn.axis import Rows, Run
 from pyro_vnd.nn.tracing import channel_rules, layer_rules, structural_rules  # noqa: F401  (they fill the table)
 from pyro_vnd.nn.tracing.call import Layer, find_rule, first_kept
 from pyro_vnd.nn.tracing.channels import Runs, Split
+from pyro_vnd.nn.tracing.depth import ResidualBlock, residual_stages
 from pyro_vnd.nn.tracing.interpreter import Interpreter
 from pyro_vnd.nn.tracing.tape import Attribute, Forgotten, Tape, recorded, tensors_in, with_one_more
 
 __all__ = ["ChannelGroups", "LayerChannels", "Layout", "channel_groups"]
 
 Layout: TypeAlias = tuple[Run[str | None], ...]
+Keeps: TypeAlias = Callable[[Any, bool], int | None]  # as for `Tape`
+Stages: TypeAlias = tuple[dict[str, tuple[ResidualBlock, ...]], dict[str, str]]  # as of `residual_stages`
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class ChannelGroups:
         attributes: Attributes of modules that are numbers of channels, and which.
         unfollowed: Operations that could not be followed, by the module that they are in.
         untrained: Why the net could not be run in training mode, "" if it could.
+        stages: Residual blocks that follow each other, of which the last can be dropped, by the name of their group.
         same_in_training: Whether a single row showed that the net does in training mode what it does in evaluation.
         outputs: The tensors that the net returned in evaluation mode, on the example with its first row once more.
     """
@@ -67,13 +71,19 @@ class ChannelGroups:
     attributes: dict[Attribute, Layout] = field(default_factory=dict)
     unfollowed: dict[str, str] = field(default_factory=dict)
     untrained: str = ""
+    stages: dict[str, tuple[ResidualBlock, ...]] = field(default_factory=dict)
     same_in_training: bool = False
     outputs: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Numbers of units of the groups of channels, in order of execution, and after them those of blocks."""
+        return self.units | {name: len(blocks) for name, blocks in self.stages.items()}
+
+    @property
     def names(self) -> tuple[str, ...]:
-        """Names of the groups, in order of execution."""
-        return tuple(self.units)
+        """Names of the groups, likewise."""
+        return tuple(self.sizes)
 
 
 def channel_groups(
@@ -82,6 +92,8 @@ def channel_groups(
     *,
     exclude: Collection[str] = (),
     by_example: bool = False,
+    depth: bool = False,
+    whole_stages: Collection[str] = (),
 ) -> ChannelGroups:
     r"""Find which layers of a net share channels.
 
@@ -102,6 +114,8 @@ def channel_groups(
         exclude: Names of submodules to leave alone, and all in them; what they read and make is left whole.
         by_example: Whether masks will have a row for each example: layers for which it is not known where the examples
             lie then read whole channels.
+        depth: Whether residual blocks are looked for that can be dropped.
+        whole_stages: Names of groups of such blocks that are to be left alone.
 
     Returns:
         The groups in order of execution, and the channels of each layer.
@@ -140,20 +154,26 @@ def channel_groups(
         raise ValueError(
             f"nest: `example_input` does not fit the arguments of {type(net).__name__}: {error}"
         ) from error
+
+    def follow(keeps: Keeps) -> tuple[_Run, Interpreter, Stages]:
+        run = _run(net, inputs, len(first), excluded, keeps)
+        interpreter = _followed(net, run.rows, run.tapes, excluded, by_example)
+        return run, interpreter, residual_stages(net, run.tapes, interpreter) if depth else ({}, {})
+
     with _undisturbed(net, inputs):
         try:
-            run = _run(net, inputs, len(first), excluded, first_kept)
-            interpreter = _followed(net, run.rows, run.tapes, excluded, by_example)
+            run, interpreter, (stages, bound) = follow(first_kept)
         except Forgotten:  # a rule could not follow an operation, which is then run again as unknown ones are
-            run = _run(net, inputs, len(first), excluded, lambda *_: 0)
-            interpreter = _followed(net, run.rows, run.tapes, excluded, by_example)
+            run, interpreter, (stages, bound) = follow(lambda *_: 0)
     spaces = [space for space in dict.fromkeys(space.root for space in interpreter.made) if space.made]
     whole: dict[str, str] = {}
     for space in spaces:
         if space.reason and space.reason != whole.get(space.name.partition("[")[0]):  # once for all parts of an axis
             whole[space.name] = space.reason
     cut = [space for space in spaces if not space.reason]
-    if not cut:
+    whole |= bound
+    stages = {_free_name(name, {space.name for space in cut}): blocks for name, blocks in stages.items()}
+    if not cut and not stages:
         reasons = "".join(f"\n- `{name}`: {reason}" for name, reason in whole.items()) or " it has no layers to cut"
         raise ValueError(f"nest: no channels of the net can be cut:{reasons}")
     parameters: dict[str, dict[int, Layout]] = {}
@@ -162,10 +182,10 @@ def channel_groups(
             parameters.setdefault(name, {})[dim] = _layout(runs)
     return ChannelGroups(
         {space.name: space.atoms for space in cut},
-        {name: _channels(layer, run.rows) for name, layer in interpreter.layers.items()},
+        {name: _channels(layer, interpreter) for name, layer in interpreter.layers.items()},
         whole,
         parameters,
-        {name: _channels(layer, run.rows) for name, layer in interpreter.reads.items()},
+        {name: _channels(layer, interpreter) for name, layer in interpreter.reads.items()},
         {
             each: _layout(runs)
             for each, runs in interpreter.attributes.items()
@@ -173,6 +193,7 @@ def channel_groups(
         },
         interpreter.unfollowed,
         run.untrained,
+        {name: blocks for name, blocks in stages.items() if name not in whole_stages},
         run.same_in_training,
         tuple(run.tapes[0].returned),
     )
@@ -193,7 +214,7 @@ def _run(
     inputs: tuple[Any, ...],
     count: int,
     excluded: set[int],
-    keeps: Callable[[Any, bool], int | None],
+    keeps: Keeps,
 ) -> _Run:
     """Run the net with a row more than the example has, in both modes.
 
@@ -265,11 +286,12 @@ def _followed(net: nn.Module, rows: int, tapes: Sequence[Tape], excluded: set[in
         return interpreter
 
 
-def _channels(layer: Layer, num_rows: int) -> LayerChannels:
-    rows = None
-    if layer.rows is not None:
-        axis, runs = layer.rows
-        rows = Rows(axis, len(runs), runs[0].size // num_rows)
+def _free_name(name: str, taken: Collection[str]) -> str:
+    return _free_name(f"{name}.depth", taken) if name in taken else name
+
+
+def _channels(layer: Layer, interpreter: Interpreter) -> LayerChannels:
+    rows = None if layer.rows is None else interpreter.lying(layer.rows)
     return LayerChannels(_layout(layer.inputs), _layout(layer.outputs), rows)
 
 

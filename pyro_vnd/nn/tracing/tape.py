@@ -27,6 +27,7 @@ from pyro_vnd._compat import plain_checkpoints
 __all__ = [
     "Attribute",
     "Forgotten",
+    "ModuleCall",
     "Op",
     "Size",
     "Source",
@@ -219,6 +220,31 @@ class Op:
     in_place: bool
 
 
+@dataclass(eq=False)
+class ModuleCall:
+    """One call of a module that is no operation by itself, but has some in it.
+
+    Attributes:
+        path: Name of the module.
+        module: The module.
+        args: Arguments, with a `Value` for each tensor.
+        kwargs: Arguments by name, likewise.
+        start: Number of operations before it.
+        out: What it returned, likewise; None until it has.
+        stop: Number of operations when it had returned.
+        changed: The arguments that were other tensors in memory when it had returned, changed in place.
+    """
+
+    path: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    start: int
+    out: Any = None
+    stop: int = -1
+    changed: frozenset[Value] = frozenset()
+
+
 class Tape(TorchFunctionMode):
     """Writes down what a net does; `recorded` makes one.
 
@@ -230,6 +256,7 @@ class Tape(TorchFunctionMode):
 
     Attributes:
         ops: The operations, in order.
+        calls: Calls of modules with operations in them, in the order in which they began.
         results: What the net returned.
         returned: The tensors of these.
         stack: Names of the modules that are being run.
@@ -241,6 +268,8 @@ class Tape(TorchFunctionMode):
         super().__init__()
         self.net, self.is_operation, self.keeps = net, is_operation, keeps
         self.ops: list[Op] = []
+        self.calls: list[ModuleCall] = []
+        self._open: list[tuple[ModuleCall, list[tuple[Value, Tensor, int]]]] = []  # arguments, as they were
         self.results: list[Value] = []
         self.returned: list[Tensor] = []
         self.stack: list[str] = [""]
@@ -286,6 +315,10 @@ class Tape(TorchFunctionMode):
             self._depth += 1  # before anything is asked of tensors
             if self._depth == 1:
                 self._taken.setdefault(module, []).append(self._noted((args, kwargs), self.keeps(module, False)))
+        elif not self._depth:
+            call = ModuleCall(self.stack[-1], module, *self._noted((args, kwargs), None), len(self.ops))
+            self.calls.append(call)
+            self._open.append((call, [(self._value(x), x, _version(x)) for x in tensors_in((args, kwargs))]))
 
     def _leave(self) -> None:
         self.stack.pop()
@@ -296,6 +329,10 @@ class Tape(TorchFunctionMode):
                 if self._depth == 1:
                     self._record(module, type(module).__name__, name, self._taken[module].pop(), out)
                 self._depth -= 1
+            elif not self._depth:
+                call, versions = self._open.pop()
+                call.out, call.stop = self._as_values(out), len(self.ops)
+                call.changed = frozenset(each for each, tensor, before in versions if _version(tensor) != before)
 
         return hook
 
@@ -380,6 +417,13 @@ class Tape(TorchFunctionMode):
 
 _KEY = "_number_on_tape"  # an attribute of tensors, which lives as long as they do
 _NUMBERS = itertools.count()  # of all tapes: what a net keeps of an earlier run is new to the next
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; tensors of inference mode do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 _QUESTIONS = {
     *("dtype", "device", "ndim", "dim", "requires_grad", "is_cuda", "is_leaf", "grad", "grad_fn", "layout", "__len__"),
     *(
