@@ -74,7 +74,39 @@ def residual_net(layers: int) -> nn.Module:
     return nn.Sequential(nn.Linear(UNITS, UNITS), *blocks, nn.Linear(UNITS, 3))
 
 
-DEEP: dict[str, Callable[[int], nn.Module]] = {"perceptron": perceptron, "residual net": residual_net}
+class FusedAttention(nn.Module):
+    """Attention of two heads whose queries, keys and values are made by one layer, as in timm's nets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.size = 2, UNITS // 2
+        self.qkv, self.out = nn.Linear(UNITS, 3 * UNITS), nn.Linear(UNITS, UNITS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens, shape (N, T, UNITS), to tokens of the same shape."""
+        rows, tokens, size = x.shape
+        q, k, v = self.qkv(x).reshape(rows, tokens, 3, self.heads, self.size).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).reshape(rows, tokens, size))
+
+
+def transformer(layers: int) -> nn.Module:
+    """Return a net of attention and perceptrons of two layers in turn, on a single token."""
+    parts = [
+        Residual(part, nn.Identity(), nn.Identity())
+        for _ in range(layers // 4)
+        for part in (
+            FusedAttention(),
+            nn.Sequential(nn.Linear(UNITS, UNITS), nn.ReLU(), nn.Linear(UNITS, UNITS)),
+        )
+    ]
+    return nn.Sequential(nn.Unflatten(1, (1, UNITS)), nn.Linear(UNITS, UNITS), *parts, nn.Linear(UNITS, 3))
+
+
+DEEP: dict[str, Callable[[int], nn.Module]] = {
+    "perceptron": perceptron,
+    "residual net": residual_net,
+    "transformer": transformer,
+}
 
 
 def tensor_bytes(net: nn.Module) -> int:
