@@ -7,6 +7,7 @@ Medians of interleaved blocks in one process: CPU time, float32, one torch threa
 """
 
 import argparse
+import gc
 import math
 from collections.abc import Callable
 from functools import partial
@@ -136,6 +137,7 @@ def _cost(name: str, pixels: int, rows: int, time: Callable[..., dict[str, float
     forward = torch.no_grad()(partial(net, x))
     times = time({"forward": forward, "nest": partial(nest, net, x)})
     made: list[NestedNet] = []
+    gc.collect()  # nets of before, which would be let go on the way
     peak = peak_bytes(lambda: made.append(nest(net, x)))
     parameters, held = sum(p.nbytes for p in net.parameters()), tensor_bytes(made[0])
     return {
