@@ -13,6 +13,7 @@ Of torch. Its distributions are made to be subclassed, by these names; another n
 - `torch.nn.Module._forward_hooks`, `torch.nn.Module._forward_pre_hooks`, `torch.nn.Module._backward_hooks`,
   `torch.nn.Module._backward_pre_hooks`: whether a layer has hooks, which only its own call runs.
 - `torch.nn.utils.parametrizations._WeightNorm`: the parametrization that `weight_norm` makes.
+- `torch.nn.Module._load_state_dict_pre_hooks`: where that leaves a hook behind.
 - `torch.utils.checkpoint._checkpoint_without_reentrant_generator` and `torch.utils.checkpoint.CheckpointFunction`: what
   surrounds a function that is computed again in the backward pass.
 - `torch._assert`: a check that a graph can hold.
@@ -68,6 +69,7 @@ __all__ = [
     "QuietModule",
     "all_true",
     "check_mean_field_requirement",
+    "forget_weight_norm",
     "give_local_params",
     "has_hooks",
     "in_func",
@@ -99,6 +101,18 @@ def weight_norm_of(module: nn.Module) -> str:
     chains: Any = getattr(module, "parametrizations", {})
     found = list(chains) == ["weight"] and all(isinstance(each, _WeightNorm) for each in chains["weight"])
     return "parametrization" if found else ""
+
+
+def forget_weight_norm(module: nn.Module) -> None:
+    """Drop what the parametrization of `weight_norm` left on a module that has it no more.
+
+    It is a hook for states of the old `weight_norm`; as a local function it would keep the module from being pickled.
+
+    Does nothing if torch puts that hook elsewhere: such modules can then be saved by their state only.
+    """
+    for key, wrapped in [*module._load_state_dict_pre_hooks.items()]:
+        if wrapped.hook.__module__ == _WeightNorm.__module__:
+            del module._load_state_dict_pre_hooks[key]
 
 
 @contextmanager
