@@ -110,7 +110,8 @@ def forget_weight_norm(module: nn.Module) -> None:
 
     Does nothing if torch puts that hook elsewhere: such modules can then be saved by their state only.
     """
-    for key, wrapped in [*module._load_state_dict_pre_hooks.items()]:
+    hooks: dict[int, Any] = dict(module._load_state_dict_pre_hooks)
+    for key, wrapped in hooks.items():
         if wrapped.hook.__module__ == _WeightNorm.__module__:
             del module._load_state_dict_pre_hooks[key]
 

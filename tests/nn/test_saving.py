@@ -116,7 +116,7 @@ FUNCTIONS: list[types.FunctionType] = []
 
 
 class Pickler(pickle.Pickler):
-    """Pickles local functions that are parts of the written nets; those of anybody else are errors, as they always are."""
+    """Pickles local functions of the written nets; those of anybody else are errors, as they always are."""
 
     def persistent_id(self, thing):
         if not isinstance(thing, types.FunctionType) or thing.__module__ != written.__name__:
