@@ -15,7 +15,7 @@ Of torch. Its distributions are made to be subclassed, by these names; another n
 - `torch.nn.utils.parametrizations._WeightNorm`: the parametrization that `weight_norm` makes.
 - `torch.nn.Module._load_state_dict_pre_hooks`: where that leaves a hook behind.
 - `torch.utils.checkpoint._checkpoint_without_reentrant_generator` and `torch.utils.checkpoint.CheckpointFunction`: what
-  surrounds a function that is computed again in the backward pass.
+  surrounds a function that is computed again in the backward pass; in torch 2.14 the former ends with `_impl`.
 - `torch._assert`: a check that a graph can hold.
 - `torch.Tensor._base`: what a weight is a view of.
 - `torch.nn.Module._modules`: where a module has its parts, for lookups that Pyro is not to hear of.
@@ -123,14 +123,16 @@ def plain_checkpoints() -> Iterator[None]:
     What it would compute again in the backward pass, when draws of masks and weights are gone, would be something else.
     """
     module: Any = torch.utils.checkpoint
-    names = ("_checkpoint_without_reentrant_generator", "CheckpointFunction")
-    before = [getattr(module, name) for name in names]
-    for name, value in zip(names, (_nothing_around, _JustCalls), strict=True):
+    generator = "_checkpoint_without_reentrant_generator"
+    generator += "_impl" * hasattr(module, f"{generator}_impl")
+    inside = {generator: _nothing_around, "CheckpointFunction": _JustCalls}
+    before = {name: getattr(module, name) for name in inside}
+    for name, value in inside.items():
         setattr(module, name, value)
     try:
         yield
     finally:
-        for name, value in zip(names, before, strict=True):
+        for name, value in before.items():
             setattr(module, name, value)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 
+import depth_nets
 import pyro
 import pytest
 import torch
@@ -112,14 +113,15 @@ def test_a_nested_net_is_loaded_in_another_process(tmp_path, mean_pass):
     assert run.stdout.strip() == "loaded", run.stderr[-2000:]
 
 
+NETS = {**written.NETS, **depth_nets.NETS}
 FUNCTIONS: list[types.FunctionType] = []
 
 
 class Pickler(pickle.Pickler):
-    """Pickles local functions of the written nets; those of anybody else are errors, as they always are."""
+    """Pickles local functions of the nets as written; those of anybody else are errors, as they always are."""
 
     def persistent_id(self, thing):
-        if not isinstance(thing, types.FunctionType) or thing.__module__ != written.__name__:
+        if not isinstance(thing, types.FunctionType) or thing.__module__ not in (written.__name__, depth_nets.__name__):
             return None
         FUNCTIONS.append(thing)
         return len(FUNCTIONS) - 1
@@ -135,13 +137,13 @@ def flat(outputs):
 
 
 @pytest.mark.filterwarnings("ignore:nest. some of the net:UserWarning")
-@pytest.mark.parametrize("name", sorted(set(written.NETS) - {"weights_with_a_spectral_norm"}))
+@pytest.mark.parametrize("name", [name for name in NETS if name != "weights_with_a_spectral_norm"])
 def test_nets_as_written_can_be_pickled(name):
     """But for the layer with a spectral norm, which torch saves by its state only."""
-    build, _, _ = written.NETS[name]
+    build, *_ = NETS[name]
     plain, x = build()
     inputs = x if isinstance(x, tuple) else (x,)
-    net = nest(plain.eval(), inputs)
+    net = nest(plain.eval(), inputs, depth=name in depth_nets.NETS)
     small = narrow(net, 0.5, rounding="nearest")
     file = io.BytesIO()
     Pickler(file).dump((net, small))
