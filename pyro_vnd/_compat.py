@@ -13,8 +13,9 @@ Of torch. Its distributions are made to be subclassed, by these names; another n
 - `torch.nn.Module._forward_hooks`, `torch.nn.Module._forward_pre_hooks`, `torch.nn.Module._backward_hooks`,
   `torch.nn.Module._backward_pre_hooks`: whether a layer has hooks, which only its own call runs.
 - `torch.nn.utils.parametrizations._WeightNorm`: the parametrization that `weight_norm` makes.
+- `torch.nn.Module._load_state_dict_pre_hooks`: where that leaves a hook behind.
 - `torch.utils.checkpoint._checkpoint_without_reentrant_generator` and `torch.utils.checkpoint.CheckpointFunction`: what
-  surrounds a function that is computed again in the backward pass.
+  surrounds a function that is computed again in the backward pass; in torch 2.14 the former ends with `_impl`.
 - `torch._assert`: a check that a graph can hold.
 - `torch.Tensor._base`: what a weight is a view of.
 - `torch.nn.Module._modules`: where a module has its parts, for lookups that Pyro is not to hear of.
@@ -68,6 +69,7 @@ __all__ = [
     "QuietModule",
     "all_true",
     "check_mean_field_requirement",
+    "forget_weight_norm",
     "give_local_params",
     "has_hooks",
     "in_func",
@@ -101,6 +103,19 @@ def weight_norm_of(module: nn.Module) -> str:
     return "parametrization" if found else ""
 
 
+def forget_weight_norm(module: nn.Module) -> None:
+    """Drop what the parametrization of `weight_norm` left on a module that has it no more.
+
+    It is a hook for states of the old `weight_norm`; as a local function it would keep the module from being pickled.
+
+    Does nothing if torch puts that hook elsewhere: such modules can then be saved by their state only.
+    """
+    hooks: dict[int, Any] = dict(module._load_state_dict_pre_hooks)
+    for key, wrapped in hooks.items():
+        if wrapped.hook.__module__ == _WeightNorm.__module__:
+            del module._load_state_dict_pre_hooks[key]
+
+
 @contextmanager
 def plain_checkpoints() -> Iterator[None]:
     """Let `torch.utils.checkpoint.checkpoint` call its function and keep all inside a block.
@@ -108,14 +123,16 @@ def plain_checkpoints() -> Iterator[None]:
     What it would compute again in the backward pass, when draws of masks and weights are gone, would be something else.
     """
     module: Any = torch.utils.checkpoint
-    names = ("_checkpoint_without_reentrant_generator", "CheckpointFunction")
-    before = [getattr(module, name) for name in names]
-    for name, value in zip(names, (_nothing_around, _JustCalls), strict=True):
+    generator = "_checkpoint_without_reentrant_generator"
+    generator += "_impl" * hasattr(module, f"{generator}_impl")
+    inside = {generator: _nothing_around, "CheckpointFunction": _JustCalls}
+    before = {name: getattr(module, name) for name in inside}
+    for name, value in inside.items():
         setattr(module, name, value)
     try:
         yield
     finally:
-        for name, value in zip(names, before, strict=True):
+        for name, value in before.items():
             setattr(module, name, value)
 
 

@@ -23,6 +23,7 @@ from pyro_vnd.nn.norms import NestedNorm
 from pyro_vnd.nn.outputs import picked
 from pyro_vnd.nn.random_parameters import RandomParameter
 from pyro_vnd.nn.reads import MaskedReads, OwnChannels, Read
+from pyro_vnd.nn.state import keep_groups_in_state
 from pyro_vnd.nn.table import as_html, as_text
 from pyro_vnd.nn.width import Rounding, Width, kept_blocks
 
@@ -133,6 +134,7 @@ class NestedNet(QuietModule):
             for part in (*inside, *random_parameters):
                 if isinstance(part, NestedLayer) or (isinstance(part, RandomParameter) and part.module in inside):
                     part.block = block
+        keep_groups_in_state(self)
 
     def __repr__(self) -> str:
         """Return a table of the groups; `net.net` has the modules."""

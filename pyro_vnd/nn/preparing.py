@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import remove_weight_norm
 
-from pyro_vnd._compat import weight_norm_of
+from pyro_vnd._compat import forget_weight_norm, weight_norm_of
 from pyro_vnd.nn.recognition import as_torch_has_it
 from pyro_vnd.nn.submodules import computed_tensors, replace_modules
 from pyro_vnd.nn.tracing import unpack_attention, unpack_recurrent
@@ -69,6 +69,7 @@ def _keep_normalised_weights(part: nn.Module) -> None:
         layer.__class__ = parametrize.type_before_parametrizations(layer)
         del layer.parametrizations
         layer.register_parameter("weight", nn.Parameter(weight))
+        forget_weight_norm(layer)
 
 
 def _recognised(net: nn.Module, excluded: tuple[str, ...]) -> nn.Module:

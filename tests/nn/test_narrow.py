@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -221,66 +219,3 @@ def test_what_does_not_fit_is_named():
         draw = net.guide(x)
     with pytest.raises(ValueError, match=r"shape \(4, 3\) at site '0.weight'; expected \(8, 3\)"):
         narrow(net, 0.5, draw=draw)
-
-
-# Shipping a narrowed net to where neither Pyro nor this library is.
-
-LOAD = """
-import sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("pyro", "pyro_vnd"):
-            raise ImportError(name)
-
-sys.meta_path.insert(0, Refuse())
-import torch
-net = torch.export.load(sys.argv[1]).module()
-images, expected = torch.load(sys.argv[2], weights_only=True)
-torch.testing.assert_close(net(images), expected, rtol=1e-9, atol=1e-9)
-state = torch.load(sys.argv[3], weights_only=True)
-assert sum(value.numel() for value in state.values()) > 0
-if len(sys.argv) > 4:
-    whole = torch.load(sys.argv[4], weights_only=False)
-    torch.testing.assert_close(whole(images), expected, rtol=1e-9, atol=1e-9)
-assert not any(name.partition(".")[0] in ("pyro", "pyro_vnd") for name in sys.modules)
-print("loaded")
-"""
-
-
-def test_export_computes_the_same(family):
-    plain, images = family
-    narrowed = narrow(nest(plain, images[:2], num_blocks=4).eval(), 0.5)
-    exported = torch.export.export(narrowed, (images,))
-    torch.testing.assert_close(exported.module()(images), narrowed(images))
-
-
-@pytest.mark.slow
-def test_loads_where_the_library_is_not(family, tmp_path):
-    plain, images = family
-    narrowed = narrow(nest(plain, images[:2], num_blocks=4).eval(), 0.5)
-    paths = [tmp_path / name for name in ("net.pt2", "data.pt", "state.pt", "whole.pt")]
-    torch.export.save(torch.export.export(narrowed, (images,)), paths[0])
-    torch.save((images, narrowed(images).detach()), paths[1])
-    torch.save(narrowed.state_dict(), paths[2])
-    torch.save(narrowed, paths[3])
-    run = subprocess.run(
-        [sys.executable, "-c", LOAD, *map(str, paths)], capture_output=True, text=True, check=False, cwd="."
-    )
-    assert run.stdout.strip() == "loaded", run.stderr[-2000:]
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_onnx_computes_the_same(family, tmp_path):
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    torch.set_default_dtype(torch.float32)
-    plain, images = family[0].float(), family[1].float()
-    narrowed = narrow(nest(plain, images[:2], num_blocks=4).eval(), 0.5)
-    path = tmp_path / "net.onnx"
-    torch.onnx.export(narrowed, (images,), path, dynamo=True, verbose=False)
-    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (outputs,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(outputs), narrowed(images).detach(), rtol=1e-4, atol=1e-5)
