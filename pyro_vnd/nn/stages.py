@@ -205,10 +205,9 @@ def shared_layers(net: NestedNet, plain: nn.Module) -> list[str]:
     calls = Counter(op.path for op in tape.ops if op.target in layers)
     names: list[str] = []
     changed: set[Value] = set()  # what is not the same in a wider net, with more of it perhaps
-    from_data = {value for op in tape.ops for value in op.inputs if value.is_input}
+    from_inputs = tape.from_inputs()
     for op in tape.ops:
-        depends = not from_data.isdisjoint(op.inputs)
-        if depends and not op.outputs and not op.in_place:
+        if not op.outputs and not op.in_place and not from_inputs.isdisjoint(op.inputs):
             break  # Python was told
         is_changed = not changed.isdisjoint(op.inputs) or any(id(value.tensor) in reads for value in op.inputs)
         is_changed |= any(f"{op.path}.".startswith(f"{path}.") for path in opaque)
@@ -221,11 +220,8 @@ def shared_layers(net: NestedNet, plain: nn.Module) -> list[str]:
             is_changed |= bool(part.input_axis.widths)
         elif isinstance(part, NestedNorm):
             is_changed |= mixes_channels(part.plain)
-        values = op.outputs or op.inputs[:1]
         if is_changed:
-            changed.update(values)
-        if depends:
-            from_data.update(values)
+            changed.update(op.outputs or op.inputs[:1])
     return names
 
 
