@@ -89,6 +89,8 @@ def widths_for(
     net, likelihood, outputs_of = taken_apart("widths_for", model)
     _check(budget, cost, max_tries)
     rows = None if data is None else list(input_batches(data, batch_size, net.num_inputs))
+    for batch in rows or ():
+        batch.check("widths_for", net.num_inputs)
     with module_mode([net], training=False):
         search = _Search(net, likelihood, outputs_of, cost, rows, recalibrate, batch_size)
         limit = float(budget) if is_integer(budget) else float(budget) * search.cost(search.whole)

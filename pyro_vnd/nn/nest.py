@@ -139,6 +139,7 @@ def nest(
         result = NestedNet(plain, mask_per=mask_per, gated=gated, prefix=prefix, **found)
         result.whole = groups.whole
         result.num_inputs = 0 if isinstance(example_input, Mapping) else len(examples)
+        result.input_names = tuple(example_input) if isinstance(example_input, Mapping) else ()
         result.input_shapes = tuple(tuple(x.shape) for x in examples if isinstance(x, Tensor))
         try:
             result.positions = check_and_count(result, examples, trains=not groups.untrained)

@@ -194,8 +194,9 @@ def test_inputs_are_told_from_what_is_observed():
     assert split_inputs((), {"right": b, "x": a, "y": c}, 2) == Batch((a,), {"right": b}, c)
     assert split_inputs((), {"right": b, "left": a, "y": c}, 2) == Batch((), {"right": b, "left": a}, c)
     assert split_inputs((), {"left": a, "right": b, "labels": c, "weights": b}, 2) == Batch(
-        (), {"left": a, "right": b}, c, (b,)
+        (), {"left": a, "right": b}, c, (b,), ("weights",)
     )
+    assert split_inputs((a,), {"y": c, "weights": b}) == Batch((a,), {}, c, (b,), ("weights",))
     assert split_inputs((a,), {"right": b, "y": c}, 2) == Batch((a,), {"right": b}, c)
     assert split_inputs((), {"ids": a, "mask": b, "y": c}, 0) == Batch((), {"ids": a, "mask": b}, c)
     parts = [*input_batches({"ids": a, "y": c}, 3, 0)]
@@ -226,3 +227,67 @@ def test_what_does_not_fit_is_said():
         ValueError, match="`example_input` does not fit Named: missing a required argument: 'input_ids'"
     ):
         nest(Named(), {"ids": IDS})
+
+
+class Weighted(nn.Module):
+    """A net that takes an input by the name that data have for what is observed."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x, y):
+        return self.head((self.body(x) + y).tanh())
+
+
+def test_what_data_have_too_much_or_out_of_place_is_refused_by_all():
+    one = nest(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), X[:2], num_blocks=4)
+    for net, data, expected in (
+        (one, {"x": X, "y": Y, "w": X[:, 0]}, r"give 1 inputs, tensors with .*'y': \(.*'w': \("),
+        (named(), (IDS, Y), "give named inputs, in a mapping, as the net was nested, tensors with a row"),
+        (named(), (IDS, MASK, Y), "give named inputs, in a mapping"),
+    ):
+        scores = [lambda *given, of=of: of(*given, **QUIET) for of in (evaluate_widths, loo_widths)]
+        for score in scores:
+            with pytest.raises(ValueError, match=expected):
+                score(net, data, [0.5])
+        with pytest.raises(ValueError, match=expected):
+            evaluate_learned(net, data, 2, **QUIET)
+        with pytest.raises(ValueError, match=expected):
+            widths_for(net, 0.5, data=data)
+        model = NestedClassifier(net)
+        with pytest.raises(ValueError, match=f"NestedClassifier: {expected}"):
+            model(**data) if isinstance(data, dict) else model(*data)
+    narrowed = narrow(one, 0.5)
+    with pytest.raises(ValueError, match="evaluate: give 1 inputs"):
+        evaluate(narrowed, {"x": X, "y": Y, "w": X[:, 0]}, **QUIET)
+    expected = evaluate(narrowed, (X, Y), **QUIET)
+    assert evaluate(narrowed, (X, Y, torch.arange(N)), **QUIET).identical(expected)
+
+
+def test_names_that_the_net_does_not_take_are_said():
+    data = {"attention_mask": MASK, "y": Y}
+    with pytest.raises(ValueError, match=r"arguments of Named, .*by name: missing a required argument: 'input_ids'"):
+        NestedClassifier(named())(**data)
+    with pytest.raises(ValueError, match=r"evaluate: inputs must be the arguments of Named, .*'input_ids'"):
+        evaluate_widths(named(), data, [0.5], None, **QUIET)
+    with pytest.raises(ValueError, match="got an unexpected keyword argument 'w'"):
+        evaluate_learned(named(), data | {"input_ids": IDS, "w": IDS}, 2, **QUIET)
+
+
+def test_an_input_by_the_name_of_what_is_observed_comes_in_order():
+    by_name = nest(Weighted(), {"x": X[:2], "y": X[:2, :1]}, num_blocks=4)
+    for use in (NestedClassifier, lambda net: evaluate_learned(net, {"x": X, "y": Y}, 2, **QUIET)):
+        with pytest.raises(ValueError, match="Weighted was nested with an input by the name 'y', by which data have"):
+            use(by_name)
+    net = nest(Weighted(), (X[:2], X[:2, :1]), num_blocks=4)
+    scores = evaluate_widths(NestedClassifier(net), (X, Z[:, :1], Y), [1.0], None, **QUIET)
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(narrow(net, 1.0)(X, Z[:, :1]), Y).item()
+    assert scores["nll"].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("output", [True, False, 1.0, ("logits",)])
+def test_outputs_that_name_nothing_are_refused(output):
+    with pytest.raises(ValueError, match="`output` must be a key or the name of an attribute"):
+        NestedModel(pair(), NormalTargets(), output=output)

@@ -199,7 +199,9 @@ def _reduce(
     device = own.device if device is None and own is not None else device
     is_plain = isinstance(predict, nn.Module) and not getattr(predict, "returns_draws", False)
     with torch.random.fork_rng(), module_mode([predict], training=False):
-        for given in input_batches(data, batch_size, getattr(predict, "num_inputs", 1)):
+        num_inputs = getattr(predict, "num_inputs", 1)
+        for given in input_batches(data, batch_size, num_inputs):
+            given.check("evaluate", num_inputs)
             torch.manual_seed(seed)
             batch = given.to(device)
             dtype, shapes = None if own is None else own.dtype, getattr(predict, "input_shapes", ())
