@@ -79,6 +79,7 @@ class NestedNet(QuietModule):
         positions: How often each layer is applied to one example (pixels, tokens), by its name, if `nest` counted.
         input_shapes: Shapes of the example that it was nested with, if it was.
         num_inputs: How many inputs it takes in order, before what is observed; 0 if it takes them by name.
+        example: The first row of the example that it was nested with, if it was.
         input_names: Names of those of the example that it was nested with, if they had names.
 
     Raises:
@@ -127,6 +128,7 @@ class NestedNet(QuietModule):
         self.positions: dict[str, int] = {}
         self.input_shapes: tuple[tuple[int, ...], ...] = ()
         self.num_inputs = 1
+        self.example: tuple[Any, ...] = ()
         self.input_names: tuple[str, ...] = ()
         self.own_channels, self.reads, self.blocks = list(own_channels), list(reads), list(blocks)
         self._random_parameters = nn.ModuleList(random_parameters)

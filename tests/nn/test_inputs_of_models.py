@@ -7,9 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vnd._data import Batch, input_batches, split_inputs
-from pyro_vnd.diagnostics import evaluate, evaluate_learned, evaluate_widths, loo_widths
+from pyro_vnd.diagnostics import evaluate, evaluate_cascade, evaluate_learned, evaluate_widths, loo_widths
 from pyro_vnd.infer import fit
-from pyro_vnd.nn import NestedClassifier, NestedModel, NormalTargets, narrow, nest, recalibrate_batchnorm, widths_for
+from pyro_vnd.nn import (
+    CascadeNet,
+    NestedClassifier,
+    NestedModel,
+    NormalTargets,
+    narrow,
+    nest,
+    recalibrate_batchnorm,
+    widths_for,
+)
+from pyro_vnd.nn.model import taken_apart
 
 N = 40
 X, Z = torch.randn(2, N, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -291,3 +301,64 @@ def test_an_input_by_the_name_of_what_is_observed_comes_in_order():
 def test_outputs_that_name_nothing_are_refused(output):
     with pytest.raises(ValueError, match="`output` must be a key or the name of an attribute"):
         NestedModel(pair(), NormalTargets(), output=output)
+
+
+class Packed(nn.Module):
+    """A net that packs its sequences by the lengths that it finds in them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.rnn, self.head = nn.Embedding(11, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, ids):
+        lengths = (ids > 0).sum(1)
+        packed = nn.utils.rnn.pack_padded_sequence(self.embedding(ids), lengths, True, enforce_sorted=False)
+        return self.head(self.rnn(packed)[1][-1])
+
+
+FILLED = (1 + IDS % 10) * MASK
+
+
+def packed():
+    return nest(Packed(), FILLED[:2], num_blocks=4)
+
+
+def as_dict(logits, states):
+    return {"scores": logits, "states": states}
+
+
+@pytest.mark.parametrize(
+    ("build", "data"),
+    [
+        (pair, (X, Z, Y)),
+        (pair, {"y": Y, "right": Z, "left": X}),
+        (lambda: NestedClassifier(named()), {"y": Y, "attention_mask": MASK, "input_ids": IDS}),
+        (lambda: NestedClassifier(named(wrap=as_dict), output="scores"), CASES["by name"][1]),
+        (packed, (FILLED, Y)),
+    ],
+)
+def test_cascades_take_the_inputs_of_the_net_and_pick_its_outputs(build, data):
+    model = build()
+    net, *_, outputs_of = taken_apart("test", model)
+    batch = split_inputs(*((data, {}) if isinstance(data, tuple) else ((), data)), net.num_inputs)
+    cascade = CascadeNet(model, [0.25, 0.5, 1.0], mean_cost=0.9).fit_thresholds(data)
+    with torch.no_grad():
+        stages = [outputs_of(narrow(net, width).eval()(*batch.args, **batch.kwargs)) for width in (0.25, 0.5, 1.0)]
+    found = cascade.run(*batch.args, **batch.kwargs)
+    assert len(found.stage.unique()) > 1
+    torch.testing.assert_close(found.logits, torch.stack(stages)[found.stage, torch.arange(N)])
+    scores = evaluate_cascade(cascade, data, data, [0.9], **QUIET)
+    assert scores["share_of_rows"].values.ravel() == pytest.approx((found.stage.bincount(minlength=3) / N).numpy())
+    assert scores["nll"].item() == pytest.approx(nn.functional.cross_entropy(found.logits, Y).item())
+    draws = CascadeNet(model, [0.25, 1.0], 0.0, num_samples=2, recalibrate=data)
+    assert draws(*batch.args, **batch.kwargs).shape == (2, N, 3)
+
+
+def test_cascades_say_what_does_not_fit():
+    cascade = CascadeNet(named(), [0.5, 1.0], 0.5)
+    with pytest.raises(ValueError, match="give the inputs input_ids, attention_mask; got 0 in order and"):
+        cascade(input_ids=IDS)
+    with pytest.raises(ValueError, match=r"CascadeNet\.fit_thresholds: give named inputs, in a mapping"):
+        cascade.fit_thresholds((IDS, MASK), 0.9)
+    with pytest.raises(TypeError, match="`cascade` must be a CascadeNet; got NestedClassifier"):
+        evaluate_cascade(NestedClassifier(pair()), (X, Z, Y), (X, Z, Y), [0.5])
