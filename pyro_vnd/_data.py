@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from pyro_vnd._inputs import not_finite
+
 __all__ = [
     "Batch",
     "Data",
@@ -107,7 +109,7 @@ def split_rows(data: Data, batch_size: int) -> Iterator[Data]:
 
 
 def check_rows(caller: str, data: Data, name: str = "data") -> None:
-    """Check that data are tensors with the same number of rows, all of them finite.
+    """Check that data are tensors with the same number of rows, all of them finite, but for masks of 0 and -inf.
 
     Args:
         caller: The function that was given the data.
@@ -126,11 +128,12 @@ def check_rows(caller: str, data: Data, name: str = "data") -> None:
         if not isinstance(rows, Tensor) or rows.dim() == 0:
             got = "a tensor without rows" if isinstance(rows, Tensor) else _kind(rows)
             raise ValueError(f"{caller}: argument `{part}` must be a tensor with rows; got {got}")
-        if rows.is_floating_point() and not torch.isfinite(rows).all():
+        if rows.is_floating_point() and bool(not_finite(rows).any()):
             raise ValueError(
-                f"{caller}: argument `{part}` of shape {tuple(rows.shape)} must be finite; got NaN or inf. For missing "
-                "values give zeros, and say in another tensor of the data, `observed`, which are none, for the model "
-                'to hide the rest by poutine.mask(mask=observed): "Missing values" in docs/guides/other_models.md'
+                f"{caller}: argument `{part}` of shape {tuple(rows.shape)} must be finite; got NaN or inf (-inf only "
+                "in a mask to be added, with 0 for all that is seen). For missing values give zeros, and say in "
+                "another tensor of the data, `observed`, which are none, for the model to hide the rest by "
+                'poutine.mask(mask=observed): "Missing values" in docs/guides/other_models.md'
             )
     counts = {len(rows) for rows in named_parts(data).values()}
     if len(counts) != 1 or 0 in counts:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_vnd._compat import only_plain_code
 
-__all__ = ["Look", "check_labels", "check_numbers", "explain_arguments", "explain_inputs", "refuse_nan"]
+__all__ = ["Look", "check_labels", "check_numbers", "explain_arguments", "explain_inputs", "not_finite", "refuse_nan"]
 
 _REAL = ", if they are classes; real targets need a likelihood of their own"
 
@@ -82,6 +82,19 @@ def check_labels(
             count = f": count them from 0, {argument} - 1" if (low, high) == (1, num_classes) else ""
             raise ValueError(f"{got} from {low} to {high}{count}")
     return labels.long()
+
+
+def not_finite(x: Tensor) -> Tensor:
+    """Return which numbers of data are NaN or inf, but for a mask to be added to scores: nothing but 0 and -inf.
+
+    Example:
+        >>> inf = torch.inf
+        >>> not_finite(torch.tensor([0, -inf])).tolist(), not_finite(torch.tensor([1, -inf])).tolist()
+        ([False, False], [False, True])
+    """
+    bad = ~x.isfinite()
+    is_mask = bool(bad.any()) and bool(((x == 0) | x.isneginf()).all())
+    return torch.zeros_like(bad) if is_mask else bad
 
 
 def refuse_nan(caller: str, argument: str, inputs: Sequence[Any]) -> None:

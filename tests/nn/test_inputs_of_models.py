@@ -1,5 +1,6 @@
 """Models of nets that take several inputs, or inputs by name, and return objects."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -362,3 +363,27 @@ def test_cascades_say_what_does_not_fit():
         cascade.fit_thresholds((IDS, MASK), 0.9)
     with pytest.raises(TypeError, match="`cascade` must be a CascadeNet; got NestedClassifier"):
         evaluate_cascade(NestedClassifier(pair()), (X, Z, Y), (X, Z, Y), [0.5])
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.body, self.head = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, ids, mask):
+        h = self.embedding(ids)
+        attended = nn.functional.scaled_dot_product_attention(h, h, h, mask[:, None])
+        return self.head(self.body(attended).relu().mean(1))
+
+
+def test_masks_that_are_added_to_scores_are_data():
+    mask = torch.zeros(N, 6).double().masked_fill(MASK == 0, -torch.inf)
+    model = NestedClassifier(nest(Attending(), (IDS[:2], mask[:2]), num_blocks=4))
+    result = fit(model, model.guide, (IDS, mask, Y), num_epochs=2, validation=(IDS, mask, Y), **QUIET)
+    assert all(math.isfinite(value) for value in result.elbo)
+    scores = evaluate_widths(model, (IDS, mask, Y), [0.5], None, **QUIET)
+    with torch.no_grad():
+        logits = narrow(model.net, 0.5).eval()(IDS, mask)
+    assert scores["nll"].item() == pytest.approx(nn.functional.cross_entropy(logits, Y).item())
+    with pytest.raises(ValueError, match=r"`data\[1\]` .* must be finite; got NaN or inf \(-inf only in a mask"):
+        fit(model, model.guide, (IDS, mask - 1, Y), num_epochs=1, **QUIET)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_vnd._data import Rows, input_batches
-from pyro_vnd._inputs import explain_inputs
+from pyro_vnd._inputs import explain_inputs, not_finite
 from pyro_vnd._state import module_mode
 from pyro_vnd.diagnostics.metrics.calibration import NUM_BINS
 from pyro_vnd.diagnostics.metrics.classification import BitScorer, ClassScorer, LevelScorer
@@ -228,7 +228,7 @@ def _reduce(
                     parts.append(scorer.columns(outputs, y, hidden=batch.y))
             except ValueError as error:
                 by_row = [x.reshape(len(x), -1) for x in batch.inputs if isinstance(x, Tensor) and x.dim()]
-                bad_rows = [~x.isfinite().all(1) for x in by_row if len(x) == batch.num_rows]
+                bad_rows = [not_finite(x).any(1) for x in by_row if len(x) == batch.num_rows]
                 if bad := int(torch.stack(bad_rows).any(0).sum()):
                     raise ValueError(
                         f"evaluate: inputs must be finite; {bad} of {batch.num_rows} rows have NaN or inf"
