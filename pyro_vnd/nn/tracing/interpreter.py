@@ -81,7 +81,7 @@ class Interpreter:
         for space in self.made:
             if not space.made:
                 space.hold("no layer makes it")
-            elif space.root not in read:
+            elif not space.reason and space.root not in read:
                 space.hold("nothing reads it")
         if self.by_example:
             self._hold_lost_rows()
