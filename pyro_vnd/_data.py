@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from pyro_vnd._inputs import not_finite
+
 __all__ = [
     "Batch",
     "Data",
@@ -107,7 +109,7 @@ def split_rows(data: Data, batch_size: int) -> Iterator[Data]:
 
 
 def check_rows(caller: str, data: Data, name: str = "data") -> None:
-    """Check that data are tensors with the same number of rows, all of them finite.
+    """Check that data are tensors with the same number of rows, all of them finite, but for masks of 0 and -inf.
 
     Args:
         caller: The function that was given the data.
@@ -126,11 +128,12 @@ def check_rows(caller: str, data: Data, name: str = "data") -> None:
         if not isinstance(rows, Tensor) or rows.dim() == 0:
             got = "a tensor without rows" if isinstance(rows, Tensor) else _kind(rows)
             raise ValueError(f"{caller}: argument `{part}` must be a tensor with rows; got {got}")
-        if rows.is_floating_point() and not torch.isfinite(rows).all():
+        if rows.is_floating_point() and bool(not_finite(rows).any()):
             raise ValueError(
-                f"{caller}: argument `{part}` of shape {tuple(rows.shape)} must be finite; got NaN or inf. For missing "
-                "values give zeros, and say in another tensor of the data, `observed`, which are none, for the model "
-                'to hide the rest by poutine.mask(mask=observed): "Missing values" in docs/guides/other_models.md'
+                f"{caller}: argument `{part}` of shape {tuple(rows.shape)} must be finite; got NaN or inf (-inf only "
+                "in a mask to be added, with 0 for all that is seen). For missing values give zeros, and say in "
+                "another tensor of the data, `observed`, which are none, for the model to hide the rest by "
+                'poutine.mask(mask=observed): "Missing values" in docs/guides/other_models.md'
             )
     counts = {len(rows) for rows in named_parts(data).values()}
     if len(counts) != 1 or 0 in counts:
@@ -209,12 +212,14 @@ class Batch(NamedTuple):
         kwargs: Inputs by name.
         y: What was observed, None if nothing was.
         more: What came after it.
+        unknown: Names of what came after it by name.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     y: Any = None
     more: tuple[Any, ...] = ()
+    unknown: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> tuple[Any, ...]:
@@ -233,6 +238,24 @@ class Batch(NamedTuple):
             return function(x) if isinstance(x, Tensor) else x
 
         return self._replace(args=tuple(map(of, self.args)), kwargs={name: of(x) for name, x in self.kwargs.items()})
+
+    def check(self, caller: str, num_inputs: int, *, alone: bool = False) -> None:
+        """Raise a ValueError unless inputs came as a net takes them, and nothing by a name that it does not know.
+
+        Args:
+            caller: What was given the data.
+            num_inputs: As in `split_inputs`.
+            alone: Whether there must be rows, and nothing in order after what was observed.
+        """
+        out_of_place = not num_inputs and bool(self.args)
+        if self.unknown or out_of_place or (alone and (self.more or not self.num_rows)):
+            names = [*map(str, range(len(self.args))), *self.kwargs, "y", *(self.unknown or map(str, self.more))]
+            came = dict(zip(names, (*self.inputs, self.y, *self.more), strict=False))
+            by_name = ", in a mapping, as the net was nested" if out_of_place else ""
+            raise ValueError(
+                f"{caller}: give {num_inputs or 'named'} inputs{by_name}, tensors with a row for each example, and "
+                f"what is observed; got {shapes(came)}"
+            )
 
     def to(self, device: torch.device | str | None) -> "Batch":
         """Move inputs to a device; None leaves them where they are."""
@@ -260,11 +283,14 @@ def split_inputs(args: Sequence[Any], named: Mapping[str, Any], num_inputs: int 
     parts = [*args, *([named.pop("x")] if "x" in named else [])]
     by_name = [*named][: max(num_inputs - len(parts), 0)] if num_inputs > 1 else []
     inputs = {name: named.pop(name) for name in by_name}
+    names = [None] * len(parts) + [*named]
     parts += named.values()
-    in_order, rest = parts[: num_inputs - len(inputs)], parts[num_inputs - len(inputs) :]
+    count = num_inputs - len(inputs)
+    in_order, rest, names = parts[:count], parts[count:], names[count:]
     if y is None and rest:
         y = rest.pop(0)
-    return Batch(tuple(in_order), inputs, y, tuple(rest))
+        del names[0]
+    return Batch(tuple(in_order), inputs, y, tuple(rest), tuple(name for name in names if name is not None))
 
 
 def input_batches(data: Rows, batch_size: int, num_inputs: int = 1) -> Iterator[Batch]:

@@ -1,16 +1,17 @@
 """What is asked of data where they meet a model: labels that are classes, inputs that a net takes."""
 
+import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vnd._compat import only_plain_code
 
-__all__ = ["Look", "check_labels", "check_numbers", "explain_inputs", "refuse_nan"]
+__all__ = ["Look", "check_labels", "check_numbers", "explain_arguments", "explain_inputs", "not_finite", "refuse_nan"]
 
 _REAL = ", if they are classes; real targets need a likelihood of their own"
 
@@ -83,6 +84,19 @@ def check_labels(
     return labels.long()
 
 
+def not_finite(x: Tensor) -> Tensor:
+    """Return which numbers of data are NaN or inf, but for a mask to be added to scores: nothing but 0 and -inf.
+
+    Example:
+        >>> inf = torch.inf
+        >>> not_finite(torch.tensor([0, -inf])).tolist(), not_finite(torch.tensor([1, -inf])).tolist()
+        ([False, False], [False, True])
+    """
+    bad = ~x.isfinite()
+    is_mask = bool(bad.any()) and bool(((x == 0) | x.isneginf()).all())
+    return torch.zeros_like(bad) if is_mask else bad
+
+
 def refuse_nan(caller: str, argument: str, inputs: Sequence[Any]) -> None:
     """Raise a ValueError if some of the numbers that a net is given are NaN; infinities may be those of a mask."""
     for x in inputs:
@@ -152,5 +166,32 @@ def explain_inputs(
             raise ValueError(
                 f"{caller}: inputs must be like the example that the net was nested with, of shape "
                 f"{', '.join(map(str, shapes))}; got {got} (torch says: {why})"
+            ) from error
+        raise
+
+
+@contextmanager
+def explain_arguments(caller: str, net: nn.Module, args: Sequence[Any], named: Mapping[str, Any]) -> Iterator[None]:
+    """Call a net in the block, and say which arguments it takes where it does not take those given.
+
+    Args:
+        caller: What was given the inputs, for messages.
+        net: The net.
+        args: Inputs in order.
+        named: Inputs by name.
+
+    Raises:
+        ValueError: In place of a TypeError, if the inputs are not the arguments of the net.
+    """
+    try:
+        yield
+    except TypeError as error:
+        signature = inspect.signature(net.forward)
+        try:
+            signature.bind(*args, **named)
+        except TypeError as why:
+            raise ValueError(
+                f"{caller}: inputs must be the arguments of {type(net).__name__}, {signature}; got {len(args)} in "
+                f"order and {list(named)} by name: {why}"
             ) from error
         raise

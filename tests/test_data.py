@@ -59,6 +59,8 @@ BAD = {
     "nan": (torch.tensor([1.0, torch.nan]), r"`rows` of shape \(2,\) must be finite; got NaN or inf"),
     "nan in a tuple": ((Y, torch.tensor([torch.inf])), r"`rows\[1\]` of shape \(1,\) must be finite"),
     "nan in a mapping": ({"x": torch.tensor([torch.nan])}, r"`rows\['x'\]` of shape \(1,\) must be finite"),
+    "no mask": ({"x": torch.tensor([1.0, -torch.inf])}, r"`rows\['x'\]` of shape \(2,\) must be finite"),
+    "infinite rows": ({"x": torch.tensor([0.0, torch.inf])}, r"`rows\['x'\]` of shape \(2,\) must be finite"),
     "no rows": (torch.tensor(1.0), "`rows` must be a tensor with rows; got a tensor without rows"),
     "a number": ([1.0], r"`rows\[0\]` must be a tensor with rows; got float"),
     "numpy": ({"x": np.ones(3)}, r"`rows\['x'\]` must be a tensor with rows; got ndarray"),

@@ -727,3 +727,30 @@ def a_size_that_is_hidden():
 
     layers = {"a": nn.Linear(8, 16), "b": nn.Linear(16, 12), "c": nn.Linear(12, 12), "o": nn.Linear(12, 3)}
     return Net(forward, **layers), torch.randn(2, 8)
+
+
+@net({"a": 16, "aux.0": 8, "rnn.steps.0.input": 6, "c": 12}, 0.4)
+def parts_whose_outputs_are_not_used():
+    def forward(net, x):
+        h = net.norm(net.a(x).relu())
+        net.aux(h).softmax(-1)
+        net.dead(h)
+        net.rnn(h)[0].relu()
+        return net.o(net.c(h.mean(1)).relu())
+
+    layers = {"a": nn.Linear(8, 16), "norm": nn.LayerNorm(16), "rnn": nn.RNN(16, 6, batch_first=True)}
+    layers |= {"aux": nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2)), "dead": nn.Linear(16, 5)}
+    return Net(forward, **layers, c=nn.Linear(16, 12), o=nn.Linear(12, 3)), torch.randn(2, 4, 8)
+
+
+@net({"a": 16, "b": 16, "c": 12, "d": 12}, 0.2)
+def layers_of_which_functions_take_the_weight():
+    def forward(net, x):
+        h = net.a(x).relu()
+        h = F.linear(h, net.b.weight).relu()
+        h = torch.addmm(net.c.bias, h, net.c.weight.t()).relu()
+        h = torch.matmul(h, net.d.weight.T).relu() + F.linear(h, net.d.weight, net.d.bias)
+        return h @ net.o.weight.mT
+
+    layers = {"a": nn.Linear(8, 16), "b": nn.Linear(16, 16), "c": nn.Linear(16, 12), "d": nn.Linear(12, 12)}
+    return Net(forward, **layers, o=nn.Linear(12, 3)), torch.randn(2, 8)

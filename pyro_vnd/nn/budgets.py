@@ -15,7 +15,7 @@ from pyro_vnd._data import Batch, Rows, input_batches
 from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._sizes import is_integer
 from pyro_vnd._state import module_mode
-from pyro_vnd.nn.cost import net_cost, zeros_for
+from pyro_vnd.nn.cost import example_of, net_cost
 from pyro_vnd.nn.model import NestedModel, taken_apart
 from pyro_vnd.nn.narrow import narrow_to_blocks, recalibrated
 from pyro_vnd.nn.net import NestedNet
@@ -89,6 +89,8 @@ def widths_for(
     net, likelihood, outputs_of = taken_apart("widths_for", model)
     _check(budget, cost, max_tries)
     rows = None if data is None else list(input_batches(data, batch_size, net.num_inputs))
+    for batch in rows or ():
+        batch.check("widths_for", net.num_inputs)
     with module_mode([net], training=False):
         search = _Search(net, likelihood, outputs_of, cost, rows, recalibrate, batch_size)
         limit = float(budget) if is_integer(budget) else float(budget) * search.cost(search.whole)
@@ -175,14 +177,14 @@ class _Search:
         return explain_inputs("widths_for", inputs, next(self.net.parameters()).dtype, self.net.input_shapes)
 
     def _inputs(self) -> Batch:
-        """Return an example: the first row of the data, or zeros like the example that was nested."""
+        """Return an example: the first row of the data, or that of the example that was nested."""
         if self.rows is not None:
             if not self.rows:
                 raise ValueError("widths_for: argument `data` has no rows")
             return self.rows[0].to(self.device).map_inputs(lambda x: x[:1])
         if self.kind == "parameters":
             return Batch((), {})
-        if inputs := zeros_for(self.net, narrow_to_blocks(self.net, self.whole)):
+        if inputs := example_of(self.net):
             return Batch(inputs, {})
         raise ValueError(
             f"widths_for: argument `data` is needed for cost={self.kind!r}, as the net does not say what its inputs "

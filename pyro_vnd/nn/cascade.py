@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -12,12 +13,16 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_vnd._data import Rows, batches, input_batches
+from pyro_vnd._data import Batch, Rows, input_batches
 from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._sizes import is_integer
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
+from pyro_vnd.nn.cost import example_of
+from pyro_vnd.nn.likelihoods import CategoricalLabels
+from pyro_vnd.nn.model import NestedModel
 from pyro_vnd.nn.narrow import narrow, recalibrated
 from pyro_vnd.nn.net import NestedNet
+from pyro_vnd.nn.outputs import Output
 from pyro_vnd.nn.stages import Doubt, Stage, continued, doubt_of, shared_layers
 from pyro_vnd.nn.table import multiply_adds
 from pyro_vnd.nn.thresholds import best_thresholds
@@ -52,8 +57,9 @@ class CascadeNet(nn.Module):
     width, so that only what is added is computed, and counted. Where a row stops depends on that row alone.
 
     Args:
-        net: The nested net, made by `nest` for a single input, trained; its outputs are logits, shape (N, C). Weights
-            are copied: training it further does not change the cascade.
+        net: The nested net, made by `nest`, trained; its outputs are logits, shape (N, C). Or a model of classes with
+            it, whose `output` says which these are. Weights are copied: training it further does not change the
+            cascade.
         widths: The widths of the stages, each a width as of `narrow` and wider than the one before. A single one is
             that width for all rows.
         threshold: Rows whose doubt is at least this go on: 0 sends all of them to the widest, infinity none. One for
@@ -77,7 +83,7 @@ class CascadeNet(nn.Module):
 
     Raises:
         ValueError: If an argument is invalid, a width is not wider than the one before, or the net was not made by
-            `nest` for a single input.
+            `nest`, or is the model of something else than classes.
 
     Example:
         >>> from pyro_vnd.nn import nest
@@ -95,7 +101,7 @@ class CascadeNet(nn.Module):
 
     def __init__(
         self,
-        net: NestedNet,
+        net: NestedNet | NestedModel,
         widths: Sequence[float | int | Mapping[str, float | int]],
         threshold: float | Sequence[float] | Tensor | None = None,
         *,
@@ -107,6 +113,7 @@ class CascadeNet(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        net, output = _check_net(net)
         kept = _check_widths(net, widths, rounding)
         if doubt not in get_args(Doubt):
             raise ValueError(f"CascadeNet: argument `doubt` must be one of {get_args(Doubt)}; got {doubt!r}")
@@ -119,15 +126,20 @@ class CascadeNet(nn.Module):
             )
         self.kept, self.doubt, self.num_samples = kept, doubt, num_samples
         self.input_shapes, self.whole_cost = net.input_shapes, multiply_adds(net, {})
+        self.num_inputs, self.input_names = net.num_inputs, _names(net)
         with module_mode([net], training=False):
             draws = _draws(net, num_samples, seed)
-            self._add_stages(net, draws, recalibrate)
+            self._add_stages(net, draws, recalibrate, output)
         self.mean_cost = None if mean_cost is None else self._check_cost(mean_cost)
         self.register_buffer("thresholds", self._check_threshold(threshold).to(next(net.parameters()).device))
         self.eval()
 
     def _add_stages(
-        self, net: NestedNet, draws: Sequence[Mapping[str, Tensor] | None], recalibrate: Rows | None
+        self,
+        net: NestedNet,
+        draws: Sequence[Mapping[str, Tensor] | None],
+        recalibrate: Rows | None,
+        output: Output,
     ) -> None:
         shared: list[str] = []
         self.stages, self.multiply_adds, before = nn.ModuleList(), [], None
@@ -137,13 +149,13 @@ class CascadeNet(nn.Module):
             for draw in draws:
                 plain = narrow(net, blocks, draw)
                 if recalibrate is not None:
-                    recalibrated(plain, input_batches(recalibrate, 256))
+                    recalibrated(plain, input_batches(recalibrate, 256, net.num_inputs))
                 # Behind a block that the narrower net has dropped, nothing is as it was there.
                 shared = [] if net.blocks else shared_layers(net, plain)
-                nets.append(continued(net, plain, shared, before, units, draw))
+                nets.append(continued(net, plain, shared, before, units, draw, output))
             known = 0 if before is None else multiply_adds(net, before, shared)
             self.multiply_adds.append(len(draws) * (multiply_adds(net, units) - known))
-            self.stages.append(Stage(nets, self.doubt, self.num_samples is not None))
+            self.stages.append(Stage(nets, self.doubt, self.num_samples is not None, len(self.input_names)))
             before = units
 
     def train(self, mode: bool = True) -> Self:
@@ -155,11 +167,12 @@ class CascadeNet(nn.Module):
         """Multiply-adds for a row that stops at each stage, those of the stages before it too."""
         return torch.tensor(self.multiply_adds).cumsum(0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """Predict each row at the width that it needs.
 
         Args:
-            x: Inputs, a row for each example.
+            *inputs: Inputs, a row for each example.
+            **named: Inputs by their names.
 
         Returns:
             Logits, shape (N, C), or (S, N, C) if there are draws.
@@ -167,37 +180,49 @@ class CascadeNet(nn.Module):
         Raises:
             ValueError: If there are no thresholds yet, or inputs do not fit the net, or predictions are NaN.
         """
-        return self.run(x).logits
+        return self.run(*inputs, **named).logits
 
     @torch.no_grad()
-    def run(self, x: Tensor) -> CascadeOutput:
+    def run(self, *inputs: Tensor, **named: Tensor) -> CascadeOutput:
         """Predict each row at the width that it needs, and say which that was; as in a call."""
         if self.thresholds.isnan().any():
             raise ValueError(
                 "CascadeNet: it has no thresholds yet: call `fit_thresholds` with validation inputs and a `mean_cost`, "
                 "or give `threshold`"
             )
-        logits, doubt, *known = self._start(x)
+        given = self._in_order(inputs, named)
+        num_rows = len(given[0])
+        logits, doubt, *known = self._start(given)
         if bool((unknown := doubt.isnan()).any()):  # which is below no threshold, nor above one
             raise ValueError(
-                f"CascadeNet: predictions are NaN for {int(unknown.sum())} of {len(x)} rows: the inputs, or the "
+                f"CascadeNet: predictions are NaN for {int(unknown.sum())} of {num_rows} rows: the inputs, or the "
                 "weights, have NaN or inf"
             )
-        rows = torch.arange(len(x), device=logits.device)
+        rows = torch.arange(num_rows, device=logits.device)
         stage = torch.zeros_like(rows)
         for number, (module, threshold) in enumerate(zip(self.stages[1:], self.thresholds, strict=True), 1):
             on = doubt >= threshold
             if not on.any():
                 break
             rows, known = rows[on], [value[on] for value in known]
-            logits[rows], doubt, *known = module(x[rows], *known)
+            logits[rows], doubt, *known = module(*(_of(x, rows, num_rows) for x in given), *known)
             stage[rows] = number
         return CascadeOutput(logits if self.num_samples is None else logits.movedim(1, 0), stage)
 
-    def _start(self, x: Tensor) -> Any:
+    def _in_order(self, inputs: Sequence[Tensor], named: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the inputs in the order in which stages take them."""
+        left = self.input_names[len(inputs) :]
+        if len(inputs) > len(self.input_names) or set(named) != set(left):
+            raise ValueError(
+                f"CascadeNet: give the inputs {', '.join(self.input_names)}; got {len(inputs)} in order and "
+                f"{list(named)} by name"
+            )
+        return [*inputs, *(named[name] for name in left)]
+
+    def _start(self, inputs: Sequence[Tensor]) -> Any:
         parameter = next(self.parameters())
-        with explain_inputs("CascadeNet", (x,), parameter.dtype, self.input_shapes):
-            return self.stages[0](x)
+        with explain_inputs("CascadeNet", inputs, parameter.dtype, self.input_shapes):
+            return self.stages[0](*inputs)
 
     @torch.no_grad()
     def fit_thresholds(self, data: Rows, mean_cost: float | int | None = None, *, batch_size: int = 256) -> Self:
@@ -226,7 +251,7 @@ class CascadeNet(nn.Module):
                 "CascadeNet.fit_thresholds: give `mean_cost`, a fraction of the whole net's multiply-adds (a float) or "
                 "a number of them for a row (an int), here or to CascadeNet"
             )
-        parts = [self._through_all(batch[0].to(self.thresholds.device)) for batch in batches(data, batch_size)]
+        parts = [self._through_all(batch) for batch in input_batches(data, batch_size, self.num_inputs)]
         if not sum(doubts.shape[1] for doubts, _ in parts):
             raise ValueError("CascadeNet.fit_thresholds: argument `data` has no rows")
         doubts, entropies = (torch.cat(each, 1).cpu() for each in zip(*parts, strict=True))
@@ -237,17 +262,20 @@ class CascadeNet(nn.Module):
         self.mean_cost = mean_cost
         return self
 
-    def _through_all(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _through_all(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Run all rows through all stages: doubt and entropy after each, shape (number of stages, N)."""
-        outputs = [self._start(x)]
+        batch.check("CascadeNet.fit_thresholds", self.num_inputs)
+        batch = batch.to(self.thresholds.device)
+        inputs = self._in_order(batch.args, batch.kwargs)
+        outputs = [self._start(inputs)]
         for module in self.stages[1:]:
-            outputs.append(module(x, *outputs[-1][2:]))
+            outputs.append(module(*inputs, *outputs[-1][2:]))
         entropies = [
             doubt_of(logits.unsqueeze(1) if self.num_samples is None else logits, "entropy") for logits, *_ in outputs
         ]
         return torch.stack([doubt for _, doubt, *_ in outputs]), torch.stack(entropies)
 
-    def parts(self, x: Tensor) -> list[tuple[Stage, tuple[Tensor, ...]]]:
+    def parts(self, *inputs: Tensor, **named: Tensor) -> list[tuple[Stage, tuple[Tensor, ...]]]:
         """Return the stages and an input of each, for `torch.export` and ONNX, which keep one at a time.
 
         A stage maps inputs, and what the stage before handed on for these rows, to logits, their doubt and what it
@@ -255,7 +283,8 @@ class CascadeNet(nn.Module):
         part, and pass inputs and what it hands on to the next one, of the rows whose doubt is at least the threshold.
 
         Args:
-            x: Some inputs, which are run through all stages.
+            *inputs: Some inputs, which are run through all stages.
+            **named: Inputs by their names.
 
         Returns:
             For each stage, the module and its arguments.
@@ -269,11 +298,11 @@ class CascadeNet(nn.Module):
             >>> logits, doubt, *known = second.module()(x, *known)
         """
         parts: list[tuple[Stage, tuple[Tensor, ...]]] = []
-        known: list[Tensor] = []
+        given, known = self._in_order(inputs, named), list[Tensor]()
         for stage in self.stages:
-            parts.append((cast(Stage, stage), (x, *known)))
+            parts.append((cast(Stage, stage), (*given, *known)))
             with torch.no_grad():
-                _, _, *known = stage(x, *known)
+                _, _, *known = stage(*given, *known)
         return parts
 
     def __repr__(self) -> str:
@@ -323,15 +352,40 @@ class CascadeNet(nn.Module):
         return values.clone()
 
 
+def _check_net(model: Any) -> tuple[NestedNet, Output]:
+    """Return the nested net, and what its outputs are of that which it returns."""
+    net, output = (model.net, model.output) if isinstance(model, NestedModel) else (model, None)
+    if not isinstance(net, NestedNet):
+        raise ValueError(
+            "CascadeNet: argument `net` must be a NestedNet, as `nest` returns, or a NestedModel of classes; got "
+            f"{type(net).__name__}"
+        )
+    if isinstance(model, NestedModel) and not isinstance(model.likelihood, CategoricalLabels):
+        raise ValueError(
+            "CascadeNet: argument `net` must be a model of classes, CategoricalLabels(), whose doubt it measures; got "
+            f"one with {type(model.likelihood).__name__}"
+        )
+    if not net.positions:
+        raise ValueError(
+            "CascadeNet: argument `net` must be made by `nest`, from which it knows what a row costs; this one was "
+            "made by hand"
+        )
+    return net, output
+
+
+def _of(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Return rows of an input that has them."""
+    return x[rows] if x.shape[:1] == (num_rows,) else x
+
+
+def _names(net: NestedNet) -> tuple[str, ...]:
+    """Return the names of the inputs in the order in which stages take them."""
+    names = list(net.input_names or inspect.signature(net.net.forward).parameters)[: net.num_inputs or None]
+    return (*names, *(f"input {number}" for number in range(len(names), net.num_inputs)))  # of forward(*inputs), say
+
+
 def _check_widths(net: NestedNet, widths: Any, rounding: Rounding | None) -> list[dict[str, int]]:
     """Return the numbers of blocks of each stage."""
-    if not isinstance(net, NestedNet):
-        raise ValueError(f"CascadeNet: argument `net` must be a NestedNet, as `nest` returns; got {type(net).__name__}")
-    if not net.positions or len(net.input_shapes) != 1:
-        raise ValueError(
-            "CascadeNet: argument `net` must be made by `nest` for a single input, from which it knows what a row "
-            f"costs; it has the input shapes {list(net.input_shapes)}"
-        )
     if not isinstance(widths, Sequence) or isinstance(widths, str) or not widths:
         raise ValueError(f"CascadeNet: argument `widths` must be a list of widths; got {widths!r}")
     whole = {name: width.num_blocks for name, width in net.widths.items()}
@@ -349,6 +403,6 @@ def _draws(net: NestedNet, num_samples: int | None, seed: int) -> list[Mapping[s
     """Draw whole weights; a single None stands for the posterior mean."""
     if num_samples is None:
         return [None]
-    example = next(net.parameters()).new_zeros(1, *net.input_shapes[0][1:])
+    example = example_of(net)
     with torch.no_grad(), random_numbers(seed, cuda_devices([net])), poutine.block(), net.cut(1.0):
-        return [net.guide(example) for _ in range(num_samples)]
+        return [net.guide(*example) for _ in range(num_samples)]

@@ -10,7 +10,7 @@ from pyro_vnd._data import Batch
 from pyro_vnd._state import module_mode
 from pyro_vnd.nn.net import NestedNet
 
-__all__ = ["net_cost", "zeros_for"]
+__all__ = ["example_of", "net_cost"]
 
 
 def net_cost(net: nn.Module, *inputs: Any, **named: Any) -> dict[str, int]:
@@ -35,20 +35,13 @@ def net_cost(net: nn.Module, *inputs: Any, **named: Any) -> dict[str, int]:
     return {"multiply_adds": counter.get_total_flops() // (2 * Batch(inputs, named).num_rows), "parameters": parameters}
 
 
-def zeros_for(net: NestedNet, plain: nn.Module) -> tuple[Tensor, ...]:
-    """Return zeros like the example that a net was nested with, numbers or else indices; nothing if it takes neither.
+def example_of(net: NestedNet) -> tuple[Any, ...]:
+    """Return the first row of the example that a net was nested with, in order; nothing of a net made by hand."""
+    like = next(net.parameters())
 
-    Args:
-        net: The nested net.
-        plain: What `narrow` makes of it.
-    """
-    zeros = tuple(next(net.parameters()).new_zeros(shape) for shape in net.input_shapes)
-    with torch.no_grad(), module_mode([plain], training=False):
-        for inputs in (zeros, tuple(x.long() for x in zeros)):  # of indices, say, for an embedding
-            try:
-                if inputs:
-                    plain(*inputs)
-                    return inputs
-            except RuntimeError:
-                continue
-    return ()
+    def copied(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.detach().clone().to(like.device, like.dtype if x.is_floating_point() else x.dtype)
+
+    return tuple(map(copied, net.example))

@@ -280,7 +280,8 @@ class NestedLayer(nn.Module):
         if self.groups > 1:
             kept = kept_channels(self.input_axis.index(), self.input_axis.size)
             values["groups"] = self.groups * kept // self.input_axis.size
-        with substituted(self.plain, values), MaskedReads([(weight, Read(self.input_axis, self.rows))]):
+        own = [] if self.is_read else [(weight, Read(self.input_axis, self.rows))]  # else functions mask it anyway
+        with substituted(self.plain, values), MaskedReads(own):
             return self.plain(x)
 
     def affine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import pyro
 from torch import Tensor
 
 from pyro_vnd._compat import QuietModule, only_plain_code
-from pyro_vnd._data import shapes, split_inputs
+from pyro_vnd._data import split_inputs
 from pyro_vnd._inputs import Look, check_numbers
 from pyro_vnd.nn.likelihoods import CategoricalLabels
 from pyro_vnd.nn.net import NestedNet, NetGuide
@@ -32,7 +32,8 @@ class NestedModel(QuietModule):
     | a class for each pixel | `PixelLabels` | (N, C, H, W) logits |
 
     A net that takes several inputs was nested with them, as a tuple or by name, and the data of a fit are the same and
-    y: (left, right, y), or {"input_ids": ..., "attention_mask": ..., "y": ...}.
+    y: (left, right, y), or {"input_ids": ..., "attention_mask": ..., "y": ...}. In data by name "y" is always what is
+    observed, so that a net whose input has this name is to be nested with a tuple, and gets its data in order.
 
     `evaluate_widths`, `evaluate_learned`, `loo_widths` and `widths_for` take it, and score with its likelihood.
 
@@ -43,7 +44,8 @@ class NestedModel(QuietModule):
             tuple, or a function that picks it. By default the tensor that it returns, or what is called "logits".
 
     Raises:
-        ValueError: If the net is not nested, or, in use, its outputs do not suit the likelihood, or y does not.
+        ValueError: If the net is not nested, or was nested with an input by the name "y", or, in use, its outputs do
+            not suit the likelihood, or y does not, or the inputs are not those of the net.
 
     Example:
         >>> import torch
@@ -69,6 +71,12 @@ class NestedModel(QuietModule):
             raise ValueError(
                 f"{name}: argument `likelihood` must be a NetLikelihood, such as CategoricalLabels() or "
                 f"NormalTargets(); got {got}"
+            )
+        _refuse_input_y(name, net)
+        if isinstance(output, bool) or not (output is None or isinstance(output, str | int) or callable(output)):
+            raise ValueError(
+                f"{name}: argument `output` must be a key or the name of an attribute (a string), a place in a tuple "
+                f"(an int) or a function; got {output!r}"
             )
         self.net, self.likelihood, self.output, self._look = net, likelihood, output, Look()
 
@@ -101,11 +109,7 @@ class NestedModel(QuietModule):
         """
         caller = type(self).__name__
         batch = split_inputs(data, named, self.net.num_inputs)
-        if batch.more or not batch.num_rows:
-            raise ValueError(
-                f"{caller}: give {self.net.num_inputs or 'named'} inputs, tensors with a row for each example, and "
-                f"what is observed; got {shapes((*data, *named.values()))}"
-            )
+        batch.check(caller, self.net.num_inputs, alone=True)
         if not self._look.done and not only_plain_code():
             check_numbers(caller, "x", batch.inputs)
         plate = pyro.plate("data", batch.num_rows, dim=-1)
@@ -162,8 +166,17 @@ def taken_apart(caller: str, model: Any) -> tuple[NestedNet, NetLikelihood, Call
     if isinstance(model, NestedModel):
         return model.net, model.likelihood, model.outputs_of
     if isinstance(model, NestedNet):
+        _refuse_input_y(caller, model)
         return model, CategoricalLabels(), partial(picked, caller)
     raise ValueError(
         f"{caller}: argument `model` must be a NestedModel, or a NestedNet of classes, as `nest` returns; got "
         f"{type(model).__name__}"
     )
+
+
+def _refuse_input_y(caller: str, net: NestedNet) -> None:
+    if "y" in net.input_names:
+        raise ValueError(
+            f"{caller}: {type(net.net).__name__} was nested with an input by the name 'y', by which data have what is "
+            "observed: nest it with a tuple of its inputs, and give them in order, or rename the input"
+        )

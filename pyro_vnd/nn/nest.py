@@ -139,6 +139,10 @@ def nest(
         result = NestedNet(plain, mask_per=mask_per, gated=gated, prefix=prefix, **found)
         result.whole = groups.whole
         result.num_inputs = 0 if isinstance(example_input, Mapping) else len(examples)
+        result.input_names = tuple(example_input) if isinstance(example_input, Mapping) else ()
+        result.example = tuple(
+            x[:1].detach() if isinstance(x, Tensor) and x.shape[:1] == examples[0].shape[:1] else x for x in examples
+        )
         result.input_shapes = tuple(tuple(x.shape) for x in examples if isinstance(x, Tensor))
         try:
             result.positions = check_and_count(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_vnd._compat import QuietModule, plain_checkpoints
 from pyro_vnd._data import Batch
-from pyro_vnd._inputs import explain_inputs, refuse_nan
+from pyro_vnd._inputs import explain_arguments, explain_inputs, refuse_nan
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.nn.depth import NestedBlock
 from pyro_vnd.nn.layers import NestedLayer
@@ -80,6 +80,8 @@ class NestedNet(QuietModule):
         positions: How often each layer is applied to one example (pixels, tokens), by its name, if `nest` counted.
         input_shapes: Shapes of the example that it was nested with, if it was.
         num_inputs: How many inputs it takes in order, before what is observed; 0 if it takes them by name.
+        example: The first row of the example that it was nested with, if it was.
+        input_names: Names of those of the example that it was nested with, if they had names.
 
     Raises:
         ValueError: If the net has no widths, or two have one name.
@@ -127,6 +129,8 @@ class NestedNet(QuietModule):
         self.positions: dict[str, int] = {}
         self.input_shapes: tuple[tuple[int, ...], ...] = ()
         self.num_inputs = 1
+        self.example: tuple[Any, ...] = ()
+        self.input_names: tuple[str, ...] = ()
         self.own_channels, self.reads, self.blocks = list(own_channels), list(reads), list(blocks)
         self._random_parameters = nn.ModuleList(random_parameters)
         for block in blocks:
@@ -190,8 +194,11 @@ class NestedNet(QuietModule):
 
     def _run(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
         dtype = next((parameter.dtype for parameter in self.parameters()), None)
-        given = (*inputs, *named.values())
-        with explain_inputs(f"NestedNet({type(self.net).__name__})", given, dtype, self.input_shapes):
+        given, caller = (*inputs, *named.values()), f"NestedNet({type(self.net).__name__})"
+        with (
+            explain_inputs(caller, given, dtype, self.input_shapes),
+            explain_arguments(caller, self.net, inputs, named),
+        ):
             return self.net(*inputs, **named)
 
     @contextmanager

@@ -42,6 +42,8 @@ class Parts:
         self.modules = dict(net.named_modules())
         self.replaced: dict[str, nn.Module] = {}
         self._functional = {name.rpartition(".")[0]: name for name in groups.reads if self._is_layer(name)}
+        # Of others the layer itself looks after what it reads.
+        self._read_by_functions = groups.reads.keys() - (set(self._functional.values()) - set(groups.read_elsewhere))
         self.affine = [name for name in groups.layers if affine_kind(self.modules[name])] + list(self._functional)
         self._names = {id(tensor): name for name, tensor in [*net.named_parameters(), *net.named_buffers()]}
         self._uses = Counter(id(tensor) for part in net.modules() for tensor in part.parameters(recurse=False))
@@ -59,8 +61,9 @@ class Parts:
         own = {each for each, _ in part.named_parameters(recurse=False)}
         if key != "weight" or path in self.groups.layers or own - {"weight", "bias"} or not affine_kind(part):
             return False
-        if hasattr(part, "parametrizations"):  # of its bias
-            return False
+        in_groups = getattr(part, "groups", 1) != 1
+        if hasattr(part, "parametrizations") or (in_groups and name in self.groups.read_elsewhere):
+            return False  # of its bias; and the number of groups is another in a cut pass
         plain: Any = part
         sizes = (
             (plain.in_features, plain.out_features)
@@ -68,7 +71,21 @@ class Parts:
             else (plain.in_channels, plain.out_channels)
         )
         channels = self.groups.reads[name]
-        return sizes == tuple(sum(run.size for run in runs) for runs in (channels.inputs, channels.outputs))
+        fits = sizes == tuple(sum(run.size for run in runs) for runs in (channels.inputs, channels.outputs))
+        return fits and self._lies_as_in_layer(path, channels, plain)
+
+    def _lies_as_in_layer(self, path: str, channels: LayerChannels, plain: Any) -> bool:
+        """Say whether what a function reads and makes lies along a weight, and its bias, as if the layer did it."""
+        transposed, in_groups = getattr(plain, "transposed", False), getattr(plain, "groups", 1) != 1
+        ends = [channels.inputs, channels.outputs] if transposed else [channels.outputs, channels.inputs]
+        places = [("weight", dim, runs) for dim, runs in enumerate(ends[:1] if in_groups else ends)]
+        of_bias = self.groups.parameters.get(f"{path}.bias".removeprefix("."))
+        places += [] if of_bias is None else [("bias", 0, channels.outputs)]
+        for key, dim, runs in places:
+            found = self.groups.parameters.get(f"{path}.{key}".removeprefix("."), {}).get(dim, ())
+            if found != (runs if any(run.owner for run in runs) else ()):
+                return False
+        return True
 
     def nested(self, priors: Mapping[str, Any], init_scale: float) -> nn.Module:
         """Replace layers and norms by nested ones; return the net.
@@ -88,7 +105,7 @@ class Parts:
                 nested = NestedLayer(
                     layer, inputs=inputs, outputs=outputs, prior=prior, init_scale=init_scale, rows=rows
                 )
-                if name not in self._functional and self._names[id(layer.weight)] in self.groups.reads:
+                if self._names[id(layer.weight)] in self._read_by_functions:
                     nested.share()
                 self.replaced[name] = nested
             elif any(run.owner is not None for run in outputs):
@@ -153,7 +170,7 @@ class Parts:
         found = []
         for name, channels in self.groups.reads.items():
             path, _, key = name.rpartition(".")
-            if path not in self._functional and any(run.owner for run in channels.inputs):
+            if name in self._read_by_functions and any(run.owner for run in channels.inputs):
                 part: nn.Module = self.replaced.get(path) or self.modules[path]
                 found.append((part, key, Read(self._axis(channels.inputs), self._rows(channels))))
         return found

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
 from pyro_vnd.nn.axis import Index, kept_channels
-from pyro_vnd.nn.cost import zeros_for
+from pyro_vnd.nn.cost import example_of
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.narrow import narrow_layer
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.norms import NestedNorm, mixes_channels
-from pyro_vnd.nn.outputs import picked
+from pyro_vnd.nn.outputs import Output, picked
 from pyro_vnd.nn.submodules import replace_modules
 from pyro_vnd.nn.tracing.tape import Value, recorded
 
@@ -31,28 +31,30 @@ class Stage(nn.Module):
     """One width of a cascade: from inputs, and what the stage before handed on, to logits and the doubt of them.
 
     Args:
-        nets: A net for each draw, which maps (x, *known) to (logits, *known), as `continued` makes them.
+        nets: A net for each draw, which maps (*inputs, *known) to (logits, *known), as `continued` makes them.
         doubt: What doubt is.
         draws: Whether logits have a dimension for the draws.
+        num_inputs: Number of inputs.
     """
 
-    def __init__(self, nets: Sequence[nn.Module], doubt: Doubt, draws: bool) -> None:
+    def __init__(self, nets: Sequence[nn.Module], doubt: Doubt, draws: bool, num_inputs: int = 1) -> None:
         super().__init__()
-        self.nets, self.doubt, self.draws = nn.ModuleList(nets), doubt, draws
+        self.nets, self.doubt, self.draws, self.num_inputs = nn.ModuleList(nets), doubt, draws, num_inputs
 
-    def forward(self, x: Tensor, *known: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
         """Run the stage.
 
         Args:
-            x: Inputs, a row for each example.
-            *known: What the stage before handed on for these rows; nothing in the first stage.
+            x: The first input, a row for each example.
+            *more: Further inputs, and what the stage before handed on for these rows; nothing in the first stage.
 
         Returns:
             Logits, shape (N, C), or (N, S, C) with draws; their doubt, shape (N,); and what is handed on to the next
             stage: tensors whose first dimension counts the rows, equally many for each draw.
         """
+        inputs, known = (x, *more[: self.num_inputs - 1]), more[self.num_inputs - 1 :]
         size = len(known) // len(self.nets)
-        outputs = [net(x, *known[i * size : (i + 1) * size]) for i, net in enumerate(self.nets)]
+        outputs = [net(*inputs, *known[i * size : (i + 1) * size]) for i, net in enumerate(self.nets)]
         logits = torch.stack([logits for logits, *_ in outputs], 1)
         handed = [value for _, *values in outputs for value in values]
         return logits if self.draws else logits.squeeze(1), doubt_of(logits, self.doubt), *handed
@@ -85,23 +87,32 @@ _EXCHANGE: ContextVar[_Exchange] = ContextVar("exchange")
 
 
 class ContinuedNet(nn.Module):
-    """A net whose shared layers go on from their outputs at a narrower width, from (x, *known) to (output, *known).
+    """A net whose shared layers go on from their outputs at a narrower width, to (output, *known).
 
     Args:
         net: The net, with a `SharedLayer` in each of these places.
         num_shared: How many there are.
+        num_inputs: Number of inputs, after which come the outputs at a narrower width.
+        names: Names of the inputs, if the net takes them by name.
+        output: What the outputs are of that which the net returns, as in `NestedModel`.
     """
 
-    def __init__(self, net: nn.Module, num_shared: int) -> None:
+    def __init__(
+        self, net: nn.Module, num_shared: int, num_inputs: int, names: Sequence[str] = (), output: Output = None
+    ) -> None:
         super().__init__()
-        self.net, self.num_shared = net, num_shared
+        self.net, self.num_shared, self.output = net, num_shared, output
+        self.num_inputs, self.names = num_inputs, tuple(names)
 
-    def forward(self, x: Tensor, *known: Tensor) -> tuple[Any, ...]:
+    def forward(self, *tensors: Tensor) -> tuple[Any, ...]:
         """Run the net."""
+        inputs, known = tensors[: self.num_inputs], tensors[self.num_inputs :]
         exchange = _Exchange(known, [None] * self.num_shared)
         token = _EXCHANGE.set(exchange)
         try:
-            return (picked("CascadeNet", self.net(x)), *exchange.handed)
+            named = dict(zip(self.names, inputs, strict=True)) if self.names else {}
+            returned = self.net(**named) if named else self.net(*inputs)
+            return (picked("CascadeNet", returned, self.output), *exchange.handed)
         finally:
             _EXCHANGE.reset(token)
 
@@ -184,31 +195,21 @@ def shared_layers(net: NestedNet, plain: nn.Module) -> list[str]:
     Args:
         net: The nested net.
         plain: What `narrow` makes of it, at any width.
-
-    Raises:
-        ValueError: If the net does not run on zeros like its example.
     """
     nested = {name: part for name, part in net.net.named_modules() if isinstance(part, NestedLayer | NestedNorm)}
     known = dict(plain.named_modules())
     layers = {known[name]: name for name in nested if name in known}
-    inputs = zeros_for(net, plain)
-    if not inputs:
-        raise ValueError(
-            f"CascadeNet: {type(net.net).__name__} takes neither numbers nor indices of the shapes {net.input_shapes}, "
-            "by which it could be seen what stages share"
-        )
     with module_mode([plain], training=False), torch.no_grad(), random_numbers(0, cuda_devices([net])):
-        tape = recorded(plain, inputs, layers.__contains__, lambda *_: None)
+        tape = recorded(plain, example_of(net), layers.__contains__, lambda *_: None)
     # What is one module of torch's in the narrowed net, such as a recurrent one, reads cut channels somewhere.
     opaque = tuple(_nearest(name, known) for name in nested.keys() - known.keys())
     reads = {id(getattr(plain.get_submodule(path), key)) for path, key in _read_weights(net)}
     calls = Counter(op.path for op in tape.ops if op.target in layers)
     names: list[str] = []
     changed: set[Value] = set()  # what is not the same in a wider net, with more of it perhaps
-    from_data = {value for op in tape.ops for value in op.inputs if value.is_input}
+    from_inputs = tape.from_inputs()
     for op in tape.ops:
-        depends = not from_data.isdisjoint(op.inputs)
-        if depends and not op.outputs and not op.in_place:
+        if not op.outputs and not op.in_place and not from_inputs.isdisjoint(op.inputs):
             break  # Python was told
         is_changed = not changed.isdisjoint(op.inputs) or any(id(value.kept) in reads for value in op.inputs)
         is_changed |= any(f"{op.path}.".startswith(f"{path}.") for path in opaque)
@@ -221,11 +222,8 @@ def shared_layers(net: NestedNet, plain: nn.Module) -> list[str]:
             is_changed |= bool(part.input_axis.widths)
         elif isinstance(part, NestedNorm):
             is_changed |= mixes_channels(part.plain)
-        values = op.outputs or op.inputs[:1]
         if is_changed:
-            changed.update(values)
-        if depends:
-            from_data.update(values)
+            changed.update(op.outputs or op.inputs[:1])
     return names
 
 
@@ -248,6 +246,7 @@ def continued(
     before: Mapping[str, int] | None,
     after: Mapping[str, int],
     draw: Mapping[str, Tensor] | None = None,
+    output: Output = None,
 ) -> ContinuedNet:
     """Turn a narrowed net into one that goes on from a narrower one, and that a wider one can go on from.
 
@@ -258,10 +257,11 @@ def continued(
         before: Units that groups keep in the narrower net; None if there is none.
         after: Units that they keep in this one.
         draw: The weights that it was narrowed with, as in `narrow`.
+        output: What the outputs are of that which the net returns, as in `NestedModel`.
 
     Returns:
-        A module from (x, *known) to (output, *known): outputs of the shared layers of the narrower net, none if there
-        is none, and of this one.
+        A module from (*inputs, *known) to (output, *known): outputs of the shared layers of the narrower net, none if
+        there is none, and of this one.
     """
     replacements: dict[nn.Module, nn.Module] = {}
     for place, name in enumerate(shared):
@@ -271,7 +271,8 @@ def continued(
             site = f"{net.prefix}{name}" if name else f"{net.prefix}layer"
             widened = _widened(net.layers[name], before, after, site, draw)
         replacements[layer] = SharedLayer(layer, widened, place)
-    return ContinuedNet(replace_modules(plain, replacements), len(shared))
+    num_inputs = net.num_inputs or len(net.input_names)
+    return ContinuedNet(replace_modules(plain, replacements), len(shared), num_inputs, net.input_names, output)
 
 
 def _widened(

@@ -10,7 +10,17 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import nets
-from pyro_vnd.nn import CascadeNet, NestedClassifier, NestedLayer, NestedNet, Width, narrow, nest, recalibrate_batchnorm
+from pyro_vnd.nn import (
+    CascadeNet,
+    NestedLayer,
+    NestedModel,
+    NestedNet,
+    NormalTargets,
+    Width,
+    narrow,
+    nest,
+    recalibrate_batchnorm,
+)
 
 STAGES = [1, 2, 4]
 
@@ -332,8 +342,9 @@ def test_what_does_not_fit_is_named(rows):
     net = small_net()
     by_hand = NestedNet(nn.Sequential(NestedLayer(nn.Linear(8, 4), outputs=Width("hidden", 4))))
     refused = [
-        (lambda: CascadeNet(NestedClassifier(net), STAGES), "`net` must be a NestedNet.*got NestedClassifier"),
-        (lambda: CascadeNet(by_hand, STAGES), "made by `nest` for a single input"),
+        (lambda: CascadeNet(net.net, STAGES), "`net` must be a NestedNet.*got Sequential"),
+        (lambda: CascadeNet(NestedModel(net, NormalTargets()), STAGES), "`net` must be .* of classes.*NormalTargets"),
+        (lambda: CascadeNet(by_hand, STAGES), "made by `nest`, from which it knows"),
         (lambda: CascadeNet(net, 0.5), r"`widths` must be a list of widths; got 0\.5"),
         (lambda: CascadeNet(net, []), r"`widths` must be a list of widths; got \[\]"),
         (lambda: CascadeNet(net, [0.5, 0.25]), r"must grow from stage to stage.*got 0\.5 before 0\.25"),

@@ -1,5 +1,6 @@
 """Models of nets that take several inputs, or inputs by name, and return objects."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -7,9 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vnd._data import Batch, input_batches, split_inputs
-from pyro_vnd.diagnostics import evaluate, evaluate_learned, evaluate_widths, loo_widths
+from pyro_vnd.diagnostics import evaluate, evaluate_cascade, evaluate_learned, evaluate_widths, loo_widths
 from pyro_vnd.infer import fit
-from pyro_vnd.nn import NestedClassifier, NestedModel, NormalTargets, narrow, nest, recalibrate_batchnorm, widths_for
+from pyro_vnd.nn import (
+    CascadeNet,
+    NestedClassifier,
+    NestedModel,
+    NormalTargets,
+    narrow,
+    nest,
+    recalibrate_batchnorm,
+    widths_for,
+)
+from pyro_vnd.nn.model import taken_apart
 
 N = 40
 X, Z = torch.randn(2, N, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -194,8 +205,9 @@ def test_inputs_are_told_from_what_is_observed():
     assert split_inputs((), {"right": b, "x": a, "y": c}, 2) == Batch((a,), {"right": b}, c)
     assert split_inputs((), {"right": b, "left": a, "y": c}, 2) == Batch((), {"right": b, "left": a}, c)
     assert split_inputs((), {"left": a, "right": b, "labels": c, "weights": b}, 2) == Batch(
-        (), {"left": a, "right": b}, c, (b,)
+        (), {"left": a, "right": b}, c, (b,), ("weights",)
     )
+    assert split_inputs((a,), {"y": c, "weights": b}) == Batch((a,), {}, c, (b,), ("weights",))
     assert split_inputs((a,), {"right": b, "y": c}, 2) == Batch((a,), {"right": b}, c)
     assert split_inputs((), {"ids": a, "mask": b, "y": c}, 0) == Batch((), {"ids": a, "mask": b}, c)
     parts = [*input_batches({"ids": a, "y": c}, 3, 0)]
@@ -226,3 +238,152 @@ def test_what_does_not_fit_is_said():
         ValueError, match="`example_input` does not fit Named: missing a required argument: 'input_ids'"
     ):
         nest(Named(), {"ids": IDS})
+
+
+class Weighted(nn.Module):
+    """A net that takes an input by the name that data have for what is observed."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x, y):
+        return self.head((self.body(x) + y).tanh())
+
+
+def test_what_data_have_too_much_or_out_of_place_is_refused_by_all():
+    one = nest(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), X[:2], num_blocks=4)
+    for net, data, expected in (
+        (one, {"x": X, "y": Y, "w": X[:, 0]}, r"give 1 inputs, tensors with .*'y': \(.*'w': \("),
+        (named(), (IDS, Y), "give named inputs, in a mapping, as the net was nested, tensors with a row"),
+        (named(), (IDS, MASK, Y), "give named inputs, in a mapping"),
+    ):
+        scores = [lambda *given, of=of: of(*given, **QUIET) for of in (evaluate_widths, loo_widths)]
+        for score in scores:
+            with pytest.raises(ValueError, match=expected):
+                score(net, data, [0.5])
+        with pytest.raises(ValueError, match=expected):
+            evaluate_learned(net, data, 2, **QUIET)
+        with pytest.raises(ValueError, match=expected):
+            widths_for(net, 0.5, data=data)
+        model = NestedClassifier(net)
+        with pytest.raises(ValueError, match=f"NestedClassifier: {expected}"):
+            model(**data) if isinstance(data, dict) else model(*data)
+    narrowed = narrow(one, 0.5)
+    with pytest.raises(ValueError, match="evaluate: give 1 inputs"):
+        evaluate(narrowed, {"x": X, "y": Y, "w": X[:, 0]}, **QUIET)
+    expected = evaluate(narrowed, (X, Y), **QUIET)
+    assert evaluate(narrowed, (X, Y, torch.arange(N)), **QUIET).identical(expected)
+
+
+def test_names_that_the_net_does_not_take_are_said():
+    data = {"attention_mask": MASK, "y": Y}
+    with pytest.raises(ValueError, match=r"arguments of Named, .*by name: missing a required argument: 'input_ids'"):
+        NestedClassifier(named())(**data)
+    with pytest.raises(ValueError, match=r"evaluate: inputs must be the arguments of Named, .*'input_ids'"):
+        evaluate_widths(named(), data, [0.5], None, **QUIET)
+    with pytest.raises(ValueError, match="got an unexpected keyword argument 'w'"):
+        evaluate_learned(named(), data | {"input_ids": IDS, "w": IDS}, 2, **QUIET)
+
+
+def test_an_input_by_the_name_of_what_is_observed_comes_in_order():
+    by_name = nest(Weighted(), {"x": X[:2], "y": X[:2, :1]}, num_blocks=4)
+    for use in (NestedClassifier, lambda net: evaluate_learned(net, {"x": X, "y": Y}, 2, **QUIET)):
+        with pytest.raises(ValueError, match="Weighted was nested with an input by the name 'y', by which data have"):
+            use(by_name)
+    net = nest(Weighted(), (X[:2], X[:2, :1]), num_blocks=4)
+    scores = evaluate_widths(NestedClassifier(net), (X, Z[:, :1], Y), [1.0], None, **QUIET)
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(narrow(net, 1.0)(X, Z[:, :1]), Y).item()
+    assert scores["nll"].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("output", [True, False, 1.0, ("logits",)])
+def test_outputs_that_name_nothing_are_refused(output):
+    with pytest.raises(ValueError, match="`output` must be a key or the name of an attribute"):
+        NestedModel(pair(), NormalTargets(), output=output)
+
+
+class Packed(nn.Module):
+    """A net that packs its sequences by the lengths that it finds in them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.rnn, self.head = nn.Embedding(11, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, ids):
+        lengths = (ids > 0).sum(1)
+        packed = nn.utils.rnn.pack_padded_sequence(self.embedding(ids), lengths, True, enforce_sorted=False)
+        return self.head(self.rnn(packed)[1][-1])
+
+
+FILLED = (1 + IDS % 10) * MASK
+
+
+def packed():
+    return nest(Packed(), FILLED[:2], num_blocks=4)
+
+
+def as_dict(logits, states):
+    return {"scores": logits, "states": states}
+
+
+@pytest.mark.parametrize(
+    ("build", "data"),
+    [
+        (pair, (X, Z, Y)),
+        (pair, {"y": Y, "right": Z, "left": X}),
+        (lambda: NestedClassifier(named()), {"y": Y, "attention_mask": MASK, "input_ids": IDS}),
+        (lambda: NestedClassifier(named(wrap=as_dict), output="scores"), CASES["by name"][1]),
+        (packed, (FILLED, Y)),
+    ],
+)
+def test_cascades_take_the_inputs_of_the_net_and_pick_its_outputs(build, data):
+    model = build()
+    net, *_, outputs_of = taken_apart("test", model)
+    batch = split_inputs(*((data, {}) if isinstance(data, tuple) else ((), data)), net.num_inputs)
+    cascade = CascadeNet(model, [0.25, 0.5, 1.0], mean_cost=0.9).fit_thresholds(data)
+    with torch.no_grad():
+        stages = [outputs_of(narrow(net, width).eval()(*batch.args, **batch.kwargs)) for width in (0.25, 0.5, 1.0)]
+    found = cascade.run(*batch.args, **batch.kwargs)
+    assert len(found.stage.unique()) > 1
+    torch.testing.assert_close(found.logits, torch.stack(stages)[found.stage, torch.arange(N)])
+    scores = evaluate_cascade(cascade, data, data, [0.9], **QUIET)
+    assert scores["share_of_rows"].values.ravel() == pytest.approx((found.stage.bincount(minlength=3) / N).numpy())
+    assert scores["nll"].item() == pytest.approx(nn.functional.cross_entropy(found.logits, Y).item())
+    draws = CascadeNet(model, [0.25, 1.0], 0.0, num_samples=2, recalibrate=data)
+    assert draws(*batch.args, **batch.kwargs).shape == (2, N, 3)
+
+
+def test_cascades_say_what_does_not_fit():
+    cascade = CascadeNet(named(), [0.5, 1.0], 0.5)
+    with pytest.raises(ValueError, match="give the inputs input_ids, attention_mask; got 0 in order and"):
+        cascade(input_ids=IDS)
+    with pytest.raises(ValueError, match=r"CascadeNet\.fit_thresholds: give named inputs, in a mapping"):
+        cascade.fit_thresholds((IDS, MASK), 0.9)
+    with pytest.raises(TypeError, match="`cascade` must be a CascadeNet; got NestedClassifier"):
+        evaluate_cascade(NestedClassifier(pair()), (X, Z, Y), (X, Z, Y), [0.5])
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.body, self.head = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, ids, mask):
+        h = self.embedding(ids)
+        attended = nn.functional.scaled_dot_product_attention(h, h, h, mask[:, None])
+        return self.head(self.body(attended).relu().mean(1))
+
+
+def test_masks_that_are_added_to_scores_are_data():
+    mask = torch.zeros(N, 6).double().masked_fill(MASK == 0, -torch.inf)
+    model = NestedClassifier(nest(Attending(), (IDS[:2], mask[:2]), num_blocks=4))
+    result = fit(model, model.guide, (IDS, mask, Y), num_epochs=2, validation=(IDS, mask, Y), **QUIET)
+    assert all(math.isfinite(value) for value in result.elbo)
+    scores = evaluate_widths(model, (IDS, mask, Y), [0.5], None, **QUIET)
+    with torch.no_grad():
+        logits = narrow(model.net, 0.5).eval()(IDS, mask)
+    assert scores["nll"].item() == pytest.approx(nn.functional.cross_entropy(logits, Y).item())
+    with pytest.raises(ValueError, match=r"`data\[1\]` .* must be finite; got NaN or inf \(-inf only in a mask"):
+        fit(model, model.guide, (IDS, mask - 1, Y), num_epochs=1, **QUIET)

@@ -227,3 +227,32 @@ def test_reads_are_named_tuples_of_channels():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "w1" in repr(net)
+
+
+def test_layers_whose_outputs_are_not_used_are_left_whole_and_can_be_excluded():
+    def forward(net, x):
+        h = net.b(net.a(x).relu()).relu()
+        net.c(h)
+        net.d(h + torch.ones(12))
+        return net.e(h)
+
+    plain, x = Net(forward, **linears((8, 16), (16, 12), (12, 10), (12, 10), (12, 3))), torch.randn(4, 8)
+    net = nest(plain, x, strict=True)
+    assert list(net.widths) == ["a"]  # the constant has a fixed size
+    assert net.whole["c"] == net.whole["d"] == "nothing reads it"
+    assert nest(plain, x, exclude=["c"], strict=True).whole["b"].endswith("is excluded")
+
+
+def test_a_square_weight_that_a_function_reads_turned_around_is_no_layer():
+    def forward(net, x):
+        h = F.linear(net.a(x).relu(), net.b.weight.t()).relu()
+        return net.c(h + net.d.bias)
+
+    plain, x = Net(forward, **linears((8, 12), (12, 12), (12, 3), (12, 12))), torch.randn(4, 8)
+    net = nest(plain, x, strict=True, width_prior={"a": 0.5})
+    units = {name: width.num_units for name, width in net.widths.items()}
+    assert units == {"a": 12, "b": 12}
+    assert "b" not in net.layers
+    weights = narrow(net, {"a": 0.25, "b": 0.5})
+    assert weights.b.weight.shape == (3, 6)
+    torch.testing.assert_close(weights.b.weight, plain.b.weight[:3, :6])

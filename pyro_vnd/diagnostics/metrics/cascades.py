@@ -7,7 +7,7 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
-from pyro_vnd._data import Rows, batches
+from pyro_vnd._data import Rows, input_batches
 from pyro_vnd.diagnostics.metrics.evaluation import evaluate
 from pyro_vnd.nn import CascadeNet
 
@@ -51,6 +51,7 @@ def evaluate_cascade(
         (seed, mean_cost, boundary). The coordinate `mean_cost` is what was asked for.
 
     Raises:
+        TypeError: If it is no cascade.
         ValueError: As in `CascadeNet.fit_thresholds` and `evaluate`.
 
     Example:
@@ -64,6 +65,11 @@ def evaluate_cascade(
         >>> result["nll"].dims, result["multiply_adds"].dims
         (('seed', 'mean_cost'), ('seed', 'mean_cost'))
     """
+    if not isinstance(cascade, CascadeNet):
+        raise TypeError(
+            f"evaluate_cascade: argument `cascade` must be a CascadeNet; got {type(cascade).__name__}: make one, "
+            "CascadeNet(net, widths)"
+        )
     if not len(mean_costs):
         raise ValueError("evaluate_cascade: argument `mean_costs` must have one mean cost at least; got none")
     before, results = (cascade.mean_cost, cascade.thresholds.clone()), []
@@ -103,5 +109,10 @@ def _costs(cascade: CascadeNet, data: Rows, ood: Mapping[str, Rows], batch_size:
 def _share_of_rows(cascade: CascadeNet, data: Rows, batch_size: int) -> np.ndarray:
     """Return the share of rows that stop at each stage."""
     device = cascade.thresholds.device
-    stages = torch.cat([cascade.run(batch[0].to(device)).stage.cpu() for batch in batches(data, batch_size)])
+    stages = torch.cat(
+        [
+            cascade.run(*batch.args, **batch.kwargs).stage.cpu()
+            for batch in (each.to(device) for each in input_batches(data, batch_size, cascade.num_inputs))
+        ]
+    )
     return np.bincount(stages, minlength=len(cascade.stages)) / len(stages)

@@ -11,7 +11,6 @@ from pyro_vnd.diagnostics.metrics.calibration import (
     NUM_BINS,
     calibration_bins,
     check_rows,
-    fit_temperature,
     scale_temperature,
 )
 from pyro_vnd.diagnostics.metrics.ood import SCORES, ood_scores, score_limits
@@ -36,6 +35,7 @@ class ClassScorer(Scorer):
     """
 
     scores = SCORES
+    calibrates = True
 
     def with_draws(self, outputs: Tensor, is_plain: bool) -> Tensor:
         """Return logits (S, N, C); of a single draw they are (N, C), whoever predicted them."""
@@ -70,12 +70,17 @@ class ClassScorer(Scorer):
             name: named_variable(name, ("bin",), values) for name, values in parts.items()
         }
 
-    def calibrated(self, columns: Columns, validation: Columns) -> dict[str, xr.Variable]:
-        """Return a temperature that was fitted on validation rows, and metrics at it."""
-        temperature = fit_temperature(_entries(validation).log_probs, validation["label"].flatten())
-        scaled = scale_temperature(_entries(columns).log_probs, temperature)
+    def validation(self, outputs: Tensor, y: Tensor) -> Columns:
+        """Keep the averaged log-probabilities and the labels of all entries."""
+        columns = self.columns(outputs, y)
+        return {"log_probs": columns["log_probs"].flatten(0, -2), "label": columns["label"].flatten()}
+
+    def calibrated(self, columns: Columns) -> dict[str, xr.Variable]:
+        """Return the temperature, and metrics at it."""
+        assert self.temperature is not None
+        scaled = scale_temperature(_entries(columns).log_probs, self.temperature)
         metrics = score_log_probs(scaled, columns["label"].flatten())
-        found = {"temperature": temperature} | {f"{name}_calibrated": metrics[name] for name in _CALIBRATED}
+        found = {"temperature": self.temperature} | {f"{name}_calibrated": metrics[name] for name in _CALIBRATED}
         return {name: named_variable(name, (), value) for name, value in found.items()}
 
     def row_scores(self, columns: Columns) -> dict[str, Tensor]:

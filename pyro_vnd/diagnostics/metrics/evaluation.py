@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_vnd._data import Rows, input_batches
-from pyro_vnd._inputs import explain_inputs
+from pyro_vnd._inputs import explain_inputs, not_finite
 from pyro_vnd._state import module_mode
 from pyro_vnd.diagnostics.metrics.calibration import NUM_BINS
 from pyro_vnd.diagnostics.metrics.classification import BitScorer, ClassScorer, LevelScorer
@@ -99,9 +99,10 @@ def evaluate(
         likelihood: Of y given the outputs; classes by default. With parameters of its own it is `model.likelihood`.
         ood: Test data from outside the domain, by name: as `data`, or inputs alone. Only these are used, and of labels
             of tokens and pixels which of them are to be ignored.
-        calibrate: Validation data, as `data`, for classes, bits and levels: finds the temperature of the averaged
-            probabilities that minimises their NLL, and adds `temperature` and, with it, `nll_calibrated`,
-            `brier_calibrated`, `ece_calibrated` and `adaptive_ece_calibrated`.
+        calibrate: Validation data, as `data`, for labels: finds the temperature of the averaged probabilities that
+            minimises their NLL, and adds `temperature` and, with it, `nll_calibrated`, `brier_calibrated`,
+            `ece_calibrated` and, but for tokens and pixels, `adaptive_ece_calibrated`. Memory holds the averaged
+            probabilities of all of its labels that count.
         seed: Seed of the draws, and the coordinate of the result: give each fit its own.
         batch_size: Rows of a batch, where data are tensors.
         device: Where batches go before `predict`. By default the device of a module, and nowhere else.
@@ -134,12 +135,12 @@ def evaluate(
     if "test" in (ood or {}):
         raise ValueError("evaluate: `ood` has a set named 'test', which is the name of the test data; rename it")
     scorer = scorer_of(CategoricalLabels() if likelihood is None else likelihood)
-    if calibrate is not None and not isinstance(scorer, ClassScorer):
+    if calibrate is not None and not scorer.calibrates:
         raise ValueError(
-            "evaluate: `calibrate` finds a temperature, for CategoricalLabels, BernoulliLabels and OrdinalLabels; got "
+            "evaluate: `calibrate` finds a temperature, for classes, bits, levels, tokens and pixels; got "
             f"{type(scorer.likelihood).__name__}: leave it out"
         )
-    sets = {"test": data} | ({} if calibrate is None else {"validation": calibrate})
+    sets = ({} if calibrate is None else {"validation": calibrate}) | {"test": data}
     sets |= {f"foreign {name}": data for name, data in (ood or {}).items()}
     rows: dict[str, Columns] = {}
     num_samples = 0
@@ -150,6 +151,8 @@ def evaluate(
             observed = None if name.startswith("foreign ") else {"test": "data"}.get(name, "calibrate")
             try:
                 rows[name], num_samples = _reduce(predict, scorer, data, observed, **options)
+                if name == "validation":
+                    scorer.calibrate(rows.pop(name))
             except (ValueError, RuntimeError) as error:
                 error.add_note(f"evaluate: in the {name} data")
                 raise
@@ -157,7 +160,7 @@ def evaluate(
     test = rows["test"]
     variables = scorer.variables(test)
     if calibrate is not None:
-        variables |= scorer.calibrated(test, rows["validation"])
+        variables |= scorer.calibrated(test)
     coords: dict[str, Any] = {"seed": [seed]}
     sizes = {dim: size for each in variables.values() for dim, size in each.sizes.items()}
     known = {"bin": np.arange(NUM_BINS), "level": list(LEVELS), "class": np.arange(sizes.get("class", 0))}
@@ -199,7 +202,9 @@ def _reduce(
     device = own.device if device is None and own is not None else device
     is_plain = isinstance(predict, nn.Module) and not getattr(predict, "returns_draws", False)
     with torch.random.fork_rng(), module_mode([predict], training=False):
-        for given in input_batches(data, batch_size, getattr(predict, "num_inputs", 1)):
+        num_inputs = getattr(predict, "num_inputs", 1)
+        for given in input_batches(data, batch_size, num_inputs):
+            given.check("evaluate", num_inputs)
             torch.manual_seed(seed)
             batch = given.to(device)
             dtype, shapes = None if own is None else own.dtype, getattr(predict, "input_shapes", ())
@@ -217,10 +222,13 @@ def _reduce(
                 )
             try:
                 y = None if observed is None else scorer.targets("evaluate", outputs, batch.y)
-                parts.append(scorer.columns(outputs, y, hidden=batch.y))
+                if observed == "calibrate" and y is not None:
+                    parts.append(scorer.validation(outputs, y))
+                else:
+                    parts.append(scorer.columns(outputs, y, hidden=batch.y))
             except ValueError as error:
                 by_row = [x.reshape(len(x), -1) for x in batch.inputs if isinstance(x, Tensor) and x.dim()]
-                bad_rows = [~x.isfinite().all(1) for x in by_row if len(x) == batch.num_rows]
+                bad_rows = [not_finite(x).any(1) for x in by_row if len(x) == batch.num_rows]
                 if bad := int(torch.stack(bad_rows).any(0).sum()):
                     raise ValueError(
                         f"evaluate: inputs must be finite; {bad} of {batch.num_rows} rows have NaN or inf"

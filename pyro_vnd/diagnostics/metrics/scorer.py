@@ -8,6 +8,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pyro_vnd.diagnostics.metrics.calibration import fit_temperature
 from pyro_vnd.diagnostics.metrics.variables import variable
 from pyro_vnd.nn import NetLikelihood
 
@@ -57,9 +58,11 @@ class Scorer:
     """
 
     scores: ClassVar[tuple[str, ...]]  # of how foreign a row looks, which are columns or follow from them
+    calibrates: ClassVar[bool] = False  # whether probabilities can have a temperature
 
     def __init__(self, likelihood: NetLikelihood) -> None:
         self.likelihood = likelihood
+        self.temperature: float | None = None
 
     def with_draws(self, outputs: Tensor, is_plain: bool) -> Tensor:
         """Return outputs of S draws, shape (S, N, ...).
@@ -92,8 +95,16 @@ class Scorer:
         """Return metrics of all rows together."""
         raise NotImplementedError
 
-    def calibrated(self, columns: Columns, validation: Columns) -> dict[str, xr.Variable]:
-        """Return metrics after recalibration on validation rows."""
+    def validation(self, outputs: Tensor, y: Tensor) -> Columns:
+        """Reduce a batch of validation data to what `fit_temperature` takes; arguments as in `columns`."""
+        raise NotImplementedError
+
+    def calibrate(self, validation: Columns) -> None:
+        """Find the temperature of the averaged probabilities on validation data, before anything is reduced."""
+        self.temperature = fit_temperature(validation["log_probs"], validation["label"])
+
+    def calibrated(self, columns: Columns) -> dict[str, xr.Variable]:
+        """Return the temperature, and metrics at it."""
         raise NotImplementedError
 
     def row_scores(self, columns: Columns) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_vnd._data import Batch, Rows, input_batches
-from pyro_vnd._inputs import explain_inputs
+from pyro_vnd._inputs import explain_arguments, explain_inputs
 from pyro_vnd._state import module_mode
 from pyro_vnd.diagnostics.metrics.evaluation import evaluate, net_cost, scorer_of
 from pyro_vnd.diagnostics.posterior import _arviz
@@ -231,6 +231,7 @@ def _first_input(name: str, net: NestedNet, data: Rows) -> Batch:
     """Return the first row of the inputs; a loader that shuffles leaves the caller's random state as it was."""
     with torch.random.fork_rng():
         for batch in input_batches(data, 1, net.num_inputs):
+            batch.check(name, net.num_inputs)
             return batch.map_inputs(lambda x: x[:1])
     raise ValueError(f"{name}: `data` has no rows")
 
@@ -259,7 +260,8 @@ class _Stacked(nn.ModuleList):
         self.input_shapes, self.num_inputs, self.outputs_of = net.input_shapes, net.num_inputs, outputs_of
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        return torch.stack([self.outputs_of(net(*inputs, **named)) for net in self])
+        with explain_arguments("evaluate", self[0], inputs, named):
+            return torch.stack([self.outputs_of(net(*inputs, **named)) for net in self])
 
 
 class _Drawn:

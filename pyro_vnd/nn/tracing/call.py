@@ -174,7 +174,7 @@ class Call:
         name = self.interpreter.reads_of(weight)
         unify(self.runs(inputs_at, weight), inputs, f"{self.where} is used again on other channels")
         if name:
-            self.interpreter.record(name, inputs, outputs, self.rows_of(x), self.where, read=True)
+            self.interpreter.record(name, inputs, outputs, self.rows_of(x), self.where, self.op.path)
         else:
             self.hold([inputs], "reads channels with weights that are computed")
         for run in outputs if made else ():

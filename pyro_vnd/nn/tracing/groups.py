@@ -55,6 +55,7 @@ class ChannelGroups:
         whole: Why channels cannot be cut, by the first layer that makes them.
         parameters: What lies along axes of parameters and buffers, by name, of which something can be cut.
         reads: What functions read and make that take a parameter as their weight, by its name, and are no layers.
+        read_elsewhere: Those of them that functions outside of the forward of the parameter's own module take.
         attributes: Attributes of modules that are numbers of channels, and which.
         unfollowed: Operations that could not be followed, by the module that they are in.
         untrained: Why the net could not be run in training mode, "" if it could.
@@ -68,6 +69,7 @@ class ChannelGroups:
     whole: dict[str, str]
     parameters: dict[str, dict[int, Layout]] = field(default_factory=dict)
     reads: dict[str, LayerChannels] = field(default_factory=dict)
+    read_elsewhere: Collection[str] = ()
     attributes: dict[Attribute, Layout] = field(default_factory=dict)
     unfollowed: dict[str, str] = field(default_factory=dict)
     untrained: str = ""
@@ -186,6 +188,7 @@ def channel_groups(
         whole,
         parameters,
         {name: _channels(layer, interpreter) for name, layer in interpreter.reads.items()},
+        interpreter.read_elsewhere,
         {
             each: _layout(runs)
             for each, runs in interpreter.attributes.items()

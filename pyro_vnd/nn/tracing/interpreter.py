@@ -44,6 +44,7 @@ class Interpreter:
         parameters: What lies along the axes of parameters and buffers, by name and axis.
         attributes: What lies along axes whose lengths are attributes of modules.
         reads: Names of parameters that functions take as weights, rather than modules.
+        read_elsewhere: Those of them that functions take outside of the forward of the module that has them.
         made: The spaces, in order.
         ways: What is known of operations that are alike, which may be found out by other interpreters, too.
         unfollowed: Operations without a rule, each as the name of its module and what it is.
@@ -70,10 +71,11 @@ class Interpreter:
         self.parameters: dict[tuple[str, int], Runs] = {}
         self.attributes: dict[Attribute, Runs] = {}
         self.reads: dict[str, Layer] = {}
+        self.read_elsewhere: set[str] = set()
         self.made: list[Space] = []
         self.ways: dict[Any, Any] = {}
         self.unfollowed: dict[str, str] = {}
-        self._from_data: set[Value] = set()
+        self._from_inputs: set[Value] = set()
         self._producers: dict[Value, Op] = {}
         self._checks: list[tuple[Callable[[], bool], Callable[[], None]]] = []
 
@@ -84,6 +86,7 @@ class Interpreter:
             Split: If axes of parameters must be followed in parts; it names those of the whole tape, as far as they are
                 seen when nothing is known of what such operations return: nets have as many of them as layers.
         """
+        self._from_inputs |= tape.from_inputs()
         parts: dict[tuple[Hashable, int], tuple[int, ...]] = {}
         for op in tape.that_matter():
             try:
@@ -101,10 +104,14 @@ class Interpreter:
             hold(self.axes(value), "it reaches the net's output")
 
     def finish(self) -> None:
-        """Leave whole what only parameters have, and what is read where the rows are not the examples."""
+        """Leave whole what only parameters have, what nothing reads, and what is read where rows are no examples."""
+        readers = (layer for found in (self.layers, self.reads) for layer in found.values())
+        read = {run.owner.root for layer in readers if layer.inputs is not layer.outputs for run in layer.inputs}
         for space in self.made:
             if not space.made:
                 space.hold("no layer makes it")
+            elif not space.reason and space.root not in read:
+                space.hold("nothing reads it")
         if self.by_example:
             self._hold_lost_rows()
         failed: list[bool] = []
@@ -163,10 +170,12 @@ class Interpreter:
         return weight.parameter or weight.view_of
 
     def record(
-        self, name: str, inputs: Runs, outputs: Runs, at: tuple[int, Runs] | None, where: str, read: bool = False
+        self, name: str, inputs: Runs, outputs: Runs, at: tuple[int, Runs] | None, where: str, reader: str | None = None
     ) -> None:
-        """Record what a layer, or a function that takes a parameter as its weight, reads and makes."""
-        known = (self.reads if read else self.layers).setdefault(name, Layer(inputs, outputs, at))
+        """Record what a layer reads and makes, or a function in the forward of a `reader`, with a parameter."""
+        if reader is not None and reader != name.rpartition(".")[0]:
+            self.read_elsewhere.add(name)
+        known = (self.layers if reader is None else self.reads).setdefault(name, Layer(inputs, outputs, at))
         for before, now in ((known.inputs, inputs), (known.outputs, outputs)):
             if before is not now:
                 unify(before, now, f"{where} is used again on other channels")
@@ -195,8 +204,6 @@ class Interpreter:
         for value in op.inputs:
             self.axes(value)
         self._producers.update(dict.fromkeys(op.outputs, op))
-        if not op.name.endswith("_like") and any(map(self.is_from_data, op.inputs)):
-            self._from_data.update(op.outputs or op.inputs[:1])
         call = Call(op, self)
         if not op.outputs and op.name != "setitem":
             call.hold((runs for value in op.inputs for runs in self.axes(value).values()), "reads values")
@@ -238,7 +245,7 @@ class Interpreter:
 
     def is_from_data(self, value: Value) -> bool:
         """Say whether the entries of a tensor depend on the inputs of the net."""
-        return value.is_input or value in self._from_data
+        return value.is_input or value in self._from_inputs
 
     def original(self, value: Value) -> Value:
         """Return what was cast, or moved to another device, to make a tensor."""

@@ -156,7 +156,7 @@ def _in_groups_of_weight(call: Call, x: Value, axis: int, weight: Value, groups:
     if not (bound and sources) or not name:
         call.hold([inputs, outputs], "has a fixed number of groups")
     else:
-        call.interpreter.record(name, inputs, outputs, call.rows_of(x), call.where, read=True)
+        call.interpreter.record(name, inputs, outputs, call.rows_of(x), call.where, call.op.path)
     return {axis: outputs}
 
 
@@ -206,7 +206,7 @@ def _record_statistics(call: Call, runs: Runs) -> None:
     weight = next(iter(call.tensors[1:]), None)
     name = "" if weight is None else call.interpreter.reads_of(weight)
     if name:
-        call.interpreter.record(name, runs, runs, call.rows_of(call.tensors[0]), call.where, read=True)
+        call.interpreter.record(name, runs, runs, call.rows_of(call.tensors[0]), call.where, call.op.path)
     else:
         call.hold([runs], "normalises over channels, without a weight")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias
@@ -301,14 +301,36 @@ class Tape(TorchFunctionMode):
         self.results = [self._value(tensor) for tensor in self.returned]
 
     def that_matter(self) -> list[Op]:
-        """Return the operations on which results, or what Python was told, depend."""
-        needed, ops = set(self.results), []
+        """Return the operations that must be followed.
+
+        On the others neither results nor what Python was told depend, and they can be run with fewer channels: no
+        module before them, and no tensor that the inputs did not make, asks for all.
+        """
+        from_inputs, needed = self.from_inputs(), set(self._needed_for(self.results))
+        unused: set[Value] = set()
+        for op in self.ops:
+            is_plain = from_inputs.issuperset(op.inputs) and not isinstance(op.target, nn.Module)
+            if op not in needed and not (is_plain and unused.isdisjoint(op.inputs)):
+                unused.update(op.outputs)
+        return self._needed_for([*self.results, *unused])
+
+    def _needed_for(self, values: Iterable[Value]) -> list[Op]:
+        needed, ops = set(values), []
         for op in reversed(self.ops):
             if op.in_place or not op.outputs or not needed.isdisjoint(op.outputs):
                 sizes = (each for each in numbers_in((op.args, op.kwargs)) if isinstance(each, Size))
                 needed.update(op.inputs, (each.value for each in sizes))
                 ops.append(op)
         return ops[::-1]
+
+    def from_inputs(self) -> set[Value]:
+        """Return the tensors whose entries, and not just their shapes, depend on the inputs of the net."""
+        found = {value for op in self.ops for value in op.inputs if value.is_input}
+        for op in self.ops:
+            takes_shape = op.name.endswith("_like") or op.name.startswith("new_")
+            if not takes_shape and not found.isdisjoint(op.inputs):
+                found.update(op.outputs or op.inputs[:1])
+        return found
 
     def _take(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.is_operation(module):

@@ -23,6 +23,7 @@ from pyro_vnd.diagnostics import (
     plot_widths,
     smallest_width,
 )
+from pyro_vnd.diagnostics.metrics.calibration import fit_temperature, scale_temperature
 from pyro_vnd.diagnostics.metrics.regression import LEVELS, normal_mixture_crps
 from pyro_vnd.infer import MaskSchedule, fit, module_local_params
 from pyro_vnd.nn import (
@@ -275,6 +276,28 @@ def test_pixels():
     assert found["miou"].item() == pytest.approx(overlap.mean())
     assert found["iou"].dims == ("class",)
     assert "perplexity" not in found
+
+
+def test_tokens_and_pixels_have_a_temperature_of_those_that_count():
+    logits, y = tokens()
+    rows = torch.arange(ROWS, dtype=torch.float64)[:, None]
+    validation = torch.roll(y, 1, 0)
+    probs, labels = by_entry(4 * logits, validation)
+    temperature = fit_temperature(probs.log(), labels)
+    inside, known = by_entry(4 * logits, y)
+    scaled = scale_temperature(inside.log(), temperature)
+    expected = classification_metrics(scaled.exp(), known)
+    by_pixel = (4 * logits).unflatten(2, (3, 2)).movedim(-1, 2)
+    for found in (
+        scored(4 * logits, y, TokenLabels(), calibrate=(rows, validation)),
+        scored(by_pixel, y.unflatten(1, (3, 2)), PixelLabels(), calibrate=(rows, validation.unflatten(1, (3, 2)))),
+    ):
+        assert found["temperature"].item() == pytest.approx(temperature)
+        for name in ("nll", "brier", "ece"):
+            assert found[f"{name}_calibrated"].item() == pytest.approx(expected[name])
+        assert found["nll_calibrated"] < 0.8 * found["nll"]
+    with pytest.raises(ValueError, match="`calibrate` has no labels that count"):
+        scored(logits, y, TokenLabels(), calibrate=(rows, torch.full_like(y, -100)))
 
 
 def test_classes_that_are_nowhere_do_not_count_for_the_overlap():
