@@ -1,19 +1,21 @@
 """Which nets of torchvision, timm and transformers nest as they are, how exactly, and how small they become.
 
-    python -m models.nets.coverage                      all of them; rows that are there already are measured anew
+    python -m models.nets.coverage                      all of them; rows that are there are measured anew
     python -m models.nets.coverage --missing            those without a row, after an interruption say
     python -m models.nets.coverage --only timm swin_t   a source, or nets by their names
 
 Needs the extra `coverage`, best in an environment of its own: the three packages bind versions of torch. Each net has
 random weights and a process of its own, is nested with the defaults, narrowed to a quarter of its width at a draw of
 its posterior, compared with the masked net and with the plain net whose dropped weights are zero, and takes a step of
-training. Beside it, the same net through torch-pruning's dependency graph with its defaults.
+training. Beside it, in another process of bounded memory and time, the same net through torch-pruning's dependency
+graph with its defaults.
 """
 
 import argparse
 import copy
 import json
 import math
+import resource
 import subprocess
 import sys
 import time
@@ -42,6 +44,8 @@ PACKAGES = ("timm", "torch", "torch-pruning", "torchvision", "transformers")
 WIDTH = 0.25
 EXACT = 1e-4  # the largest relative difference, in float32, that counts as none
 SMALL = 0.2  # share of the parameters
+LONGEST = 500  # characters of a message
+PRUNING_BYTES, PRUNING_SECONDS = 8 * 2**30, 60.0  # torch-pruning took 23 GB for one net
 TARGETS = {  # source: how many nest exactly, and how many of them become small
     "torchvision": (78, 72),
     "torchvision, segmentation and video": (7, 0),
@@ -53,11 +57,15 @@ TARGETS = {  # source: how many nest exactly, and how many of them become small
 def shaken(net: nn.Module) -> nn.Module:
     """Give constants that nets start from other values, so that no part of a net is multiplied by zero or nearly so."""
     with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.is_floating_point() and (parameter.dim() < 2 or parameter.std() < 1e-3):
-                parameter.copy_(torch.rand_like(parameter) + 0.5 if parameter.dim() < 2 else parameter)
-                if parameter.dim() > 1:
-                    parameter.copy_(torch.randn_like(parameter) / math.sqrt(parameter[0].numel()))
+        for name, parameter in net.named_parameters():
+            if not parameter.is_floating_point():
+                continue
+            if name.endswith("bias"):
+                parameter.normal_(std=0.02)  # large ones would hide what comes from the input
+            elif parameter.dim() < 2:
+                parameter.uniform_(0.5, 1.5)
+            elif parameter.std() < 1e-3:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
         for name, buffer in net.named_buffers():
             if name.endswith("running_var"):
                 buffer.uniform_(0.5, 1.5)
@@ -185,51 +193,63 @@ def measure_pruning(plain: nn.Module, example: Example) -> dict[str, Any]:
     with torch.no_grad():
         after = outputs(plain(*example))
     if after.shape != before.shape:
-        raise ValueError(f"the output has {after.numel()} numbers, {before.numel()} before")
+        raise ValueError(f"the output has {after.numel()} numbers, {before.numel()} before it was pruned")
     return {"share_of_parameters": rounded(sum(p.numel() for p in plain.parameters()) / count)}
 
 
 def row(source: str, name: str) -> dict[str, Any]:
-    """Measure one net by its name."""
+    """Nest one net by its name; see `measure`."""
+    plain, example = _built(source, name)
+    count = sum(parameter.numel() for parameter in plain.parameters())
+    sizes = {"parameters": count, "input": [list(each.shape) for each in example]}
+    try:
+        return sizes | measure(plain, example) | {"error": ""}
+    except Exception as error:
+        return sizes | {"nested": False, "error": f"{type(error).__name__}: {error}"[:LONGEST]}
+
+
+def pruned(source: str, name: str) -> dict[str, Any]:
+    """Prune one net by its name, in bounded memory; see `measure_pruning`."""
+    resource.setrlimit(resource.RLIMIT_AS, (PRUNING_BYTES, PRUNING_BYTES))
+    return measure_pruning(*_built(source, name)) | {"error": ""}
+
+
+def _built(source: str, name: str) -> tuple[nn.Module, Example]:
     torch.manual_seed(0)
-    pyro.set_rng_seed(0)
-    result: dict[str, Any] = {"source": source, "family": name}
     plain, example = build(source, name)
-    plain = shaken(plain)
-    result["parameters"] = sum(parameter.numel() for parameter in plain.parameters())
-    result["input"] = [list(each.shape) for each in example]
-    try:
-        result |= measure(copy.deepcopy(plain), example) | {"error": ""}
-    except Exception as error:
-        result |= {"nested": False, "error": f"{type(error).__name__}: {error}"[:500]}
-    try:
-        result["pruning"] = measure_pruning(plain, example) | {"error": ""}
-    except Exception as error:
-        result["pruning"] = {"error": f"{type(error).__name__}: {error}"[:200]}
-    return result
+    return shaken(plain), example
 
 
 def run(nets: Sequence[tuple[str, str]], path: Path, timeout: float) -> dict[str, Any]:
-    """Measure nets, each in a process of its own; the file is written after each of them."""
+    """Measure nets, each in processes of its own; the file is written after each of them."""
     result = json.loads(path.read_text()) if path.exists() else {"rows": []}
     result = {"header": header("models.nets.coverage"), "packages": {name: version(name) for name in PACKAGES}} | {
         "rows": result["rows"]
     }
+    commit = result["header"]["revision"]["commit"]
     order = {net: number for number, net in enumerate(NETS)}
+    rows = {(each["source"], each["family"]): each for each in result["rows"]}
     for source, name in tqdm(nets, unit="net"):
-        command = [sys.executable, "-m", "models.nets.coverage", "--row", source, name]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-            last = done.stdout.splitlines()[-1:] if done.returncode == 0 else []
-            why = (done.stderr.splitlines() or [f"the process ended with {done.returncode}"])[-1]
-        except subprocess.TimeoutExpired:
-            last, why = [], f"longer than {timeout:.0f} s"
-        failed = {"source": source, "family": name, "nested": False, "error": why[:500]}
-        rows = {(each["source"], each["family"]): each for each in result["rows"]}
-        rows[source, name] = json.loads(last[0]) if last else failed
+        own = {"nested": False} | _of_process("--row", source, name, timeout)
+        pruning = _of_process("--prune", source, name, PRUNING_SECONDS)
+        about = {"source": source, "family": name, "revision": commit and commit[:7]}
+        rows[source, name] = about | own | {"pruning": pruning}
         result["rows"] = [rows[net] for net in sorted(rows.keys() & order.keys(), key=order.__getitem__)]
         write_json(path, result, table="rows")
     return result
+
+
+def _of_process(what: str, source: str, name: str, timeout: float) -> dict[str, Any]:
+    """Return what this module prints of a net in a process of its own, or why it printed nothing."""
+    command = [sys.executable, "-m", "models.nets.coverage", what, source, name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return {"error": f"took longer than {timeout:.0f} s"}
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    why = done.stderr.splitlines()[-1:] or [f"the process ended with {done.returncode}"]
+    return {"error": why[0][:LONGEST]}
 
 
 def is_exact(row: Mapping[str, Any]) -> bool:
@@ -283,10 +303,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", default=RESULTS, help="where the result goes")
     parser.add_argument("--timeout", type=float, default=1800.0, metavar="S", help="seconds for one net")
     parser.add_argument("--row", nargs=2, metavar=("SOURCE", "NAME"), help="print the row of one net, write nothing")
+    parser.add_argument("--prune", nargs=2, metavar=("SOURCE", "NAME"), help="the same of torch-pruning")
     args = parser.parse_args(argv)
-    if args.row:
-        print(json.dumps(row(*args.row)))
-        return
+    for net, made in ((args.row, row), (args.prune, pruned)):
+        if net:
+            print(json.dumps(made(*net)))
+            return
     nets = [net for net in NETS if not args.only or set(net) & set(args.only)]
     if args.missing and args.json.exists():
         rows = json.loads(args.json.read_text())["rows"]
