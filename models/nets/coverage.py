@@ -163,14 +163,15 @@ def _trains(net: NestedNet, example: Example) -> bool:
 
     net.train()
     with module_local_params(model, net.guide):
-        loss = pyro.infer.Trace_ELBO()(model, net.guide)(*example)
+        programs: Any = model, net.guide
+        loss = pyro.infer.Trace_ELBO()(*programs)(*example)
         loss.backward()
     means = [layer.plain.weight for layer in net.layers.values() if layer.output_axis.widths]
     reached = [mean for mean in means if mean.grad is not None and mean.grad.abs().max() > 0]
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.grad is not None:
-                parameter -= 1e-6 * parameter.grad
+                parameter.sub_(1e-6 * parameter.grad)
     finite = all(parameter.isfinite().all() for parameter in net.parameters())
     return bool(loss.isfinite()) and finite and len(reached) == len(means)
 

@@ -31,7 +31,8 @@ VIDEO = ("r3d_18", "s3d", "mvit_v1_b", "swin3d_t")
 
 # The smallest net, by parameters, of each of timm's 98 modules of models, and the next kind in the two that have most
 # nets, `efficientnet` and `vision_transformer`. Chosen before any was tried, and none was left out. Offline timm knows
-# no downloads, so this is no list by popularity: a net of every module is what takes no choice.
+# no downloads, so this is no list by popularity: a net of every module is what takes no choice. Those without classes
+# get a head of 1000, as the others have.
 TIMM = """
 beit_base_patch16_224 cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32 convnext_zepto_rms cpubone_nano
 crossvit_tiny_240 cs3darknet_focus_s csatv2 cspnext_tiny davit_tiny deepseek_vit_412m deit_tiny_patch16_224
@@ -52,19 +53,19 @@ xception41p xcit_nano_12_p8_224
 
 
 def _bert() -> tuple[nn.Module, Example]:
-    from transformers import BertConfig, BertModel
+    from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
         vocab_size=500, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256
     )
-    return BertModel(config), _tokens(with_mask=True)
+    return BertForSequenceClassification(config), _tokens(with_mask=True)
 
 
 def _distilbert() -> tuple[nn.Module, Example]:
-    from transformers import DistilBertConfig, DistilBertModel
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
     config = DistilBertConfig(vocab_size=500, dim=64, n_layers=3, n_heads=4, hidden_dim=256)
-    return DistilBertModel(config), _tokens(with_mask=True)
+    return DistilBertForSequenceClassification(config), _tokens(with_mask=True)
 
 
 def _gpt2() -> tuple[nn.Module, Example]:
@@ -120,15 +121,14 @@ def _convnext() -> tuple[nn.Module, Example]:
 
 
 def _t5_encoder() -> tuple[nn.Module, Example]:
-    from transformers import T5Config, T5EncoderModel
+    from transformers import T5Config, T5ForTokenClassification
 
     config = T5Config(vocab_size=500, d_model=64, d_kv=16, num_heads=4, num_layers=3, d_ff=256)
-    return T5EncoderModel(config), _tokens(with_mask=True)
+    return T5ForTokenClassification(config), _tokens(with_mask=True)
 
 
 def _whisper_encoder() -> tuple[nn.Module, Example]:
-    from transformers import WhisperConfig
-    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+    from transformers import WhisperConfig, WhisperForAudioClassification
 
     config = WhisperConfig(
         d_model=64,
@@ -138,7 +138,7 @@ def _whisper_encoder() -> tuple[nn.Module, Example]:
         num_mel_bins=40,
         max_source_positions=50,
     )
-    return WhisperEncoder(config), (torch.randn(ROWS, 40, 100),)
+    return WhisperForAudioClassification(config), (torch.randn(ROWS, 40, 100),)
 
 
 def _tokens(with_mask: bool = False) -> Example:
@@ -146,6 +146,7 @@ def _tokens(with_mask: bool = False) -> Example:
     return (tokens, torch.ones_like(tokens)) if with_mask else (tokens,)
 
 
+# Each has a head: what a net returns stays whole, and an encoder alone returns the sum of all that its blocks add.
 TRANSFORMERS: dict[str, Callable[[], tuple[nn.Module, Example]]] = {
     "BERT": _bert,
     "DistilBERT": _distilbert,
@@ -181,7 +182,8 @@ def build(source: str, name: str) -> tuple[nn.Module, Example]:
     if source == "timm":
         import timm
 
-        return _fitting(timm.create_model(name), SIZES)
+        net = timm.create_model(name)
+        return _fitting(net if net.num_classes else timm.create_model(name, num_classes=1000), SIZES)
     from torchvision import models
 
     if source == "torchvision":
