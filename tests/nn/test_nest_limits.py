@@ -227,3 +227,24 @@ def test_reads_are_named_tuples_of_channels():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "w1" in repr(net)
+
+
+class Magnified(nn.Module):
+    """Norms over a batch whose rows are alike but for rounding: what they return is rounding, magnified."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 3)
+        self.first, self.second = nn.LayerNorm(64), nn.BatchNorm1d(64, eps=1e-40)
+
+    def forward(self, x):
+        return self.o(self.second(self.b(self.first(self.a(x)))).relu())
+
+
+def test_a_net_that_magnifies_rounding_can_be_nested():
+    net = Magnified()
+    x = 1 + 1e-15 * torch.randn(2, 8)
+    nested = nest(net, x)
+    assert nested.widths.keys() == {"a", "b"}
+    with pytest.raises(AssertionError):  # or there is nothing to magnify
+        torch.testing.assert_close(net.train()(x), net.train()(x * (1 + 1e-15)))
