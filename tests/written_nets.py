@@ -762,3 +762,13 @@ def a_mask_from_where_positions_jump():
         return net.o(h.mean(1))
 
     return Net(forward, e=nn.Embedding(20, 16), o=nn.Linear(16, 3)), torch.randint(0, 20, (2, 6))
+
+
+@net({"e": 32}, 0.3)
+def a_layer_whose_weight_is_read_elsewhere():
+    def forward(net, x):
+        h = net.e(x).cos()
+        return net.o(F.linear(h, weight=net.m.weight, bias=net.bias).relu() + h)
+
+    layers = {"e": nn.Linear(8, 32), "m": nn.Linear(32, 32, bias=False)}
+    return Net(forward, **layers, bias=nn.Parameter(torch.randn(32)), o=nn.Linear(32, 3)), torch.randn(2, 8)

@@ -41,6 +41,8 @@ class Parts:
         self.modules = dict(net.named_modules())
         self.replaced: dict[str, nn.Module] = {}
         self._functional = {name.rpartition(".")[0]: name for name in groups.reads if self._is_layer(name)}
+        # Layers whose own forward reads the weight; of others, functions elsewhere do.
+        self._inside = {path for path, name in self._functional.items() if name not in groups.read_outside}
         self.affine = [name for name in groups.layers if affine_kind(self.modules[name])] + list(self._functional)
         self._names = {id(tensor): name for name, tensor in [*net.named_parameters(), *net.named_buffers()]}
         self._uses = Counter(id(tensor) for part in net.modules() for tensor in part.parameters(recurse=False))
@@ -87,7 +89,7 @@ class Parts:
                 nested = NestedLayer(
                     layer, inputs=inputs, outputs=outputs, prior=prior, init_scale=init_scale, rows=rows
                 )
-                if name not in self._functional and self._names[id(layer.weight)] in self.groups.reads:
+                if name not in self._inside and self._names[id(layer.weight)] in self.groups.reads:
                     nested.share()
                 self.replaced[name] = nested
             elif any(run.owner is not None for run in outputs):
@@ -152,7 +154,7 @@ class Parts:
         found = []
         for name, channels in self.groups.reads.items():
             path, _, key = name.rpartition(".")
-            if path not in self._functional and any(run.owner for run in channels.inputs):
+            if path not in self._inside and any(run.owner for run in channels.inputs):
                 part: nn.Module = self.replaced.get(path) or self.modules[path]
                 found.append((part, key, Read(self._axis(channels.inputs), self._rows(channels))))
         return found

@@ -52,6 +52,7 @@ class ChannelGroups:
         whole: Why channels cannot be cut, by the first layer that makes them.
         parameters: What lies along axes of parameters and buffers, by name, of which something can be cut.
         reads: What functions read and make that take a parameter as their weight, by its name, and are no layers.
+        read_outside: Those of these parameters that are read outside of the module that has them.
         attributes: Attributes of modules that are numbers of channels, and which.
         unfollowed: Operations that could not be followed, by the module that they are in.
         untrained: Why the net could not be run in training mode, "" if it could.
@@ -62,6 +63,7 @@ class ChannelGroups:
     whole: dict[str, str]
     parameters: dict[str, dict[int, Layout]] = field(default_factory=dict)
     reads: dict[str, LayerChannels] = field(default_factory=dict)
+    read_outside: frozenset[str] = frozenset()
     attributes: dict[Attribute, Layout] = field(default_factory=dict)
     unfollowed: dict[str, str] = field(default_factory=dict)
     untrained: str = ""
@@ -158,6 +160,7 @@ def channel_groups(
         whole,
         parameters,
         {name: _channels(layer, rows) for name, layer in interpreter.reads.items()},
+        frozenset(interpreter.read_outside),
         {
             each: _layout(runs)
             for each, runs in interpreter.attributes.items()

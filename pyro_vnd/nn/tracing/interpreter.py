@@ -33,6 +33,7 @@ class Interpreter:
         parameters: What lies along the axes of parameters and buffers, by name and axis.
         attributes: What lies along axes whose lengths are attributes of modules.
         reads: Names of parameters that functions take as weights, rather than modules.
+        read_outside: Those of them that functions take outside of the module that has them.
         made: The spaces, in order.
         unfollowed: Operations without a rule, each as the name of its module and what it is.
     """
@@ -58,6 +59,8 @@ class Interpreter:
         self.parameters: dict[tuple[str, int], Runs] = {}
         self.attributes: dict[Attribute, Runs] = {}
         self.reads: dict[str, Layer] = {}
+        self.read_outside: set[str] = set()
+        self._path = ""  # of the operation that is followed
         self.made: list[Space] = []
         self.unfollowed: dict[str, str] = {}
         self._from_data: set[Value] = set()
@@ -139,6 +142,9 @@ class Interpreter:
     ) -> None:
         """Record what a layer, or a function that takes a parameter as its weight, reads and makes."""
         known = (self.reads if read else self.layers).setdefault(name, Layer(inputs, outputs, at))
+        owner = name.rpartition(".")[0]
+        if read and owner and not f"{self._path}.".startswith(f"{owner}."):
+            self.read_outside.add(name)
         for before, now in ((known.inputs, inputs), (known.outputs, outputs)):
             if before is not now:
                 unify(before, now, f"{where} is used again on other channels")
@@ -159,6 +165,7 @@ class Interpreter:
         return True
 
     def _follow(self, op: Op) -> None:
+        self._path = op.path
         for value in op.inputs:
             self.axes(value)
         self._producers.update(dict.fromkeys(op.outputs, op))
