@@ -754,3 +754,48 @@ def layers_of_which_functions_take_the_weight():
 
     layers = {"a": nn.Linear(8, 16), "b": nn.Linear(16, 16), "c": nn.Linear(16, 12), "d": nn.Linear(12, 12)}
     return Net(forward, **layers, o=nn.Linear(12, 3)), torch.randn(2, 8)
+
+
+@net({"i": 32}, 0.3)
+def a_norm_of_all_positions():
+    def forward(net, x):
+        h = net.i(x)
+        return net.o(net.norm(h.flatten(0, 1)).reshape_as(h).relu().mean(1))
+
+    return Net(forward, i=nn.Linear(8, 32), norm=nn.BatchNorm1d(32), o=nn.Linear(32, 3)), torch.randn(2, 6, 8)
+
+
+@net({"i": 8, "i[1]": 8, "i[2]": 8, "i[3]": 8}, 0.3)
+def branches_whose_sizes_are_a_tuple():
+    def forward(net, x):
+        same, one, two, three = torch.split(net.i(x), net.sizes, dim=1)
+        return net.o(torch.cat((same, net.one(one), net.two(two), net.three(three)), 1).relu().mean((2, 3)))
+
+    layers = {
+        "i": nn.Conv2d(3, 32, 1),
+        "one": nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        "two": nn.Conv2d(8, 8, (1, 5), padding=(0, 2), groups=8),
+        "three": nn.Conv2d(8, 8, (5, 1), padding=(2, 0), groups=8),
+        "o": nn.Linear(32, 3),
+    }
+    return Net(forward, **layers, sizes=(8, 8, 8, 8)), torch.randn(2, 3, 6, 6)
+
+
+@net({"e": 16}, 0.3)
+def a_mask_from_where_positions_jump():
+    def forward(net, x):
+        starts = torch.diff(x, prepend=x[:, :1] - 1, dim=-1) != 1
+        h = net.e(x).masked_fill(starts.unsqueeze(-1), 0.0)
+        return net.o(h.mean(1))
+
+    return Net(forward, e=nn.Embedding(20, 16), o=nn.Linear(16, 3)), torch.randint(0, 20, (2, 6))
+
+
+@net({"e": 32}, 0.3)
+def a_layer_whose_weight_is_read_elsewhere():
+    def forward(net, x):
+        h = net.e(x).cos()
+        return net.o(F.linear(h, weight=net.m.weight, bias=net.bias).relu() + h)
+
+    layers = {"e": nn.Linear(8, 32), "m": nn.Linear(32, 32, bias=False)}
+    return Net(forward, **layers, bias=nn.Parameter(torch.randn(32)), o=nn.Linear(32, 3)), torch.randn(2, 8)

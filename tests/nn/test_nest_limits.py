@@ -256,3 +256,24 @@ def test_a_square_weight_that_a_function_reads_turned_around_is_no_layer():
     weights = narrow(net, {"a": 0.25, "b": 0.5})
     assert weights.b.weight.shape == (3, 6)
     torch.testing.assert_close(weights.b.weight, plain.b.weight[:3, :6])
+
+
+class Magnified(nn.Module):
+    """Norms over a batch whose rows are alike but for rounding: what they return is rounding, magnified."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 3)
+        self.first, self.second = nn.LayerNorm(64), nn.BatchNorm1d(64, eps=1e-40)
+
+    def forward(self, x):
+        return self.o(self.second(self.b(self.first(self.a(x)))).relu())
+
+
+def test_a_net_that_magnifies_rounding_can_be_nested():
+    net = Magnified()
+    x = 1 + 1e-15 * torch.randn(2, 8)
+    nested = nest(net, x)
+    assert nested.widths.keys() == {"a", "b"}
+    with pytest.raises(AssertionError):  # or there is nothing to magnify
+        torch.testing.assert_close(net.train()(x), net.train()(x * (1 + 1e-15)))

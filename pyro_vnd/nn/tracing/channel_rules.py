@@ -153,6 +153,12 @@ def gated(call: Call) -> Axes:
     return axes | {dim: first}
 
 
+@rule("diff")
+def differences(call: Call) -> Axes:
+    """Keep the axes but the one along which neighbours are subtracted."""
+    return call.mixed([call.argument("dim", 2, -1)], "subtracts neighbours")
+
+
 @rule("tril triu")
 def triangle(call: Call) -> Axes:
     """Keep all axes but those of the matrices."""

@@ -368,7 +368,7 @@ class _Moves:
                 free.append(each)
         choices = [[None, *(runs for runs in lying if extent(runs) == _plain_number(each))] for each in free[:4]]
         tries = sorted(product(*choices), key=lambda runs: sum(each is not None for each in runs))
-        for choice in tries[1:65]:
+        for choice in [_in_turn(free, lying), *tries[1:65]]:
             counted = {each: runs for each, runs in zip(free, choice, strict=False) if runs is not None}
             if self.bear_a_cut(counted):
                 for source, runs in counted.items():
@@ -403,6 +403,15 @@ class _Moves:
         return {run.owner.root for run in runs} <= own or all(run.owner.reason for run in runs)
 
 
+def _in_turn(free: list[Source], lying: list[Runs]) -> list[Runs | None]:
+    """Give each number the next of the channels that it may count, as the sizes of parts are written in their order."""
+    left, found = list(lying), list[Runs | None]()
+    for source in free:
+        place = next((at for at, runs in enumerate(left) if extent(runs) == _plain_number(source)), None)
+        found.append(None if place is None else left.pop(place))
+    return found
+
+
 def _plain_number(source: Source) -> int:
     return source.value.shape[source.axis] if isinstance(source, Size) else source.number
 
@@ -433,6 +442,27 @@ def _as_wide_as_asked(call: Call) -> tuple[Axes, ...]:
         if runs and id(runs) not in known:
             call.hold([runs], "takes it as an argument")
     return (axes, *({} for _ in call.op.outputs[1:]))
+
+
+@rule("reshape_as view_as")
+def as_another(call: Call) -> Axes:
+    """Follow each axis to where it lies in the shape of another tensor, and unite it with what lies there."""
+    tensor, other = call.argument("self", 0), call.argument("other", 1)
+    entries = torch.arange(tensor.shape.numel()).view(tensor.shape)
+    moved, lying, there = entries.view(other.shape), {}, call.axes(other)
+    for axis, runs in call.axes(tensor).items():
+        channels = moved // entries.stride(axis) % tensor.shape[axis]
+        found = _follow(_Indices(moved.shape, partial(torch.clone, channels)), tensor.shape[axis], runs)
+        if found is None:
+            call.hold([runs], "takes channels apart, or out of order")
+        else:
+            lying[found[0]] = found[1]
+    for axis in lying.keys() | there.keys():
+        if axis in lying and axis in there:
+            unify(lying[axis], there[axis], f"{call.where} combines channels of different make-up")
+        else:
+            call.hold([(lying | there)[axis]], "has a fixed size")
+    return lying
 
 
 @rule("unfold", nn.Unfold, follows_sizes=True, runs_again=True)
