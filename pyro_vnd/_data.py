@@ -273,8 +273,8 @@ def split_inputs(args: Sequence[Any], named: Mapping[str, Any], num_inputs: int 
         num_inputs: How many inputs the net takes in order; 0 if it takes them by name.
 
     Example:
-        >>> split_inputs((1, 2), {}), split_inputs((), {"y": 2, "ids": 1}, num_inputs=0)
-        (Batch(args=(1,), kwargs={}, y=2, more=()), Batch(args=(), kwargs={'ids': 1}, y=2, more=()))
+        >>> split_inputs((1, 2), {})[:3], split_inputs((), {"y": 2, "ids": 1}, num_inputs=0)[:3]
+        (((1,), {}, 2), ((), {'ids': 1}, 2))
     """
     named = dict(named)
     y = named.pop("y", None)

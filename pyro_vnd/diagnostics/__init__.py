@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pyro_vnd.diagnostics.metrics.calibration import fit_temperature as fit_temperature
     from pyro_vnd.diagnostics.metrics.calibration import scale_temperature as scale_temperature
     from pyro_vnd.diagnostics.metrics.cascades import evaluate_cascade as evaluate_cascade
+    from pyro_vnd.diagnostics.metrics.choose_width import smallest_width as smallest_width
     from pyro_vnd.diagnostics.metrics.evaluation import evaluate as evaluate
     from pyro_vnd.diagnostics.metrics.evaluation import net_cost as net_cost
     from pyro_vnd.diagnostics.metrics.generative import generative_metrics as generative_metrics
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from pyro_vnd.diagnostics.metrics.widths import evaluate_learned as evaluate_learned
     from pyro_vnd.diagnostics.metrics.widths import evaluate_widths as evaluate_widths
     from pyro_vnd.diagnostics.metrics.widths import loo_widths as loo_widths
-    from pyro_vnd.diagnostics.metrics.widths import smallest_width as smallest_width
     from pyro_vnd.diagnostics.plots.fits import plot_elbo as plot_elbo
     from pyro_vnd.diagnostics.plots.fits import plot_ranks as plot_ranks
     from pyro_vnd.diagnostics.plots.images import plot_prefixes as plot_prefixes
@@ -56,7 +56,8 @@ _NAMES = {
     "metrics.ood": ("ood_metrics",),
     "metrics.predictive": ("classification_metrics",),
     "metrics.prefixes": ("evaluate_prefixes",),
-    "metrics.widths": ("evaluate_learned", "evaluate_widths", "loo_widths", "smallest_width"),
+    "metrics.choose_width": ("smallest_width",),
+    "metrics.widths": ("evaluate_learned", "evaluate_widths", "loo_widths"),
     "plots.fits": ("plot_elbo", "plot_ranks"),
     "plots.images": ("plot_prefixes", "plot_samples", "plot_traversals"),
     "plots.laws": ("plot_keep_probs", "plot_laws", "plot_length_posterior"),

@@ -10,8 +10,9 @@ from torch import Tensor
 from pyro_vnd._compat import QuietModule, only_plain_code
 from pyro_vnd._data import split_inputs
 from pyro_vnd._inputs import Look, check_numbers
+from pyro_vnd.nn.guide import NetGuide
 from pyro_vnd.nn.likelihoods import CategoricalLabels
-from pyro_vnd.nn.net import NestedNet, NetGuide
+from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.net_likelihood import NetLikelihood
 from pyro_vnd.nn.outputs import Output, picked
 

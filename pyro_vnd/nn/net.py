@@ -18,6 +18,7 @@ from pyro_vnd._data import Batch
 from pyro_vnd._inputs import explain_arguments, explain_inputs, refuse_nan
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.nn.depth import NestedBlock
+from pyro_vnd.nn.guide import NetGuide
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.norms import NestedNorm
 from pyro_vnd.nn.outputs import picked
@@ -27,7 +28,7 @@ from pyro_vnd.nn.state import keep_groups_in_state
 from pyro_vnd.nn.table import as_html, as_text
 from pyro_vnd.nn.width import Rounding, Width, kept_blocks
 
-__all__ = ["NestedNet", "NetGuide", "WidthLike"]
+__all__ = ["NestedNet", "WidthLike"]
 
 WidthLike = float | int | Mapping[str, float | int] | Tensor
 
@@ -424,37 +425,3 @@ class NestedNet(QuietModule):
                 with self._drawn("posterior", batch.num_rows):
                     draws.append(self._run(batch.args, batch.kwargs))
         return draws
-
-
-class NetGuide(QuietModule):
-    """Guide of a `NestedNet`: independent Normal weights and straight-through masks.
-
-    Args:
-        net: The net, whose parameters these are.
-    """
-
-    def __init__(self, net: NestedNet) -> None:
-        super().__init__(net.prefix.rstrip("."))  # nets with different prefixes keep apart in Pyro's parameter store
-        self.net = net
-
-    @property
-    def laws(self) -> dict[str, OrderedMask]:
-        """The learned law of each mask, by name of its site and without gradient."""
-        return self.net.laws
-
-    def forward(self, *inputs: Any, plate: pyro.plate | None = None, **named: Any) -> dict[str, Tensor]:
-        """Draw masks and weights.
-
-        Args:
-            *inputs: Arguments of the model; the first dimension of the first tensor among them counts the examples.
-            plate: The plate of the data; by default one named "data" is opened.
-            **named: Arguments of the model by name, likewise.
-
-        Returns:
-            The draws by name of their site.
-        """
-        first = next((x for x in (*inputs, *named.values()) if isinstance(x, Tensor)), None)
-        if first is None:
-            raise ValueError(f"NetGuide: one argument must be a tensor with a row for each example; got {named}")
-        with self.net._drawn("posterior", len(first), plate) as values:
-            return values

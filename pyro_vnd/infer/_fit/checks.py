@@ -20,7 +20,7 @@ from pyro_vnd._data import Data, as_arguments, named_parts
 from pyro_vnd.infer.elbo import NestedELBO, conditional_part
 from pyro_vnd.infer.guides import AutoNested
 from pyro_vnd.infer.schedules import LRSchedule, MaskSchedule, PriceSchedule
-from pyro_vnd.nn.net import NetGuide
+from pyro_vnd.nn.guide import NetGuide
 
 __all__ = [
     "check_arguments",
