@@ -94,6 +94,7 @@ RECIPES = {
         budget_power=1.0,
         kl_weight=0.01,
         length_weight=0.01,
+        init_scale=0.02,
         local_reparam=False,
         num_samples=10,
     ),
