@@ -241,7 +241,7 @@ def nested(plain: nn.Module, data: Data, recipe: Recipe, *, bayesian: bool = Tru
         options |= {"prior": {first: priors["first"], "": priors[""]}, "init_scale": recipe.init_scale}
     else:
         options |= {"prior": None}
-    return nest(plain, data.train[0][:1], num_blocks=recipe.num_blocks, **options)
+    return nest(plain, data.train[0][:1], **{"num_blocks": recipe.num_blocks} | options)
 
 
 def fit_nested(

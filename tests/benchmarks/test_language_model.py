@@ -2,18 +2,28 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
 
 from benchmarks import language_model
-from benchmarks.language_model import COSTS, LABELS, METRICS, RECIPE, TextRecipe, figures, load, main, markdown
+from benchmarks.language_model import COSTS, CUTS, LABELS, METRICS, RECIPE, TextRecipe, figures, load, main, markdown
 from benchmarks.nested_fits import fit_plain
 from benchmarks.tables import Rows
 from pyro_vnd.diagnostics import evaluate
 
-TINY = ["epochs=1", "num_samples=2", "context=32", "num_blocks=2", "head_dim=4", "depth=1", "init_scale=1"]
+TINY = [
+    "epochs=1",
+    "batch_size=256",
+    "num_samples=2",
+    "context=32",
+    "num_blocks=2",
+    "head_dim=4",
+    "depth=2",
+    "init_scale=1",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -40,23 +50,25 @@ def result(tmp_path_factory):
 
 
 def test_every_method_is_scored_at_every_width(result):
-    found = {(row["method"], row["width"], row["metric"]) for row in result["rows"]}
+    found = {(row["cut"], row["method"], row["kept"], row["metric"]) for row in result["rows"]}
     metrics = ("nll", *METRICS, *COSTS, "fit_seconds")
-    assert found == {(name, width, metric) for name in LABELS for width in (0.5, 1.0) for metric in metrics}
+    assert found == {
+        (cut, name, kept, metric) for cut in CUTS for name in LABELS for kept in (0.5, 1.0) for metric in metrics
+    }
     assert len(result["header"]["text_sha256"]) == 64
     assert result["header"]["versions"]["python"]
 
 
 def test_nets_trained_alone_have_the_size_of_narrowed_ones(result):
-    rows = Rows(result, "data", "width", LABELS)
-    for metric in COSTS:
-        for width in (0.5, 1.0):
-            assert len({rows.mean("compound", method, width, metric) for method in LABELS}) == 1
+    rows = Rows(result, "cut", "kept", LABELS)
+    for cut, kept, metric in product(CUTS, (0.5, 1.0), COSTS):
+        assert len({rows.mean(cut, method, kept, metric) for method in LABELS}) == 1
+    assert rows.mean("width", "vnd", 1.0, "parameters") == rows.mean("depth", "vnd", 1.0, "parameters")
 
 
 def test_draws_are_scored_beside_their_mean(result):
-    rows = Rows(result, "data", "width", LABELS)
-    assert abs(rows.mean("compound", "vnd", 1.0, "nll") - rows.mean("compound", "vnd_mean", 1.0, "nll")) > 1e-3
+    rows = Rows(result, "cut", "kept", LABELS)
+    assert abs(rows.mean("width", "vnd", 1.0, "nll") - rows.mean("width", "vnd_mean", 1.0, "nll")) > 1e-3
 
 
 def test_a_gpt_learns_from_what_came_before():
@@ -80,11 +92,11 @@ def test_the_parts_are_those_asked_for():
 
 
 def test_tables_and_figure_are_those_of_the_rows(result):
-    rows = Rows(result, "data", "width", LABELS)
+    rows = Rows(result, "cut", "kept", LABELS)
     text = markdown(result)
-    assert f"| {rows.mean('compound', 'vnd', 0.5, 'perplexity'):.3f} |" in text
-    assert f"| {rows.mean('compound', 'independent', 0.5, 'parameters'):,.0f} |" in text
+    assert f"| {rows.mean('width', 'vnd', 0.5, 'perplexity'):.3f} |" in text
+    assert f"| {rows.mean('width', 'independent', 0.5, 'parameters'):,.0f} |" in text
     assert all(label in text for label in LABELS.values())
     (drawn,) = figures(result).values()
-    assert len(drawn.axes[0].lines) == len(LABELS)
+    assert [len(ax.lines) for ax in drawn.axes] == [len(LABELS)] * len(CUTS)
     plt.close(drawn)
