@@ -110,17 +110,18 @@ def rows(method: str, cut: str, seed: int, data: Data, recipe: TextRecipe) -> It
         base = {"data": data.name, "cut": cut, "method": method, "kept": kept, "seed": seed}
         values = {name: result[name].item() for name in ("nll", *METRICS, *COSTS)} | {"fit_seconds": seconds}
         for metric, value in values.items():
-            yield base | {"metric": metric, "value": rounded(value)}
+            yield base | {"metric": metric, "value": value if metric in COSTS else rounded(value)}
 
-    torch.manual_seed(seed)
     if method == "independent":
         for kept in shares:
+            torch.manual_seed(seed)
             plain = recipe.net(**{cut: kept})
             seconds = fit_plain(plain, seed, data, recipe).seconds
             result = evaluate(plain, data.scored, data.likelihood, **shared)
             cost = {name: ((), value) for name, value in net_cost(plain, data.scored[0][:1]).items()}
             yield from flat(result.assign(cost), kept, seconds)
         return
+    torch.manual_seed(seed)
     bayesian = method == "vnd"
     schedule = recipe.schedule(recipe.learned)
     if method == "fixed_uniform_passes":
