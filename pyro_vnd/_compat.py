@@ -93,7 +93,8 @@ def has_hooks(module: nn.Module) -> bool:
 def weight_norm_of(module: nn.Module) -> str:
     """Say whether only the weight of a module is normalised, by a "hook" or a "parametrization"; "" if it is not."""
     hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm)]
-    if [hook.name for hook in hooks] == ["weight"]:
+    own = {name for name, _ in module.named_parameters(recurse=False)}
+    if [hook.name for hook in hooks] == ["weight"] and {"weight_g", "weight_v"} <= own:
         return "hook"
     chains: Any = getattr(module, "parametrizations", {})
     found = list(chains) == ["weight"] and all(isinstance(each, _WeightNorm) for each in chains["weight"])

@@ -2,22 +2,25 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 __all__ = [
+    "Batch",
     "Data",
     "Rows",
     "as_arguments",
     "batches",
     "check_rows",
+    "input_batches",
     "map_parts",
     "named_parts",
     "num_rows",
     "shapes",
+    "split_inputs",
     "split_rows",
 ]
 
@@ -171,9 +174,14 @@ def batches(data: Rows, batch_size: int) -> Iterator[Sequence[Tensor]]:
         >>> [len(inputs) for inputs, labels in batches((torch.zeros(5, 2), torch.zeros(5)), 2)]
         [2, 2, 1]
     """
-    parts: Iterable[Any] = (data,) if isinstance(data, Tensor) else data
     if isinstance(data, Mapping):
-        parts = tuple(data[name] for name in sorted(data, key=lambda name: {"x": 0, "y": 1}.get(name, 2)))
+        data = tuple(data[name] for name in sorted(data, key=lambda name: {"x": 0, "y": 1}.get(name, 2)))
+    yield from _batches(data, batch_size, (tuple, list))
+
+
+def _batches(data: Tensor | Iterable[Any], batch_size: int, kinds: tuple[type, ...]) -> Iterator[Any]:
+    """Yield the batches of what is no mapping of tensors; batches that it has already may be of some kinds."""
+    parts: Iterable[Any] = (data,) if isinstance(data, Tensor) else data
     if isinstance(parts, tuple | list) and all(isinstance(rows, Tensor) for rows in parts):
         if len({len(rows) for rows in parts}) > 1:
             raise ValueError(
@@ -183,11 +191,100 @@ def batches(data: Rows, batch_size: int) -> Iterator[Sequence[Tensor]]:
         yield from zip(*(rows.split(batch_size) for rows in parts), strict=True)
         return
     if isinstance(parts, tuple | list):
-        _check_batch([each for each in parts if not isinstance(each, tuple | list)])
+        _check_batch([each for each in parts if not isinstance(each, kinds)])
     for each in parts:
         batch = (each,) if isinstance(each, Tensor) else each
-        _check_batch(batch[:1] if isinstance(batch, tuple | list) else [batch])
+        if isinstance(batch, tuple | list):
+            _check_batch(batch[:1])
+        elif not isinstance(batch, kinds):
+            _check_batch([batch])
         yield batch
+
+
+class Batch(NamedTuple):
+    """Rows as a net takes them, and what was observed of them.
+
+    Attributes:
+        args: Inputs in order.
+        kwargs: Inputs by name.
+        y: What was observed, None if nothing was.
+        more: What came after it.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    y: Any = None
+    more: tuple[Any, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """All inputs."""
+        return (*self.args, *self.kwargs.values())
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the first input that is a tensor."""
+        return next((len(x) for x in self.inputs if isinstance(x, Tensor) and x.dim()), 0)
+
+    def map_inputs(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Apply a function to all inputs that are tensors."""
+
+        def of(x: Any) -> Any:
+            return function(x) if isinstance(x, Tensor) else x
+
+        return self._replace(args=tuple(map(of, self.args)), kwargs={name: of(x) for name, x in self.kwargs.items()})
+
+    def to(self, device: torch.device | str | None) -> "Batch":
+        """Move inputs to a device; None leaves them where they are."""
+        return self if device is None else self.map_inputs(lambda x: x.to(device))
+
+
+def split_inputs(args: Sequence[Any], named: Mapping[str, Any], num_inputs: int = 1) -> Batch:
+    """Tell inputs of a net from what was observed.
+
+    Args:
+        args: Inputs in order, then what was observed.
+        named: The same by name: "y" is what was observed, and "x" the first input. What comes after the inputs is
+            observed where there is no such name. A net of several inputs gets the others by their names, in whatever
+            order they come; to a net of one input they are in this order.
+        num_inputs: How many inputs the net takes in order; 0 if it takes them by name.
+
+    Example:
+        >>> split_inputs((1, 2), {}), split_inputs((), {"y": 2, "ids": 1}, num_inputs=0)
+        (Batch(args=(1,), kwargs={}, y=2, more=()), Batch(args=(), kwargs={'ids': 1}, y=2, more=()))
+    """
+    named = dict(named)
+    y = named.pop("y", None)
+    if not num_inputs:
+        return Batch(tuple(args), named, y)
+    parts = [*args, *([named.pop("x")] if "x" in named else [])]
+    by_name = [*named][: max(num_inputs - len(parts), 0)] if num_inputs > 1 else []
+    inputs = {name: named.pop(name) for name in by_name}
+    parts += named.values()
+    in_order, rest = parts[: num_inputs - len(inputs)], parts[num_inputs - len(inputs) :]
+    if y is None and rest:
+        y = rest.pop(0)
+    return Batch(tuple(in_order), inputs, y, tuple(rest))
+
+
+def input_batches(data: Rows, batch_size: int, num_inputs: int = 1) -> Iterator[Batch]:
+    """Yield the batches of data as a net takes them.
+
+    Args:
+        data: As in `batches`; a batch may be a mapping, too.
+        batch_size: Rows of a batch, where data are tensors.
+        num_inputs: As in `split_inputs`.
+
+    Raises:
+        ValueError: If tensors have different numbers of rows, or a batch is none.
+    """
+    if isinstance(data, Mapping):
+        for parts in _batches(tuple(data.values()), batch_size, (tuple, list)):
+            yield split_inputs((), dict(zip(data, parts, strict=True)), num_inputs)
+        return
+    for batch in _batches(data, batch_size, (tuple, list, Mapping)):
+        is_named = isinstance(batch, Mapping)
+        yield split_inputs(() if is_named else batch, batch if is_named else {}, num_inputs)
 
 
 def _check_batch(tensors: Sequence[Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vnd._compat import only_plain_code
 
-__all__ = ["Look", "check_example", "check_labels", "explain_inputs"]
+__all__ = ["Look", "check_labels", "check_numbers", "explain_inputs", "refuse_nan"]
 
 _REAL = ", if they are classes; real targets need a likelihood of their own"
 
@@ -83,8 +83,23 @@ def check_labels(
     return labels.long()
 
 
-def check_example(inputs: Sequence[Any]) -> None:
-    """Say what is odd about the numbers of an example input: those that are NaN, and bytes where a net wants floats.
+def refuse_nan(caller: str, argument: str, inputs: Sequence[Any]) -> None:
+    """Raise a ValueError if some of the numbers that a net is given are NaN; infinities may be those of a mask."""
+    for x in inputs:
+        if isinstance(x, Tensor) and x.is_floating_point() and bool(x.isnan().any()):
+            count = int(x.isnan().sum())
+            raise ValueError(
+                f"{caller}: argument `{argument}` has {count} numbers that are NaN, shape {tuple(x.shape)}"
+            )
+
+
+def check_numbers(caller: str, argument: str, inputs: Sequence[Any]) -> None:
+    """Say what is odd about the numbers that a net is given: those that are NaN, and bytes where a net wants floats.
+
+    Args:
+        caller: What was given them, for messages.
+        argument: Name of the argument.
+        inputs: The inputs.
 
     Raises:
         ValueError: If some are NaN.
@@ -92,15 +107,14 @@ def check_example(inputs: Sequence[Any]) -> None:
     Warns:
         UserWarning: If they look like images of bytes.
     """
+    refuse_nan(caller, argument, inputs)
     for x in inputs:
         if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
             continue
-        if x.isnan().any():
-            raise ValueError(f"nest: argument `example_input` has {int(x.isnan().sum())} numbers that are NaN")
         if x.dim() == 4 and x.min() >= 0 and 16 < x.max() <= 255 and torch.equal(x, x.round()):
             warnings.warn(
-                "nest: argument `example_input` looks like images of bytes, whole numbers from 0 to 255; nets want "
-                "small numbers: give x / 255",
+                f"{caller}: argument `{argument}` looks like images of bytes, whole numbers from 0 to 255; nets want "
+                f"small numbers: give {'x' if argument == 'example_input' else argument} / 255",
                 stacklevel=3,
             )
 

@@ -47,6 +47,16 @@ def conv(inputs, outputs, **options):
 
 
 @net({"a": 32, "b": 32}, 0.2)
+def sizes_of_layers_asked_for():
+    def forward(net, x):
+        h = net.norm(net.a(x)).relu().view(len(x), net.a.out_features)
+        return net.c(net.b(h.reshape(-1, net.norm.num_features)).relu().view(-1, net.c.in_features))
+
+    parts = {"a": nn.Linear(8, 32), "norm": nn.BatchNorm1d(32), "b": nn.Linear(32, 32), "c": nn.Linear(32, 5)}
+    return Net(forward, **parts), torch.randn(2, 8)
+
+
+@net({"a": 32, "b": 32}, 0.2)
 def control_flow_on_shapes():
     def forward(net, x):
         assert x.shape[-1] == 8

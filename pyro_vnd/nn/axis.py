@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_vnd.distributions._fast.arrays import leading_block
 from pyro_vnd.nn.width import Width
 
-__all__ = ["Axis", "Channels", "Index", "Rows", "Run", "kept_channels", "take"]
+__all__ = ["Axis", "Channels", "Index", "Rows", "Run", "joint_keep_probs", "kept_channels", "take"]
 
 Owner = TypeVar("Owner")
 Index = slice | Tensor | None  # channels along a dimension: leading ones, some, or all
@@ -151,6 +151,32 @@ class Axis:
             indices.append(torch.arange(start, start + length))
             start += whole
         return torch.cat(indices)
+
+
+def joint_keep_probs(axes: Mapping[int, Axis], num_dims: int) -> Tensor | None:
+    r"""Return the probability that an entry of an array is kept, broadcastable to the array; None if all count in full.
+
+    $$P = \prod_w \min_d P(z_w \text{ keeps the entry's unit along axis } d).$$
+
+    Units of one width are kept together, $P(z_i = z_j = 1) = S_{\max(i,j)}$; those of several widths independently.
+
+    Args:
+        axes: The channels along axes of the array.
+        num_dims: Number of its axes.
+    """
+    gate: Tensor | None = None
+    for width in dict.fromkeys(width for axis in axes.values() for width in axis.widths):
+        joint: Tensor | None = None
+        for dim, axis in axes.items():
+            probs = axis.keep_probs()
+            if probs is None or width not in axis.widths:
+                continue
+            if len(axis.runs) > 1:
+                probs = torch.where(axis.owned_by(width).to(probs.device), probs, 1.0)
+            own = probs.reshape(-1, *[1] * (num_dims - 1 - dim))
+            joint = own if joint is None else torch.minimum(joint, own)
+        gate = joint if gate is None or joint is None else gate * joint
+    return gate
 
 
 def kept_channels(index: Index, size: int) -> int:

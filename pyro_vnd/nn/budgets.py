@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from numbers import Real
 from typing import Any, Literal, get_args
@@ -11,13 +11,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pyro_vnd._data import Rows, batches
+from pyro_vnd._data import Batch, Rows, input_batches
 from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._sizes import is_integer
 from pyro_vnd._state import module_mode
-from pyro_vnd.nn.cost import net_cost
-from pyro_vnd.nn.model import NestedModel, net_and_likelihood
-from pyro_vnd.nn.narrow import narrow_to_blocks, recalibrate_batchnorm
+from pyro_vnd.nn.cost import net_cost, zeros_for
+from pyro_vnd.nn.model import NestedModel, taken_apart
+from pyro_vnd.nn.narrow import narrow_to_blocks, recalibrated
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.net_likelihood import NetLikelihood
 
@@ -86,11 +86,11 @@ def widths_for(
         >>> net_cost(narrow(net, budget=0.25), torch.zeros(1, 8))
         {'multiply_adds': 658, 'parameters': 703}
     """
-    net, likelihood = net_and_likelihood("widths_for", model)
+    net, likelihood, outputs_of = taken_apart("widths_for", model)
     _check(budget, cost, max_tries)
-    rows = None if data is None else list(batches(data, batch_size))
+    rows = None if data is None else list(input_batches(data, batch_size, net.num_inputs))
     with module_mode([net], training=False):
-        search = _Search(net, likelihood, cost, rows, recalibrate, batch_size)
+        search = _Search(net, likelihood, outputs_of, cost, rows, recalibrate, batch_size)
         limit = float(budget) if is_integer(budget) else float(budget) * search.cost(search.whole)
         start = _uniform(search, limit, budget)
         return start if rows is None else _refine(search, start, limit, max_tries)
@@ -116,12 +116,13 @@ class _Search:
         self,
         net: NestedNet,
         likelihood: NetLikelihood,
+        outputs_of: Callable[[Any], Tensor],
         cost: Cost,
-        rows: Sequence[Sequence[Tensor]] | None,
+        rows: Sequence[Batch] | None,
         recalibrate: Rows | None,
         batch_size: int,
     ) -> None:
-        self.net, self.likelihood, self.kind = net, likelihood, cost
+        self.net, self.likelihood, self.outputs_of, self.kind = net, likelihood, outputs_of, cost
         self.device = next(net.parameters()).device
         self.rows, self.recalibrate, self.batch_size = rows, recalibrate, batch_size
         self.whole = {name: width.num_blocks for name, width in net.widths.items()}
@@ -139,7 +140,7 @@ class _Search:
         """Return the cost of the narrowed net."""
         key = tuple(blocks.values())
         if key not in self._costs:
-            with self._explained(self.inputs):
+            with self._explained(self.inputs.inputs):
                 self._costs[key] = _cost(narrow_to_blocks(self.net, blocks), self.inputs, self.kind)
         return self._costs[key]
 
@@ -149,65 +150,63 @@ class _Search:
         if key not in self._values:
             narrowed = narrow_to_blocks(self.net, blocks)
             if self.recalibrate is not None:
-                inputs = (batch[0].to(self.device) for batch in batches(self.recalibrate, self.batch_size))
-                recalibrate_batchnorm(narrowed, inputs)
+                recalibrated(narrowed, input_batches(self.recalibrate, self.batch_size, self.net.num_inputs))
             terms = [self._log_likelihood(narrowed, batch) for batch in self.rows or ()]
             self._values[key] = torch.cat(terms).mean().item()
         return self._values[key]
 
-    def _log_likelihood(self, narrowed: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-        if len(batch) < 2:
+    def _log_likelihood(self, narrowed: nn.Module, batch: Batch) -> Tensor:
+        if batch.y is None:
             raise ValueError("widths_for: argument `data` must have inputs and what was observed; got inputs only")
-        x = batch[0].to(self.device)
-        with self._explained((x,)):
-            outputs = narrowed(x)
-        self.likelihood.check_outputs("widths_for", outputs, len(x))
+        batch = batch.to(self.device)
+        with self._explained(batch.inputs):
+            outputs = self.outputs_of(narrowed(*batch.args, **batch.kwargs))
+        self.likelihood.check_outputs("widths_for", outputs, batch.num_rows)
         outputs = outputs.cpu().double()
-        y = self.likelihood.targets("widths_for", batch[1].cpu(), outputs)
+        if bad := int((~outputs.isfinite()).flatten(1).any(1).sum()):
+            raise ValueError(
+                f"widths_for: outputs of the net have NaN or inf for {bad} of {batch.num_rows} rows of `data`: inputs "
+                "must be finite"
+            )
+        y = self.likelihood.targets("widths_for", batch.y.cpu(), outputs)
         return self.likelihood.law(outputs).log_prob(y)
 
-    def _explained(self, inputs: tuple[Tensor, ...]) -> AbstractContextManager[None]:
+    def _explained(self, inputs: tuple[Any, ...]) -> AbstractContextManager[None]:
         return explain_inputs("widths_for", inputs, next(self.net.parameters()).dtype, self.net.input_shapes)
 
-    def _inputs(self) -> tuple[Tensor, ...]:
+    def _inputs(self) -> Batch:
         """Return an example: the first row of the data, or zeros like the example that was nested."""
         if self.rows is not None:
             if not self.rows:
                 raise ValueError("widths_for: argument `data` has no rows")
-            return (self.rows[0][0][:1].to(self.device),)
+            return self.rows[0].to(self.device).map_inputs(lambda x: x[:1])
         if self.kind == "parameters":
-            return ()
-        zeros = tuple(next(self.net.parameters()).new_zeros(shape) for shape in self.net.input_shapes)
-        plain = narrow_to_blocks(self.net, self.whole)
-        for inputs in (zeros, tuple(x.long() for x in zeros)):  # of indices, say, for an embedding
-            try:
-                if inputs:
-                    plain(*inputs)
-                    return inputs
-            except RuntimeError:
-                continue
+            return Batch((), {})
+        if inputs := zeros_for(self.net, narrow_to_blocks(self.net, self.whole)):
+            return Batch(inputs, {})
         raise ValueError(
             f"widths_for: argument `data` is needed for cost={self.kind!r}, as the net does not say what its inputs "
             "are like"
         )
 
 
-def _cost(plain: nn.Module, inputs: tuple[Tensor, ...], kind: Cost) -> float:
+def _cost(plain: nn.Module, inputs: Batch, kind: Cost) -> float:
     if kind == "parameters":
         return sum(parameter.numel() for parameter in plain.parameters())
     if kind == "macs":
-        return net_cost(plain, *inputs)["multiply_adds"]
+        return net_cost(plain, *inputs.args, **inputs.kwargs)["multiply_adds"]
     return _latency(plain, inputs)
 
 
-def _latency(plain: nn.Module, inputs: tuple[Tensor, ...]) -> float:
+def _latency(plain: nn.Module, inputs: Batch) -> float:
     """Return the microseconds of a pass: the least of several, which other work on the machine does not lengthen."""
 
     def timed() -> float:
         start = time.perf_counter()
-        plain(*inputs)
-        if inputs[0].device.type != "cpu":
-            torch.accelerator.synchronize(inputs[0].device)
+        plain(*inputs.args, **inputs.kwargs)
+        for x in inputs.inputs[:1]:
+            if x.device.type != "cpu":
+                torch.accelerator.synchronize(x.device)
         return 1e6 * (time.perf_counter() - start)
 
     for _ in range(_WARM_UP):

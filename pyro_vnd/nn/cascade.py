@@ -12,11 +12,11 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_vnd._data import Rows, batches
+from pyro_vnd._data import Rows, batches, input_batches
 from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._sizes import is_integer
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
-from pyro_vnd.nn.narrow import narrow, recalibrate_batchnorm
+from pyro_vnd.nn.narrow import narrow, recalibrated
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.stages import Doubt, Stage, continued, doubt_of, shared_layers
 from pyro_vnd.nn.table import multiply_adds
@@ -137,8 +137,7 @@ class CascadeNet(nn.Module):
             for draw in draws:
                 plain = narrow(net, blocks, draw)
                 if recalibrate is not None:
-                    device = next(net.parameters()).device
-                    recalibrate_batchnorm(plain, (batch[0].to(device) for batch in batches(recalibrate, 256)))
+                    recalibrated(plain, input_batches(recalibrate, 256))
                 # Behind a block that the narrower net has dropped, nothing is as it was there.
                 shared = [] if net.blocks else shared_layers(net, plain)
                 nets.append(continued(net, plain, shared, before, units, draw))
@@ -166,7 +165,7 @@ class CascadeNet(nn.Module):
             Logits, shape (N, C), or (S, N, C) if there are draws.
 
         Raises:
-            ValueError: If there are no thresholds yet, or inputs do not fit the net.
+            ValueError: If there are no thresholds yet, or inputs do not fit the net, or predictions are NaN.
         """
         return self.run(x).logits
 
@@ -179,6 +178,11 @@ class CascadeNet(nn.Module):
                 "or give `threshold`"
             )
         logits, doubt, *known = self._start(x)
+        if bool((unknown := doubt.isnan()).any()):  # which is below no threshold, nor above one
+            raise ValueError(
+                f"CascadeNet: predictions are NaN for {int(unknown.sum())} of {len(x)} rows: the inputs, or the "
+                "weights, have NaN or inf"
+            )
         rows = torch.arange(len(x), device=logits.device)
         stage = torch.zeros_like(rows)
         for number, (module, threshold) in enumerate(zip(self.stages[1:], self.thresholds, strict=True), 1):

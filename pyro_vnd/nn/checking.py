@@ -15,7 +15,7 @@ from pyro_vnd.nn.axis import take
 from pyro_vnd.nn.depth import NestedBlock, is_in_a_list, taken_out
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.net import NestedNet
-from pyro_vnd.nn.tracing.tape import tensors_in
+from pyro_vnd.nn.tracing.tape import tensors_in, with_one_more
 
 __all__ = ["Misfit", "check_and_count"]
 
@@ -60,16 +60,12 @@ def check_and_count(net: NestedNet, inputs: tuple[Any, ...], trains: bool) -> di
             with module_mode([net], training=False):
                 _compare_rows(net, inputs, rows)
         if trains:
-            more = tuple(_one_more(x, rows) for x in inputs)  # norms of a batch want two rows
+            more = with_one_more(inputs, rows)  # norms of a batch want two rows
             with module_mode([net], training=True):
                 _compare(net, more, rows + 1, half)
         with module_mode([net], training=False):
             _let_blocks_go(net, inputs, rows)
     return {name: count // rows for name, count in positions.items()}
-
-
-def _one_more(x: Any, rows: int) -> Any:
-    return torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.shape[:1] == (rows,) else x
 
 
 def _compare(net: NestedNet, inputs: tuple[Any, ...], rows: int, half: dict[str, int]) -> None:
@@ -111,7 +107,7 @@ def _compare_layers(net: NestedNet, inputs: tuple[Any, ...], rows: int, half: di
 
 def _compare_rows(net: NestedNet, inputs: tuple[Any, ...], rows: int) -> None:
     """Compare rows of different widths with passes of one width."""
-    more, count = tuple(_one_more(x, rows) for x in inputs), rows + 1
+    more, count = with_one_more(inputs, rows), rows + 1
     law = net.widths[next(iter(net.widths))].logits  # of the type and device that fractions have
     is_narrow = torch.arange(count, device=law.device) % 2 == 0
     narrow, wide, mixed = (

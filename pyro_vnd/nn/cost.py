@@ -6,18 +6,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyro_vnd._data import Batch
 from pyro_vnd._state import module_mode
+from pyro_vnd.nn.net import NestedNet
 
-__all__ = ["net_cost"]
+__all__ = ["net_cost", "zeros_for"]
 
 
-def net_cost(net: nn.Module, x: Tensor, *more: Any) -> dict[str, int]:
+def net_cost(net: nn.Module, *inputs: Any, **named: Any) -> dict[str, int]:
     """Count the parameters of a net and its multiply-adds for one row.
 
     Args:
         net: A plain module, such as `narrow` makes.
-        x: A batch of inputs; any number of rows.
-        *more: Further inputs.
+        *inputs: A batch of inputs; any number of rows, which the first tensor counts.
+        **named: Inputs that it takes by name.
 
     Returns:
         multiply_adds, half the floating-point operations of matrix products and convolutions, and parameters.
@@ -28,6 +30,25 @@ def net_cost(net: nn.Module, x: Tensor, *more: Any) -> dict[str, int]:
         {'multiply_adds': 6, 'parameters': 9}
     """
     with torch.no_grad(), module_mode([net], training=False), FlopCounterMode(display=False) as counter:
-        net(x, *more)
+        net(*inputs, **named)
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    return {"multiply_adds": counter.get_total_flops() // (2 * len(x)), "parameters": parameters}
+    return {"multiply_adds": counter.get_total_flops() // (2 * Batch(inputs, named).num_rows), "parameters": parameters}
+
+
+def zeros_for(net: NestedNet, plain: nn.Module) -> tuple[Tensor, ...]:
+    """Return zeros like the example that a net was nested with, numbers or else indices; nothing if it takes neither.
+
+    Args:
+        net: The nested net.
+        plain: What `narrow` makes of it.
+    """
+    zeros = tuple(next(net.parameters()).new_zeros(shape) for shape in net.input_shapes)
+    with torch.no_grad(), module_mode([plain], training=False):
+        for inputs in (zeros, tuple(x.long() for x in zeros)):  # of indices, say, for an embedding
+            try:
+                if inputs:
+                    plain(*inputs)
+                    return inputs
+            except RuntimeError:
+                continue
+    return ()

@@ -16,14 +16,25 @@ from torch.nn import functional as F
 from pyro_vnd._compat import has_hooks
 from pyro_vnd.distributions import Gated
 from pyro_vnd.distributions.weights import LogScaleNormal
-from pyro_vnd.nn.axis import Axis, Channels, Index, Rows, kept_channels, take
+from pyro_vnd.nn.axis import Axis, Channels, Index, Rows, joint_keep_probs, kept_channels, take
 from pyro_vnd.nn.reads import MaskedReads, Read, apply_mask, on_its_own, substituted
 from pyro_vnd.nn.width import Width
 
 if TYPE_CHECKING:
     from pyro_vnd.nn.depth import NestedBlock
 
-__all__ = ["AFFINE", "NestedLayer", "Prior", "affine", "affine_kind"]
+__all__ = [
+    "AFFINE",
+    "NestedLayer",
+    "Prior",
+    "affine",
+    "affine_kind",
+    "cut_law",
+    "drawn_entries",
+    "entry_law",
+    "in_block",
+    "spread_of",
+]
 
 Plain = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Prior = Distribution | Callable[[str, nn.Module], Distribution] | Mapping[str, Any]
@@ -37,6 +48,7 @@ AFFINE: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.ConvTranspose2d: F.conv_transpose2d,
     nn.ConvTranspose3d: F.conv_transpose3d,
 }
+SIZES = ("in_features", "out_features", "in_channels", "out_channels")
 
 
 def affine_kind(layer: nn.Module) -> type[nn.Module] | None:
@@ -133,11 +145,7 @@ class NestedLayer(nn.Module):
         self.is_read, self.draws_outputs = True, dict.fromkeys(self.draws_outputs, False)
 
     def _spread_of_prior(self, name: str) -> float:
-        try:
-            spread = self.prior_of(name).stddev.mean().item()
-        except (NotImplementedError, AttributeError):
-            spread = math.nan
-        return spread if 0 < spread < math.inf else fan_in_normal(name, self.plain).stddev.item()
+        return spread_of(self.prior_of(name)) or fan_in_normal(name, self.plain).stddev.item()
 
     def _has_exact_kl(self, name: str) -> bool:
         try:
@@ -153,13 +161,7 @@ class NestedLayer(nn.Module):
             if name not in prior:
                 raise ValueError(f"NestedLayer: argument `prior` lacks {name!r}; got {list(prior)}")
             prior = prior[name]
-        law = prior if isinstance(prior, Distribution) else prior(name, self.plain)
-        if law.event_shape or law.batch_shape.numel() not in (1, self.plain.get_parameter(name).numel()):
-            raise ValueError(
-                f"NestedLayer: the prior of {name!r} must have one entry, or those of the array "
-                f"{tuple(self.plain.get_parameter(name).shape)}; got {law}"
-            )
-        return law
+        return entry_law("NestedLayer", prior, name, self.plain)
 
     def take(self, name: str, x: Tensor, index: tuple[Index, Index] | None = None) -> Tensor:
         """Return the kept rows and columns of an array of the shape of a parameter.
@@ -191,34 +193,11 @@ class NestedLayer(nn.Module):
 
     def gate(self, name: str) -> Tensor | None:
         """Return P(both units and the block around them kept) for each entry of a parameter; None if all count."""
-        gate, kept = self._gate_of_units(name), None if self.block is None else self.block.keep_prob()
-        if gate is None or kept is None:
-            return kept if gate is None else gate
-        return gate * kept.to(gate.device)  # the masks are independent
-
-    def _gate_of_units(self, name: str) -> Tensor | None:
-        rows, columns = self.output_axis.keep_probs(), self.input_axis.keep_probs()
-        if name == "bias" or self.groups > 1:  # the two ends of a grouped convolution are the same width
-            if rows is None or name == "bias":
-                return rows
-            return (columns if self.transposed and columns is not None else rows).reshape(
-                -1, *[1] * (self.plain.weight.dim() - 1)
-            )
-        if rows is None and columns is None:
-            return None
-        trailing = [1] * (self.plain.weight.dim() - 2)
-        shapes = ([1, -1], [-1, 1]) if self.transposed else ([-1, 1], [1, -1])
-        row = None if rows is None else rows.reshape(*shapes[0], *trailing)
-        column = None if columns is None else columns.reshape(*shapes[1], *trailing)
-        if row is None or column is None:
-            return column if row is None else row
-        gate, ends = row * column, (self.input_axis, self.output_axis)
-        for width in {*self.input_axis.widths} & {*self.output_axis.widths}:
-            # One mask keeps both: P(z_i = z_j = 1) = S_max(i,j).
-            columns, rows = (axis.owned_by(width).to(gate.device) for axis in ends)
-            both = rows.reshape(shapes[0]) & columns.reshape(shapes[1])
-            gate = torch.where(both.reshape(*both.shape, *trailing), torch.minimum(row, column), gate)
-        return gate
+        ends = (self.input_axis, self.output_axis) if self.transposed else (self.output_axis, self.input_axis)
+        # The two ends of a grouped convolution are the same width.
+        axes = (self.output_axis,) if name == "bias" else ends[:1] if self.groups > 1 else ends
+        gate = joint_keep_probs(dict(enumerate(axes)), self.plain.get_parameter(name).dim())
+        return in_block(gate, self.block)
 
     def law(self, name: str, which: Literal["prior", "posterior"]) -> Gated:
         """Return the prior or posterior of the kept part of a parameter.
@@ -236,7 +215,7 @@ class NestedLayer(nn.Module):
         law = self.prior_of(name)
         if law.batch_shape.numel() == 1 or not (self.input_axis.is_sliced or self.output_axis.is_sliced):
             return law
-        return _taken(law, lambda x: self.take(name, x))
+        return cut_law(law, lambda x: self.take(name, x))
 
     def draw(self, which: Literal["prior", "posterior"], site: str) -> dict[str, Tensor]:
         """Draw the weights for the coming pass, at the Pyro sites `site.weight` and `site.bias`."""
@@ -245,15 +224,8 @@ class NestedLayer(nn.Module):
         for name in self.log_scales:
             kind = "linear" if self.channel_dim == -1 else "convolution"
             infer: Any = {"local_reparam": kind if self.draws_outputs[name] else None}
-            value = pyro.sample(f"{site}.{name}", self.law(name, which), infer=infer)
-            extra = value.dim() - self.plain.get_parameter(name).dim()
-            if value.shape[:extra].numel() > 1:
-                raise ValueError(
-                    f"site {site}.{name}: weights were drawn in a plate, shape {tuple(value.shape)}; call the net "
-                    "outside of plates, and use several particles without vectorize_particles"
-                )
-            value = value.reshape(value.shape[extra:]) if extra else value  # `Predictive` puts ones before the shape
-            self.values[name] = value.to(self.plain.weight.dtype)  # a prior may be of another precision
+            law = self.law(name, which)
+            self.values[name] = drawn_entries(f"{site}.{name}", law, self.plain.get_parameter(name), infer)
         return {f"{site}.{name}": value for name, value in self.values.items()}
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (as torch's layers name it)
@@ -288,13 +260,18 @@ class NestedLayer(nn.Module):
         return None if mean is None else self.take(name, mean)
 
     def __getattr__(self, name: str) -> Any:
-        """Return what the plain layer has: the code of a net may ask for it; its weights are those of the pass."""
+        """Return what the plain layer has: the code of a net may ask for it; weights and sizes are of this pass."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             if "plain" not in vars(self).get("_modules", {}) or name.startswith("__"):
                 raise
-        return self.value(name) if name in ("weight", "bias") else getattr(self.plain, name)
+        if name in ("weight", "bias"):
+            return self.value(name)
+        if name in SIZES:
+            axis = self.input_axis if name.startswith("in") else self.output_axis
+            return kept_channels(axis.index(), axis.size)
+        return getattr(self.plain, name)
 
     def _run_plain(self, x: Tensor) -> Tensor:
         """Run the layer as it is written, with the weights of this pass in the place of its own."""
@@ -350,7 +327,60 @@ def fan_in_normal(name: str, layer: nn.Module) -> Normal:
     return Normal(weight.new_tensor(0.0), weight.new_tensor(scale), validate_args=False)
 
 
-def _taken(law: Any, cut: Callable[[Tensor], Tensor]) -> Distribution:
+def entry_law(caller: str, prior: Any, name: str, module: nn.Module) -> Distribution:
+    """Return the prior of the entries of a parameter: a law, or what a function of its name and module returns."""
+    if not isinstance(prior, Distribution) and not callable(prior):
+        raise ValueError(
+            f"{caller}: the prior of {name!r} must be a law, or a function that returns one; `nest` takes 'normal', a "
+            f"scale and None, too; got {prior!r}"
+        )
+    law = prior if isinstance(prior, Distribution) else prior(name, module)
+    shape = module.get_parameter(name).shape
+    if law.event_shape or law.batch_shape.numel() not in (1, shape.numel()):
+        raise ValueError(
+            f"{caller}: the prior of {name!r} must have one entry, or those of the array {tuple(shape)}; got {law}"
+        )
+    return law
+
+
+def in_block(gate: Tensor | None, block: NestedBlock | None) -> Tensor | None:
+    """Return the probability that entries count and the block around them, if there is one, is kept.
+
+    Args:
+        gate: Probability that each entry counts; None if all do.
+        block: What may be dropped with them. Its mask is independent of theirs.
+    """
+    kept = None if block is None else block.keep_prob()
+    return gate if kept is None else kept if gate is None else gate * kept.to(gate.device)
+
+
+def drawn_entries(site: str, law: Any, like: Tensor, infer: Any = None) -> Tensor:
+    """Draw an array at a Pyro site, of the type of a parameter and with as many axes.
+
+    Raises:
+        ValueError: If the site is in a plate.
+    """
+    value = pyro.sample(site, law, infer=infer)
+    extra = value.dim() - like.dim()
+    if value.shape[:extra].numel() > 1:
+        raise ValueError(
+            f"site {site}: weights were drawn in a plate, shape {tuple(value.shape)}; call the net outside of plates, "
+            "and use several particles without vectorize_particles"
+        )
+    value = value.reshape(value.shape[extra:]) if extra else value  # `Predictive` puts ones before the shape
+    return value.to(like.dtype)  # a prior may be of another precision
+
+
+def spread_of(law: Distribution) -> float | None:
+    """Return the standard deviation of a law, None if it has none."""
+    try:
+        spread = law.stddev.mean().item()
+    except (NotImplementedError, AttributeError):
+        return None
+    return spread if 0 < spread < math.inf else None
+
+
+def cut_law(law: Any, cut: Callable[[Tensor], Tensor]) -> Distribution:
     """Cut each tensor argument of a distribution over the entries of an array."""
     shape = law.batch_shape
     arguments = {name: cut(getattr(law, name).expand(shape)) for name in law.arg_constraints if hasattr(law, name)}

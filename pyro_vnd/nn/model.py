@@ -1,17 +1,21 @@
 """A nested net with a likelihood: the Pyro model of labels, numbers, counts, pixels or tokens."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import pyro
 from torch import Tensor
 
-from pyro_vnd._compat import QuietModule
-from pyro_vnd._inputs import Look
+from pyro_vnd._compat import QuietModule, only_plain_code
+from pyro_vnd._data import shapes, split_inputs
+from pyro_vnd._inputs import Look, check_numbers
 from pyro_vnd.nn.likelihoods import CategoricalLabels
 from pyro_vnd.nn.net import NestedNet, NetGuide
 from pyro_vnd.nn.net_likelihood import NetLikelihood
+from pyro_vnd.nn.outputs import Output, picked
 
-__all__ = ["NestedClassifier", "NestedModel", "net_and_likelihood"]
+__all__ = ["NestedClassifier", "NestedModel", "taken_apart"]
 
 
 class NestedModel(QuietModule):
@@ -27,11 +31,16 @@ class NestedModel(QuietModule):
     | a class for each token | `TokenLabels` | (N, T, C) logits |
     | a class for each pixel | `PixelLabels` | (N, C, H, W) logits |
 
+    A net that takes several inputs was nested with them, as a tuple or by name, and the data of a fit are the same and
+    y: (left, right, y), or {"input_ids": ..., "attention_mask": ..., "y": ...}.
+
     `evaluate_widths`, `evaluate_learned`, `loo_widths` and `widths_for` take it, and score with its likelihood.
 
     Args:
         net: The nested net.
         likelihood: The law of y given its outputs: one of the above, or a `NetLikelihood` of your own.
+        output: What of that which the net returns the likelihood takes: a key, the name of an attribute, a place in a
+            tuple, or a function that picks it. By default the tensor that it returns, or what is called "logits".
 
     Raises:
         ValueError: If the net is not nested, or, in use, its outputs do not suit the likelihood, or y does not.
@@ -47,7 +56,7 @@ class NestedModel(QuietModule):
         >>> result = fit(model, model.guide, (x, y), num_epochs=2, progress=False)
     """
 
-    def __init__(self, net: NestedNet, likelihood: NetLikelihood) -> None:
+    def __init__(self, net: NestedNet, likelihood: NetLikelihood, *, output: Output = None) -> None:
         super().__init__()
         name = type(self).__name__
         if not isinstance(net, NestedNet):
@@ -61,7 +70,7 @@ class NestedModel(QuietModule):
                 f"{name}: argument `likelihood` must be a NetLikelihood, such as CategoricalLabels() or "
                 f"NormalTargets(); got {got}"
             )
-        self.net, self.likelihood, self._look = net, likelihood, Look()
+        self.net, self.likelihood, self.output, self._look = net, likelihood, output, Look()
 
     @property
     def guide(self) -> NetGuide:
@@ -69,28 +78,40 @@ class NestedModel(QuietModule):
         return self.net.guide
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; the next evaluation looks at the values of y, see `forward`."""
+        """Set the mode; the next evaluation looks at the values of inputs and of y, see `forward`."""
         self._look.done = False
         return super().train(mode)
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, *data: Any, **named: Any) -> Tensor:
         """Run the model and return the outputs of the net.
 
         Args:
-            x: Inputs, a row for each example.
-            y: What is observed, a row for each example. Its values are looked at in the first evaluation of a fit, on
-                the CPU in each.
+            *data: Inputs, as many as the net was nested with, a row for each example, and what is observed, y. Values
+                of inputs are looked at in the first evaluation of a fit, and those of y too, on the CPU in each.
+            **named: The same by name: "y" is what is observed, "x" the first input; other names are those of the net.
 
         Returns:
             Outputs of the net, shape (N, ...).
 
         Raises:
-            ValueError: If outputs of the net, or y, do not suit the likelihood.
+            ValueError: If outputs of the net, or y, do not suit the likelihood, or inputs are NaN.
+
+        Warns:
+            UserWarning: If inputs look like images of bytes.
         """
         caller = type(self).__name__
-        plate = pyro.plate("data", len(x), dim=-1)
-        outputs = self.net(x, plate=plate)
-        self.likelihood.check_outputs(caller, outputs, len(x))
+        batch = split_inputs(data, named, self.net.num_inputs)
+        if batch.more or not batch.num_rows:
+            raise ValueError(
+                f"{caller}: give {self.net.num_inputs or 'named'} inputs, tensors with a row for each example, and "
+                f"what is observed; got {shapes((*data, *named.values()))}"
+            )
+        if not self._look.done and not only_plain_code():
+            check_numbers(caller, "x", batch.inputs)
+        plate = pyro.plate("data", batch.num_rows, dim=-1)
+        outputs = self.outputs_of(self.net(*batch.args, plate=plate, **batch.kwargs))
+        self.likelihood.check_outputs(caller, outputs, batch.num_rows)
+        y = batch.y
         if y is not None:
             look = self._look.is_due(y) if isinstance(y, Tensor) else False
             y = self.likelihood.targets(caller, y, outputs, values=look)
@@ -99,12 +120,17 @@ class NestedModel(QuietModule):
             pyro.sample(self.likelihood.site, self.likelihood.law(outputs), obs=y)
         return outputs
 
+    def outputs_of(self, returned: Any) -> Tensor:
+        """Return what the likelihood takes of what the net returned; raise a ValueError if there is no such tensor."""
+        return picked(type(self).__name__, returned, self.output)
+
 
 class NestedClassifier(NestedModel):
     r"""A nested net as the model of classes: short for `NestedModel(net, CategoricalLabels())`.
 
     Args:
         net: The nested net; its outputs are logits, shape (N, C), one for each of two or more classes.
+        output: As in `NestedModel`.
 
     Raises:
         ValueError: If the net is not nested, or, in use, its outputs are no such logits or labels no classes.
@@ -119,12 +145,12 @@ class NestedClassifier(NestedModel):
         True
     """
 
-    def __init__(self, net: NestedNet) -> None:
-        super().__init__(net, CategoricalLabels())
+    def __init__(self, net: NestedNet, *, output: Output = None) -> None:
+        super().__init__(net, CategoricalLabels(), output=output)
 
 
-def net_and_likelihood(caller: str, model: Any) -> tuple[NestedNet, NetLikelihood]:
-    """Return a nested net and its likelihood, which is that of classes where a net comes alone.
+def taken_apart(caller: str, model: Any) -> tuple[NestedNet, NetLikelihood, Callable[[Any], Tensor]]:
+    """Return a nested net, its likelihood, which is that of classes where a net comes alone, and what picks outputs.
 
     Args:
         caller: What was given the model, for messages.
@@ -134,9 +160,9 @@ def net_and_likelihood(caller: str, model: Any) -> tuple[NestedNet, NetLikelihoo
         ValueError: If it is neither.
     """
     if isinstance(model, NestedModel):
-        return model.net, model.likelihood
+        return model.net, model.likelihood, model.outputs_of
     if isinstance(model, NestedNet):
-        return model, CategoricalLabels()
+        return model, CategoricalLabels(), partial(picked, caller)
     raise ValueError(
         f"{caller}: argument `model` must be a NestedModel, or a NestedNet of classes, as `nest` returns; got "
         f"{type(model).__name__}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pyro_vnd._data import Rows, batches
+from pyro_vnd._data import Batch, Rows, input_batches
 from pyro_vnd._state import module_mode
 from pyro_vnd.nn.axis import Index, kept_channels, take
 from pyro_vnd.nn.depth import stand_in, take_out
@@ -19,12 +19,12 @@ from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.model import NestedModel
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.norms import BATCH_NORMS, NestedNorm, sizes_of
-from pyro_vnd.nn.submodules import replace_modules
+from pyro_vnd.nn.submodules import computed_tensors, replace_modules
 from pyro_vnd.nn.tracing.attention import Attention, as_graph
 from pyro_vnd.nn.tracing.recurrent import Cell, Recurrent
 from pyro_vnd.nn.width import Rounding
 
-__all__ = ["narrow", "narrow_layer", "narrow_to_blocks", "recalibrate_batchnorm"]
+__all__ = ["narrow", "narrow_layer", "narrow_to_blocks", "recalibrate_batchnorm", "recalibrated"]
 
 
 @torch.no_grad()
@@ -104,6 +104,12 @@ def narrow_to_blocks(net: NestedNet, blocks: Mapping[str, int], draw: Mapping[st
         cut = own.values(kept)
         for name in own.parameters.keys() & cut.keys():
             narrowed[id(own.tensor(name))] = _copied(cut[name], own.tensor(name))
+    if draw is not None:
+        for name, each in net.random_parameters.items():
+            if each.module in gone:
+                continue
+            value = _drawn(draw, f"{net.prefix}{name}", each.mean)
+            narrowed[id(each.mean)] = _copied(each.take(value, kept), each.mean)
     for name, module in net.net.named_modules():
         if module in gone:
             continue
@@ -114,7 +120,7 @@ def narrow_to_blocks(net: NestedNet, blocks: Mapping[str, int], draw: Mapping[st
         elif isinstance(module, NestedNorm):
             narrowed[id(module)] = _narrow_norm(module, kept)
     # A copy takes what the memo has in place of copying it: wide weights are never copied.
-    plain = copy.deepcopy(net.net, narrowed)
+    plain = copy.deepcopy(net.net, computed_tensors(net.net) | narrowed)
     of_torch: dict[nn.Module, nn.Module] = {}
     for module in plain.modules():
         if isinstance(module, Attention):
@@ -177,14 +183,7 @@ def narrow_layer(
             continue
         value = mean
         if draw is not None and name in layer.log_scales:
-            if f"{site}.{name}" not in draw:
-                raise ValueError(f"narrow: argument `draw` has no value for site {f'{site}.{name}'!r}")
-            value = draw[f"{site}.{name}"]
-            if value.shape != mean.shape:
-                raise ValueError(
-                    f"narrow: argument `draw` has shape {tuple(value.shape)} at site {f'{site}.{name}'!r}; expected "
-                    f"{tuple(mean.shape)}: draw outside of `cut(..., sliced=True)`"
-                )
+            value = _drawn(draw, f"{site}.{name}", mean)
         memo[id(mean)] = known[id(mean)] = _copied(layer.take(name, value, index), mean)
     plain = copy.deepcopy(layer.plain, memo)
     num_out, num_in = (
@@ -197,6 +196,18 @@ def narrow_layer(
         if plain.groups > 1:
             plain.groups = plain.groups * num_in // layer.input_axis.size
     return plain
+
+
+def _drawn(draw: Mapping[str, Tensor], site: str, like: Tensor) -> Tensor:
+    """Return the value of a site, of which all was drawn."""
+    if site not in draw:
+        raise ValueError(f"narrow: argument `draw` has no value for site {site!r}")
+    if draw[site].shape != like.shape:
+        raise ValueError(
+            f"narrow: argument `draw` has shape {tuple(draw[site].shape)} at site {site!r}; expected "
+            f"{tuple(like.shape)}: draw outside of `cut(..., sliced=True)`"
+        )
+    return draw[site]
 
 
 def _narrow_norm(norm: NestedNorm, kept: dict[str, int]) -> nn.Module:
@@ -213,7 +224,7 @@ def _narrow_norm(norm: NestedNorm, kept: dict[str, int]) -> nn.Module:
 
 
 @torch.no_grad()
-def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256) -> nn.Module:
+def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256, num_inputs: int = 1) -> nn.Module:
     """Replace the running statistics of all BatchNorm layers by those of data, in place.
 
     A nested net's running statistics mix all widths; each narrowed net wants its own. Mean and variance are over all
@@ -226,13 +237,14 @@ def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256) 
         data: Training inputs: a tensor, a tuple or list of tensors that begins with them, or a mapping in which they
             are "x" or come first; or batches, each a tensor or a sequence, from a `DataLoader` or a generator.
         batch_size: Rows of a batch, where data are tensors.
+        num_inputs: How many tensors of a batch are inputs, in order; 0 for a net that takes all but "y" by name.
 
     Returns:
         The same net.
 
     Raises:
-        ValueError: If there are no data, or a layer sees one value of each channel only, or the tensors of a tuple have
-            different numbers of rows or look like batches.
+        ValueError: If there are no data, or they are not finite, or a layer sees one value of each channel only, or the
+            tensors of a tuple have different numbers of rows or look like batches. The net is then as it was.
 
     Source: Yu and Huang, arXiv 1903.05134, section 3.3 (statistics after training, for each width).
 
@@ -244,32 +256,57 @@ def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256) 
         >>> net[1].num_batches_tracked
         tensor(3)
     """
-    norms: list[Any] = [module for module in net.modules() if isinstance(module, BATCH_NORMS)]
-    if not norms:
-        return net
-    if isinstance(data, tuple | list) and len(data) > 1 and all(isinstance(rows, Tensor) for rows in data):
+    if (
+        num_inputs == 1
+        and isinstance(data, tuple | list)
+        and len(data) > 1
+        and all(isinstance(rows, Tensor) for rows in data)
+    ):
         alike = sum(rows.dim() > 1 and rows.shape == data[0].shape for rows in data)
         if alike > 1:
             raise ValueError(
                 f"recalibrate_batchnorm: argument `data` has {alike} tensors like the inputs, shape "
                 f"{tuple(data[0].shape)}: if they are batches, give them as a generator, or joined by torch.cat"
             )
+    return recalibrated(net, input_batches(data, batch_size, num_inputs))
+
+
+@torch.no_grad()
+def recalibrated(net: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+    """Replace the running statistics of a net, on its device; `recalibrate_batchnorm` without checks."""
+    norms: list[Any] = [module for module in net.modules() if isinstance(module, BATCH_NORMS)]
+    if not norms:
+        return net
+    device = next((each.device for each in net.parameters()), None)
     moments = {norm: _Moments() for norm in norms}
-    seen = False
-    with _calibrating(net, moments):
-        for inputs in _of_two_rows(batch[0] for batch in batches(data, batch_size)):
-            if not seen:
-                for norm in norms:
-                    norm.reset_running_stats()
-            seen = True
-            net(inputs)
-    if not seen:
-        raise ValueError("recalibrate_batchnorm: argument `data` has no batches")
+    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    try:
+        _take_moments(net, moments, (batch.to(device) for batch in batches))
+    except BaseException:
+        for buffer, value in before:
+            buffer.copy_(value)
+        raise
     for norm, found in moments.items():
         if norm.running_mean is not None and found.count:
             norm.running_mean.copy_(found.mean)
             norm.running_var.copy_(found.squares / (found.count - 1))
     return net
+
+
+def _take_moments(net: nn.Module, moments: Mapping[Any, _Moments], batches: Iterable[Batch]) -> None:
+    """Run a net on all inputs, with norms whose moments are taken."""
+    seen = False
+    with _calibrating(net, moments):
+        for batch in _of_two_rows(batches):
+            if not seen:
+                for norm in moments:
+                    norm.reset_running_stats()
+            seen = True
+            net(*batch.args, **batch.kwargs)
+    if not seen:
+        raise ValueError("recalibrate_batchnorm: argument `data` has no batches")
+    if any(found.count and not bool(found.squares.isfinite().all()) for found in moments.values()):
+        raise ValueError("recalibrate_batchnorm: argument `data` must be finite; a norm has seen NaN or inf")
 
 
 class _Moments:
@@ -291,19 +328,32 @@ class _Moments:
         self.count = total
 
 
-def _of_two_rows(found: Iterable[Tensor]) -> Iterator[Tensor]:
+def _of_two_rows(found: Iterable[Batch]) -> Iterator[Batch]:
     """Join a batch of a single row, which has no variance, to the next one, or the last one to that before it."""
-    whole: list[Tensor] = []
-    single: list[Tensor] = []
+    whole: list[Batch] = []
+    single: list[Batch] = []
     for rows in found:
-        joined = torch.cat([*single, rows]) if single else rows
-        if len(joined) < 2:
+        joined = _joined([*single, rows])
+        if joined.num_rows < 2:
             single = [joined]
             continue
         yield from whole
         whole, single = [joined], []
     if whole or single:
-        yield torch.cat([*whole, *single])
+        yield _joined([*whole, *single])
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    """Join inputs of batches, of which those that are no tensors are the same."""
+    if len(batches) == 1:
+        return batches[0]
+
+    def join(parts: Sequence[Any]) -> Any:
+        return torch.cat([*parts]) if isinstance(parts[0], Tensor) else parts[0]
+
+    names = batches[0].kwargs
+    args = tuple(join(parts) for parts in zip(*(batch.args for batch in batches), strict=True))
+    return Batch(args, {name: join([batch.kwargs[name] for batch in batches]) for name in names})
 
 
 @contextmanager

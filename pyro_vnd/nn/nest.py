@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import warnings
 from collections.abc import Collection, Mapping
+from numbers import Real
 from typing import Any, Literal, TypeGuard
 
 from torch import Tensor, nn
 
-from pyro_vnd._inputs import check_example, explain_inputs
+from pyro_vnd._inputs import check_numbers, explain_inputs
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.straight_through import Noise
 from pyro_vnd.nn.checking import Misfit, check_and_count
@@ -16,6 +19,7 @@ from pyro_vnd.nn.layers import Prior
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.parts import Parts
 from pyro_vnd.nn.preparing import prepared
+from pyro_vnd.nn.random_parameters import ZeroMeanNormal
 from pyro_vnd.nn.table import share_that_narrows
 from pyro_vnd.nn.tracing import MUST_RUN, ChannelGroups, channel_groups
 from pyro_vnd.nn.width import Width, check_int
@@ -27,13 +31,13 @@ WidthLaw = OrderedMask | float | Mapping[str, OrderedMask | float] | None
 
 def nest(
     net: nn.Module,
-    example_input: Tensor | tuple[Tensor, ...],
+    example_input: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor],
     *,
     num_blocks: int | Mapping[str, int] | None = None,
     frozen: int | Mapping[str, int] = 0,
     mask_per: Literal["example", "batch"] = "example",
     gated: bool | None = None,
-    prior: Prior | Mapping[str, Prior] | Literal["normal"] | None = "normal",
+    prior: Prior | float | Literal["normal"] | Mapping[str, Any] | None = "normal",
     init_scale: float = 0.1,
     width_prior: WidthLaw = None,
     width_init: WidthLaw = None,
@@ -50,19 +54,22 @@ def nest(
     flattening, depthwise and grouped convolutions, norms, embeddings, attention heads). Each such group gets one
     `Width`, a learned ordered mask over blocks of its units that acts after norm and activation; inputs and outputs of
     the net stay whole. Linear and convolutional layers get independent Normal weights; other parameters along channels,
-    such as embeddings and scales of layers, are cut with them, as point estimates. The net given is not changed; its
-    weights are the starting means, so that a pretrained net goes on from where it is.
+    such as embeddings and scales of layers, are cut with them, as point estimates if `prior` does not name them. The
+    net given is not changed; its weights are the starting means, so that a pretrained net goes on from where it is.
 
     Args:
         net: Any net. What it does may depend on shapes; where it depends on data, the example decides.
-        example_input: An input, or a tuple of them, for shapes; one or two examples suffice.
+        example_input: An input, or a tuple of them, or a mapping for a net that takes them by name, for shapes; one or
+            two examples suffice.
         num_blocks: Number of blocks of a group, at most its number of units; or numbers by group. By default each unit
             is a block.
         frozen: Leading blocks that are always kept; or numbers by group.
         mask_per: One mask for each "example" or for each "batch"; see `NestedNet`.
         gated: Whether the KL of a weight counts as far as its units are kept; see `NestedNet`.
-        prior: Prior of the weights, as in `NestedLayer`, or priors by name of layer with "" for all others; None for
-            point estimates: only the masks are random.
+        prior: Prior of the weights, as in `NestedLayer`, or a number s for N(0, s^2), or None for point estimates: only
+            the masks are random. Or any of these by name of layer, with "" for all others. Other parameters, such as a
+            class token, the scale of a layer or the table of an embedding, get a law where they are named, or their
+            module is; "normal" is then N(0, 1).
         init_scale: Starting deviation of the posterior of weights, as a share of the prior's.
         width_prior: Prior of the lengths in blocks: an `OrderedMask`, or the rate of a geometric one, or either by
             group; uniform by default.
@@ -92,15 +99,15 @@ def nest(
         >>> net.widths["0"]
         Width(0, 64 units in 16 blocks, mean blocks kept 8.5, modes 1-16)
     """
-    examples = example_input if isinstance(example_input, tuple) else (example_input,)
-    check_example(examples)
+    examples = _in_order(net, example_input)
+    check_numbers("nest", "example_input", examples)
     alone, left, stages_left = tuple(exclude), dict[str, str](), set[str]()
     while True:
         nested = prepared(net, alone)
         with explain_inputs("nest", examples, next((parameter.dtype for parameter in net.parameters()), None)):
             groups = channel_groups(
                 nested,
-                example_input,
+                examples,
                 exclude=alone,
                 by_example=mask_per == "example",
                 depth=depth,
@@ -121,10 +128,17 @@ def nest(
             )
         widths = _widths(groups, num_blocks, frozen, width_prior, width_init, temperature=temperature, noise=noise)
         parts = Parts(nested, groups, widths, mask_per == "example")
-        plain = parts.nested(_by_name(prior, parts.affine), init_scale)
-        found: Any = {"own_channels": parts.own_channels(), "reads": parts.reads(), "blocks": parts.blocks()}
+        priors, of_raw = _by_name(prior, parts)
+        plain = parts.nested(priors, init_scale)
+        found: Any = {
+            "own_channels": parts.own_channels(),
+            "reads": parts.reads(),
+            "random_parameters": parts.random_parameters(of_raw, init_scale),
+            "blocks": parts.blocks(),
+        }
         result = NestedNet(plain, mask_per=mask_per, gated=gated, prefix=prefix, **found)
         result.whole = groups.whole
+        result.num_inputs = 0 if isinstance(example_input, Mapping) else len(examples)
         result.input_shapes = tuple(tuple(x.shape) for x in examples if isinstance(x, Tensor))
         try:
             result.positions = check_and_count(result, examples, trains=not groups.untrained)
@@ -139,6 +153,29 @@ def nest(
             continue
         _warn(result, groups, left)
         return result
+
+
+def _in_order(net: nn.Module, example_input: Any) -> tuple[Any, ...]:
+    """Return the arguments of a net in their order, with defaults for those before the last one given."""
+    if not isinstance(example_input, Mapping):
+        return example_input if isinstance(example_input, tuple) else (example_input,)
+    signature = inspect.signature(net.forward)
+    try:
+        bound = signature.bind(**example_input)
+    except TypeError as error:
+        raise ValueError(f"nest: argument `example_input` does not fit {type(net).__name__}: {error}") from error
+    bound.apply_defaults()
+    names = list(signature.parameters)
+    last = max((names.index(name) for name in example_input if name in names), default=-1)
+    by_order = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if strange := [
+        name for name in example_input if name not in names or signature.parameters[name].kind not in by_order
+    ]:
+        raise ValueError(
+            f"nest: argument `example_input` names {strange}, which {type(net).__name__} takes by name only; give it a "
+            "forward that takes them in order, too"
+        )
+    return bound.args[: last + 1]
 
 
 def _widths(
@@ -192,13 +229,27 @@ def _law(law: OrderedMask | float | None, entries: int) -> OrderedMask | None:
     return OrderedMask.geometric(law, entries) if isinstance(law, float) else law
 
 
-def _by_name(prior: Any, layers: Collection[str]) -> dict[str, Any]:
-    """Return the prior of each layer."""
+def _by_name(prior: Any, parts: Parts) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the priors of layers, and those of other parameters or of modules that have these."""
     if not _by_layer(prior):
-        return dict.fromkeys(layers, prior)
-    if unknown := sorted(set(prior) - {"", *layers}):
-        raise ValueError(f"nest: argument `prior` names {unknown}; layers of the net: {list(layers)}")
-    return {name: prior.get(name, prior.get("", "normal")) for name in layers}
+        return dict.fromkeys(parts.affine, _number_as_law(prior)), {}
+    raw = {*parts.raw, *(name.rpartition(".")[0] for name in parts.raw)} - {""}
+    if unknown := sorted(set(prior) - {"", *parts.affine, *raw}):
+        raise ValueError(
+            f"nest: argument `prior` names {unknown}; layers of the net: {parts.affine}; other parameters: "
+            f"{list(parts.raw)}"
+        )
+    laws = {name: _number_as_law(law) for name, law in prior.items()}
+    of_raw = {name: ZeroMeanNormal() if law == "normal" else law for name, law in laws.items() if name in raw}
+    return {name: laws.get(name, laws.get("", "normal")) for name in parts.affine}, of_raw
+
+
+def _number_as_law(prior: Any) -> Any:
+    if not isinstance(prior, Real):
+        return prior
+    if isinstance(prior, bool) or not 0 < float(prior) < math.inf:
+        raise ValueError(f"nest: argument `prior` must have a finite scale > 0 where it is a number; got {prior!r}")
+    return ZeroMeanNormal(float(prior))
 
 
 def _by_layer(prior: Any) -> TypeGuard[Mapping[str, Any]]:

@@ -14,11 +14,14 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vnd._compat import QuietModule, plain_checkpoints
-from pyro_vnd._inputs import explain_inputs
+from pyro_vnd._data import Batch
+from pyro_vnd._inputs import explain_inputs, refuse_nan
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.nn.depth import NestedBlock
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.norms import NestedNorm
+from pyro_vnd.nn.outputs import picked
+from pyro_vnd.nn.random_parameters import RandomParameter
 from pyro_vnd.nn.reads import MaskedReads, OwnChannels, Read
 from pyro_vnd.nn.table import as_html, as_text
 from pyro_vnd.nn.width import Rounding, Width, kept_blocks
@@ -68,12 +71,14 @@ class NestedNet(QuietModule):
         prefix: Prefix of the names of all Pyro sites, for models with several nets.
         own_channels: Parameters, and numbers of channels, of modules that are no nested layers, as `nest` finds them.
         reads: Parameters that functions take as weights, each as its module, its name, and what is read with it.
+        random_parameters: Laws of parameters of modules that are no nested layers.
         blocks: Residual blocks that can be dropped, as `nest` finds them.
 
     Attributes:
         whole: Why channels cannot be cut, by the layer that makes them, as far as `nest` found out.
         positions: How often each layer is applied to one example (pixels, tokens), by its name, if `nest` counted.
         input_shapes: Shapes of the example that it was nested with, if it was.
+        num_inputs: How many inputs it takes in order, before what is observed; 0 if it takes them by name.
 
     Raises:
         ValueError: If the net has no widths, or two have one name.
@@ -98,6 +103,7 @@ class NestedNet(QuietModule):
         prefix: str = "",
         own_channels: Sequence[OwnChannels] = (),
         reads: Sequence[tuple[nn.Module, str, Read]] = (),
+        random_parameters: Sequence[RandomParameter] = (),
         blocks: Sequence[NestedBlock] = (),
     ) -> None:
         super().__init__()
@@ -119,10 +125,13 @@ class NestedNet(QuietModule):
         self.whole: dict[str, str] = {}
         self.positions: dict[str, int] = {}
         self.input_shapes: tuple[tuple[int, ...], ...] = ()
+        self.num_inputs = 1
         self.own_channels, self.reads, self.blocks = list(own_channels), list(reads), list(blocks)
+        self._random_parameters = nn.ModuleList(random_parameters)
         for block in blocks:
-            for part in block.module.modules():
-                if isinstance(part, NestedLayer):
+            inside = set(block.module.modules())
+            for part in (*inside, *random_parameters):
+                if isinstance(part, NestedLayer) or (isinstance(part, RandomParameter) and part.module in inside):
                     part.block = block
 
     def __repr__(self) -> str:
@@ -143,6 +152,11 @@ class NestedNet(QuietModule):
         return {name: module for name, module in self.net.named_modules() if isinstance(module, NestedLayer)}
 
     @property
+    def random_parameters(self) -> dict[str, RandomParameter]:
+        """The laws of parameters of modules that are no nested layers, by name of the parameter."""
+        return {each.name: each for each in self._random_parameters}  # type: ignore[misc]
+
+    @property
     def laws(self) -> dict[str, OrderedMask]:
         """The learned law of each mask, by name of its site and without gradient."""
         return {f"{self.prefix}{name}.mask": width.law for name, width in self.widths.items()}
@@ -155,12 +169,13 @@ class NestedNet(QuietModule):
         """
         return NetGuide(self)
 
-    def forward(self, *inputs: Any, plate: pyro.plate | None = None) -> Any:
+    def forward(self, *inputs: Any, plate: pyro.plate | None = None, **named: Any) -> Any:
         """Draw masks and weights from their priors and run the net.
 
         Args:
-            *inputs: What the net takes; the first dimension of the first one counts the examples.
+            *inputs: What the net takes; the first dimension of the first tensor counts the examples.
             plate: The plate of the data, for masks by example; by default one named "data" is opened.
+            **named: What the net takes by name.
 
         Returns:
             What the net returns.
@@ -168,13 +183,14 @@ class NestedNet(QuietModule):
         Raises:
             ValueError: If inputs are not of the net's type, or of a shape that it cannot take.
         """
-        with self._drawn("prior", len(inputs[0]), plate):
-            return self._run(inputs)
+        with self._drawn("prior", Batch(inputs, named).num_rows, plate):
+            return self._run(inputs, named)
 
-    def _run(self, inputs: tuple[Any, ...]) -> Any:
+    def _run(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
         dtype = next((parameter.dtype for parameter in self.parameters()), None)
-        with explain_inputs(f"NestedNet({type(self.net).__name__})", inputs, dtype, self.input_shapes):
-            return self.net(*inputs)
+        given = (*inputs, *named.values())
+        with explain_inputs(f"NestedNet({type(self.net).__name__})", given, dtype, self.input_shapes):
+            return self.net(*inputs, **named)
 
     @contextmanager
     def _drawn(
@@ -196,6 +212,8 @@ class NestedNet(QuietModule):
                 width.release()
             for layer in self.layers.values():
                 layer.values = {}
+            for each in self.random_parameters.values():
+                each.value = None
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -205,6 +223,8 @@ class NestedNet(QuietModule):
                 stack.enter_context(block.masked())
             for own in self.own_channels:
                 stack.enter_context(own.cut())
+            for each in self.random_parameters.values():
+                stack.enter_context(each.in_place())
             reads = MaskedReads([(getattr(module, name), read) for module, name, read in self.reads])
             if reads:
                 stack.enter_context(reads)
@@ -265,6 +285,10 @@ class NestedNet(QuietModule):
             if layer.block is not None and layer.block.is_sliced_away:
                 continue
             values |= layer.draw(which, f"{self.prefix}{name}" if name else f"{self.prefix}layer")
+        for each in self.random_parameters.values():
+            if each.block is not None and each.block.is_sliced_away:
+                continue
+            values |= each.draw(which, self.prefix)
         return values
 
     def kept_blocks(
@@ -351,9 +375,13 @@ class NestedNet(QuietModule):
             )
         return width
 
-    @torch.no_grad()
     def predict(
-        self, *inputs: Any, width: WidthLike | None = None, rounding: Rounding | None = None, num_samples: int = 1
+        self,
+        *inputs: Any,
+        width: WidthLike | None = None,
+        rounding: Rounding | None = None,
+        num_samples: int = 1,
+        **named: Any,
     ) -> Tensor:
         """Return the outputs of posterior draws.
 
@@ -362,22 +390,31 @@ class NestedNet(QuietModule):
             width: As in `cut`; None draws masks from their learned laws, too.
             rounding: As in `cut`.
             num_samples: Number of draws S of the weights.
+            **named: What the net takes by name.
 
         Returns:
             Outputs, shape (S, N, ...).
 
         Raises:
-            ValueError: If a width or the number of draws is invalid, or as in a call of the net.
+            ValueError: If a width or the number of draws is invalid, inputs are NaN, the net returns no tensor, or as
+                in a call of the net.
         """
+        refuse_nan("predict", "inputs", (*inputs, *named.values()))
+        draws = self._draws(Batch(inputs, named), width, rounding, num_samples)
+        return torch.stack([picked("NestedNet.predict", drawn) for drawn in draws])
+
+    @torch.no_grad()
+    def _draws(self, batch: Batch, width: WidthLike | None, rounding: Rounding | None, num_samples: int) -> list[Any]:
+        """Return what the net returns at posterior draws; arguments as in `predict`."""
         if num_samples < 1:
             raise ValueError(f"predict: argument `num_samples` must be at least 1; got {num_samples}")
         sliced = width is not None and not isinstance(width, Tensor)
         draws = []
         with nullcontext() if width is None else self.cut(width, sliced=sliced, rounding=rounding), poutine.block():
             for _ in range(num_samples):
-                with self._drawn("posterior", len(inputs[0])):
-                    draws.append(self._run(inputs))
-        return torch.stack(draws)
+                with self._drawn("posterior", batch.num_rows):
+                    draws.append(self._run(batch.args, batch.kwargs))
+        return draws
 
 
 class NetGuide(QuietModule):

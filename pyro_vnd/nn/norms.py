@@ -59,7 +59,7 @@ class NestedNorm(nn.Module):
         return kept_channels(self.axis.index(kept), self.plain.get_parameter(name).numel())
 
     def __getattr__(self, name: str) -> Any:
-        """Return what the plain norm has: the code of a net may ask for it."""
+        """Return what the plain norm has: the code of a net may ask for it; sizes are those of the pass."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -67,7 +67,8 @@ class NestedNorm(nn.Module):
                 raise
         if name in ("weight", "bias"):
             return self._kept_parameters()[name == "bias"]
-        return getattr(self.plain, name)
+        sizes = sizes_of(self.plain, kept_channels(self.axis.index(), self.axis.size))
+        return sizes[name] if name in sizes else getattr(self.plain, name)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (as torch's norms name it)
         """Normalise the kept channels; dropped ones are left to the layers that read them."""

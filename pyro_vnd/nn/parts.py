@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_vnd.nn.axis import Axis, Rows, Run
 from pyro_vnd.nn.depth import NestedBlock
 from pyro_vnd.nn.layers import NestedLayer, affine_kind
 from pyro_vnd.nn.norms import NestedNorm
+from pyro_vnd.nn.random_parameters import RandomParameter
 from pyro_vnd.nn.reads import OwnChannels, Read
 from pyro_vnd.nn.submodules import replace_modules
 from pyro_vnd.nn.tracing import ChannelGroups, LayerChannels
@@ -31,6 +32,7 @@ class Parts:
 
     Attributes:
         affine: Names of the linear and convolutional layers that are nested.
+        raw: The parameters of other modules, by name, each with its module.
     """
 
     def __init__(
@@ -43,6 +45,12 @@ class Parts:
         self.affine = [name for name in groups.layers if affine_kind(self.modules[name])] + list(self._functional)
         self._names = {id(tensor): name for name, tensor in [*net.named_parameters(), *net.named_buffers()]}
         self._uses = Counter(id(tensor) for part in net.modules() for tensor in part.parameters(recurse=False))
+        self.raw = {
+            f"{path}.{key}".removeprefix("."): part
+            for path, part in self.modules.items()
+            if path not in self.affine and path not in groups.layers
+            for key, _ in part.named_parameters(recurse=False)
+        }
 
     def _is_layer(self, name: str) -> bool:
         """Say whether a weight that a function reads is that of a linear or convolutional layer as torch has them."""
@@ -50,6 +58,8 @@ class Parts:
         part = self.modules[path]
         own = {each for each, _ in part.named_parameters(recurse=False)}
         if key != "weight" or path in self.groups.layers or own - {"weight", "bias"} or not affine_kind(part):
+            return False
+        if hasattr(part, "parametrizations"):  # of its bias
             return False
         plain: Any = part
         sizes = (
@@ -86,6 +96,41 @@ class Parts:
         self.net = replace_modules(self.net, {self.modules[name]: part for name, part in self.replaced.items()})
         return self.net
 
+    def random_parameters(self, priors: Mapping[str, Any], init_scale: float) -> list[RandomParameter]:
+        """Return the laws of raw parameters.
+
+        Args:
+            priors: Prior of each, by its name, or by that of its module for all parameters of this.
+            init_scale: As in `NestedLayer`.
+
+        Raises:
+            ValueError: If a parameter is read otherwise than by its name, so that a draw would not be seen, or is
+                shared with another module, or has a row of padding, which must stay as it is.
+        """
+        found = []
+        for name, part in self.raw.items():
+            prior = priors.get(name, priors.get(name.rpartition(".")[0] or name))
+            if prior is None:
+                continue
+            parameter = part.get_parameter(name.rpartition(".")[2])
+            if self._uses[id(parameter)] > 1:
+                raise ValueError(
+                    f"nest: argument `prior` names {name!r}, which several modules share: it stays a point estimate; "
+                    "leave it out"
+                )
+            if getattr(part, "padding_idx", None) is not None:
+                raise ValueError(
+                    f"nest: argument `prior` names {name!r}, of which row {part.padding_idx} stands for padding and is "
+                    "not to be random: it stays a point estimate; leave it out"
+                )
+            if isinstance(part, nn.RNNBase):
+                raise ValueError(
+                    f"nest: argument `prior` names {name!r}, which a {type(part).__name__} keeps a copy of: it stays a "
+                    "point estimate; leave it out"
+                )
+            found.append(RandomParameter(name, part, self._axes(parameter), prior, init_scale))
+        return found
+
     def own_channels(self) -> list[OwnChannels]:
         """Return what modules that stay as they are have along channels."""
         found = []
@@ -93,11 +138,7 @@ class Parts:
             if path in self.replaced:
                 continue
             own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
-            parameters = {
-                key: {dim: self._axis(layout) for dim, layout in axes.items()}
-                for key, tensor in own
-                if (axes := self.groups.parameters.get(self._names[id(tensor)]))
-            }
+            parameters = {key: axes for key, tensor in own if (axes := self._axes(tensor))}
             numbers = {
                 (each.name, each.index): self._axis(layout)
                 for each, layout in self.groups.attributes.items()
@@ -126,6 +167,11 @@ class Parts:
             for place, each in enumerate(stage):
                 found.append(NestedBlock(self.net.get_submodule(each.path), each, width, place))
         return found
+
+    def _axes(self, tensor: Tensor) -> dict[int, Axis]:
+        """Return what lies along the axes of a parameter or buffer, of which something can be cut."""
+        layouts = self.groups.parameters.get(self._names[id(tensor)], {})
+        return {dim: self._axis(layout) for dim, layout in layouts.items()}
 
     def _runs(self, layout: tuple[Run[str | None], ...]) -> tuple[Run[Width | None], ...]:
         return tuple(Run(self.widths[run.owner], run.size) for run in layout)

@@ -6,13 +6,13 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import remove_weight_norm
 
 from pyro_vnd._compat import weight_norm_of
 from pyro_vnd.nn.recognition import as_torch_has_it
-from pyro_vnd.nn.submodules import replace_modules
+from pyro_vnd.nn.submodules import computed_tensors, replace_modules
 from pyro_vnd.nn.tracing import unpack_attention, unpack_recurrent
 
 __all__ = ["prepared"]
@@ -43,17 +43,11 @@ def prepared(net: nn.Module, excluded: tuple[str, ...]) -> nn.Module:
                 f"nest: argument `net` must be the net itself; {which} is what torch.compile made of one. "
                 "Nest first, and compile afterwards"
             )
-    copied = copy.deepcopy(net, _computed_tensors(net))
+    copied = copy.deepcopy(net, computed_tensors(net))
     for name, part in copied.named_modules():
         if not any(f"{name}.".startswith(f"{each}.") for each in excluded):
             _keep_normalised_weights(part)
     return unpack_recurrent(unpack_attention(_recognised(copied, excluded), excluded), excluded)
-
-
-def _computed_tensors(net: nn.Module) -> dict[int, Any]:
-    """Return copies of tensors that modules computed, such as weights that hooks make, which deepcopy refuses."""
-    tensors = [value for part in net.modules() for value in vars(part).values() if isinstance(value, Tensor)]
-    return {id(value): value.detach().clone() for value in tensors if not value.is_leaf}
 
 
 def _keep_normalised_weights(part: nn.Module) -> None:

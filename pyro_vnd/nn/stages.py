@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from pyro_vnd._state import cuda_devices, module_mode, random_numbers
 from pyro_vnd.nn.axis import Index, kept_channels
+from pyro_vnd.nn.cost import zeros_for
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.narrow import narrow_layer
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.norms import NestedNorm, mixes_channels
+from pyro_vnd.nn.outputs import picked
+from pyro_vnd.nn.submodules import replace_modules
+from pyro_vnd.nn.tracing.tape import Value, recorded
 
 __all__ = ["Doubt", "Stage", "WidenedLayer", "continued", "doubt_of", "shared_layers"]
 
@@ -67,6 +74,74 @@ def doubt_of(logits: Tensor, kind: Doubt) -> Tensor:
     return (log_probs.exp() * (log_probs - mean.unsqueeze(1))).sum(-1).mean(1).clamp_min(0)
 
 
+class _Exchange(NamedTuple):
+    """What shared layers know of the narrower net, and what they hand on."""
+
+    known: Sequence[Tensor]
+    handed: list[Any]
+
+
+_EXCHANGE: ContextVar[_Exchange] = ContextVar("exchange")
+
+
+class ContinuedNet(nn.Module):
+    """A net whose shared layers go on from their outputs at a narrower width, from (x, *known) to (output, *known).
+
+    Args:
+        net: The net, with a `SharedLayer` in each of these places.
+        num_shared: How many there are.
+    """
+
+    def __init__(self, net: nn.Module, num_shared: int) -> None:
+        super().__init__()
+        self.net, self.num_shared = net, num_shared
+
+    def forward(self, x: Tensor, *known: Tensor) -> tuple[Any, ...]:
+        """Run the net."""
+        exchange = _Exchange(known, [None] * self.num_shared)
+        token = _EXCHANGE.set(exchange)
+        try:
+            return (picked("CascadeNet", self.net(x)), *exchange.handed)
+        finally:
+            _EXCHANGE.reset(token)
+
+
+class SharedLayer(nn.Module):
+    """A layer that hands its outputs on, and goes on from those of a narrower width.
+
+    Args:
+        layer: The layer itself, whose sizes and other attributes the code of a net may ask for.
+        widened: What goes on from a narrower width; None if there is none.
+        place: Which of the shared layers it is.
+    """
+
+    def __init__(self, layer: nn.Module, widened: WidenedLayer | None, place: int) -> None:
+        super().__init__()
+        self.place, self.widened = place, widened
+        if widened is None:
+            self.layer: Any = layer
+        else:
+            self.sizes = {name: value for name, value in vars(layer).items() if isinstance(value, int | tuple)}
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the layer has; its weights in so far as they are here, of its type and on its device."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "_modules" not in vars(self):
+                raise
+        if self.widened is None:
+            return getattr(self.layer, name)
+        return self.sizes[name] if name in self.sizes else getattr(self.widened.added or self.widened.more, name)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (as torch's layers name it)
+        """Return the outputs of the layer."""
+        known, handed = _EXCHANGE.get()
+        outputs = self.layer(input) if self.widened is None else self.widened(input, known[self.place])
+        handed[self.place] = outputs.clone()  # activations may work in place
+        return outputs
+
+
 class WidenedLayer(nn.Module):
     r"""A layer that adds to what it returned at a narrower width: further inputs, and further outputs.
 
@@ -103,29 +178,67 @@ def shared_layers(net: NestedNet, plain: nn.Module) -> list[str]:
 
     They read what the narrower net gives them, and more of the same: no layer before them reads cut channels, and no
     norm before them takes statistics over these. All else that a nested net does to channels that can be cut it does
-    to each by itself, or `nest` would have left them whole.
+    to each by itself, or `nest` would have left them whole. Where the net decides by its inputs what to do, nothing
+    that comes later is shared.
 
     Args:
         net: The nested net.
         plain: What `narrow` makes of it, at any width.
+
+    Raises:
+        ValueError: If the net does not run on zeros like its example.
     """
-    parts = dict(net.net.named_modules())
-    graph = _trace(net, plain)
-    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    nested = {name: part for name, part in net.net.named_modules() if isinstance(part, NestedLayer | NestedNorm)}
+    known = dict(plain.named_modules())
+    layers = {known[name]: name for name in nested if name in known}
+    inputs = zeros_for(net, plain)
+    if not inputs:
+        raise ValueError(
+            f"CascadeNet: {type(net.net).__name__} takes neither numbers nor indices of the shapes {net.input_shapes}, "
+            "by which it could be seen what stages share"
+        )
+    with module_mode([plain], training=False), torch.no_grad(), random_numbers(0, cuda_devices([net])):
+        tape = recorded(plain, inputs, set(map(id, layers)), lambda module: None)
+    # What is one module of torch's in the narrowed net, such as a recurrent one, reads cut channels somewhere.
+    opaque = tuple(_nearest(name, known) for name in nested.keys() - known.keys())
+    reads = {id(getattr(plain.get_submodule(path), key)) for path, key in _read_weights(net)}
+    calls = Counter(op.path for op in tape.ops if op.target in layers)
     names: list[str] = []
-    as_before: dict[fx.Node, bool] = {}  # whether a wider net has the same there, and perhaps more
-    for node in graph.nodes:
-        as_before[node] = all(as_before[each] for each in node.all_input_nodes)
-        name = str(node.target) if node.op == "call_module" else ""
-        part = parts.get(name)
+    changed: set[Value] = set()  # what is not the same in a wider net, with more of it perhaps
+    from_data = {value for op in tape.ops for value in op.inputs if value.is_input}
+    for op in tape.ops:
+        depends = not from_data.isdisjoint(op.inputs)
+        if depends and not op.outputs and not op.in_place:
+            break  # Python was told
+        is_changed = not changed.isdisjoint(op.inputs) or any(id(value.tensor) in reads for value in op.inputs)
+        is_changed |= any(f"{op.path}.".startswith(f"{path}.") for path in opaque)
+        part = nested.get(layers.get(op.target, ""))
         if isinstance(part, NestedLayer) and part.groups == 1:
             in_one_run = len(part.input_axis.runs) == len(part.output_axis.runs) == 1
-            if as_before[node] and in_one_run and calls.count(name) == 1:
-                names.append(name)
-            as_before[node] &= not part.input_axis.widths
+            as_torch_has_it = not part.runs_plain and not part.is_read
+            if not is_changed and in_one_run and as_torch_has_it and calls[op.path] == 1:
+                names.append(layers[op.target])
+            is_changed |= bool(part.input_axis.widths)
         elif isinstance(part, NestedNorm):
-            as_before[node] &= not mixes_channels(part.plain)
+            is_changed |= mixes_channels(part.plain)
+        values = op.outputs or op.inputs[:1]
+        if is_changed:
+            changed.update(values)
+        if depends:
+            from_data.update(values)
     return names
+
+
+def _nearest(name: str, known: Mapping[str, nn.Module]) -> str:
+    while name not in known:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _read_weights(net: NestedNet) -> list[tuple[str, str]]:
+    """Return where functions of the net find weights with which they read channels that can be cut."""
+    paths = {part: path for path, part in net.net.named_modules()}
+    return [(paths[part], key) for part, key, _ in net.reads]
 
 
 def continued(
@@ -135,7 +248,7 @@ def continued(
     before: Mapping[str, int] | None,
     after: Mapping[str, int],
     draw: Mapping[str, Tensor] | None = None,
-) -> fx.GraphModule:
+) -> ContinuedNet:
     """Turn a narrowed net into one that goes on from a narrower one, and that a wider one can go on from.
 
     Args:
@@ -150,25 +263,15 @@ def continued(
         A module from (x, *known) to (output, *known): outputs of the shared layers of the narrower net, none if there
         is none, and of this one.
     """
-    graph = _trace(net, plain)
-    calls = {str(node.target): node for node in graph.nodes if node.op == "call_module"}
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    output = next(iter(reversed(graph.nodes)))
-    handed: list[fx.Node] = []
-    for name in shared:
-        node = calls[name]
+    replacements: dict[nn.Module, nn.Module] = {}
+    for place, name in enumerate(shared):
+        layer = plain.get_submodule(name)
+        widened: WidenedLayer | None = None
         if before is not None:
             site = f"{net.prefix}{name}" if name else f"{net.prefix}layer"
-            plain.set_submodule(name, _widened(net.layers[name], before, after, site, draw))
-            with graph.inserting_after(inputs[-1]):
-                inputs.append(graph.placeholder(f"known_{len(handed)}"))
-            node.args, node.kwargs = (node.all_input_nodes[0], inputs[-1]), {}
-        with graph.inserting_after(node):
-            handed.append(graph.call_method("clone", (node,)))  # activations may work in place
-    output.args = ((output.args[0], *handed),)
-    copied = fx.Graph()  # does without the tracer, which could not be made again where the module is unpickled
-    copied.output(copied.graph_copy(graph, {}))
-    return fx.GraphModule(plain, copied, class_name=type(plain).__name__)
+            widened = _widened(net.layers[name], before, after, site, draw)
+        replacements[layer] = SharedLayer(layer, widened, place)
+    return ContinuedNet(replace_modules(plain, replacements), len(shared))
 
 
 def _widened(
@@ -193,43 +296,3 @@ def _widened(
     if num_out > known_out:
         added = part(torch.arange(known_out, num_out), slice(0, num_in))
     return WidenedLayer(more, added, known_in, layer.channel_dim)
-
-
-def _trace(net: NestedNet, plain: nn.Module) -> fx.Graph:
-    """Trace a narrowed net down to the layers that the nested one has, whatever else is in it."""
-    nested = [name for name, part in net.net.named_modules() if isinstance(part, NestedLayer | NestedNorm)]
-    operations = {
-        id(part)
-        for name, part in plain.named_modules()
-        if name and not any(other.startswith(f"{name}.") for other in nested)
-    }
-    try:
-        return _Tracer(operations).trace(plain)
-    except Exception as error:  # whatever the code of the net does with what is no tensor
-        raise ValueError(
-            f"CascadeNet: torch.fx, which takes a net apart into stages, cannot trace {type(plain).__name__}: {error}"
-        ) from error
-
-
-class _Tracer(fx.Tracer):
-    """Makes of a net of one input a graph that stages can be cut from; other arguments keep their defaults."""
-
-    def __init__(self, operations: set[int]) -> None:
-        super().__init__()
-        self._operations, self._has_input = operations, False
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Say whether a module is one operation of the trace."""
-        return id(m) in self._operations or super().is_leaf_module(m, module_qualified_name)
-
-    def create_proxy(self, kind: str, target: Any, args: tuple[Any, ...], *rest: Any, **kwargs: Any) -> Any:
-        """Record an operation; of the net's arguments, the first."""
-        if kind == "placeholder":
-            if target.startswith("**"):
-                return {}
-            if self._has_input:
-                return () if target.startswith("*") else args[0]
-            self._has_input = True
-            if target.startswith("*"):
-                return (super().create_proxy(kind, f"{target[1:]}_0", (), *rest, **kwargs),)
-        return super().create_proxy(kind, target, args, *rest, **kwargs)

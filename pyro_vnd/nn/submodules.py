@@ -1,10 +1,11 @@
 """Parts of a net exchanged for others."""
 
 from collections.abc import Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["replace_modules"]
+__all__ = ["computed_tensors", "replace_modules"]
 
 
 def replace_modules(net: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
@@ -26,3 +27,9 @@ def replace_modules(net: nn.Module, replacements: Mapping[nn.Module, nn.Module])
     for name, part in places:
         net.set_submodule(name, replacements[part])
     return replacements.get(net, net)
+
+
+def computed_tensors(net: nn.Module) -> dict[int, Any]:
+    """Return copies of tensors that modules computed, such as weights that hooks make, which deepcopy refuses."""
+    tensors = [value for part in net.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    return {id(value): value.detach().clone() for value in tensors if not value.is_leaf}

@@ -219,6 +219,10 @@ def test_the_result_is_a_width_to_be_scored(unequal):
         ({"budget": 0.5, "data": X}, "`data` must have inputs and what was observed; got inputs only"),
         ({"budget": 0.5, "data": []}, "`data` has no rows"),
         ({"budget": 0.5, "data": (X, X)}, r"`y` must be classes, integers from 0 to 1, shape \(256,\)"),
+        (
+            {"budget": 0.5, "data": (X * math.nan, (X[:, 0] > 0).long())},
+            "outputs of the net have NaN or inf for 256 of 256 rows of `data`: inputs must be finite",
+        ),
         ({"budget": 0.5, "data": (X.float(), X)}, "inputs must be of the type of the net's parameters"),
     ],
 )

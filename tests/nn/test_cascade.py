@@ -154,6 +154,72 @@ def test_parts_without_a_trace_are_kept_whole(rows):
     torch.testing.assert_close(CascadeNet(net, STAGES, 0.0)(rows), narrow(net, 4)(rows))
 
 
+class Recurring(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(4, 16, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(x.unflatten(1, (2, 4)))[0].sum(1))
+
+
+class Deciding(nn.Module):
+    """Runs the same layers in an order that the first row decides."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.a, self.b, self.last = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        return self.last(self.b(h + (self.a(x) if x[0, 0] > 0 else -self.a(-x))))
+
+
+class Written(nn.Module):
+    """Asks a layer for its sizes, and reads channels with a weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.weight = nn.Linear(8, 16), nn.Linear(16, 3), nn.Parameter(torch.randn(16, 16) / 4)
+
+    def forward(self, x):
+        h = self.first(x.to(self.first.weight.dtype)).view(len(x), self.first.out_features)
+        return self.last(nn.functional.linear(h.tanh(), self.weight).relu())
+
+
+class Squared(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).square()
+
+
+def hooked():
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
+    net[2].register_forward_hook(lambda layer, args, out: out.square())
+    return net
+
+
+@pytest.mark.parametrize(
+    ("build", "num_shared"),
+    [
+        (Recurring, 0),
+        (Deciding, 1),
+        (Written, 1),
+        (lambda: nn.Sequential(nn.Linear(8, 16), nn.Tanh(), Squared(16, 16), nn.Tanh(), nn.Linear(16, 3)), 1),
+        (hooked, 1),
+    ],
+    ids=["recurrent", "decides-by-data", "written", "own-forward", "hook"],
+)
+def test_only_what_stays_the_same_is_shared(build, num_shared, rows):
+    torch.manual_seed(0)
+    plain = build()
+    net = nest(plain, rows[:2], num_blocks=4)
+    cascade = CascadeNet(net, STAGES, 0.0)
+    for x in (rows, -rows):
+        torch.testing.assert_close(cascade(x), narrow(net, 4)(x), rtol=1e-10, atol=1e-10)
+    (_, (x, *known)) = cascade.parts(rows)[1]
+    assert len(known) == num_shared
+
+
 def test_stages_have_statistics_of_their_own(rows):
     torch.manual_seed(0)
     layers = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)
@@ -295,6 +361,16 @@ def test_what_does_not_fit_is_named(rows):
     for make, message in refused:
         with pytest.raises(ValueError, match=message):
             make()
+
+
+def test_rows_without_a_prediction_are_said_rather_than_stopped_at_the_first_stage(rows):
+    cascade = halving(small_net(), rows)
+    x = rows.clone()
+    x[3:5, 2] = math.nan
+    with pytest.raises(
+        ValueError, match="CascadeNet: predictions are NaN for 2 of 300 rows: the inputs, or the weight"
+    ):
+        cascade(x)
 
 
 # Parts that are exported.

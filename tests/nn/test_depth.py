@@ -1,5 +1,6 @@
 """Depth: residual blocks that are dropped, the last ones of a stage first."""
 
+import copy
 import itertools
 import math
 import pickle
@@ -10,7 +11,7 @@ import pytest
 import torch
 from pyro import distributions as dist
 from torch import nn
-from torch.distributions import kl_divergence
+from torch.distributions import Normal, kl_divergence
 from written_nets import FusedAttention, Net
 
 from pyro_vnd.diagnostics import evaluate_widths, net_cost
@@ -289,6 +290,36 @@ def test_weights_of_dropped_blocks_cost_nothing(sliced):
     assert "1.depth.mask" not in elbo.kl
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.one = nn.Parameter(torch.randn(4)), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.scale * torch.tanh(self.one(x))
+
+
+def test_parameters_in_a_block_count_as_often_as_it_and_their_units_are_kept():
+    plain = nn.Sequential(nn.Linear(2, 4), nn.Sequential(*(Scaled() for _ in range(3))), nn.Linear(4, 1))
+    sites = [f"1.{number}.scale" for number in range(3)]
+    net = nest(plain, torch.zeros(1, 2), depth=True, mask_per="batch", prior={"": None, **dict.fromkeys(sites, 0.5)})
+    for width in net.widths.values():
+        nn.init.normal_(width.logits)
+    elbo, x = NestedELBO(), torch.randn(5, 2)
+    elbo.loss(model_of(net), net.guide, x, torch.randn(5))
+    expected = dict.fromkeys(sites, 0.0)
+    for lengths, probability in lengths_of(net):
+        for site in sites[: lengths["1.depth"]]:
+            law = Normal(plain.get_parameter(site), 0.05)
+            costs = kl_divergence(law, Normal(0.0, 0.5))[: lengths["0"]]
+            expected[site] += probability * costs.sum().item()
+    assert {site: elbo.kl[site].item() for site in sites} == pytest.approx(expected, rel=1e-6)
+    with net.cut(dict.fromkeys(net.widths, 1.0) | {"1.depth": 1}, sliced=True):
+        assert {*net.guide(x)} & {*sites} == {sites[0]}
+    left = dict(narrow(net, {"1.depth": 1}, net.guide(x)).named_parameters())
+    assert [name for name in left if name.endswith("scale")] == sites[:1]
+
+
 def exact_gradient(net, logits, x, y):
     """Gradient of the mean over depths of the squared error at the mean of the weights, with respect to the logits."""
     whole, logits = dict.fromkeys(net.widths, 1.0), logits.detach().clone().requires_grad_()
@@ -440,3 +471,15 @@ def test_a_stage_that_fails_the_check_is_left_alone():
         net = nest(plain.eval(), x, depth=True)
     assert list(net.widths) == ["before"]
     assert_same(run(net, (x,), 0.5), narrow(net, 0.5)(x))
+
+
+def test_copies_have_blocks_of_their_own():
+    plain, x = depth_nets.NETS["blocks_with_a_norm_before"][0]()
+    net = nest(plain.eval(), x, num_blocks=4, depth=True).eval()
+    other, before = copy.deepcopy(net), run(net, (x,), 0.25)
+    with torch.no_grad():
+        for parameter in other.net.parameters():
+            parameter.add_(0.1)
+    assert all(block.module is other.net.get_submodule(block.path) for block in other.blocks)
+    assert_same(run(other, (x,), 0.25), narrow(other, 0.25, rounding="nearest")(x))
+    assert_same(run(net, (x,), 0.25), before)

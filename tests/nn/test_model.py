@@ -110,3 +110,24 @@ def test_steps_on_the_gpu_do_not_wait_for_the_values_of_labels():
     assert not look.is_due(CLASSES.cuda())
     model.train()
     assert look.is_due(CLASSES.cuda())
+
+
+def test_inputs_are_looked_at_in_the_first_evaluation():
+    model, x = classifier(), X.clone()
+    x[2, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"NestedClassifier: argument `x` has 1 numbers that are NaN, shape \(6, 5\)"):
+        model(x, CLASSES)
+    with pytest.raises(ValueError, match="predict: argument `inputs` has 1 numbers that are NaN"):
+        model.net.predict(x, width=0.5)
+    with pytest.raises(ValueError, match=r"fit: argument `data\[0\]` of shape \(6, 5\) must be finite"):
+        fit(model, model.guide, (x, CLASSES), **ONCE)
+
+
+def test_images_of_bytes_are_said_once():
+    plain = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4))
+    model = NestedClassifier(nest(plain, torch.zeros(2, 1, 4, 4, dtype=torch.float64)))
+    images = torch.randint(0, 256, (ROWS, 1, 4, 4)).double()
+    with pytest.warns(UserWarning, match="argument `x` looks like images of bytes, .*: give x / 255") as said:
+        fit(model, model.guide, (images, CLASSES), num_epochs=3, progress=False)
+    assert len(said) == 1
+    fit(model, model.guide, (images / 255, CLASSES), **ONCE)

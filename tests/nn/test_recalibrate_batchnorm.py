@@ -114,3 +114,16 @@ def test_a_tuple_of_batches_is_not_taken_for_rows():
     for batches in (torch.randn(24, 3).split(12), [*torch.randn(24, 3).split(12)]):
         with pytest.raises(ValueError, match=r"has 2 tensors like the inputs, shape \(12, 3\)"):
             recalibrate_batchnorm(small_net(), batches)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_said_and_changes_nothing(bad):
+    net, x = small_net(), torch.randn(30, 3)
+    recalibrate_batchnorm(net, x)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    x[17, 1] = bad
+    with pytest.raises(ValueError, match="`data` must be finite; a norm has seen NaN or inf"):
+        recalibrate_batchnorm(net, x, batch_size=12)
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        recalibrate_batchnorm(net, x[:1])
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

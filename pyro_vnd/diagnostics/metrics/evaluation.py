@@ -9,7 +9,7 @@ import xarray as xr
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_vnd._data import Rows, batches
+from pyro_vnd._data import Rows, input_batches
 from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._state import module_mode
 from pyro_vnd.diagnostics.metrics.calibration import NUM_BINS
@@ -29,10 +29,11 @@ from pyro_vnd.nn import (
     TokenLabels,
 )
 from pyro_vnd.nn.cost import net_cost
+from pyro_vnd.nn.outputs import picked
 
 __all__ = ["Predict", "evaluate", "net_cost", "scorer_of"]
 
-Predict = Callable[[Tensor], Tensor]
+Predict = Callable[..., Tensor]
 
 _NUM_SCORE_BINS = 50
 _SCORERS: Mapping[type[NetLikelihood], type[Scorer]] = {
@@ -93,7 +94,8 @@ def evaluate(
             outputs have the shape (N, ...), and is run in evaluation mode and then put back. Of classes, outputs of the
             shape (N, C) are one draw, too.
         data: Test data, inputs x and y: a pair (x, y), a mapping of the two, or an iterable of batches (x, y, ...) such
-            as a `DataLoader`. In a mapping they are called "x" and "y", or are in this order.
+            as a `DataLoader`. In a mapping they are called "x" and "y", or are in this order. For nets of several
+            inputs, or of inputs by name, that `evaluate_widths` is given, they are those of `NestedModel`.
         likelihood: Of y given the outputs; classes by default. With parameters of its own it is `model.likelihood`.
         ood: Test data from outside the domain, by name: as `data`, or inputs alone. Only these are used, and of labels
             of tokens and pixels which of them are to be ignored.
@@ -197,28 +199,31 @@ def _reduce(
     device = own.device if device is None and own is not None else device
     is_plain = isinstance(predict, nn.Module) and not getattr(predict, "returns_draws", False)
     with torch.random.fork_rng(), module_mode([predict], training=False):
-        for batch in batches(data, batch_size):
+        for given in input_batches(data, batch_size, getattr(predict, "num_inputs", 1)):
             torch.manual_seed(seed)
-            x = batch[0] if device is None else batch[0].to(device)
+            batch = given.to(device)
             dtype, shapes = None if own is None else own.dtype, getattr(predict, "input_shapes", ())
-            with explain_inputs("evaluate", (x,), dtype, shapes):
-                outputs = scorer.with_draws(predict(x), is_plain)
-            if outputs.dim() < 2 or outputs.shape[1] != len(x) or not len(outputs):
+            with explain_inputs("evaluate", batch.inputs, dtype, shapes):
+                returned = predict(*batch.args, **batch.kwargs)
+            outputs = scorer.with_draws(picked("evaluate", returned), is_plain)
+            if outputs.dim() < 2 or outputs.shape[1] != batch.num_rows or not len(outputs):
                 raise ValueError(
                     f"evaluate: `predict` must return outputs of draws, shape (S, N, ...); got {tuple(outputs.shape)} "
-                    f"for {len(x)} rows"
+                    f"for {batch.num_rows} rows"
                 )
-            if observed is not None and len(batch) < 2:
+            if observed is not None and batch.y is None:
                 raise ValueError(
                     f"evaluate: `{observed}` must give labels: a pair of tensors (x, y), or batches (x, y)"
                 )
             try:
-                y = None if observed is None else scorer.targets("evaluate", outputs, batch[1])
-                parts.append(scorer.columns(outputs, y, hidden=batch[1] if len(batch) > 1 else None))
+                y = None if observed is None else scorer.targets("evaluate", outputs, batch.y)
+                parts.append(scorer.columns(outputs, y, hidden=batch.y))
             except ValueError as error:
-                if bad := int((~torch.isfinite(x)).flatten(1).any(1).sum()):
+                by_row = [x.reshape(len(x), -1) for x in batch.inputs if isinstance(x, Tensor) and x.dim()]
+                bad_rows = [~x.isfinite().all(1) for x in by_row if len(x) == batch.num_rows]
+                if bad := int(torch.stack(bad_rows).any(0).sum()):
                     raise ValueError(
-                        f"evaluate: inputs must be finite; {bad} of {len(x)} rows have NaN or inf"
+                        f"evaluate: inputs must be finite; {bad} of {batch.num_rows} rows have NaN or inf"
                     ) from error
                 raise
             num_samples = len(outputs)

@@ -1,6 +1,6 @@
 """A nested net scored at many widths, and the narrowest that predicts about as well as the best."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -10,15 +10,16 @@ import xarray as xr
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_vnd._data import Rows, batches
+from pyro_vnd._data import Batch, Rows, input_batches
 from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._state import module_mode
 from pyro_vnd.diagnostics.metrics.evaluation import evaluate, net_cost, scorer_of
 from pyro_vnd.diagnostics.posterior import _arviz
 from pyro_vnd.diagnostics.posterior.loo import loo
 from pyro_vnd.infer import module_local_params
-from pyro_vnd.nn import NestedModel, NestedNet, NetLikelihood, narrow, recalibrate_batchnorm
-from pyro_vnd.nn.model import net_and_likelihood
+from pyro_vnd.nn import NestedModel, NestedNet, NetLikelihood, narrow
+from pyro_vnd.nn.model import taken_apart
+from pyro_vnd.nn.narrow import recalibrated
 from pyro_vnd.nn.width import Rounding
 
 __all__ = ["evaluate_learned", "evaluate_widths", "loo_widths", "smallest_width"]
@@ -82,21 +83,21 @@ def evaluate_widths(
         >>> result["nll"].dims, result["parameters"].values.tolist(), result["blocks"].values.tolist()
         (('seed', 'width'), [[19, 35, 67]], [1, 2, 4])
     """
-    net, likelihood = net_and_likelihood("evaluate_widths", model)
+    net, likelihood, outputs_of = taken_apart("evaluate_widths", model)
     distinct = _distinct("evaluate_widths", net, widths, rounding, (Mapping, Integral, Real))
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"evaluate_widths: `num_samples` must be at least 1; got {num_samples}")
     device = next(net.parameters()).device
-    example = _first_input("evaluate_widths", data).to(device)
+    example = _first_input("evaluate_widths", net, data).to(device)
     results = []
     with module_mode([net], training=False):
         for _, blocks in tqdm(distinct, desc="widths", disable=not progress):
             nets = _narrow_draws(net, blocks, example, num_samples, seed)
             if recalibrate is not None:
                 for narrowed in nets:
-                    recalibrate_batchnorm(narrowed, (batch[0].to(device) for batch in batches(recalibrate, batch_size)))
+                    recalibrated(narrowed, input_batches(recalibrate, batch_size, net.num_inputs))
             result = evaluate(
-                _Stacked(nets, net),
+                _Stacked(nets, net, outputs_of),
                 data,
                 likelihood,
                 ood=ood,
@@ -106,7 +107,7 @@ def evaluate_widths(
                 device=device,
                 progress=progress,
             )
-            cost = net_cost(nets[0], example)
+            cost = net_cost(nets[0], *example.args, **example.kwargs)
             results.append(result.assign({name: ("seed", [value], _LABELS[name]) for name, value in cost.items()}))
     fixed = [name for name in _WITHOUT_WIDTH if name in results[0]]
     joined = xr.concat([result.drop_vars(fixed) for result in results], "width", data_vars="all")
@@ -146,10 +147,10 @@ def evaluate_learned(
     Raises:
         ValueError: As in `evaluate`.
     """
-    net, likelihood = net_and_likelihood("evaluate_learned", model)
+    net, likelihood, outputs_of = taken_apart("evaluate_learned", model)
     with module_mode([net], training=False):
         return evaluate(
-            lambda x: net.predict(x, num_samples=num_samples),
+            _Drawn(net, outputs_of, num_samples),
             data,
             likelihood,
             ood=ood,
@@ -226,16 +227,16 @@ def _common_fraction(net: NestedNet, kept: Mapping[str, int]) -> float | None:
     return fractions.pop() if len(fractions) == 1 else None
 
 
-def _first_input(name: str, data: Rows) -> Tensor:
+def _first_input(name: str, net: NestedNet, data: Rows) -> Batch:
     """Return the first row of the inputs; a loader that shuffles leaves the caller's random state as it was."""
     with torch.random.fork_rng():
-        for batch in batches(data, 1):
-            return batch[0][:1]
+        for batch in input_batches(data, 1, net.num_inputs):
+            return batch.map_inputs(lambda x: x[:1])
     raise ValueError(f"{name}: `data` has no rows")
 
 
 def _narrow_draws(
-    net: NestedNet, blocks: Mapping[str, int], example: Tensor, num_samples: int | None, seed: int
+    net: NestedNet, blocks: Mapping[str, int], example: Batch, num_samples: int | None, seed: int
 ) -> list[nn.Module]:
     """Draw whole weights, the same whatever the width, and cut the net with each draw of them, or with their mean."""
     if num_samples is None:
@@ -244,7 +245,7 @@ def _narrow_draws(
     with torch.random.fork_rng(), module_local_params(net), net.cut(1.0):
         torch.manual_seed(seed)
         for _ in range(num_samples):
-            nets.append(narrow(net, blocks, net.guide(example)))
+            nets.append(narrow(net, blocks, net.guide(*example.args, **example.kwargs)))
     return nets
 
 
@@ -253,12 +254,23 @@ class _Stacked(nn.ModuleList):
 
     returns_draws = True
 
-    def __init__(self, nets: Sequence[nn.Module], net: NestedNet) -> None:
+    def __init__(self, nets: Sequence[nn.Module], net: NestedNet, outputs_of: Callable[[Any], Tensor]) -> None:
         super().__init__(nets)
-        self.input_shapes = net.input_shapes
+        self.input_shapes, self.num_inputs, self.outputs_of = net.input_shapes, net.num_inputs, outputs_of
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([net(x) for net in self])
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        return torch.stack([self.outputs_of(net(*inputs, **named)) for net in self])
+
+
+class _Drawn:
+    """Draws of masks and weights of a net, with one more dimension of its outputs."""
+
+    def __init__(self, net: NestedNet, outputs_of: Callable[[Any], Tensor], num_samples: int) -> None:
+        self.net, self.outputs_of, self.num_samples, self.num_inputs = net, outputs_of, num_samples, net.num_inputs
+
+    def __call__(self, *inputs: Any, **named: Any) -> Tensor:
+        drawn = self.net._draws(Batch(inputs, named), None, None, self.num_samples)
+        return torch.stack([self.outputs_of(each) for each in drawn])
 
 
 @torch.no_grad()
@@ -311,18 +323,21 @@ def loo_widths(
         >>> list(scores), scores[1.0].elpd_i.sizes["row"]
         ([0.25, 1.0], 50)
     """
-    net, likelihood = net_and_likelihood("loo_widths", model)
+    net, likelihood, outputs_of = taken_apart("loo_widths", model)
     distinct = _distinct("loo_widths", net, widths, rounding)
     if num_samples < _arviz.MIN_DRAWS:
         raise ValueError(f"loo_widths: `num_samples` must be at least {_arviz.MIN_DRAWS}; got {num_samples}")
     device = next(net.parameters()).device
-    example = _first_input("loo_widths", data).to(device)
+    example = _first_input("loo_widths", net, data).to(device)
     scores: dict[float, Any] = {}
     with module_mode([net], training=False):
         for (asked, *_), blocks in tqdm(distinct, desc="widths", disable=not progress):
             nets = _narrow_draws(net, blocks, example, num_samples, seed)
-            stacked = _Stacked(nets, net)
-            terms = [_log_likelihoods(stacked, likelihood, batch, device) for batch in batches(data, batch_size)]
+            stacked = _Stacked(nets, net, outputs_of)
+            terms = [
+                _log_likelihoods(stacked, likelihood, batch, device)
+                for batch in input_batches(data, batch_size, net.num_inputs)
+            ]
             values = torch.cat(terms, -1)[None].numpy()
             found = _arviz.from_groups({"log_likelihood": {likelihood.site: (["chain", "draw", "row"], values)}}, {})
             common = None if isinstance(asked, Integral) else _common_fraction(net, blocks)
@@ -411,14 +426,12 @@ def _densities(width: float, found: Any, var_name: str | None, variational: bool
     return values
 
 
-def _log_likelihoods(
-    nets: _Stacked, likelihood: NetLikelihood, batch: Sequence[Tensor], device: torch.device
-) -> Tensor:
+def _log_likelihoods(nets: _Stacked, likelihood: NetLikelihood, batch: Batch, device: torch.device) -> Tensor:
     """Return the log-likelihood of each row under each net, shape (S, N), on the CPU."""
-    if len(batch) < 2:
+    if batch.y is None:
         raise ValueError("loo_widths: argument `data` must have inputs and labels; got inputs only")
-    x = batch[0].to(device)
-    with explain_inputs("loo_widths", (x,), next(nets.parameters()).dtype, nets.input_shapes):
-        outputs = nets(x).double().cpu()
-    y = scorer_of(likelihood).targets("loo_widths", outputs, batch[1])
+    batch = batch.to(device)
+    with explain_inputs("loo_widths", batch.inputs, next(nets.parameters()).dtype, nets.input_shapes):
+        outputs = nets(*batch.args, **batch.kwargs).double().cpu()
+    y = scorer_of(likelihood).targets("loo_widths", outputs, batch.y)
     return likelihood.law(outputs, batch_dim=2).log_prob(y)

@@ -50,8 +50,9 @@ def find_rule(operation: Any, in_place: bool = False) -> Rule | None:
         kind = type(operation)
         # A subclass with another forward may do anything, and so may what computes its weights.
         same = (base for base in kind.__mro__ if base in RULES and getattr(base, "forward", None) is kind.forward)
-        weight = getattr(operation, "weight", None)
-        is_own = weight is None or any(weight is each for each in operation.parameters(recurse=False))
+        given = [each for each in (getattr(operation, key, None) for key in ("weight", "bias")) if each is not None]
+        own = set(map(id, operation.parameters(recurse=False)))
+        is_own = all(not isinstance(each, Tensor) or id(each) in own for each in given)
         return RULES.get(next(same, nn.Module)) if is_own and not hasattr(operation, "parametrizations") else None
     found = RULES.get(operation)
     # In place, the entries of a tensor may change, but not its shape, which is read after the call.

@@ -4,16 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pyro_vnd.nn.axis import Run
 
-__all__ = ["Axes", "Runs", "Space", "Split", "extent", "hold", "kept", "scaled", "split_at", "unify", "whole"]
+__all__ = [
+    "Axes",
+    "Order",
+    "Runs",
+    "Space",
+    "Split",
+    "are_rows",
+    "extent",
+    "hold",
+    "kept",
+    "order_of",
+    "reordered",
+    "rows",
+    "scaled",
+    "split_at",
+    "unify",
+    "whole",
+]
 
 ROWS = "they are the examples"
+REORDERED = "they are the examples in another order"
+
+
+class Order(NamedTuple):
+    """How examples lie along an axis, otherwise than one after the other as they came.
+
+    Attributes:
+        by: What they were indexed with; None if their order is the same.
+        packed: Whether they lie as in `torch.nn.utils.rnn.PackedSequence`: step by step, those that are long enough.
+    """
+
+    by: Hashable
+    packed: bool = False
 
 
 class Space:
@@ -28,15 +58,23 @@ class Space:
         atoms: Number of atoms.
         reason: Why the channels cannot be cut, or "" if they can.
         origin: What the channels are an axis of, or a part of one, if they could be split into parts.
+        examples: How the examples lie, if these are no channels but examples in another order.
     """
 
     def __init__(
-        self, order: float, name: str, atoms: int, reason: str = "", origin: tuple[Hashable, int] | None = None
+        self,
+        order: float,
+        name: str,
+        atoms: int,
+        reason: str = "",
+        origin: tuple[Hashable, int] | None = None,
+        examples: Order | None = None,
     ) -> None:
         self._order, self._name, self._atoms, self._reason = order, name, atoms, reason
         self._parent: Space | None = None
         self._origins = [] if origin is None else [(*origin, atoms)]
         self._made = False
+        self.examples = examples
 
     @property
     def root(self) -> Space:
@@ -70,6 +108,11 @@ class Space:
     def is_rows(self) -> bool:
         """Whether these are no channels but the examples of a batch."""
         return self.root._reason == ROWS
+
+    @property
+    def is_examples(self) -> bool:
+        """Whether these are the examples, in whatever order."""
+        return self.is_rows or self.examples is not None
 
     @property
     def origins(self) -> list[tuple[Hashable, int, int]]:
@@ -120,6 +163,18 @@ def rows(size: int) -> Runs:
     return (Run(Space(-1, "", 1, ROWS), size),)
 
 
+def reordered(size: int, order: Order) -> Runs:
+    """Return the examples of a batch in another order."""
+    return (Run(Space(-1, "", 1, REORDERED, examples=order), size),)
+
+
+def order_of(runs: Runs) -> Order | None:
+    """Return how examples lie along an axis; None if these are no examples, or each comes several times."""
+    if len(runs) != 1:
+        return None
+    return Order(None) if runs[0].owner.is_rows else runs[0].owner.examples
+
+
 def whole(size: int, reason: str) -> Runs:
     """Return channels that cannot be cut."""
     return (Run(Space(math.inf, "", 1, reason), size),)
@@ -144,8 +199,9 @@ def hold(axes: Axes | Iterable[Runs], reason: str) -> None:
 
 def unify(first: Runs, second: Runs, reason: str) -> None:
     """Unite runs that lie on top of each other, or leave all whole for `reason` if their sizes cannot be matched."""
-    if are_rows(first) or are_rows(second):
-        hold([runs for runs in (first, second) if not are_rows(runs)], reason)
+    others = [runs for runs in (first, second) if not all(run.owner.is_examples for run in runs)]
+    if len(others) < 2:
+        hold(others, reason)
         return
     one, other = ([run.size for run in runs] for runs in (first, second))
     if one == other:

@@ -19,7 +19,7 @@ from pyro_vnd.nn.tracing.call import Layer, find_rule
 from pyro_vnd.nn.tracing.channels import Runs, Split
 from pyro_vnd.nn.tracing.depth import ResidualBlock, residual_stages
 from pyro_vnd.nn.tracing.interpreter import Interpreter
-from pyro_vnd.nn.tracing.tape import Attribute, Tape, recorded, tensors_in
+from pyro_vnd.nn.tracing.tape import Attribute, Tape, recorded, tensors_in, with_one_more
 
 __all__ = ["ChannelGroups", "LayerChannels", "Layout", "channel_groups"]
 
@@ -189,11 +189,7 @@ def _run(net: nn.Module, inputs: tuple[Any, ...], count: int, excluded: set[int]
 
     With two rows at least it can be seen where they go, and a net that has the number of rows written down fails.
     """
-
-    def one_more(x: Any) -> Any:
-        return torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.shape[:1] == (count,) else x
-
-    more = tuple(map(one_more, inputs))
+    more = with_one_more(inputs, count)
     try:
         tapes = [recorded(net, more, excluded, find_rule)]
     except Exception as error:
@@ -205,7 +201,7 @@ def _run(net: nn.Module, inputs: tuple[Any, ...], count: int, excluded: set[int]
     for module in net.modules():
         module.training = True  # in a net that is put back as it was
     try:
-        trained = recorded(net, tuple(map(one_more, inputs)), excluded, find_rule)
+        trained = recorded(net, with_one_more(inputs, count), excluded, find_rule)
     except Exception as error:  # whatever the net asks for in training: labels, say
         return count + 1, tapes, f"{type(error).__name__}: {error}"
     finally:

@@ -15,6 +15,8 @@ from pyro_vnd.nn.tracing.tape import Attribute, Op, Size, Source, Tape, Value, n
 
 __all__ = ["Interpreter"]
 
+CASTS = ("to", "cpu", "cuda", "long", "detach", "contiguous", "clone")
+
 
 class Interpreter:
     """Follows the channels through what a net did on an example input.
@@ -58,6 +60,8 @@ class Interpreter:
         self.reads: dict[str, Layer] = {}
         self.made: list[Space] = []
         self.unfollowed: dict[str, str] = {}
+        self._from_data: set[Value] = set()
+        self._producers: dict[Value, Op] = {}
         self._checks: list[tuple[Callable[[], bool], Callable[[], None]]] = []
 
     def run(self, tape: Tape) -> None:
@@ -162,6 +166,9 @@ class Interpreter:
     def _follow(self, op: Op) -> None:
         for value in op.inputs:
             self.axes(value)
+        self._producers.update(dict.fromkeys(op.outputs, op))
+        if not op.name.endswith("_like") and any(map(self.is_from_data, op.inputs)):
+            self._from_data.update(op.outputs or op.inputs[:1])
         call = Call(op, self)
         if not op.outputs and op.name != "setitem":
             call.hold((runs for value in op.inputs for runs in self.axes(value).values()), "reads values")
@@ -200,6 +207,25 @@ class Interpreter:
     def check_later(self, holds: Callable[[], bool], otherwise: Callable[[], None]) -> None:
         """Ask at the end whether something holds, when it is known what is cut together."""
         self._checks.append((holds, otherwise))
+
+    def is_from_data(self, value: Value) -> bool:
+        """Say whether the entries of a tensor depend on the inputs of the net."""
+        return value.is_input or value in self._from_data
+
+    def original(self, value: Value) -> Value:
+        """Return what was cast, or moved to another device, to make a tensor."""
+        while (op := self._producers.get(value)) is not None and op.name in CASTS:
+            value = op.inputs[0]
+        return value
+
+    def is_inverse(self, index: Value, permutation: Any) -> bool:
+        """Say whether indices were made to undo a permutation: by sorting it, or by putting numbers where it points."""
+        index = self.original(index)
+        op = self._producers.get(index)
+        if op is None or permutation not in map(self.original, op.inputs):
+            return False
+        numbers = torch.arange(len(index.tensor), device=index.tensor.device)
+        return op.name in ("argsort", "sort", "scatter") and torch.equal(permutation.tensor[index.tensor], numbers)
 
     def counted(self, source: Source) -> Runs:
         """Return the channels that a number counts, if it is known to count some."""

@@ -133,7 +133,7 @@ def functional_convolution(call: Call) -> Axes:
     x, weight, bias = call.argument("input", 0), call.argument("weight", 1), call.argument("bias", 2)
     transposed = "transpose" in call.name
     axis = len(x.shape) - 1 - dimensions(call)
-    groups = call.argument("groups", 5 if transposed else 6, call.argument("groups", 6, 1) if not transposed else 1)
+    groups = call.argument("groups", 6, 1)
     call.hold([runs for dim, runs in call.axes(weight).items() if dim > 1], "is spatial there")
     if groups == 1:
         axes = call.read(x, axis, weight, int(not transposed), int(transposed))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from pyro_vnd._compat import has_hooks
 from pyro_vnd.nn.submodules import replace_modules
@@ -108,16 +109,24 @@ class Recurrent(nn.Module):
         """Do nothing: there is no memory to arrange."""
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:  # noqa: A002  (as torch names it)
-        """Return outputs and the last state, as torch's net does.
-
-        Raises:
-            ValueError: If the input is a packed sequence.
-        """
+        """Return outputs and the last state, as torch's net does, of padded tensors or a packed sequence."""
         if not isinstance(input, Tensor):
-            raise ValueError(
-                f"nest: a nested {self.kind.__name__} takes padded tensors; got {type(input).__name__}: leave it alone "
-                "with `exclude`"
-            )
+            return self._packed(input, hx)
+        return self._run(input, hx)
+
+    def _packed(self, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+        """Run over padded steps, where examples lie as they came and masks by example can act; then pack again."""
+        x, lengths = pad_packed_sequence(packed, self.batch_first)
+        lengths = lengths.to(x.device)
+        x, last = self._run(x, hx, lengths)
+        order, axis = packed.sorted_indices, 1 - self.batch_first
+        if order is not None:
+            x, lengths = x.index_select(axis, order), lengths[order]
+        data, sizes = pack_padded_sequence(x, lengths.cpu(), self.batch_first)[:2]
+        return PackedSequence(data, sizes, order, packed.unsorted_indices), last
+
+    def _run(self, input: Tensor, hx: Any, lengths: Tensor | None = None) -> tuple[Tensor, Any]:  # noqa: A002
+        """Return outputs and the last state of padded steps; beyond their lengths, states stay what they are."""
         is_lstm, is_batch = self.mode == "LSTM", input.dim() == 3
         states = (hx if is_lstm else (hx, None)) if hx is not None else (None, None)
         x = input if is_batch else input.unsqueeze(0 if self.batch_first else 1)
@@ -132,7 +141,7 @@ class Recurrent(nn.Module):
                 place = layer * directions + direction
                 h = x.new_zeros(x.shape[1], self.hidden_size) if states[0] is None else states[0][place]
                 c = (torch.zeros_like(h) if states[1] is None else states[1][place]) if is_lstm else None
-                y, state = self._over_time(self.steps[place], x, h, c, reverse=direction == 1)
+                y, state = self._over_time(self.steps[place], x, h, c, lengths, reverse=direction == 1)
                 outputs.append(y)
                 last.append(state)
             x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
@@ -143,10 +152,17 @@ class Recurrent(nn.Module):
             x, ends = x.squeeze(0 if self.batch_first else 1), [each.squeeze(1) for each in ends]
         return x, tuple(ends) if is_lstm else ends[0]
 
-    def _over_time(self, step: Any, x: Tensor, h: Tensor, c: Any, reverse: bool) -> tuple[Tensor, tuple[Any, Any]]:
+    def _over_time(
+        self, step: Any, x: Tensor, h: Tensor, c: Any, lengths: Tensor | None, reverse: bool
+    ) -> tuple[Tensor, tuple[Any, Any]]:
         come_in, outputs = step.input(x), []
         for t in range(x.shape[0])[:: -1 if reverse else 1]:
+            before = h, c
             h, c = step.after(come_in[t], h, c)
+            if lengths is not None:
+                is_there = (lengths > t).unsqueeze(1)
+                h = torch.where(is_there, h, before[0])
+                c = None if c is None else torch.where(is_there, c, before[1])
             outputs.append(h)
         return torch.stack(outputs[:: -1 if reverse else 1]), (h, c)
 

@@ -10,7 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vnd.nn.tracing.call import Call, rule
-from pyro_vnd.nn.tracing.channels import Axes, Runs, are_rows, extent, kept, scaled, split_at, unify
+from pyro_vnd.nn.tracing.channels import (
+    Axes,
+    Order,
+    Runs,
+    are_rows,
+    extent,
+    kept,
+    order_of,
+    reordered,
+    rows,
+    scaled,
+    split_at,
+    unify,
+)
 from pyro_vnd.nn.tracing.tape import Attribute, Size, Source, Value, numbers_in, within
 
 __all__: list[str] = []
@@ -28,11 +41,12 @@ MODULES = (nn.ChannelShuffle, nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle, nn
 def structural(call: Call) -> tuple[Axes, ...]:
     """Follow each axis, and leave it whole if its channels are not in order, or if the operation has fixed sizes."""
     tensor = call.tensors[0]
-    axes = {axis: runs for axis, runs in call.axes().items() if call.shape()[axis] > 1}
+    picked = _picked(call)
+    axes = {axis: runs for axis, runs in call.axes().items() if call.shape()[axis] > 1 and axis not in picked}
     for other in dict.fromkeys(call.tensors):
         if other is not tensor:
             call.hold(call.axes(other), "takes it as an argument")
-    if not axes:
+    if not axes and not picked:
         return _as_wide_as_asked(call)
     entries = torch.arange(call.shape().numel(), device=tensor.tensor.device).view(call.shape())
     moved = call.again(tensor, entries)
@@ -45,6 +59,8 @@ def structural(call: Call) -> tuple[Axes, ...]:
                 call.hold([runs], "takes channels apart, or out of order")
             else:
                 result.update([found])
+    for axis, (place, index) in picked.items():
+        results[0].update(_picked_rows(call, axis, place, index))
     moves = _Moves(call, tensor, axes, results)
     moves.match_sizes()
     if not moves.bear_a_cut() and not moves.bear_with_others():
@@ -52,6 +68,70 @@ def structural(call: Call) -> tuple[Axes, ...]:
     if numbers_in((call.op.args, call.op.kwargs)) or not moves.bear_a_cut():
         call.interpreter.check_later(moves.bear_a_cut, moves.hold)
     return tuple(results)
+
+
+def _picked(call: Call) -> dict[int, tuple[int | None, Value]]:
+    """Return the axes that are indexed by what depends on the inputs, where each then is, and the index.
+
+    What the example happens to have there says nothing. An index of several axes, or several indices, have no place.
+    """
+    if call.name == "index_select":
+        dim, index = call.argument("dim", 1) % len(call.shape()), call.argument("index", 2)
+        return {dim: (dim, index)} if call.interpreter.is_from_data(index) else {}
+    if call.name != "getitem":
+        return {}
+    key = call.op.args[1] if isinstance(call.op.args[1], tuple) else (call.op.args[1],)
+    taken = [each.tensor.dim() if _is_mask(each) else int(each is not None and each is not Ellipsis) for each in key]
+    found: dict[int, tuple[int | None, Value]] = {}
+    axis = place = 0
+    for each, count in zip(key, taken, strict=True):
+        if isinstance(each, Value) and call.interpreter.is_from_data(each):
+            alone = sum(isinstance(other, Value | int) for other in key) == 1 and len(each.shape) == 1
+            found |= {axis + i: (place if alone and not _is_mask(each) else None, each) for i in range(count)}
+        skipped = len(call.shape()) - sum(taken) if each is Ellipsis else count
+        axis, place = axis + skipped, place + (skipped if not isinstance(each, int) else 0) + (each is None)
+    return found
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Value) and index.tensor.dtype is torch.bool
+
+
+def _picked_rows(call: Call, axis: int, place: int | None, index: Value) -> Axes:
+    """Return the examples in another order, or in their own again; hold channels that are picked by the inputs."""
+    runs = call.axes().get(axis)
+    order = order_of(runs) if runs else None
+    if runs is None or order is None:
+        call.hold([runs] if runs and not are_rows(runs) else [], "picks channels by what the inputs are")
+        return {}
+    if place is None or order.packed or index.shape != (call.shape()[axis],):
+        return {}
+    if order.by is None:
+        return {place: reordered(call.shape()[axis], Order(call.interpreter.original(index)))}
+    return {place: rows(call.shape()[axis])} if call.interpreter.is_inverse(index, order.by) else {}
+
+
+@rule("pack_padded_sequence")
+def pack(call: Call) -> tuple[Axes, ...]:
+    """Lay steps of examples after each other, those of examples that are long enough."""
+    batch = 0 if call.argument("batch_first", 2) else 1
+    axes = call.mixed([1 - batch], "takes positions")
+    order = order_of(axes.pop(batch, ()))
+    packed = {axis - 1: runs for axis, runs in axes.items()}
+    if order is not None and not order.packed:
+        packed[0] = reordered(call.out.shape[0], order._replace(packed=True))
+    return packed, {}
+
+
+@rule("pad_packed_sequence")
+def pad_packed(call: Call) -> tuple[Axes, ...]:
+    """Lay steps of an example beside each other."""
+    axes, batch = call.axes(), 0 if call.argument("batch_first", 2) else 1
+    order, size = order_of(axes.pop(0, ())), call.out.shape[batch]
+    padded = {axis + 1: runs for axis, runs in axes.items()}
+    if order is not None and order.packed:
+        padded[batch] = rows(size) if order.by is None else reordered(size, order._replace(packed=False))
+    return padded, {}
 
 
 def _follow(indices: Tensor, size: int, runs: Runs) -> tuple[int, Runs] | None:

@@ -34,6 +34,7 @@ __all__ = [
     "recorded",
     "resolved",
     "tensors_in",
+    "with_one_more",
     "within",
 ]
 
@@ -161,6 +162,11 @@ def within(thing: Any) -> Iterator[Any]:
 def tensors_in(thing: Any) -> list[Tensor]:
     """Return the tensors in what a net takes or returns: in tuples, mappings, data classes, however deep."""
     return [each for each in within(thing) if isinstance(each, Tensor)]
+
+
+def with_one_more(inputs: tuple[Any, ...], rows: int) -> tuple[Any, ...]:
+    """Repeat the last example in each argument of a net that has a row for each example."""
+    return tuple(torch.cat([x, x[-1:]]) if isinstance(x, Tensor) and x.shape[:1] == (rows,) else x for x in inputs)
 
 
 def numbers_in(thing: Any) -> frozenset[Source]:
