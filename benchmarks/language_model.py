@@ -66,8 +66,8 @@ class TextRecipe(Recipe):
         depth: Blocks of attention and feed-forward layers.
     """
 
-    epochs: int = 8
-    batch_size: int = 32
+    epochs: int = 5
+    batch_size: int = 8
     num_blocks: int = 4
     learned: float = 0.0
     budget: float = 0.9
