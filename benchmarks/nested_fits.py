@@ -2,24 +2,23 @@
 
 import sys
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Normal
 
 from models.datasets import load
-from models.nets import mlp
+from models.nets import mlp, vit
 from models.ood import Part, ood_sets
 from pyro_vnd.diagnostics import net_cost
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import FitResult, MaskSchedule, cosine_to_zero, fit
-from pyro_vnd.nn import NestedClassifier, NestedNet, nest
+from pyro_vnd.nn import CategoricalLabels, NestedModel, NestedNet, NetLikelihood, nest
 
 __all__ = ["RECIPES", "Data", "Ensemble", "Recipe", "build", "fit_nested", "fit_plain", "member_width", "nested"]
 
@@ -85,6 +84,20 @@ RECIPES = {
     "cnn": Recipe(
         epochs=12, kl_weight=0.01, length_weight=0.01, budget=0.8, full=0.15, budget_power=1.15, num_particles=5
     ),
+    # As the guide of nested nets says; the blocks are heads.
+    "vit": Recipe(
+        epochs=8,
+        num_blocks=4,
+        learned=0.0,
+        budget=0.9,
+        full=0.1,
+        budget_power=1.0,
+        kl_weight=0.01,
+        length_weight=0.01,
+        init_scale=0.02,
+        local_reparam=False,
+        num_samples=10,
+    ),
 }
 
 
@@ -96,18 +109,19 @@ class Ensemble(nn.ModuleList):
         return torch.stack([net(x) for net in self])
 
 
-class Classifier(PyroModule):
+class PlainModel(PyroModule):
     """The same likelihood without anything random, for independent nets, or several of them at once."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, likelihood: NetLikelihood) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.likelihood = net, likelihood
+        self.members = len(net) if isinstance(net, Ensemble) else 1
 
     def forward(self, x: Tensor, y: Tensor) -> None:
         """Run the model."""
-        logits = self.net(x)
-        with pyro.plate("members", logits.shape[:-2].numel(), dim=-2), pyro.plate("data", len(x), dim=-1):
-            pyro.sample("label", dist.Categorical(logits=logits), obs=y)
+        law = self.likelihood.law(self.net(x), batch_dim=1 if self.members == 1 else 2)
+        with pyro.plate("members", self.members, dim=-2), pyro.plate("data", len(x), dim=-1):
+            pyro.sample("label", law, obs=y)
 
 
 class NoLatents(PyroModule):
@@ -119,7 +133,7 @@ class NoLatents(PyroModule):
 
 @dataclass(frozen=True)
 class Data:
-    """Standardised images and labels, and images from elsewhere.
+    """Standardised images and labels, and images from elsewhere; or tokens, and those that come next.
 
     Attributes:
         name: Name of the data set.
@@ -127,6 +141,7 @@ class Data:
         scored: What fits are scored on: the test part, or the validation part where recipes are compared.
         calibration: What temperatures are fitted on: the validation part, unless that is scored.
         ood: Foreign images by name, of the part that is scored.
+        likelihood: The law of the labels given the outputs of a net.
     """
 
     name: str
@@ -134,6 +149,7 @@ class Data:
     scored: tuple[Tensor, Tensor]
     calibration: tuple[Tensor, Tensor] | None
     ood: dict[str, Tensor]
+    likelihood: NetLikelihood = field(default_factory=CategoricalLabels)
 
     @classmethod
     def load(cls, name: str, part: Part = "test") -> "Data":
@@ -162,10 +178,14 @@ class Data:
 def build(arch: str, image_size: int, width: float = 1.0) -> nn.Module:
     """Return a plain net whose hidden layers have a share of their units.
 
-    The CNN is a LeNet whose convolutions have strides in place of pooling, for speed.
+    The CNN is a LeNet whose convolutions have strides in place of pooling, for speed. The transformer sees 4x4 patches,
+    and its heads have 16 channels at every width, as those of a nested one.
     """
     if arch == "mlp":
         return mlp(image_size**2, hidden=(round(512 * width), round(512 * width)))
+    if arch == "vit":
+        heads = max(1, round(4 * width))
+        return vit(1, 10, image_size, patch=image_size // 4, dim=16 * heads, depth=4, heads=heads, mlp_ratio=2)
     first, second, hidden = (max(1, round(units * width)) for units in (32, 64, 128))
     side = ((image_size - 3) // 3 + 2) // 2  # strides of three and of two
     return nn.Sequential(
@@ -210,7 +230,7 @@ def prior(recipe: Recipe) -> dict[str, Any]:
 def fit_plain(net: nn.Module, seed: int, data: Data, recipe: Recipe) -> FitResult:
     """Fit a net without anything random, or several at once."""
     optimizer = partial(torch.optim.Adam, fused=True)
-    return fit(Classifier(net), NoLatents(), data.train, optimizer=optimizer, **_shared(recipe, seed))
+    return fit(PlainModel(net, data.likelihood), NoLatents(), data.train, optimizer=optimizer, **_shared(recipe, seed))
 
 
 def nested(plain: nn.Module, data: Data, recipe: Recipe, *, bayesian: bool = True, **options: Any) -> NestedNet:
@@ -221,7 +241,7 @@ def nested(plain: nn.Module, data: Data, recipe: Recipe, *, bayesian: bool = Tru
         options |= {"prior": {first: priors["first"], "": priors[""]}, "init_scale": recipe.init_scale}
     else:
         options |= {"prior": None}
-    return nest(plain, data.train[0][:1], num_blocks=recipe.num_blocks, **options)
+    return nest(plain, data.train[0][:1], **{"num_blocks": recipe.num_blocks} | options)
 
 
 def fit_nested(
@@ -244,7 +264,7 @@ def fit_nested(
         ]
         return torch.optim.Adam([group for group in groups if group["params"]], lr=lr, fused=True)
 
-    return fit(NestedClassifier(net), net.guide, data.train, **arguments | {"optimizer": adam})
+    return fit(NestedModel(net, data.likelihood), net.guide, data.train, **arguments | {"optimizer": adam})
 
 
 def _shared(recipe: Recipe, seed: int) -> dict[str, Any]:

@@ -84,6 +84,11 @@ def is_bayesian(method: str) -> bool:
     return method.startswith(("bayes", "vnd")) or method.endswith("_bayes")
 
 
+def widths_of(num_blocks: int) -> list[float]:
+    """Return those of the widths that are numbers of blocks."""
+    return [width for width in WIDTHS if (width * num_blocks).is_integer()]
+
+
 def mask_schedule(method: str, recipe: Recipe) -> MaskSchedule:
     """Return where the masks of a nested method come from."""
     if method == "bayes_full":
@@ -135,7 +140,7 @@ def rows(method: str, arch: str, seed: int, data: Data, recipe: Recipe) -> Itera
             yield base | {"width": width, "metric": metric, "value": rounded(value)}
 
     if method in ("independent", "ensemble"):
-        for width in WIDTHS:
+        for width in widths_of(recipe.num_blocks):
             size = width if method == "independent" else member_width(arch, data.image_size, width, MEMBERS)
             if size is None:
                 continue
@@ -147,7 +152,7 @@ def rows(method: str, arch: str, seed: int, data: Data, recipe: Recipe) -> Itera
     net, record = train(method, arch, seed, data, recipe)
     assert isinstance(net, NestedNet)
     num_samples = recipe.num_samples if is_bayesian(method) else 1
-    widths = (1.0,) if method == "bayes_full" else WIDTHS
+    widths = [1.0] if method == "bayes_full" else widths_of(recipe.num_blocks)
     result = evaluate_widths(net, data.scored, widths, num_samples, **shared)
     for width in widths:
         yield from flat(result.sel(width=width), width, record.seconds)

@@ -1,5 +1,6 @@
 """Tables, figures and targets of the benchmark of nested nets, made from its committed rows."""
 
+from fractions import Fraction
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -27,6 +28,7 @@ LABELS = {
 }
 DRAWN = (*LIKE_FOR_LIKE, "independent", "ensemble", "bayes_full")
 PANELS = {"accuracy": "accuracy", "nll": "NLL, nats", "ece": "ECE", "auroc": "AUROC of detection, best score"}
+TITLES = {"mlp": "MLP", "cnn": "CNN", "vit": "Vision transformer"}
 SIGNS = {"entropy": "H", "mutual_information": "MI"}
 
 
@@ -35,6 +37,10 @@ class Rows(SharedRows):
 
     def __init__(self, result: dict[str, Any]) -> None:
         super().__init__(result, "arch", "width", LABELS)
+
+    def widths(self, arch: str) -> list[float]:
+        """Return the widths at which a net was scored."""
+        return [width for width in WIDTHS if any(key[:3:2] == (arch, width) for key in self.values)]
 
     def best_score(self, arch: str, method: str, width: Any) -> str:
         """Return the out-of-domain score whose AUROC, averaged over sets and seeds, is highest."""
@@ -53,7 +59,7 @@ def targets(rows: Rows, arch: str) -> list[dict[str, Any]]:
     Fixed rates are those with our passes, or those of one pass if these were not run.
     """
     result, like_for_like = [], {key[1] for key in rows.values if key[0] == arch}
-    for width in WIDTHS:
+    for width in rows.widths(arch):
         usual = ["fixed_geometric", "fixed_uniform"]
         fixed = [f"{name}_passes" for name in usual if f"{name}_passes" in like_for_like] or usual
 
@@ -84,8 +90,8 @@ def targets_table(rows: Rows, arch: str) -> str:
     names = list(dict.fromkeys(row["what"] for row in found))
     cells = {(row["what"], row["width"]): f"{row['margin']:+.4f}" for row in found}
     return markdown_table(
-        ["ours, margin over the target", *[f"{width:g}" for width in WIDTHS]],
-        [[name, *[cells[name, w] for w in WIDTHS]] for name in names],
+        ["ours, margin over the target", *[f"{width:g}" for width in rows.widths(arch)]],
+        [[name, *[cells[name, w] for w in rows.widths(arch)]] for name in names],
     )
 
 
@@ -96,12 +102,13 @@ def figures(result: dict[str, Any]) -> dict[str, Figure]:
 
 
 def _figure(rows: Rows, arch: str) -> Figure:
+    widths = rows.widths(arch)
     drawn, axes = plt.subplots(2, 2, figsize=(8, 6.4), layout="constrained")
     for ax, (metric, label) in zip(axes.flat, PANELS.items(), strict=True):
         for method in [method for method in DRAWN if method in rows.methods]:
-            rows.draw(ax, arch, method, rows.scored(arch, method, 1.0) if metric == "auroc" else metric, WIDTHS)
+            rows.draw(ax, arch, method, rows.scored(arch, method, 1.0) if metric == "auroc" else metric, widths)
         ax.set_xscale("log", base=2)
-        ax.set_xticks(WIDTHS, ["1/16", "1/8", "1/4", "1/2", "3/4", "1"])
+        ax.set_xticks(widths, [str(Fraction(width)) for width in widths])
         ax.minorticks_off()
         ax.set(xlabel="share of the units", title=label)
     handles, labels = axes.flat[0].get_legend_handles_labels()
@@ -114,8 +121,8 @@ def markdown(result: dict[str, Any]) -> str:
     rows = Rows(result)
     parts = []
     for arch in rows.fitted:
-        parts.append(f"## {arch.upper()}")
-        parts += [rows.table(arch, metric, WIDTHS) for metric in PANELS if metric != "auroc"]
+        parts.append(f"## {TITLES[arch]}")
+        parts += [rows.table(arch, metric, rows.widths(arch)) for metric in PANELS if metric != "auroc"]
         parts += [_detection_table(rows, arch), targets_table(rows, arch)]
     return "\n\n".join(parts)
 
@@ -124,7 +131,7 @@ def _detection_table(rows: Rows, arch: str) -> str:
     body = []
     for method in rows.methods:
         cells = []
-        for width in WIDTHS:
+        for width in rows.widths(arch):
             if (arch, method, width, "accuracy") not in rows.values:
                 cells.append("-")
                 continue
@@ -132,8 +139,9 @@ def _detection_table(rows: Rows, arch: str) -> str:
             key = (arch, method, width, score)
             sign = SIGNS.get(score.partition("/")[2], "max")
             cells.append(f"{rows.cell(*key)} {sign}")
-        body.append([LABELS[method], *cells])
-    return markdown_table(["AUROC, best score", *[f"{width:g}" for width in WIDTHS]], body)
+        if set(cells) != {"-"}:
+            body.append([LABELS[method], *cells])
+    return markdown_table(["AUROC, best score", *[f"{width:g}" for width in rows.widths(arch)]], body)
 
 
 def summary(result: dict[str, Any]) -> str:

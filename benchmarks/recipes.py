@@ -23,6 +23,7 @@ def read_arguments(
     results: Path,
     argv: Sequence[str] | None,
     part: Part = "test",
+    data: Sequence[str] = ("fashion-mnist", "digits"),
 ) -> argparse.Namespace:
     """Read the command line of a benchmark.
 
@@ -34,13 +35,14 @@ def read_arguments(
         results: Where the committed results are.
         argv: Arguments, or None for those of the process.
         part: What the committed results are of.
+        data: Names of the data sets; by default the first of them.
 
     Returns:
         `data`, the options of `choices`, `seeds` as a range, `part`, `changes` of the recipe, `join`, and `json`, a
         file whose folder exists.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
-    parser.add_argument("--data", default="fashion-mnist", choices=["fashion-mnist", "digits"])
+    parser.add_argument("--data", default=data[0], choices=data)
     for option, names in choices.items():
         parser.add_argument(f"--{option}", nargs="+", default=list(names), choices=names, metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
