@@ -361,7 +361,7 @@ def test_cascades_say_what_does_not_fit():
         cascade(input_ids=IDS)
     with pytest.raises(ValueError, match=r"CascadeNet\.fit_thresholds: give named inputs, in a mapping"):
         cascade.fit_thresholds((IDS, MASK), 0.9)
-    with pytest.raises(TypeError, match="`cascade` must be a CascadeNet; got NestedClassifier"):
+    with pytest.raises(ValueError, match="`cascade` must be a CascadeNet; got NestedClassifier"):
         evaluate_cascade(NestedClassifier(pair()), (X, Z, Y), (X, Z, Y), [0.5])
 
 

@@ -51,8 +51,7 @@ def evaluate_cascade(
         (seed, mean_cost, boundary). The coordinate `mean_cost` is what was asked for.
 
     Raises:
-        TypeError: If it is no cascade.
-        ValueError: As in `CascadeNet.fit_thresholds` and `evaluate`.
+        ValueError: If it is no cascade; or as in `CascadeNet.fit_thresholds` and `evaluate`.
 
     Example:
         >>> import torch
@@ -66,7 +65,7 @@ def evaluate_cascade(
         (('seed', 'mean_cost'), ('seed', 'mean_cost'))
     """
     if not isinstance(cascade, CascadeNet):
-        raise TypeError(
+        raise ValueError(
             f"evaluate_cascade: argument `cascade` must be a CascadeNet; got {type(cascade).__name__}: make one, "
             "CascadeNet(net, widths)"
         )
