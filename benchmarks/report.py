@@ -24,6 +24,7 @@ from benchmarks import (
     learned_lengths_report,
     masks,
     matryoshka,
+    nest_cost,
     nested_nets_report,
     nested_speed,
     net_law,
@@ -81,6 +82,7 @@ PAGES = {
     "cascade": _page("cascade", tables=cascade_report.markdown, figures=cascade_report.figures),
     "net_law": _page("net_law", "net_law", "net_law_tries", tables=net_law.markdown),
     "nested_speed": _page("nested_speed", tables=nested_speed.markdown),
+    "nest_cost": _page("nest_cost", tables=nest_cost.markdown),
     "order_law": _page("order_law", tables=order_law.markdown),
     "ordered_latents": _page(
         "ordered_latents", tables=ordered_latents_report.markdown, figures=ordered_latents_report.figures

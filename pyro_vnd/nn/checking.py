@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
 from pyro_vnd.nn.axis import take
+from pyro_vnd.nn.depth import NestedBlock, is_in_a_list, taken_out
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.tracing.tape import tensors_in, with_one_more
@@ -23,7 +25,7 @@ class Misfit(ValueError):
     """A nested net that does not compute what it should.
 
     Args:
-        path: Name of the module to blame, "" if it is not known.
+        path: Name of the module to blame, or of the group of blocks; "" if it is not known.
         why: What is wrong.
     """
 
@@ -32,16 +34,23 @@ class Misfit(ValueError):
         self.path, self.why = path, why
 
 
-def check_and_count(net: NestedNet, inputs: tuple[Any, ...], trains: bool) -> dict[str, int]:
+def check_and_count(
+    net: NestedNet, inputs: tuple[Any, ...], trains: bool, whole: Sequence[Tensor] = (), one_row_trains: bool = False
+) -> dict[str, int]:
     """Compare passes that are cut by masks with passes that compute the kept part only; count positions of the layers.
 
     Both are compared in evaluation mode and, if the net can be run in it, in training mode, with the same random
-    numbers. With masks by example, rows of mixed widths are compared with passes of one width, at another batch size.
+    numbers. With masks by example, rows of mixed widths are compared with passes of one width. Where the results have a
+    row for each example, one pass of mixed widths is enough for both: its narrow rows must be what a sliced pass gives,
+    and its wide ones what the net gave.
+    It is also found out which blocks can be taken out of the lists that they are in.
 
     Args:
         net: The nested net.
         inputs: The example.
         trains: Whether the net can be run in training mode.
+        whole: What the net given returns, on these inputs or on more rows after them.
+        one_row_trains: Whether in training mode it does the same as in evaluation mode, on a single row, too.
 
     Returns:
         How often each layer is applied to one example, by its name.
@@ -50,32 +59,97 @@ def check_and_count(net: NestedNet, inputs: tuple[Any, ...], trains: bool) -> di
         Misfit: If they differ, or the net does not run with fewer channels.
     """
     rows = len(next(x for x in inputs if isinstance(x, Tensor)))
-    half = {name: max(each.always_kept, each.num_blocks // 2) for name, each in net.widths.items()}
+    more = inputs if rows > 1 else with_one_more(inputs, rows)  # norms of a batch want two rows
+    half = net.kept_blocks(0.5, "nearest")
     with _as_it_was(net), torch.no_grad(), random_numbers(0, cuda_devices([net])):
-        with module_mode([net], training=False), _counted(net) as positions:
-            _compare(net, inputs, rows, half)
-        if net.mask_per == "example":
-            with module_mode([net], training=False):
-                _compare_rows(net, inputs, rows)
+        with module_mode([net], training=False):
+            positions = _agree_at_once(net, more, max(rows, 2), half, whole) if net.mask_per == "example" else {}
+            if not positions:
+                positions = _compare(net, inputs, rows, half)
+                if net.mask_per == "example":
+                    _compare_rows(net, inputs, rows)
         if trains:
-            more = with_one_more(inputs, rows)  # norms of a batch want two rows
             with module_mode([net], training=True):
-                _compare(net, more, rows + 1, half)
-    return {name: count // (2 * rows) for name, count in positions.items()}
+                if one_row_trains:
+                    _compare(net, _rows_of(inputs, rows, torch.arange(rows) == 0), 1, half)
+                else:
+                    _compare(net, more, max(rows, 2), half)
+        with module_mode([net], training=False):
+            _let_blocks_go(net, inputs, rows)
+    return positions
 
 
-def _compare(net: NestedNet, inputs: tuple[Any, ...], rows: int, half: dict[str, int]) -> None:
-    dense, seen = _pass(net, inputs, rows, half, sliced=False)
-    sliced, seen_sliced = _pass(net, inputs, rows, half, sliced=True)
+def _rows_of(inputs: tuple[Any, ...], rows: int, which: Tensor) -> tuple[Any, ...]:
+    """Return inputs of some rows."""
+    return tuple(x[which] if isinstance(x, Tensor) and x.shape[:1] == (rows,) else x for x in inputs)
+
+
+def _agree_at_once(
+    net: NestedNet, inputs: tuple[Any, ...], rows: int, half: dict[str, int], whole: Sequence[Tensor]
+) -> dict[str, int]:
+    """Compare a pass of mixed widths with a sliced one and the whole one; return positions, none if they differ.
+
+    That they differ may have reasons that are none, such as results that do not have a row for each example.
+    """
+    is_narrow = torch.arange(rows) % 2 == 0
+    try:
+        mixed, positions = _pass(net, inputs, rows, _fractions(net, is_narrow), sliced=False)
+        sliced, _ = _pass(net, _rows_of(inputs, rows, is_narrow), int(is_narrow.sum()), half, sliced=True)
+    except Misfit:
+        return {}
+    if not len(mixed) == len(sliced) == len(whole):
+        return {}
+    for both, narrow, wide in zip(mixed, sliced, whole, strict=True):
+        if both.shape[:1] != (rows,) or wide.dim() != both.dim():
+            return {}
+        pairs = ((both[is_narrow], narrow), (both[~is_narrow], wide[:rows][~is_narrow[: len(wide)]]))
+        if any(one.shape != other.shape or not _alike(one, other) for one, other in pairs):
+            return {}
+    return positions
+
+
+def _fractions(net: NestedNet, is_narrow: Tensor) -> Tensor:
+    """Return a width for each row, of the type and device that fractions have."""
+    law = net.widths[next(iter(net.widths))].logits
+    return torch.where(is_narrow, 0.5, 1.0).to(law)
+
+
+def _compare(net: NestedNet, inputs: tuple[Any, ...], rows: int, half: dict[str, int]) -> dict[str, int]:
+    """Compare passes of one width, cut by masks and sliced; return positions.
+
+    A stage of blocks is blamed if they only differ when it is cut.
+    """
+    try:
+        return _compare_layers(net, inputs, rows, half)
+    except Misfit:
+        for name, width in {block.width.name: block.width for block in net.blocks}.items():
+            if half[name] < width.num_blocks and _agrees(net, inputs, rows, half | {name: width.num_blocks}):
+                raise Misfit(name, "the net without its last blocks and the net with these masked differ") from None
+        raise
+
+
+def _agrees(net: NestedNet, inputs: tuple[Any, ...], rows: int, blocks: dict[str, int]) -> bool:
+    try:
+        _compare_layers(net, inputs, rows, blocks)
+    except Misfit:
+        return False
+    return True
+
+
+def _compare_layers(net: NestedNet, inputs: tuple[Any, ...], rows: int, half: dict[str, int]) -> dict[str, int]:
+    dense, positions = _pass(net, inputs, rows, half, sliced=False)
+    sliced, _ = _pass(net, inputs, rows, half, sliced=True)
     shapes = [[x.shape for x in each] for each in (dense, sliced)]
-    if shapes[0] == shapes[1] and all(map(_alike, dense, sliced)):
-        return
-    other, _ = _pass(net, inputs, rows, half, sliced=False, seed=1)
-    if shapes[0] == shapes[1] and not all(map(_alike, dense, other)):
-        return  # a random net, such as with dropout, draws other numbers for fewer channels
-    if shapes[0] == shapes[1] and not all(map(_alike, dense, _pass(net, _nudged(inputs), rows, half, sliced=False)[0])):
-        return  # a net that magnifies rounding, such as by norms over a batch of few and like rows, is no measure
-    path = _first_that_differs(net, seen, seen_sliced, half)
+    if shapes[0] == shapes[1]:
+        if all(map(_alike, dense, sliced)):
+            return positions
+        other, _ = _pass(net, inputs, rows, half, sliced=False, seed=1)
+        if not all(map(_alike, dense, other)):
+            return positions  # a random net, such as with dropout, draws other numbers for fewer channels
+        nudged, _ = _pass(net, _nudged(inputs), rows, half, sliced=False)
+        if not all(map(_alike, dense, nudged)):
+            return positions  # a net that magnifies rounding, such as by norms over few and like rows, is no measure
+    path = _first_that_differs(net, inputs, rows, half)
     where = f"`{path}` is the first layer that differs" if path else "no single layer differs"
     raise Misfit(
         path,
@@ -87,10 +161,9 @@ def _compare(net: NestedNet, inputs: tuple[Any, ...], rows: int, half: dict[str,
 def _compare_rows(net: NestedNet, inputs: tuple[Any, ...], rows: int) -> None:
     """Compare rows of different widths with passes of one width."""
     more, count = with_one_more(inputs, rows), rows + 1
-    law = net.widths[next(iter(net.widths))].logits  # of the type and device that fractions have
-    is_narrow = torch.arange(count, device=law.device) % 2 == 0
+    is_narrow = torch.arange(count) % 2 == 0
     narrow, wide, mixed = (
-        _pass(net, more, count, torch.where(rows_of, 0.5, 1.0).to(law.dtype), sliced=False)[0]
+        _pass(net, more, count, _fractions(net, rows_of), sliced=False)[0]
         for rows_of in (torch.ones_like(is_narrow), torch.zeros_like(is_narrow), is_narrow)
     )
     for one, other, both in zip(narrow, wide, mixed, strict=True):
@@ -104,27 +177,13 @@ def _compare_rows(net: NestedNet, inputs: tuple[Any, ...], rows: int) -> None:
 
 def _pass(
     net: NestedNet, inputs: tuple[Any, ...], rows: int, width: Any, *, sliced: bool, seed: int = 0
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Run the net at the mean of its weights; return its outputs and those of its nested parts, by name."""
-    stack: list[str] = []
-    seen: dict[str, Tensor] = {}
-    handles = []
-    for name, part in net.net.named_modules():
-        handles.append(part.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
-
-        def after(part: nn.Module, _: Any, out: Any, name: str = name) -> None:
-            stack.pop()
-            if isinstance(part, NestedLayer):
-                seen.setdefault(name, out.detach())
-
-        handles.append(part.register_forward_hook(after))
-    given = copy.deepcopy(inputs)  # operations in place may change them
+) -> tuple[list[Tensor], dict[str, int]]:
+    """Run the net at the mean of its weights; return its outputs, and how often layers were applied to a row."""
     try:
-        drawn = net._drawn("posterior", rows, weights=False)
-        with net.cut(width, sliced=sliced), drawn, random_numbers(seed, cuda_devices([net])):
-            return [x.detach().clone() for x in tensors_in(net.net(*given))], seen
+        with _counted(net) as positions:
+            outputs = _run(net, inputs, rows, width, sliced, seed)
     except RuntimeError as error:
-        path = next((name for name in reversed(stack) if "plain" not in name.split(".")), "")
+        path = _where_it_fails(net, inputs, rows, width, sliced, seed)
         inside = f" in `{path}`" if path else ""
         raise Misfit(
             path,
@@ -132,9 +191,30 @@ def _pass(
             "as in view(-1, 512)? "
             + (f"exclude={[path]!r} leaves that part alone" if path else "Write torch.flatten(x, 1), or -1 there"),
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
+    return outputs, {name: count // rows for name, count in positions.items()}
+
+
+def _run(net: NestedNet, inputs: tuple[Any, ...], rows: int, width: Any, sliced: bool, seed: int = 0) -> list[Tensor]:
+    given = copy.deepcopy(inputs)  # operations in place may change them
+    drawn = net._drawn("posterior", rows, weights=False)
+    with net.cut(width, sliced=sliced), drawn, random_numbers(seed, cuda_devices(inputs)):
+        return [x.detach().clone() for x in tensors_in(net.net(*given))]
+
+
+def _where_it_fails(net: NestedNet, *how: Any) -> str:
+    """Return the name of the module in which a pass fails."""
+    stack: list[str] = []
+    with ExitStack() as hooks:
+        for name, part in net.net.named_modules():
+            hooks.enter_context(part.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
+            hooks.enter_context(part.register_forward_hook(lambda *_: _ignore(stack.pop())))
+        with suppress(RuntimeError):
+            _run(net, *how)
+    return next((name for name in reversed(stack) if "plain" not in name.split(".")), "")
+
+
+def _ignore(_: Any) -> None:
+    """Let a hook return nothing."""
 
 
 def _nudged(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -156,19 +236,71 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=1e-3, atol=1e-3 * (1 + size), equal_nan=True)
 
 
-def _first_that_differs(
-    net: NestedNet, dense: Mapping[str, Tensor], sliced: Mapping[str, Tensor], half: dict[str, int]
-) -> str:
+def _first_that_differs(net: NestedNet, inputs: tuple[Any, ...], rows: int, half: dict[str, int]) -> str:
+    dense, sliced = (_outputs_of_layers(net, inputs, rows, half, sliced) for sliced in (False, True))
     kept = {name: sum(width.sizes[: half[name]]) for name, width in net.widths.items()}
     layers = net.layers
     for name, one in dense.items():
         layer = layers[name]
+        if layer.block is not None and layer.block.is_dropped(kept):
+            continue
         dim = -1 if layer.channel_dim == -1 else one.dim() - len(layer.plain.kernel_size) - 1
         part = take(one, {dim: layer.output_axis.index(kept)})
         other = sliced.get(name)
         if other is None or part.shape != other.shape or not _alike(part, other):
             return name
     return ""
+
+
+def _outputs_of_layers(net: NestedNet, *how: Any) -> dict[str, Tensor]:
+    """Return what the nested layers put out in a pass, the first time that each is called."""
+    seen: dict[str, Tensor] = {}
+
+    def hook(_: nn.Module, inputs: Any, out: Tensor, name: str) -> None:
+        seen.setdefault(name, out.detach())
+
+    with ExitStack() as hooks:
+        for name, layer in net.layers.items():
+            hooks.enter_context(layer.register_forward_hook(partial(hook, name=name)))
+        _run(net, *how)
+    return seen
+
+
+def _let_blocks_go(net: NestedNet, inputs: tuple[Any, ...], rows: int) -> None:
+    """Find out which stages the code of the net runs through in a loop, so that it runs as well without the last."""
+    fewest = {name: width.num_blocks for name, width in net.widths.items()}
+    fewest |= {block.width.name: block.width.always_kept for block in net.blocks}
+    kept = {block.width.name: block.width.kept_units(fewest[block.width.name]) for block in net.blocks}
+    stages = dict[str, list[NestedBlock]]()
+    for block in net.blocks:
+        if block.is_dropped(kept) and is_in_a_list(net.net, block.path):
+            stages.setdefault(block.width.name, []).append(block)
+    if not stages:
+        return
+    expected, _ = _pass(net, inputs, rows, fewest, sliced=True)
+    every = [block for blocks in stages.values() for block in blocks]
+    for blocks in [every] if _runs_without(net, every, inputs, rows, fewest, expected) else stages.values():
+        can_go = blocks is every or _runs_without(net, blocks, inputs, rows, fewest, expected)
+        for block in blocks:
+            block.can_go = can_go
+
+
+def _runs_without(
+    net: NestedNet,
+    blocks: list[NestedBlock],
+    inputs: tuple[Any, ...],
+    rows: int,
+    fewest: dict[str, int],
+    expected: list[Tensor],
+) -> bool:
+    try:
+        with taken_out(net.net, [block.path for block in blocks]):
+            got, _ = _pass(net, inputs, rows, fewest, sliced=True)
+    except Exception:  # whatever the code of the net says of a module that is not there
+        return False
+    return len(got) == len(expected) and all(
+        one.shape == other.shape and _alike(one, other) for one, other in zip(got, expected, strict=True)
+    )
 
 
 @contextmanager
@@ -185,11 +317,16 @@ def _as_it_was(net: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _counted(net: NestedNet) -> Iterator[dict[str, int]]:
-    """Count the positions, rows of a linear layer or pixels of a convolution, to which layers are applied."""
+    """Count the positions, rows of a linear layer or pixels of a convolution, to which layers are applied.
+
+    Only passes that are cut by masks count, in which all of the net is run.
+    """
     positions = dict.fromkeys(net.layers, 0)
 
     def count(name: str) -> Callable[..., None]:
         def hook(layer: NestedLayer, inputs: tuple[Tensor], output: Tensor) -> None:
+            if net.is_sliced:
+                return
             x = inputs[0] if layer.transposed and inputs else output
             positions[name] += x.numel() // x.shape[layer.channel_dim]
 

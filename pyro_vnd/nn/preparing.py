@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -43,11 +44,17 @@ def prepared(net: nn.Module, excluded: tuple[str, ...]) -> nn.Module:
                 f"nest: argument `net` must be the net itself; {which} is what torch.compile made of one. "
                 "Nest first, and compile afterwards"
             )
-    copied = copy.deepcopy(net, computed_tensors(net))
+    copied = copy.deepcopy(net, computed_tensors(net) | _empty_tables(net))
     for name, part in copied.named_modules():
         if not any(f"{name}.".startswith(f"{each}.") for each in excluded):
             _keep_normalised_weights(part)
     return unpack_recurrent(unpack_attention(_recognised(copied, excluded), excluded), excluded)
+
+
+def _empty_tables(net: nn.Module) -> dict[int, Any]:
+    """Return copies of empty tables, such as a module has a dozen of for hooks: deepcopy takes its time over each."""
+    tables = [value for part in net.modules() for value in vars(part).values() if type(value) in (dict, OrderedDict)]
+    return {id(value): type(value)() for value in tables if not value}
 
 
 def _keep_normalised_weights(part: nn.Module) -> None:

@@ -198,7 +198,7 @@ def shared_layers(net: NestedNet, plain: nn.Module) -> list[str]:
             "by which it could be seen what stages share"
         )
     with module_mode([plain], training=False), torch.no_grad(), random_numbers(0, cuda_devices([net])):
-        tape = recorded(plain, inputs, set(map(id, layers)), lambda module: None)
+        tape = recorded(plain, inputs, layers.__contains__, lambda *_: None)
     # What is one module of torch's in the narrowed net, such as a recurrent one, reads cut channels somewhere.
     opaque = tuple(_nearest(name, known) for name in nested.keys() - known.keys())
     reads = {id(getattr(plain.get_submodule(path), key)) for path, key in _read_weights(net)}
@@ -210,7 +210,7 @@ def shared_layers(net: NestedNet, plain: nn.Module) -> list[str]:
         depends = not from_data.isdisjoint(op.inputs)
         if depends and not op.outputs and not op.in_place:
             break  # Python was told
-        is_changed = not changed.isdisjoint(op.inputs) or any(id(value.tensor) in reads for value in op.inputs)
+        is_changed = not changed.isdisjoint(op.inputs) or any(id(value.kept) in reads for value in op.inputs)
         is_changed |= any(f"{op.path}.".startswith(f"{path}.") for path in opaque)
         part = nested.get(layers.get(op.target, ""))
         if isinstance(part, NestedLayer) and part.groups == 1:

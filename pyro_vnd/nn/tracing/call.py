@@ -16,22 +16,24 @@ from pyro_vnd.nn.tracing.tape import Attribute, Op, Source, Value
 if TYPE_CHECKING:
     from pyro_vnd.nn.tracing.interpreter import Interpreter
 
-__all__ = ["FOLLOW_SIZES", "PARAMETERS_COME_LATER", "Call", "Layer", "Unfollowed", "find_rule", "rule"]
+__all__ = ["FOLLOW_SIZES", "PARAMETERS_COME_LATER", "Call", "Layer", "Unfollowed", "find_rule", "first_kept", "rule"]
 
 Rule: TypeAlias = "Callable[[Call], Axes | tuple[Axes, ...]]"
 RULES: dict[str | Callable[..., Any], Rule] = {}
 FOLLOW_SIZES: set[Rule] = set()
+RUN_AGAIN: set[Rule] = set()
 Named: TypeAlias = Callable[[Rule], Rule]
 PARAMETERS_COME_LATER = 1e9  # groups have the name of a layer, if there is one
 
 
-def rule(*operations: str | Callable[..., Any], follows_sizes: bool = False) -> Named:
+def rule(*operations: str | Callable[..., Any], follows_sizes: bool = False, runs_again: bool = False) -> Named:
     """Register how channels pass through operations: types of modules, or names of torch's functions.
 
     A name stands for a tensor method and an operator too, and for the same with an underscore at the end.
 
     A rule gets the `Call` and returns what lies along the axes of its result, or of each of its results. A number of
     channels among the arguments holds these channels whole, unless the rule looks after it itself (`follows_sizes`).
+    One that runs the operation on something else than the first tensor says so (`runs_again`): the others are kept.
     """
 
     def register(function: Rule) -> Rule:
@@ -39,6 +41,8 @@ def rule(*operations: str | Callable[..., Any], follows_sizes: bool = False) -> 
             RULES.update(dict.fromkeys(operation.split() if isinstance(operation, str) else [operation], function))
         if follows_sizes:
             FOLLOW_SIZES.add(function)
+        if runs_again:
+            RUN_AGAIN.add(function)
         return function
 
     return register
@@ -57,6 +61,12 @@ def find_rule(operation: Any, in_place: bool = False) -> Rule | None:
     found = RULES.get(operation)
     # In place, the entries of a tensor may change, but not its shape, which is read after the call.
     return None if in_place and found in FOLLOW_SIZES and operation != "setitem" else found
+
+
+def first_kept(operation: Any, in_place: bool) -> int | None:
+    """Return from which position on the tensors of an operation are kept, None if none are; arguments are a rule's."""
+    found = find_rule(operation, in_place)
+    return 0 if found is None else 1 if found in RUN_AGAIN else None
 
 
 class Unfollowed(Exception):
@@ -214,6 +224,12 @@ class Call:
             for axis in set(range(-ndim, 0)) - set(without)
         }
         return {ndim + axis: each for axis, each in lying.items() if each}
+
+    def arguments(
+        self, tensor: Value, value: Any, narrow: bool = False, counted: Mapping[Source, Runs] | None = None
+    ) -> tuple[Any, Any]:
+        """Return the arguments with something else for a tensor, and with numbers of narrowed channels if asked."""
+        return self.interpreter.arguments(self.op, {tensor: value}, narrow, counted)
 
     def again(
         self, tensor: Value, value: Tensor, narrow: bool = False, counted: Mapping[Source, Runs] | None = None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -15,14 +15,17 @@ from torch.nn.parameter import is_lazy
 
 from pyro_vnd.nn.axis import Rows, Run
 from pyro_vnd.nn.tracing import channel_rules, layer_rules, structural_rules  # noqa: F401  (they fill the table)
-from pyro_vnd.nn.tracing.call import Layer, find_rule
+from pyro_vnd.nn.tracing.call import Layer, find_rule, first_kept
 from pyro_vnd.nn.tracing.channels import Runs, Split
+from pyro_vnd.nn.tracing.depth import ResidualBlock, residual_stages
 from pyro_vnd.nn.tracing.interpreter import Interpreter
-from pyro_vnd.nn.tracing.tape import Attribute, Tape, recorded, tensors_in, with_one_more
+from pyro_vnd.nn.tracing.tape import Attribute, Forgotten, Tape, recorded, tensors_in, with_one_more
 
 __all__ = ["ChannelGroups", "LayerChannels", "Layout", "channel_groups"]
 
 Layout: TypeAlias = tuple[Run[str | None], ...]
+Keeps: TypeAlias = Callable[[Any, bool], int | None]  # as for `Tape`
+Stages: TypeAlias = tuple[dict[str, tuple[ResidualBlock, ...]], dict[str, str]]  # as of `residual_stages`
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class ChannelGroups:
         attributes: Attributes of modules that are numbers of channels, and which.
         unfollowed: Operations that could not be followed, by the module that they are in.
         untrained: Why the net could not be run in training mode, "" if it could.
+        stages: Residual blocks that follow each other, of which the last can be dropped, by the name of their group.
+        same_in_training: Whether a single row showed that the net does in training mode what it does in evaluation.
+        outputs: The tensors that the net returned in evaluation mode, on the example with its first row once more.
     """
 
     units: dict[str, int]
@@ -67,11 +73,19 @@ class ChannelGroups:
     attributes: dict[Attribute, Layout] = field(default_factory=dict)
     unfollowed: dict[str, str] = field(default_factory=dict)
     untrained: str = ""
+    stages: dict[str, tuple[ResidualBlock, ...]] = field(default_factory=dict)
+    same_in_training: bool = False
+    outputs: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Numbers of units of the groups of channels, in order of execution, and after them those of blocks."""
+        return self.units | {name: len(blocks) for name, blocks in self.stages.items()}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the groups, in order of execution."""
-        return tuple(self.units)
+        """Names of the groups, likewise."""
+        return tuple(self.sizes)
 
 
 def channel_groups(
@@ -80,6 +94,8 @@ def channel_groups(
     *,
     exclude: Collection[str] = (),
     by_example: bool = False,
+    depth: bool = False,
+    whole_stages: Collection[str] = (),
 ) -> ChannelGroups:
     r"""Find which layers of a net share channels.
 
@@ -100,6 +116,8 @@ def channel_groups(
         exclude: Names of submodules to leave alone, and all in them; what they read and make is left whole.
         by_example: Whether masks will have a row for each example: layers for which it is not known where the examples
             lie then read whole channels.
+        depth: Whether residual blocks are looked for that can be dropped.
+        whole_stages: Names of groups of such blocks that are to be left alone.
 
     Returns:
         The groups in order of execution, and the channels of each layer.
@@ -138,16 +156,26 @@ def channel_groups(
         raise ValueError(
             f"nest: `example_input` does not fit the arguments of {type(net).__name__}: {error}"
         ) from error
+
+    def follow(keeps: Keeps) -> tuple[_Run, Interpreter, Stages]:
+        run = _run(net, inputs, len(first), excluded, keeps)
+        interpreter = _followed(net, run.rows, run.tapes, excluded, by_example)
+        return run, interpreter, residual_stages(net, run.tapes, interpreter) if depth else ({}, {})
+
     with _undisturbed(net, inputs):
-        rows, tapes, untrained = _run(net, inputs, len(first), excluded)
-        interpreter = _followed(net, rows, tapes, excluded, by_example)
+        try:
+            run, interpreter, (stages, bound) = follow(first_kept)
+        except Forgotten:  # a rule could not follow an operation, which is then run again as unknown ones are
+            run, interpreter, (stages, bound) = follow(lambda *_: 0)
     spaces = [space for space in dict.fromkeys(space.root for space in interpreter.made) if space.made]
     whole: dict[str, str] = {}
     for space in spaces:
         if space.reason and space.reason != whole.get(space.name.partition("[")[0]):  # once for all parts of an axis
             whole[space.name] = space.reason
     cut = [space for space in spaces if not space.reason]
-    if not cut:
+    whole |= bound
+    stages = {_free_name(name, {space.name for space in cut}): blocks for name, blocks in stages.items()}
+    if not cut and not stages:
         reasons = "".join(f"\n- `{name}`: {reason}" for name, reason in whole.items()) or " it has no layers to cut"
         raise ValueError(f"nest: no channels of the net can be cut:{reasons}")
     parameters: dict[str, dict[int, Layout]] = {}
@@ -156,10 +184,10 @@ def channel_groups(
             parameters.setdefault(name, {})[dim] = _layout(runs)
     return ChannelGroups(
         {space.name: space.atoms for space in cut},
-        {name: _channels(layer, rows) for name, layer in interpreter.layers.items()},
+        {name: _channels(layer, interpreter) for name, layer in interpreter.layers.items()},
         whole,
         parameters,
-        {name: _channels(layer, rows) for name, layer in interpreter.reads.items()},
+        {name: _channels(layer, interpreter) for name, layer in interpreter.reads.items()},
         frozenset(interpreter.read_outside),
         {
             each: _layout(runs)
@@ -167,36 +195,75 @@ def channel_groups(
             if any(not run.owner.reason for run in runs)
         },
         interpreter.unfollowed,
-        untrained,
+        run.untrained,
+        {name: blocks for name, blocks in stages.items() if name not in whole_stages},
+        run.same_in_training,
+        tuple(run.tapes[0].returned),
     )
 
 
-def _run(net: nn.Module, inputs: tuple[Any, ...], count: int, excluded: set[int]) -> tuple[int, list[Tape], str]:
-    """Run the net with a row more than the example has, in both modes; return the number of rows and what it did.
+@dataclass
+class _Run:
+    """What the net did: on how many rows, in evaluation mode and, where that is something else, in training mode."""
+
+    rows: int
+    tapes: list[Tape]
+    untrained: str = ""
+    same_in_training: bool = False
+
+
+def _run(
+    net: nn.Module,
+    inputs: tuple[Any, ...],
+    count: int,
+    excluded: set[int],
+    keeps: Keeps,
+) -> _Run:
+    """Run the net with a row more than the example has, in both modes.
 
     With two rows at least it can be seen where they go, and a net that has the number of rows written down fails.
     """
-    more = with_one_more(inputs, count)
+
+    def first_row(x: Any) -> Any:
+        return x[:1].clone() if isinstance(x, Tensor) and x.shape[:1] == (count,) else x
+
+    operations = {each: id(each) in excluded or find_rule(each) is not None for each in net.modules()}
+    kept = {each: 0 if id(each) in excluded else keeps(each, False) for each, alone in operations.items() if alone}
+
+    def keep(operation: Any, in_place: bool) -> int | None:
+        return kept[operation] if operation in kept else keeps(operation, in_place)
+
+    def record(inputs: tuple[Any, ...]) -> Tape:
+        return recorded(net, inputs, operations.__getitem__, keep)
+
     try:
-        tapes = [recorded(net, more, excluded, find_rule)]
+        tapes = [record(with_one_more(inputs, count))]
     except Exception as error:
-        recorded(net, _copied(inputs), excluded, find_rule)  # which says what is wrong with the example itself
+        record(_copied(inputs))  # which says what is wrong with the example itself
         raise ValueError(
             f"nest: the net runs on {count} examples, but not on {count + 1}: {error}. Does its forward have the "
             "number of examples written down? Write x.shape[0], or -1 there"
         ) from error
+    run = _Run(count + 1, tapes)
     for module in net.modules():
         module.training = True  # in a net that is put back as it was
     try:
-        trained = recorded(net, with_one_more(inputs, count), excluded, find_rule)
+        # Most nets do the same in both modes, which a single row shows, if no norm over examples wants more.
+        with suppress(Exception):
+            run.same_in_training = _names(record(tuple(map(first_row, inputs)))) == _names(tapes[0])
+        if not run.same_in_training:
+            trained = record(with_one_more(inputs, count))
+            tapes.extend([trained] if _names(trained) != _names(tapes[0]) else [])
     except Exception as error:  # whatever the net asks for in training: labels, say
-        return count + 1, tapes, f"{type(error).__name__}: {error}"
+        run.untrained = f"{type(error).__name__}: {error}"
     finally:
         for module in net.modules():
             module.training = False
-    if [(op.name, op.path) for op in trained.ops] != [(op.name, op.path) for op in tapes[0].ops]:
-        tapes.append(trained)
-    return count + 1, tapes, ""
+    return run
+
+
+def _names(tape: Tape) -> list[tuple[str, str]]:
+    return [(op.name, op.path) for op in tape.ops]
 
 
 def _copied(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -206,8 +273,10 @@ def _copied(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def _followed(net: nn.Module, rows: int, tapes: Sequence[Tape], excluded: set[int], by_example: bool) -> Interpreter:
     """Follow the channels, again for each axis of a parameter that turns out to have several parts."""
     splits: dict[Any, tuple[int, ...]] = {}
+    ways: dict[Any, Any] = {}
     while True:
         interpreter = Interpreter(net, rows, excluded, by_example, splits)
+        interpreter.ways = ways
         try:
             for tape in tapes:
                 interpreter.run(tape)
@@ -220,11 +289,12 @@ def _followed(net: nn.Module, rows: int, tapes: Sequence[Tape], excluded: set[in
         return interpreter
 
 
-def _channels(layer: Layer, num_rows: int) -> LayerChannels:
-    rows = None
-    if layer.rows is not None:
-        axis, runs = layer.rows
-        rows = Rows(axis, len(runs), runs[0].size // num_rows)
+def _free_name(name: str, taken: Collection[str]) -> str:
+    return _free_name(f"{name}.depth", taken) if name in taken else name
+
+
+def _channels(layer: Layer, interpreter: Interpreter) -> LayerChannels:
+    rows = None if layer.rows is None else interpreter.lying(layer.rows)
     return LayerChannels(_layout(layer.inputs), _layout(layer.outputs), rows)
 
 

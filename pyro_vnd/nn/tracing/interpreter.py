@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_vnd.nn.axis import Run
+from pyro_vnd.nn.axis import Rows, Run
 from pyro_vnd.nn.tracing.call import FOLLOW_SIZES, PARAMETERS_COME_LATER, Call, Layer, Unfollowed, find_rule
-from pyro_vnd.nn.tracing.channels import Axes, Runs, Space, are_rows, extent, hold, kept, rows, unify
-from pyro_vnd.nn.tracing.tape import Attribute, Op, Size, Source, Tape, Value, numbers_in, resolved, tensors_in
+from pyro_vnd.nn.tracing.channels import Axes, Runs, Space, Split, are_rows, extent, hold, kept, rows, unify
+from pyro_vnd.nn.tracing.tape import (
+    Attribute,
+    Forgotten,
+    Op,
+    Size,
+    Source,
+    Tape,
+    Value,
+    numbers_in,
+    resolved,
+    tensors_in,
+)
 
 __all__ = ["Interpreter"]
 
@@ -35,6 +46,7 @@ class Interpreter:
         reads: Names of parameters that functions take as weights, rather than modules.
         read_outside: Those of them that functions take outside of the module that has them.
         made: The spaces, in order.
+        ways: What is known of operations that are alike, which may be found out by other interpreters, too.
         unfollowed: Operations without a rule, each as the name of its module and what it is.
     """
 
@@ -62,15 +74,32 @@ class Interpreter:
         self.read_outside: set[str] = set()
         self._path = ""  # of the operation that is followed
         self.made: list[Space] = []
+        self.ways: dict[Any, Any] = {}
         self.unfollowed: dict[str, str] = {}
         self._from_data: set[Value] = set()
         self._producers: dict[Value, Op] = {}
         self._checks: list[tuple[Callable[[], bool], Callable[[], None]]] = []
 
     def run(self, tape: Tape) -> None:
-        """Follow all that is on a tape."""
+        """Follow all that is on a tape.
+
+        Raises:
+            Split: If axes of parameters must be followed in parts; it names those of the whole tape, as far as they are
+                seen when nothing is known of what such operations return: nets have as many of them as layers.
+        """
+        parts: dict[tuple[Hashable, int], tuple[int, ...]] = {}
         for op in tape.that_matter():
-            self._follow(op)
+            try:
+                self._follow(op)
+            except Split as split:
+                parts = split.parts | parts
+                self.marks.update((value, {}) for value in op.outputs)
+            except Exception:
+                if not parts:
+                    raise
+                break  # it may come of what is not known
+        if parts:
+            raise Split(parts)
         for value in tape.results:
             hold(self.axes(value), "it reaches the net's output")
 
@@ -104,7 +133,7 @@ class Interpreter:
     def _axes_of_new(self, value: Value) -> Axes:
         if value.is_input:
             return {0: rows(self.num_rows)} if value.shape[:1] == (self.num_rows,) else {}
-        if not value.parameter or not value.tensor.is_floating_point():
+        if not value.parameter or not value.is_real:
             return {}
         if any(id(self.net.get_submodule(path)) in self.excluded for path in _around(value.parameter)):
             return {}
@@ -134,8 +163,7 @@ class Interpreter:
 
     def reads_of(self, weight: Value) -> str:
         """Return the name of the parameter that a weight is, or is a view of; "" if it is computed."""
-        base = weight.tensor if weight.parameter else weight.tensor._base
-        return self.names.get(id(base), "")
+        return weight.parameter or weight.view_of
 
     def record(
         self, name: str, inputs: Runs, outputs: Runs, at: tuple[int, Runs] | None, where: str, read: bool = False
@@ -150,6 +178,11 @@ class Interpreter:
                 unify(before, now, f"{where} is used again on other channels")
         if self.by_example and _layout(known.rows) != _layout(at):
             hold([inputs], f'{where} is used again on rows that lie otherwise; mask_per="batch" can cut it')
+
+    def lying(self, at: tuple[int, Runs]) -> Rows:
+        """Return where the examples lie that are along an axis."""
+        axis, runs = at
+        return Rows(axis, len(runs), runs[0].size // self.num_rows)
 
     def can_bind(self, attribute: Attribute, runs: Runs) -> bool:
         """Say whether an attribute may be the number of some channels."""
@@ -249,6 +282,8 @@ class Interpreter:
             plain = self.evaluate(op, {})
             torch.set_rng_state(states)
             turned = self.evaluate(op, {value: value.tensor.flip(0) for value in with_rows})
+        except Forgotten:
+            raise
         except Exception:  # whatever the code of the net does not bear
             return
         for value, one, other in zip(op.outputs, tensors_in(plain), tensors_in(turned), strict=False):
@@ -263,17 +298,26 @@ class Interpreter:
         counted: Mapping[Source, Runs] | None = None,
     ) -> Any:
         """Run one operation, with other tensors for some, and numbers as in `plain`."""
+        args, kwargs = self.arguments(op, instead, narrow, counted)
+        return op.target(*args, **kwargs)
+
+    def arguments(
+        self, op: Op, instead: Mapping[Value, Any], narrow: bool = False, counted: Mapping[Source, Runs] | None = None
+    ) -> tuple[Any, Any]:
+        """Return the arguments of an operation likewise."""
 
         def put(thing: Any) -> Any:
             if isinstance(thing, Value):
-                return instead.get(thing, thing.tensor)
+                if thing in instead:
+                    return instead[thing]
+                return thing.tensor  # which may not have been kept
             if type(thing) in (tuple, list):
                 return type(thing)(map(put, thing))
             if type(thing) is dict:
                 return {key: put(each) for key, each in thing.items()}
             return self.plain(thing, narrow, counted)
 
-        return op.target(*put(op.args), **put(op.kwargs))
+        return put(op.args), put(op.kwargs)
 
     def plain(self, thing: Any, narrow: bool = False, instead: Mapping[Source, Runs] | None = None) -> Any:
         """Return numbers, in containers too, as they are, or as they are when channels are cut.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise, product
 from typing import Any
 
@@ -37,7 +38,7 @@ NAMES = """
 MODULES = (nn.ChannelShuffle, nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.Unflatten)
 
 
-@rule(NAMES, *MODULES, follows_sizes=True)
+@rule(NAMES, *MODULES, follows_sizes=True, runs_again=True)
 def structural(call: Call) -> tuple[Axes, ...]:
     """Follow each axis, and leave it whole if its channels are not in order, or if the operation has fixed sizes."""
     tensor = call.tensors[0]
@@ -48,25 +49,24 @@ def structural(call: Call) -> tuple[Axes, ...]:
             call.hold(call.axes(other), "takes it as an argument")
     if not axes and not picked:
         return _as_wide_as_asked(call)
-    entries = torch.arange(call.shape().numel(), device=tensor.tensor.device).view(call.shape())
-    moved = call.again(tensor, entries)
-    results: list[Axes] = [{} for _ in moved]
+    way = _Way.of(call, tensor)
+    results: list[Axes] = [{} for _ in way.moved]
     for axis, runs in axes.items():
-        size, stride = call.shape()[axis], entries.stride(axis)
-        for out, result in zip(moved, results, strict=True):
-            found = _follow(out // stride % size, size, runs)
+        for number, result in enumerate(results):
+            found = _follow(way.indices(axis, number), call.shape()[axis], runs)
             if found is None:
                 call.hold([runs], "takes channels apart, or out of order")
             else:
                 result.update([found])
     for axis, (place, index) in picked.items():
         results[0].update(_picked_rows(call, axis, place, index))
-    moves = _Moves(call, tensor, axes, results)
+    moves = _Moves(call, tensor, axes, results, way)
     moves.match_sizes()
     if not moves.bear_a_cut() and not moves.bear_with_others():
         moves.split()
     if numbers_in((call.op.args, call.op.kwargs)) or not moves.bear_a_cut():
         call.interpreter.check_later(moves.bear_a_cut, moves.hold)
+    way.forget()
     return tuple(results)
 
 
@@ -134,7 +134,74 @@ def pad_packed(call: Call) -> tuple[Axes, ...]:
     return padded, {}
 
 
-def _follow(indices: Tensor, size: int, runs: Runs) -> tuple[int, Runs] | None:
+class _Indices:
+    """For each entry of a result, which of some channels it is of: what is asked of this.
+
+    Args:
+        shape: Shape of the result.
+        find: Returns the channels.
+    """
+
+    def __init__(self, shape: torch.Size, find: Callable[[], Tensor]) -> None:
+        self.shape, self._find = shape, find
+        self._known: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def ends(self, modulus: int = 0) -> list[tuple[Tensor, Tensor]]:
+        """Return, for each axis, the least and the greatest channel at each of its positions, after a modulus."""
+        if modulus not in self._known:
+            self._known[modulus] = _ends(self._find() % modulus if modulus else self._find())
+        return self._known[modulus]
+
+
+class _Way:
+    """How an operation moves entries; the same for all operations that are alike, of which nets have many.
+
+    Args:
+        call: One of them.
+        tensor: What it moves.
+    """
+
+    def __init__(self, call: Call, tensor: Value) -> None:
+        self.call, self.tensor = call, tensor
+        self.bears: dict[Any, bool] = {}
+        self._indices: dict[tuple[int, int], _Indices] = {}
+        self._moved: list[Tensor] = []
+
+    @classmethod
+    def of(cls, call: Call, tensor: Value) -> _Way:
+        """Return that of an operation; what depends on other tensors, too, has its own."""
+        if set(call.tensors) != {tensor}:
+            return cls(call, tensor)
+        key = call.op.target, tensor.shape, repr(call.arguments(tensor, None))
+        known: _Way = call.interpreter.ways.setdefault(key, cls(call, tensor))
+        return known
+
+    @property
+    def entries(self) -> Tensor:
+        """Numbers of the entries before."""
+        return torch.arange(self.tensor.shape.numel(), device=self.tensor.device).view(self.tensor.shape)
+
+    @property
+    def moved(self) -> list[Tensor]:
+        """Numbers of the entries afterwards."""
+        if not self._moved:
+            self._moved = self.call.again(self.tensor, self.entries)
+        return self._moved
+
+    def forget(self) -> None:
+        """Keep what was found out, not the entries."""
+        self._moved = []
+
+    def indices(self, axis: int, number: int) -> _Indices:
+        """Return which of the channels along an axis the entries of a result are of."""
+        size, stride = self.tensor.shape[axis], self.tensor.shape[axis + 1 :].numel()
+        if (axis, number) not in self._indices:
+            shape = self.moved[number].shape
+            self._indices[axis, number] = _Indices(shape, lambda: self.moved[number] // stride % size)
+        return self._indices[axis, number]
+
+
+def _follow(indices: _Indices, size: int, runs: Runs) -> tuple[int, Runs] | None:
     """Return the axis along which channels lie after they were moved, and how; None if it is not that simple.
 
     Args:
@@ -142,11 +209,11 @@ def _follow(indices: Tensor, size: int, runs: Runs) -> tuple[int, Runs] | None:
         size: Number of channels.
         runs: The channels.
     """
-    ends, count = _ends(indices), len(runs)
+    ends, count = indices.ends(), len(runs)
     if count > 1 and len({run.size for run in runs}) == 1 and runs[0].size > 1:
         # Equal parts on top of each other, such as query, key and value, are cut together.
         part = runs[0].size
-        place = _finest(_ends(indices % part), part)
+        place = _finest(indices.ends(part), part)
         if place is not None and _has_all_parts(*ends[place], size, part):
             along = scaled(runs[:1], indices.shape[place])
             for other in runs[1:]:
@@ -155,7 +222,7 @@ def _follow(indices: Tensor, size: int, runs: Runs) -> tuple[int, Runs] | None:
     place = _finest(ends, size)
     if place is None and count == 1 and not runs[0].owner.is_rows:
         for number in (each for each in range(2, 17) if size % each == 0):
-            inner = _finest(_ends(indices % (size // number)), size // number)
+            inner = _finest(indices.ends(size // number), size // number)
             if inner is not None and _has_all_parts(*ends[inner], size, size // number):
                 split_at(runs[0], [size // number] * number)
     if place is not None:
@@ -238,6 +305,11 @@ def _cut(x: Tensor, axes: Axes) -> Tensor:
     return x
 
 
+def _cuts(axes: Axes) -> list[tuple[int, list[tuple[int, int]]]]:
+    """Say how many channels each run along the axes has, and how many are cut."""
+    return [(at, [(size, 0 if s.reason else size // s.atoms) for s, size in runs]) for at, runs in axes.items()]
+
+
 class _Moves:
     """An operation that moves entries, and where the channels were found afterwards.
 
@@ -246,22 +318,26 @@ class _Moves:
         tensor: What it moves.
         axes: Channels along the axes of this.
         results: Channels along the axes of its results.
+        way: How it moves it.
     """
 
-    def __init__(self, call: Call, tensor: Value, axes: Axes, results: list[Axes]) -> None:
-        self.call, self.tensor, self.axes, self.results = call, tensor, axes, results
+    def __init__(self, call: Call, tensor: Value, axes: Axes, results: list[Axes], way: _Way) -> None:
+        self.call, self.tensor, self.axes, self.results, self.way = call, tensor, axes, results, way
         self.sources = sorted(numbers_in((call.op.args, call.op.kwargs)), key=_order)
 
     def bear_a_cut(self, counted: Mapping[Source, Runs] | None = None) -> bool:
         """Tell whether the operation on fewer channels gives what is left of its result."""
-        shape = self.tensor.shape
-        entries = torch.arange(shape.numel(), device=self.tensor.tensor.device).view(shape)
-        moved = self.call.again(self.tensor, entries)
+        asked = repr((self.call.arguments(self.tensor, None, True, counted), *map(_cuts, (self.axes, *self.results))))
+        if asked not in self.way.bears:
+            self.way.bears[asked] = self._bear(counted)
+        return self.way.bears[asked]
+
+    def _bear(self, counted: Mapping[Source, Runs] | None) -> bool:
         try:
-            outs = self.call.again(self.tensor, _cut(entries, self.axes), True, counted)
+            outs = self.call.again(self.tensor, _cut(self.way.entries, self.axes), True, counted)
         except (IndexError, RuntimeError, ValueError, TypeError, ZeroDivisionError):
             return False
-        expected = [_cut(out, result) for out, result in zip(moved, self.results, strict=True)]
+        expected = [_cut(out, result) for out, result in zip(self.way.moved, self.results, strict=True)]
         return len(outs) == len(expected) and all(map(torch.equal, outs, expected))
 
     def match_sizes(self) -> None:
@@ -372,10 +448,12 @@ def _as_wide_as_asked(call: Call) -> tuple[Axes, ...]:
 def as_another(call: Call) -> Axes:
     """Follow each axis to where it lies in the shape of another tensor, and unite it with what lies there."""
     tensor, other = call.argument("self", 0), call.argument("other", 1)
-    entries = torch.arange(tensor.shape.numel(), device=tensor.tensor.device).view(tensor.shape)
-    moved, lying, there = entries.view(other.shape), {}, call.axes(other)
+    entries = torch.arange(tensor.shape.numel()).view(other.shape)
+    lying, there = {}, call.axes(other)
     for axis, runs in call.axes(tensor).items():
-        found = _follow(moved // entries.stride(axis) % tensor.shape[axis], tensor.shape[axis], runs)
+        size, stride = tensor.shape[axis], tensor.shape[axis + 1 :].numel()
+        channels = entries // stride % size
+        found = _follow(_Indices(other.shape, channels.clone), size, runs)
         if found is None:
             call.hold([runs], "takes channels apart, or out of order")
         else:
@@ -388,7 +466,7 @@ def as_another(call: Call) -> Axes:
     return lying
 
 
-@rule("unfold", nn.Unfold, follows_sizes=True)
+@rule("unfold", nn.Unfold, follows_sizes=True, runs_again=True)
 def unfold(call: Call) -> Axes | tuple[Axes, ...]:
     """Lay the pixels around a place after each channel; the method of that name is a move as others are."""
     if len(call.tensors[0].shape) != 4 or (len(call.op.args) + len(call.op.kwargs) == 4 and call.op.name != "Unfold"):
@@ -408,10 +486,11 @@ def put(call: Call) -> tuple[Axes, ...]:
         return ()  # a number
     if set(call.tensors) - {tensor, value}:
         call.fail()
-    entries = torch.arange(tensor.shape.numel(), device=tensor.tensor.device).view(tensor.shape)
+    entries = torch.arange(tensor.shape.numel(), device=tensor.device).view(tensor.shape)
     part, lying = entries[call.interpreter.plain(index)], {}
     for axis, runs in call.axes(tensor).items():
-        found = _follow(part // entries.stride(axis) % tensor.shape[axis], tensor.shape[axis], runs)
+        channels = part // entries.stride(axis) % tensor.shape[axis]
+        found = _follow(_Indices(part.shape, partial(torch.clone, channels)), tensor.shape[axis], runs)
         if found is not None:
             lying[found[0]] = found[1]
         elif not are_rows(runs):

@@ -1,19 +1,21 @@
 """What a net does on an example, operation by operation, as it is run.
 
-The net runs once on real tensors while each function of torch that it calls is written down, with the tensors it takes
-and returns. Control flow simply happens, as the example has it; modules may be called by keyword, and any of their
-attributes may be read. What a net computes from sizes of tensors, or from whole numbers that its modules have as
-attributes, remembers where it is from: so it can be said later what these numbers would be if there were fewer
-channels. (Symbolic values, such as those of torch.fx, fail where Python asks for a number, a length or a truth; graphs
+The net runs once on real tensors while each function of torch that it calls is written down, with the shapes of the
+tensors that it takes and returns; the tensors themselves are kept where they are needed later. Control flow simply
+happens, as the example has it; modules may be called by keyword, and any of their attributes may be read. What a net
+computes from sizes of tensors, or from whole numbers that its modules have as attributes, remembers where it is from:
+so it can be said later what these numbers would be if there were fewer channels.
+(Symbolic values, such as those of torch.fx, fail where Python asks for a number, a length or a truth; graphs
 of `torch.export` are slow to make, and have numbers in place of the sizes that they were computed from.)
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -24,6 +26,8 @@ from pyro_vnd._compat import plain_checkpoints
 
 __all__ = [
     "Attribute",
+    "Forgotten",
+    "ModuleCall",
     "Op",
     "Size",
     "Source",
@@ -38,24 +42,42 @@ __all__ = [
 ]
 
 
-@dataclass(eq=False)
+class Forgotten(Exception):
+    """A tensor is asked for that was not kept."""
+
+
 class Value:
-    """A tensor at one moment of the run.
+    """A tensor at one moment of the run; the tensor itself is kept if it is a parameter, an input, or if asked to.
+
+    Args:
+        tensor: The tensor.
+        parameter: Name of the parameter or buffer of the net that it is, "" if it is none.
+        view_of: Name of the one that it is a view of.
+        is_input: Whether it is an argument of the net.
 
     Attributes:
-        tensor: The tensor.
         shape: Its shape at that moment.
-        parameter: Name of the parameter or buffer of the net that it is, "" if it is none.
-        is_input: Whether it is an argument of the net.
+        device: Its device.
+        is_real: Whether its entries are real numbers, rather than integers.
+        kept: The tensor, if it was kept.
     """
 
-    tensor: Tensor
-    parameter: str = ""
-    is_input: bool = False
-    shape: torch.Size = field(init=False)
+    def __init__(self, tensor: Tensor, parameter: str = "", view_of: str = "", is_input: bool = False) -> None:
+        self.parameter, self.view_of, self.is_input = parameter, view_of, is_input
+        self.shape = torch.Size(int(size) for size in torch.Tensor.size(tensor))
+        self.device, self.is_real = tensor.device, tensor.is_floating_point()
+        self.kept = tensor if parameter or is_input else None
 
-    def __post_init__(self) -> None:
-        self.shape = torch.Size(int(size) for size in torch.Tensor.size(self.tensor))
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            Forgotten: If it was not kept.
+        """
+        if self.kept is None:
+            raise Forgotten
+        return self.kept
 
 
 @dataclass(frozen=True)
@@ -198,35 +220,69 @@ class Op:
     in_place: bool
 
 
+@dataclass(eq=False)
+class ModuleCall:
+    """One call of a module that is no operation by itself, but has some in it.
+
+    Attributes:
+        path: Name of the module.
+        module: The module.
+        args: Arguments, with a `Value` for each tensor.
+        kwargs: Arguments by name, likewise.
+        start: Number of operations before it.
+        out: What it returned, likewise; None until it has.
+        stop: Number of operations when it had returned.
+        changed: The arguments that were other tensors in memory when it had returned, changed in place.
+    """
+
+    path: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    start: int
+    out: Any = None
+    stop: int = -1
+    changed: frozenset[Value] = frozenset()
+
+
 class Tape(TorchFunctionMode):
     """Writes down what a net does; `recorded` makes one.
 
     Args:
         net: The net.
         is_operation: Says of a module whether it is one operation, rather than those in it.
+        keeps: Says of an operation, by its name and whether it is in place, or of a module, which of its arguments are
+            kept: from which position on, or None if none are.
 
     Attributes:
         ops: The operations, in order.
+        calls: Calls of modules with operations in them, in the order in which they began.
         results: What the net returned.
+        returned: The tensors of these.
         stack: Names of the modules that are being run.
     """
 
-    def __init__(self, net: nn.Module, is_operation: Callable[[nn.Module], bool]) -> None:
+    def __init__(
+        self, net: nn.Module, is_operation: Callable[[nn.Module], bool], keeps: Callable[[Any, bool], int | None]
+    ) -> None:
         super().__init__()
-        self.net, self.is_operation = net, is_operation
+        self.net, self.is_operation, self.keeps = net, is_operation, keeps
         self.ops: list[Op] = []
+        self.calls: list[ModuleCall] = []
+        self._open: list[tuple[ModuleCall, list[tuple[Value, Tensor, int]]]] = []  # arguments, as they were
         self.results: list[Value] = []
+        self.returned: list[Tensor] = []
         self.stack: list[str] = [""]
         self._depth = 0  # how many modules that are operations are being run
-        self._values: dict[int, Value] = {}
-        tensors = [*net.named_parameters(), *net.named_buffers()]
-        self._names = {id(tensor): name for name, tensor in tensors}
+        self._names = {id(tensor): name for name, tensor in [*net.named_parameters(), *net.named_buffers()]}
+        self._given: dict[int, Value] = {}  # of tensors that are there all the time, by their ids
+        self._made: dict[int, Value] = {}  # of those that the net makes, by the number that they get
         self._taken: dict[nn.Module, list[tuple[Any, Any]]] = {}
 
     def run(self, inputs: tuple[Any, ...]) -> None:
         """Run the net."""
         for tensor in tensors_in(inputs):
-            self._values[id(tensor)] = Value(tensor, is_input=True)
+            self._given[id(tensor)] = Value(tensor, is_input=True)
         with ExitStack() as stack:
             for name, module in self.net.named_modules():
                 # Hooks that a module has run between the outer and the inner ones of these.
@@ -241,7 +297,8 @@ class Tape(TorchFunctionMode):
             stack.enter_context(_sourced_attributes(self.net))
             with plain_checkpoints(), self:
                 returned = self.net(*inputs)
-        self.results = [self._value(tensor) for tensor in tensors_in(returned)]
+        self.returned = tensors_in(returned)
+        self.results = [self._value(tensor) for tensor in self.returned]
 
     def that_matter(self) -> list[Op]:
         """Return the operations on which results, or what Python was told, depend."""
@@ -257,7 +314,11 @@ class Tape(TorchFunctionMode):
         if self.is_operation(module):
             self._depth += 1  # before anything is asked of tensors
             if self._depth == 1:
-                self._taken.setdefault(module, []).append((self._noted(args), self._noted(kwargs)))
+                self._taken.setdefault(module, []).append(self._noted((args, kwargs), self.keeps(module, False)))
+        elif not self._depth:
+            call = ModuleCall(self.stack[-1], module, *self._noted((args, kwargs), None), len(self.ops))
+            self.calls.append(call)
+            self._open.append((call, [(self._value(x), x, _version(x)) for x in tensors_in((args, kwargs))]))
 
     def _leave(self) -> None:
         self.stack.pop()
@@ -266,8 +327,12 @@ class Tape(TorchFunctionMode):
         def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             if self.is_operation(module):
                 if self._depth == 1:
-                    self._record(module, type(module).__name__, name, *self._taken[module].pop(), out)
+                    self._record(module, type(module).__name__, name, self._taken[module].pop(), out)
                 self._depth -= 1
+            elif not self._depth:
+                call, versions = self._open.pop()
+                call.out, call.stop = self._as_values(out), len(self.ops)
+                call.changed = frozenset(each for each, tensor, before in versions if _version(tensor) != before)
 
         return hook
 
@@ -281,7 +346,9 @@ class Tape(TorchFunctionMode):
             if name == "shape":
                 return self._sizes(args[0])
         in_place = name.endswith("_") and not name.endswith("__")
-        noted = self._noted(args), self._noted(kwargs or {})
+        is_question = name in _QUESTIONS
+        keeps = None if is_question else self.keeps(name.strip("_") or name, in_place)
+        noted = self._noted((args, kwargs or {}), keeps)
         out = func(*args, **(kwargs or {}))
         if name == "size":
             sizes = self._sizes(args[0])
@@ -292,8 +359,8 @@ class Tape(TorchFunctionMode):
                 count = count * size
             return count
         in_place |= name in ("__setitem__", "__delitem__") or (name.startswith("__i") and name != "__invert__")
-        if name not in _QUESTIONS:
-            self._record(func, name.strip("_") or name, self.stack[-1], *noted, out, in_place)
+        if not is_question:
+            self._record(func, name.strip("_") or name, self.stack[-1], noted, out, in_place)
         return out
 
     def _sizes(self, tensor: Tensor) -> Any:
@@ -301,31 +368,60 @@ class Tape(TorchFunctionMode):
         return torch.Size(_from(Size(value, axis), size) for axis, size in enumerate(value.shape))
 
     def _record(
-        self, target: Any, name: str, path: str, args: Any, kwargs: Any, out: Any, in_place: bool = False
+        self, target: Any, name: str, path: str, noted: tuple[Any, Any], out: Any, in_place: bool = False
     ) -> None:
-        inputs = [each for each in within((args, kwargs)) if isinstance(each, Value)]
-        outputs = []
-        for tensor in tensors_in(out):
-            value = self._values[id(tensor)] = Value(tensor, self._names.get(id(tensor), ""))
-            outputs.append(value)
+        inputs = [each for each in within(noted) if isinstance(each, Value)]
+        outputs = [self._new(tensor) for tensor in tensors_in(out)]
         if inputs or outputs:
-            self.ops.append(Op(target, name, path, args, kwargs, inputs, outputs, in_place))
+            self.ops.append(Op(target, name, path, *noted, inputs, outputs, in_place))
 
     def _value(self, tensor: Tensor) -> Value:
-        """Return what the tape knows of a tensor; it keeps all of them, so that no other has the same id."""
-        if id(tensor) not in self._values:
-            self._values[id(tensor)] = Value(tensor, self._names.get(id(tensor), ""))
-        return self._values[id(tensor)]
+        """Return what the tape knows of a tensor."""
+        known = self._given.get(id(tensor)) or self._made.get(getattr(tensor, _KEY, -1))
+        if known is None:
+            known = self._given[id(tensor)] = self._new(tensor)
+            known.kept = tensor  # so that no other has its id
+        return known
 
-    def _noted(self, thing: Any) -> Any:
+    def _new(self, tensor: Tensor) -> Value:
+        """Return what is known of a tensor now, and remember it."""
+        base = tensor._base
+        view_of = "" if base is None else self._names.get(id(base), "")
+        value = Value(tensor, self._names.get(id(tensor), ""), view_of)
+        if value.parameter:
+            self._given[id(tensor)] = value
+        else:
+            number = next(_NUMBERS)
+            setattr(tensor, _KEY, number)
+            self._given.pop(id(tensor), None)
+            self._made[number] = value
+        return value
+
+    def _noted(self, given: tuple[Any, Any], keeps: int | None) -> tuple[Any, Any]:
         """Exchange tensors in arguments for values."""
+        if keeps is not None:
+            for tensor in tensors_in(given)[keeps:]:
+                self._value(tensor).kept = tensor
+        return self._as_values(given[0]), self._as_values(given[1])
+
+    def _as_values(self, thing: Any) -> Any:
         if isinstance(thing, Tensor):
             return self._value(thing)
         if isinstance(thing, tuple | list) and not isinstance(thing, torch.Size):
-            return tuple(map(self._noted, thing)) if isinstance(thing, tuple) else [self._noted(each) for each in thing]
+            values = map(self._as_values, thing)
+            return tuple(values) if isinstance(thing, tuple) else list(values)
         if isinstance(thing, Mapping):
-            return {key: self._noted(each) for key, each in thing.items()}
+            return {key: self._as_values(each) for key, each in thing.items()}
         return thing
+
+
+_KEY = "_number_on_tape"  # an attribute of tensors, which lives as long as they do
+_NUMBERS = itertools.count()  # of all tapes: what a net keeps of an earlier run is new to the next
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; tensors of inference mode do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 _QUESTIONS = {
@@ -344,6 +440,7 @@ _QUESTIONS = {
     *("storage_offset", "data_ptr", "untyped_storage", "_version", "_base", "_backward_hooks", "retain_grad", "name"),
     *("is_inference", "is_same_size", "is_set_to", "output_nr", "nbytes", "ndimension", "nelement", "__format__"),
     *("register_hook", "has_names", "is_neg", "is_conj", "_set_grad_enabled", "_assert", "set_grad_enabled"),
+    *("size", "numel"),
 }
 
 
@@ -368,20 +465,24 @@ def _sourced_attributes(net: nn.Module) -> Iterator[None]:
             vars(module)[name] = value
 
 
-def recorded(net: nn.Module, inputs: tuple[Any, ...], excluded: Collection[int], find_rule: Callable[..., Any]) -> Tape:
+def recorded(
+    net: nn.Module,
+    inputs: tuple[Any, ...],
+    is_operation: Callable[[nn.Module], bool],
+    keeps: Callable[[Any, bool], int | None],
+) -> Tape:
     """Run a net, and return what it did.
 
     Args:
         net: The net.
         inputs: Its arguments.
-        excluded: Ids of modules that are one operation each, whatever is in them.
-        find_rule: Returns the rule of a module, or None; those with a rule are one operation, too.
+        is_operation: As for `Tape`.
+        keeps: As for `Tape`.
 
     Raises:
         ValueError: If the net cannot be run; the message names the module in which it failed.
     """
-    known = {module: id(module) in excluded or find_rule(module) is not None for module in net.modules()}
-    tape = Tape(net, known.__getitem__)
+    tape = Tape(net, is_operation, keeps)
     try:
         tape.run(inputs)
     except Exception as error:
