@@ -138,7 +138,8 @@ class CascadeNet(nn.Module):
                 plain = narrow(net, blocks, draw)
                 if recalibrate is not None:
                     recalibrated(plain, input_batches(recalibrate, 256))
-                shared = shared_layers(net, plain)
+                # Behind a block that the narrower net has dropped, nothing is as it was there.
+                shared = [] if net.blocks else shared_layers(net, plain)
                 nets.append(continued(net, plain, shared, before, units, draw))
             known = 0 if before is None else multiply_adds(net, before, shared)
             self.multiply_adds.append(len(draws) * (multiply_adds(net, units) - known))

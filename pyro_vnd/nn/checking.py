@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
 from pyro_vnd.nn.axis import take
+from pyro_vnd.nn.depth import NestedBlock, is_in_a_list, taken_out
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.tracing.tape import tensors_in, with_one_more
@@ -23,7 +24,7 @@ class Misfit(ValueError):
     """A nested net that does not compute what it should.
 
     Args:
-        path: Name of the module to blame, "" if it is not known.
+        path: Name of the module to blame, or of the group of blocks; "" if it is not known.
         why: What is wrong.
     """
 
@@ -37,6 +38,7 @@ def check_and_count(net: NestedNet, inputs: tuple[Any, ...], trains: bool) -> di
 
     Both are compared in evaluation mode and, if the net can be run in it, in training mode, with the same random
     numbers. With masks by example, rows of mixed widths are compared with passes of one width, at another batch size.
+    It is also found out which blocks can be taken out of the lists that they are in.
 
     Args:
         net: The nested net.
@@ -61,10 +63,31 @@ def check_and_count(net: NestedNet, inputs: tuple[Any, ...], trains: bool) -> di
             more = with_one_more(inputs, rows)  # norms of a batch want two rows
             with module_mode([net], training=True):
                 _compare(net, more, rows + 1, half)
-    return {name: count // (2 * rows) for name, count in positions.items()}
+        with module_mode([net], training=False):
+            _let_blocks_go(net, inputs, rows)
+    return {name: count // rows for name, count in positions.items()}
 
 
 def _compare(net: NestedNet, inputs: tuple[Any, ...], rows: int, half: dict[str, int]) -> None:
+    """Compare a masked pass with a sliced one; blame a stage of blocks if they only differ when it is cut."""
+    try:
+        _compare_layers(net, inputs, rows, half)
+    except Misfit:
+        for name, width in {block.width.name: block.width for block in net.blocks}.items():
+            if half[name] < width.num_blocks and _agrees(net, inputs, rows, half | {name: width.num_blocks}):
+                raise Misfit(name, "the net without its last blocks and the net with these masked differ") from None
+        raise
+
+
+def _agrees(net: NestedNet, inputs: tuple[Any, ...], rows: int, blocks: dict[str, int]) -> bool:
+    try:
+        _compare_layers(net, inputs, rows, blocks)
+    except Misfit:
+        return False
+    return True
+
+
+def _compare_layers(net: NestedNet, inputs: tuple[Any, ...], rows: int, half: dict[str, int]) -> None:
     dense, seen = _pass(net, inputs, rows, half, sliced=False)
     sliced, seen_sliced = _pass(net, inputs, rows, half, sliced=True)
     shapes = [[x.shape for x in each] for each in (dense, sliced)]
@@ -163,12 +186,51 @@ def _first_that_differs(
     layers = net.layers
     for name, one in dense.items():
         layer = layers[name]
+        if layer.block is not None and layer.block.is_dropped(kept):
+            continue
         dim = -1 if layer.channel_dim == -1 else one.dim() - len(layer.plain.kernel_size) - 1
         part = take(one, {dim: layer.output_axis.index(kept)})
         other = sliced.get(name)
         if other is None or part.shape != other.shape or not _alike(part, other):
             return name
     return ""
+
+
+def _let_blocks_go(net: NestedNet, inputs: tuple[Any, ...], rows: int) -> None:
+    """Find out which stages the code of the net runs through in a loop, so that it runs as well without the last."""
+    fewest = {name: width.num_blocks for name, width in net.widths.items()}
+    fewest |= {block.width.name: block.width.always_kept for block in net.blocks}
+    kept = {block.width.name: block.width.kept_units(fewest[block.width.name]) for block in net.blocks}
+    stages = dict[str, list[NestedBlock]]()
+    for block in net.blocks:
+        if block.is_dropped(kept) and is_in_a_list(net.net, block.path):
+            stages.setdefault(block.width.name, []).append(block)
+    if not stages:
+        return
+    expected, _ = _pass(net, inputs, rows, fewest, sliced=True)
+    every = [block for blocks in stages.values() for block in blocks]
+    for blocks in [every] if _runs_without(net, every, inputs, rows, fewest, expected) else stages.values():
+        can_go = blocks is every or _runs_without(net, blocks, inputs, rows, fewest, expected)
+        for block in blocks:
+            block.can_go = can_go
+
+
+def _runs_without(
+    net: NestedNet,
+    blocks: list[NestedBlock],
+    inputs: tuple[Any, ...],
+    rows: int,
+    fewest: dict[str, int],
+    expected: list[Tensor],
+) -> bool:
+    try:
+        with taken_out(net.net, [block.path for block in blocks]):
+            got, _ = _pass(net, inputs, rows, fewest, sliced=True)
+    except Exception:  # whatever the code of the net says of a module that is not there
+        return False
+    return len(got) == len(expected) and all(
+        one.shape == other.shape and _alike(one, other) for one, other in zip(got, expected, strict=True)
+    )
 
 
 @contextmanager
@@ -185,11 +247,16 @@ def _as_it_was(net: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _counted(net: NestedNet) -> Iterator[dict[str, int]]:
-    """Count the positions, rows of a linear layer or pixels of a convolution, to which layers are applied."""
+    """Count the positions, rows of a linear layer or pixels of a convolution, to which layers are applied.
+
+    Only passes that are cut by masks count, in which all of the net is run.
+    """
     positions = dict.fromkeys(net.layers, 0)
 
     def count(name: str) -> Callable[..., None]:
         def hook(layer: NestedLayer, inputs: tuple[Tensor], output: Tensor) -> None:
+            if net.is_sliced:
+                return
             x = inputs[0] if layer.transposed and inputs else output
             positions[name] += x.numel() // x.shape[layer.channel_dim]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pyro
 import torch
@@ -20,6 +20,9 @@ from pyro_vnd.nn.axis import Axis, Channels, Index, Rows, joint_keep_probs, kept
 from pyro_vnd.nn.reads import MaskedReads, Read, apply_mask, on_its_own, substituted
 from pyro_vnd.nn.width import Width
 
+if TYPE_CHECKING:
+    from pyro_vnd.nn.depth import NestedBlock
+
 __all__ = [
     "AFFINE",
     "NestedLayer",
@@ -29,6 +32,7 @@ __all__ = [
     "cut_law",
     "drawn_entries",
     "entry_law",
+    "in_block",
     "spread_of",
 ]
 
@@ -129,6 +133,7 @@ class NestedLayer(nn.Module):
         self.draws_outputs = {name: self._has_exact_kl(name) and not self.runs_plain for name in self.log_scales}
         self.values: dict[str, Tensor] = {}
         self.is_read = False
+        self.block: NestedBlock | None = None  # that may be dropped, and the layer with it
 
     @property
     def widths(self) -> list[Width]:
@@ -187,11 +192,12 @@ class NestedLayer(nn.Module):
         return {0: columns, 1: rows} if self.transposed else {0: rows, 1: columns}
 
     def gate(self, name: str) -> Tensor | None:
-        """Return P(both units kept) for each entry of a parameter, or None where all count."""
+        """Return P(both units and the block around them kept) for each entry of a parameter; None if all count."""
         ends = (self.input_axis, self.output_axis) if self.transposed else (self.output_axis, self.input_axis)
         # The two ends of a grouped convolution are the same width.
         axes = (self.output_axis,) if name == "bias" else ends[:1] if self.groups > 1 else ends
-        return joint_keep_probs(dict(enumerate(axes)), self.plain.get_parameter(name).dim())
+        gate = joint_keep_probs(dict(enumerate(axes)), self.plain.get_parameter(name).dim())
+        return in_block(gate, self.block)
 
     def law(self, name: str, which: Literal["prior", "posterior"]) -> Gated:
         """Return the prior or posterior of the kept part of a parameter.
@@ -335,6 +341,17 @@ def entry_law(caller: str, prior: Any, name: str, module: nn.Module) -> Distribu
             f"{caller}: the prior of {name!r} must have one entry, or those of the array {tuple(shape)}; got {law}"
         )
     return law
+
+
+def in_block(gate: Tensor | None, block: NestedBlock | None) -> Tensor | None:
+    """Return the probability that entries count and the block around them, if there is one, is kept.
+
+    Args:
+        gate: Probability that each entry counts; None if all do.
+        block: What may be dropped with them. Its mask is independent of theirs.
+    """
+    kept = None if block is None else block.keep_prob()
+    return gate if kept is None else kept if gate is None else gate * kept.to(gate.device)
 
 
 def drawn_entries(site: str, law: Any, like: Tensor, infer: Any = None) -> Tensor:

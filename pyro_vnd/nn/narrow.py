@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyro_vnd._data import Batch, Rows, input_batches
 from pyro_vnd._state import module_mode
 from pyro_vnd.nn.axis import Index, kept_channels, take
+from pyro_vnd.nn.depth import stand_in, take_out
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.model import NestedModel
 from pyro_vnd.nn.net import NestedNet
@@ -95,15 +96,23 @@ def narrow_to_blocks(net: NestedNet, blocks: Mapping[str, int], draw: Mapping[st
     """Narrow a nested net to numbers of blocks that fit it, one for each group; `narrow` without its checks."""
     kept = {name: each.kept_units(blocks[name]) for name, each in net.widths.items()}
     narrowed: dict[int, Any] = {}  # what takes the place of modules and tensors, by their ids
-    for own in net.own_channels:
+    dropped = [block for block in net.blocks if block.is_dropped(kept)]
+    narrowed.update((id(block.module), stand_in(block)) for block in dropped)
+    gone = {part for block in dropped for part in block.module.modules()}
+    own_channels = [own for own in net.own_channels if own.module not in gone]
+    for own in own_channels:
         cut = own.values(kept)
         for name in own.parameters.keys() & cut.keys():
             narrowed[id(own.tensor(name))] = _copied(cut[name], own.tensor(name))
     if draw is not None:
         for name, each in net.random_parameters.items():
+            if each.module in gone:
+                continue
             value = _drawn(draw, f"{net.prefix}{name}", each.mean)
             narrowed[id(each.mean)] = _copied(each.take(value, kept), each.mean)
     for name, module in net.net.named_modules():
+        if module in gone:
+            continue
         if isinstance(module, NestedLayer):
             site = f"{net.prefix}{name}" if name else f"{net.prefix}layer"
             index = module.output_axis.index(kept), module.input_axis.index(kept)
@@ -119,8 +128,9 @@ def narrow_to_blocks(net: NestedNet, blocks: Mapping[str, int], draw: Mapping[st
         elif isinstance(module, Recurrent | Cell):
             of_torch[module] = module.as_torch_has_it()
     plain = replace_modules(plain, of_torch)
-    for own in net.own_channels:
+    for own in own_channels:
         vars(plain.get_submodule(own.path)).update(own.counts(kept))
+    take_out(plain, [block.path for block in dropped if block.can_go])
     _say_what_is_left(plain, net, blocks, kept)
     return plain
 

@@ -21,7 +21,7 @@ from pyro_vnd.nn.parts import Parts
 from pyro_vnd.nn.preparing import prepared
 from pyro_vnd.nn.random_parameters import ZeroMeanNormal
 from pyro_vnd.nn.table import share_that_narrows
-from pyro_vnd.nn.tracing import ChannelGroups, channel_groups
+from pyro_vnd.nn.tracing import MUST_RUN, ChannelGroups, channel_groups
 from pyro_vnd.nn.width import Width, check_int
 
 __all__ = ["nest"]
@@ -45,6 +45,7 @@ def nest(
     noise: Noise = "logistic",
     exclude: Collection[str] = (),
     strict: bool = False,
+    depth: bool = False,
     prefix: str = "",
 ) -> NestedNet:
     r"""Turn an ordinary net into a nested Bayesian one, whose every hidden layer can be cut to a prefix of its units.
@@ -78,6 +79,10 @@ def nest(
         exclude: Names of modules to leave alone: they stay as they are, and what goes in and out of them stays whole.
         strict: Whether an operation that cannot be followed is an error; by default what meets it stays whole, and one
             warning says which these are.
+        depth: Whether the net can lose whole blocks as well. Residual blocks in a row, each a submodule that adds to
+            its input and keeps its shape, are then the units of a group of their own, `"blocks.depth"` for those in
+            `blocks`: a mask drops the last of them, never the first, and a dropped block hands on its input. A width
+            for all groups cuts them, too.
         prefix: Prefix of the names of all Pyro sites.
 
     Returns:
@@ -96,11 +101,23 @@ def nest(
     """
     examples = _in_order(net, example_input)
     check_numbers("nest", "example_input", examples)
-    alone, left = tuple(exclude), dict[str, str]()
+    alone, left, stages_left = tuple(exclude), dict[str, str](), set[str]()
     while True:
         nested = prepared(net, alone)
         with explain_inputs("nest", examples, next((parameter.dtype for parameter in net.parameters()), None)):
-            groups = channel_groups(nested, examples, exclude=alone, by_example=mask_per == "example")
+            groups = channel_groups(
+                nested,
+                examples,
+                exclude=alone,
+                by_example=mask_per == "example",
+                depth=depth,
+                whole_stages=stages_left,
+            )
+        if depth and not groups.stages and not left:
+            raise ValueError(
+                "nest: argument `depth` needs residual blocks, at least two submodules in a row that add to their "
+                f"input, keep its shape, and can be dropped; the net has none{_reasons(groups.whole)}"
+            )
         if strict and (unfollowed := groups.unfollowed | left):
             lines = "".join(f"\n- {what}" for what in unfollowed.values())
             names = [name for name in unfollowed if name]
@@ -113,15 +130,13 @@ def nest(
         parts = Parts(nested, groups, widths, mask_per == "example")
         priors, of_raw = _by_name(prior, parts)
         plain = parts.nested(priors, init_scale)
-        result = NestedNet(
-            plain,
-            mask_per=mask_per,
-            gated=gated,
-            prefix=prefix,
-            own_channels=parts.own_channels(),
-            reads=parts.reads(),
-            random_parameters=parts.random_parameters(of_raw, init_scale),
-        )
+        found: Any = {
+            "own_channels": parts.own_channels(),
+            "reads": parts.reads(),
+            "random_parameters": parts.random_parameters(of_raw, init_scale),
+            "blocks": parts.blocks(),
+        }
+        result = NestedNet(plain, mask_per=mask_per, gated=gated, prefix=prefix, **found)
         result.whole = groups.whole
         result.num_inputs = 0 if isinstance(example_input, Mapping) else len(examples)
         result.input_shapes = tuple(tuple(x.shape) for x in examples if isinstance(x, Tensor))
@@ -131,7 +146,10 @@ def nest(
             if not misfit.path or misfit.path in alone:
                 raise
             left[misfit.path] = misfit.why
-            alone = (*alone, misfit.path)
+            if misfit.path in groups.stages:
+                stages_left.add(misfit.path)
+            else:
+                alone = (*alone, misfit.path)
             continue
         _warn(result, groups, left)
         return result
@@ -168,7 +186,7 @@ def _widths(
     for argument, by_group in arguments.items():
         _check_names(argument, by_group, groups.names)
     widths: dict[str | None, Width | None] = {None: None}
-    for name, units in groups.units.items():
+    for name, units in groups.sizes.items():
         blocks = _of(num_blocks, name, None)
         blocks = units if blocks is None else min(check_int(name, "num_blocks", blocks, 1), units)
         always = check_int(name, "frozen", _of(frozen, name, 0), 0, blocks)
@@ -176,6 +194,11 @@ def _widths(
         laws: Any = {"prior": _law(_of(prior, name, None), entries), "init": _law(_of(init, name, None), entries)}
         widths[name] = Width(name, units, blocks, frozen=always, **laws, **options)
     return widths
+
+
+def _reasons(whole: Mapping[str, str]) -> str:
+    lines = "".join(f"\n- `{name}` {why}" for name, why in whole.items() if why.startswith(MUST_RUN))
+    return f":{lines}" if lines else ""
 
 
 def _warn(net: NestedNet, groups: ChannelGroups, left: Mapping[str, str]) -> None:

@@ -17,6 +17,7 @@ from pyro_vnd._compat import QuietModule, plain_checkpoints
 from pyro_vnd._data import Batch
 from pyro_vnd._inputs import explain_inputs, refuse_nan
 from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.nn.depth import NestedBlock
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.norms import NestedNorm
 from pyro_vnd.nn.outputs import picked
@@ -71,6 +72,7 @@ class NestedNet(QuietModule):
         own_channels: Parameters, and numbers of channels, of modules that are no nested layers, as `nest` finds them.
         reads: Parameters that functions take as weights, each as its module, its name, and what is read with it.
         random_parameters: Laws of parameters of modules that are no nested layers.
+        blocks: Residual blocks that can be dropped, as `nest` finds them.
 
     Attributes:
         whole: Why channels cannot be cut, by the layer that makes them, as far as `nest` found out.
@@ -102,6 +104,7 @@ class NestedNet(QuietModule):
         own_channels: Sequence[OwnChannels] = (),
         reads: Sequence[tuple[nn.Module, str, Read]] = (),
         random_parameters: Sequence[RandomParameter] = (),
+        blocks: Sequence[NestedBlock] = (),
     ) -> None:
         super().__init__()
         if mask_per not in ("example", "batch"):
@@ -110,7 +113,8 @@ class NestedNet(QuietModule):
         self.gated = mask_per == "batch" if gated is None else gated
         found: dict[str, Width] = {}
         parts = [module for module in net.modules() if isinstance(module, NestedLayer | NestedNorm)]
-        for width in (width for part in (*parts, *own_channels) for width in part.widths):
+        widths = [width for part in (*parts, *own_channels) for width in part.widths]
+        for width in (*widths, *(block.width for block in blocks)):
             if found.setdefault(width.name, width) is not width:
                 raise ValueError(f"NestedNet: two widths have the name {width.name!r}")
         if not found:
@@ -122,8 +126,13 @@ class NestedNet(QuietModule):
         self.positions: dict[str, int] = {}
         self.input_shapes: tuple[tuple[int, ...], ...] = ()
         self.num_inputs = 1
-        self.own_channels, self.reads = list(own_channels), list(reads)
+        self.own_channels, self.reads, self.blocks = list(own_channels), list(reads), list(blocks)
         self._random_parameters = nn.ModuleList(random_parameters)
+        for block in blocks:
+            inside = set(block.module.modules())
+            for part in (*inside, *random_parameters):
+                if isinstance(part, NestedLayer) or (isinstance(part, RandomParameter) and part.module in inside):
+                    part.block = block
 
     def __repr__(self) -> str:
         """Return a table of the groups; `net.net` has the modules."""
@@ -208,8 +217,10 @@ class NestedNet(QuietModule):
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
-        """Let modules that are no nested layers find and read what is kept."""
+        """Let modules that are no nested layers find and read what is kept, and blocks be dropped."""
         with ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(block.masked())
             for own in self.own_channels:
                 stack.enter_context(own.cut())
             for each in self.random_parameters.values():
@@ -271,8 +282,12 @@ class NestedNet(QuietModule):
     def _draw_weights(self, which: Literal["prior", "posterior"]) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
+            if layer.block is not None and layer.block.is_sliced_away:
+                continue
             values |= layer.draw(which, f"{self.prefix}{name}" if name else f"{self.prefix}layer")
         for each in self.random_parameters.values():
+            if each.block is not None and each.block.is_sliced_away:
+                continue
             values |= each.draw(which, self.prefix)
         return values
 
@@ -328,6 +343,11 @@ class NestedNet(QuietModule):
             yield self
         finally:
             self._cut = outer
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether the net is cut so that only what is kept is computed."""
+        return self._cut is not None and self._cut.sliced
 
     def describe_cut(self) -> str:
         """Say what the net is cut to at the moment, "" if it is not."""

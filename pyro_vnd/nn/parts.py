@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyro_vnd.nn.axis import Axis, Rows, Run
+from pyro_vnd.nn.depth import NestedBlock
 from pyro_vnd.nn.layers import NestedLayer, affine_kind
 from pyro_vnd.nn.norms import NestedNorm
 from pyro_vnd.nn.random_parameters import RandomParameter
@@ -157,6 +158,16 @@ class Parts:
             if path not in self._inside and any(run.owner for run in channels.inputs):
                 part: nn.Module = self.replaced.get(path) or self.modules[path]
                 found.append((part, key, Read(self._axis(channels.inputs), self._rows(channels))))
+        return found
+
+    def blocks(self) -> list[NestedBlock]:
+        """Return the residual blocks that can be dropped."""
+        found = []
+        for name, stage in self.groups.stages.items():
+            width = self.widths[name]
+            assert width is not None
+            for place, each in enumerate(stage):
+                found.append(NestedBlock(self.net.get_submodule(each.path), each, width, place))
         return found
 
     def _axes(self, tensor: Tensor) -> dict[int, Axis]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,11 @@ from torch.distributions import Distribution, Normal
 from pyro_vnd.distributions import Gated
 from pyro_vnd.distributions.weights import LogScaleNormal
 from pyro_vnd.nn.axis import Axis, Index, joint_keep_probs, take
-from pyro_vnd.nn.layers import cut_law, drawn_entries, entry_law, spread_of
+from pyro_vnd.nn.layers import cut_law, drawn_entries, entry_law, in_block, spread_of
 from pyro_vnd.nn.reads import substituted
+
+if TYPE_CHECKING:
+    from pyro_vnd.nn.depth import NestedBlock
 
 __all__ = ["RandomParameter", "ZeroMeanNormal"]
 
@@ -67,14 +70,20 @@ class RandomParameter(nn.Module):
         scale = init_scale * (spread_of(self._prior()) or 1.0)
         self.log_scale = nn.Parameter(torch.full_like(self.mean.detach(), math.log(scale)))
         self.value: Tensor | None = None
+        self.block: NestedBlock | None = None  # that may be dropped, and the parameter with it
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that has it."""
+        return self._holder[0]
 
     @property
     def mean(self) -> nn.Parameter:
         """The parameter."""
-        return dict(self._holder[0].named_parameters(recurse=False))[self.key]
+        return dict(self.module.named_parameters(recurse=False))[self.key]
 
     def _prior(self) -> Distribution:
-        return entry_law("nest", self.prior, self.key, self._holder[0])
+        return entry_law("nest", self.prior, self.key, self.module)
 
     def take(self, x: Tensor, kept: Mapping[str, int] | None = None) -> Tensor:
         """Return the kept part of an array of the shape of the parameter, as `Axis.index` says what is kept."""
@@ -89,7 +98,7 @@ class RandomParameter(nn.Module):
         if which == "prior":
             return Gated(prior, mean.shape, validate_args=False)
         base = LogScaleNormal(mean, self.take(self.log_scale), validate_args=False)
-        gate = joint_keep_probs(self.axes, mean.dim())
+        gate = in_block(joint_keep_probs(self.axes, mean.dim()), self.block)
         return Gated(base, mean.shape, gate, None if gate is None else prior, validate_args=False)
 
     def draw(self, which: Literal["prior", "posterior"], prefix: str) -> dict[str, Tensor]:
@@ -101,5 +110,5 @@ class RandomParameter(nn.Module):
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Let the module find what was drawn inside a block; its own parameter, if nothing was."""
-        with substituted(self._holder[0], {} if self.value is None else {self.key: self.value}):
+        with substituted(self.module, {} if self.value is None else {self.key: self.value}):
             yield

@@ -51,8 +51,11 @@ def num_parameters(net: NestedNet, kept: Mapping[str, int]) -> int:
     for own in net.own_channels:
         for name, parameter in own.module.named_parameters(recurse=False):
             left[id(parameter)] = own.num_parameters(name, kept)
-    # What has laws of its own is no part of the narrowed net.
-    return sum(left.values()) - sum(p.numel() for layer in net.layers.values() for p in layer.log_scales.parameters())
+    # Neither what has laws of its own nor a dropped block is part of the narrowed net.
+    laws = (parameter for layer in net.layers.values() for parameter in layer.log_scales.parameters())
+    dropped = (each for block in net.blocks if block.is_dropped(kept) for each in block.module.parameters())
+    gone = {id(parameter) for parameter in (*laws, *dropped)}
+    return sum(count for parameter, count in left.items() if parameter not in gone)
 
 
 def share_that_narrows(net: NestedNet) -> float:
@@ -68,8 +71,9 @@ def multiply_adds(net: NestedNet, kept: Mapping[str, int], layers: Collection[st
         kept: Units that groups keep; those left out keep all.
         layers: Names of the layers that count; all by default.
     """
-    names = net.positions if layers is None else layers
-    return sum(net.positions[name] * net.layers[name].num_parameters("weight", kept) for name in names)
+    names, parts = net.positions if layers is None else layers, net.layers
+    left = [name for name in names if not ((block := parts[name].block) and block.is_dropped(kept))]
+    return sum(net.positions[name] * parts[name].num_parameters("weight", kept) for name in left)
 
 
 def _nested(net: NestedNet) -> dict[str, NestedLayer | NestedNorm]:
@@ -97,6 +101,7 @@ def _sharing(net: NestedNet, width: Width) -> str:
         for name, axes in own.parameters.items():
             if any(width in axis.widths for axis in axes.values()):
                 names.append(f"{own.path}.{name}" if own.path else name)
+    names += [block.path for block in net.blocks if block.width is width]
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more
 

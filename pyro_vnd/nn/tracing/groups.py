@@ -17,6 +17,7 @@ from pyro_vnd.nn.axis import Rows, Run
 from pyro_vnd.nn.tracing import channel_rules, layer_rules, structural_rules  # noqa: F401  (they fill the table)
 from pyro_vnd.nn.tracing.call import Layer, find_rule
 from pyro_vnd.nn.tracing.channels import Runs, Split
+from pyro_vnd.nn.tracing.depth import ResidualBlock, residual_stages
 from pyro_vnd.nn.tracing.interpreter import Interpreter
 from pyro_vnd.nn.tracing.tape import Attribute, Tape, recorded, tensors_in, with_one_more
 
@@ -56,6 +57,7 @@ class ChannelGroups:
         attributes: Attributes of modules that are numbers of channels, and which.
         unfollowed: Operations that could not be followed, by the module that they are in.
         untrained: Why the net could not be run in training mode, "" if it could.
+        stages: Residual blocks that follow each other, of which the last can be dropped, by the name of their group.
     """
 
     units: dict[str, int]
@@ -67,11 +69,17 @@ class ChannelGroups:
     attributes: dict[Attribute, Layout] = field(default_factory=dict)
     unfollowed: dict[str, str] = field(default_factory=dict)
     untrained: str = ""
+    stages: dict[str, tuple[ResidualBlock, ...]] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Numbers of units of the groups of channels, in order of execution, and after them those of blocks."""
+        return self.units | {name: len(blocks) for name, blocks in self.stages.items()}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the groups, in order of execution."""
-        return tuple(self.units)
+        """Names of the groups, likewise."""
+        return tuple(self.sizes)
 
 
 def channel_groups(
@@ -80,6 +88,8 @@ def channel_groups(
     *,
     exclude: Collection[str] = (),
     by_example: bool = False,
+    depth: bool = False,
+    whole_stages: Collection[str] = (),
 ) -> ChannelGroups:
     r"""Find which layers of a net share channels.
 
@@ -100,6 +110,8 @@ def channel_groups(
         exclude: Names of submodules to leave alone, and all in them; what they read and make is left whole.
         by_example: Whether masks will have a row for each example: layers for which it is not known where the examples
             lie then read whole channels.
+        depth: Whether residual blocks are looked for that can be dropped.
+        whole_stages: Names of groups of such blocks that are to be left alone.
 
     Returns:
         The groups in order of execution, and the channels of each layer.
@@ -147,7 +159,10 @@ def channel_groups(
         if space.reason and space.reason != whole.get(space.name.partition("[")[0]):  # once for all parts of an axis
             whole[space.name] = space.reason
     cut = [space for space in spaces if not space.reason]
-    if not cut:
+    stages, bound = residual_stages(net, tapes, interpreter) if depth else ({}, {})
+    whole |= bound
+    stages = {_free_name(name, {space.name for space in cut}): blocks for name, blocks in stages.items()}
+    if not cut and not stages:
         reasons = "".join(f"\n- `{name}`: {reason}" for name, reason in whole.items()) or " it has no layers to cut"
         raise ValueError(f"nest: no channels of the net can be cut:{reasons}")
     parameters: dict[str, dict[int, Layout]] = {}
@@ -156,10 +171,10 @@ def channel_groups(
             parameters.setdefault(name, {})[dim] = _layout(runs)
     return ChannelGroups(
         {space.name: space.atoms for space in cut},
-        {name: _channels(layer, rows) for name, layer in interpreter.layers.items()},
+        {name: _channels(layer, interpreter) for name, layer in interpreter.layers.items()},
         whole,
         parameters,
-        {name: _channels(layer, rows) for name, layer in interpreter.reads.items()},
+        {name: _channels(layer, interpreter) for name, layer in interpreter.reads.items()},
         frozenset(interpreter.read_outside),
         {
             each: _layout(runs)
@@ -168,6 +183,7 @@ def channel_groups(
         },
         interpreter.unfollowed,
         untrained,
+        {name: blocks for name, blocks in stages.items() if name not in whole_stages},
     )
 
 
@@ -220,11 +236,12 @@ def _followed(net: nn.Module, rows: int, tapes: Sequence[Tape], excluded: set[in
         return interpreter
 
 
-def _channels(layer: Layer, num_rows: int) -> LayerChannels:
-    rows = None
-    if layer.rows is not None:
-        axis, runs = layer.rows
-        rows = Rows(axis, len(runs), runs[0].size // num_rows)
+def _free_name(name: str, taken: Collection[str]) -> str:
+    return _free_name(f"{name}.depth", taken) if name in taken else name
+
+
+def _channels(layer: Layer, interpreter: Interpreter) -> LayerChannels:
+    rows = None if layer.rows is None else interpreter.lying(layer.rows)
     return LayerChannels(_layout(layer.inputs), _layout(layer.outputs), rows)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vnd.nn.axis import Run
+from pyro_vnd.nn.axis import Rows, Run
 from pyro_vnd.nn.tracing.call import FOLLOW_SIZES, PARAMETERS_COME_LATER, Call, Layer, Unfollowed, find_rule
 from pyro_vnd.nn.tracing.channels import Axes, Runs, Space, are_rows, extent, hold, kept, rows, unify
 from pyro_vnd.nn.tracing.tape import Attribute, Op, Size, Source, Tape, Value, numbers_in, resolved, tensors_in
@@ -150,6 +150,11 @@ class Interpreter:
                 unify(before, now, f"{where} is used again on other channels")
         if self.by_example and _layout(known.rows) != _layout(at):
             hold([inputs], f'{where} is used again on rows that lie otherwise; mask_per="batch" can cut it')
+
+    def lying(self, at: tuple[int, Runs]) -> Rows:
+        """Return where the examples lie that are along an axis."""
+        axis, runs = at
+        return Rows(axis, len(runs), runs[0].size // self.num_rows)
 
     def can_bind(self, attribute: Attribute, runs: Runs) -> bool:
         """Say whether an attribute may be the number of some channels."""

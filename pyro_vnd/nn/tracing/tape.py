@@ -24,6 +24,7 @@ from pyro_vnd._compat import plain_checkpoints
 
 __all__ = [
     "Attribute",
+    "ModuleCall",
     "Op",
     "Size",
     "Source",
@@ -198,6 +199,31 @@ class Op:
     in_place: bool
 
 
+@dataclass(eq=False)
+class ModuleCall:
+    """One call of a module that is no operation by itself, but has some in it.
+
+    Attributes:
+        path: Name of the module.
+        module: The module.
+        args: Arguments, with a `Value` for each tensor.
+        kwargs: Arguments by name, likewise.
+        start: Number of operations before it.
+        out: What it returned, likewise; None until it has.
+        stop: Number of operations when it had returned.
+        changed: The arguments that were other tensors in memory when it had returned, changed in place.
+    """
+
+    path: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    start: int
+    out: Any = None
+    stop: int = -1
+    changed: frozenset[Value] = frozenset()
+
+
 class Tape(TorchFunctionMode):
     """Writes down what a net does; `recorded` makes one.
 
@@ -207,6 +233,7 @@ class Tape(TorchFunctionMode):
 
     Attributes:
         ops: The operations, in order.
+        calls: Calls of modules with operations in them, in the order in which they began.
         results: What the net returned.
         stack: Names of the modules that are being run.
     """
@@ -215,6 +242,8 @@ class Tape(TorchFunctionMode):
         super().__init__()
         self.net, self.is_operation = net, is_operation
         self.ops: list[Op] = []
+        self.calls: list[ModuleCall] = []
+        self._open: list[tuple[ModuleCall, dict[Value, int]]] = []
         self.results: list[Value] = []
         self.stack: list[str] = [""]
         self._depth = 0  # how many modules that are operations are being run
@@ -258,6 +287,10 @@ class Tape(TorchFunctionMode):
             self._depth += 1  # before anything is asked of tensors
             if self._depth == 1:
                 self._taken.setdefault(module, []).append((self._noted(args), self._noted(kwargs)))
+        elif not self._depth:
+            call = ModuleCall(self.stack[-1], module, self._noted(args), self._noted(kwargs), len(self.ops))
+            self.calls.append(call)
+            self._open.append((call, {self._value(each): _version(each) for each in tensors_in((args, kwargs))}))
 
     def _leave(self) -> None:
         self.stack.pop()
@@ -268,6 +301,10 @@ class Tape(TorchFunctionMode):
                 if self._depth == 1:
                     self._record(module, type(module).__name__, name, *self._taken[module].pop(), out)
                 self._depth -= 1
+            elif not self._depth:
+                call, versions = self._open.pop()
+                call.out, call.stop = self._noted(out), len(self.ops)
+                call.changed = frozenset(each for each, before in versions.items() if _version(each.tensor) != before)
 
         return hook
 
@@ -326,6 +363,11 @@ class Tape(TorchFunctionMode):
         if isinstance(thing, Mapping):
             return {key: self._noted(each) for key, each in thing.items()}
         return thing
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; tensors of inference mode do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 _QUESTIONS = {
