@@ -34,6 +34,7 @@ from benchmarks import (
     ordered_speed,
 )
 from benchmarks.record import measured
+from models.nets import coverage
 
 __all__ = ["PAGES", "Page", "fill"]
 
@@ -97,6 +98,7 @@ PAGES = {
     "fast_paths": _page("fast_paths", tables=fast_paths.markdown),
     "matryoshka": _page("matryoshka", tables=matryoshka.markdown),
     "demo": _page("demo", "demo_digits", tables=demo_report.markdown),
+    "coverage": _page("coverage", tables=coverage.markdown),
     "README": Page(ROOT / "README.md", ("nested_nets",), nested_nets_report.summary, dated=False),
 }
 

@@ -799,3 +799,18 @@ def a_layer_whose_weight_is_read_elsewhere():
 
     layers = {"e": nn.Linear(8, 32), "m": nn.Linear(32, 32, bias=False)}
     return Net(forward, **layers, bias=nn.Parameter(torch.randn(32)), o=nn.Linear(32, 3)), torch.randn(2, 8)
+
+
+@net({"i": 32, "m.bias": 4, "out": 32}, 0.3)
+def attention_without_a_bias_of_its_keys():
+    def forward(net, x):
+        h = net.i(x)
+        bias = net.m.bias.clone()
+        length = bias.numel() // 3
+        bias[length : 2 * length].zero_()
+        qkv = F.linear(h, net.m.weight, bias).unflatten(-1, (3, net.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(*qkv.unbind(0))
+        return net.o(net.out(mixed.transpose(1, 2).flatten(2)).mean(1))
+
+    layers = {"i": nn.Linear(8, 32), "m": nn.Linear(32, 96), "out": nn.Linear(32, 32), "o": nn.Linear(32, 3)}
+    return Net(forward, **layers, heads=4), torch.randn(2, 6, 8)

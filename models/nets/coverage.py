@@ -15,12 +15,12 @@ import argparse
 import copy
 import json
 import math
+import multiprocessing
 import resource
-import subprocess
-import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -228,11 +228,13 @@ def run(nets: Sequence[tuple[str, str]], path: Path, timeout: float) -> dict[str
         "rows": result["rows"]
     }
     commit = result["header"]["revision"]["commit"]
+    for package in PACKAGES:
+        import_module(package.replace("-", "_"))
     order = {net: number for number, net in enumerate(NETS)}
     rows = {(each["source"], each["family"]): each for each in result["rows"]}
     for source, name in tqdm(nets, unit="net"):
-        own = {"nested": False} | _of_process("--row", source, name, timeout)
-        pruning = _of_process("--prune", source, name, PRUNING_SECONDS)
+        own = {"nested": False} | _of_process(row, source, name, timeout)
+        pruning = _of_process(pruned, source, name, PRUNING_SECONDS)
         about = {"source": source, "family": name, "revision": commit and commit[:7]}
         rows[source, name] = about | own | {"pruning": pruning}
         result["rows"] = [rows[net] for net in sorted(rows.keys() & order.keys(), key=order.__getitem__)]
@@ -240,17 +242,30 @@ def run(nets: Sequence[tuple[str, str]], path: Path, timeout: float) -> dict[str
     return result
 
 
-def _of_process(what: str, source: str, name: str, timeout: float) -> dict[str, Any]:
-    """Return what this module prints of a net in a process of its own, or why it printed nothing."""
-    command = [sys.executable, "-m", "models.nets.coverage", what, source, name]
+def _of_process(made: Callable[..., dict[str, Any]], source: str, name: str, timeout: float) -> dict[str, Any]:
+    """Return what a function says of a net in a process of its own, or why it said nothing."""
+    context = multiprocessing.get_context("fork")  # which has the packages already
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_say, args=(sender, made, source, name))
+    process.start()
+    sender.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
+        if receiver.poll(timeout):
+            return receiver.recv()
         return {"error": f"took longer than {timeout:.0f} s"}
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    why = done.stderr.splitlines()[-1:] or [f"the process ended with {done.returncode}"]
-    return {"error": why[0][:LONGEST]}
+    except EOFError:
+        process.join()
+        return {"error": f"the process ended with {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def _say(sender: Any, made: Callable[..., dict[str, Any]], source: str, name: str) -> None:
+    try:
+        sender.send(made(source, name))
+    except BaseException as error:  # such as want of memory
+        sender.send({"error": f"{type(error).__name__}: {error}"[:LONGEST]})
 
 
 def is_exact(row: Mapping[str, Any]) -> bool:
@@ -267,14 +282,16 @@ def markdown(result: dict[str, Any]) -> str:
         own = [row for row in rows if row["source"] == source]
         fine = [row for row in own if is_exact(row)]
         smaller = [row for row in fine if row["share_of_parameters"] < SMALL]
-        pruned = [row for row in own if not row.get("pruning", {"error": "-"})["error"]]
-        smaller_pruned = [row for row in pruned if row["pruning"]["share_of_parameters"] < SMALL]
+        tried = [row["pruning"] for row in own if "pruning" in row]
+        pruned = [each for each in tried if not each["error"]]
+        smaller_pruned = [each for each in pruned if each["share_of_parameters"] < SMALL]
         trained = sum(row.get("trained", False) for row in fine)
         cells = [f"{len(fine)} ({exact})", f"{len(smaller)} ({small})" if small else f"{len(smaller)}", f"{trained}"]
-        summary.append([source, f"{len(own)}", *cells, f"{len(pruned)}", f"{len(smaller_pruned)}"])
+        summary.append([source, f"{len(own)}", *cells, f"{len(pruned)} of {len(tried)}", f"{len(smaller_pruned)}"])
     head = ["source", "nets", "exact (target)", f"under {SMALL} (target)", "trained"]
     tables = [
-        ", ".join(f"{name} {number}" for name, number in result["packages"].items()) + ".",
+        ", ".join(f"{name} {number}" for name, number in result["packages"].items())
+        + f"; rows are of revisions {', '.join(sorted({str(row['revision']) for row in rows}))}.",
         markdown_table([*head, "torch-pruning runs", f"under {SMALL}"], summary),
     ]
     for source in TARGETS:
@@ -303,13 +320,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--missing", action="store_true", help="nets without a row, or whose row has an error")
     parser.add_argument("--json", type=Path, metavar="FILE", default=RESULTS, help="where the result goes")
     parser.add_argument("--timeout", type=float, default=1800.0, metavar="S", help="seconds for one net")
-    parser.add_argument("--row", nargs=2, metavar=("SOURCE", "NAME"), help="print the row of one net, write nothing")
-    parser.add_argument("--prune", nargs=2, metavar=("SOURCE", "NAME"), help="the same of torch-pruning")
     args = parser.parse_args(argv)
-    for net, made in ((args.row, row), (args.prune, pruned)):
-        if net:
-            print(json.dumps(made(*net)))
-            return
     nets = [net for net in NETS if not args.only or set(net) & set(args.only)]
     if args.missing and args.json.exists():
         rows = json.loads(args.json.read_text())["rows"]

@@ -1,7 +1,7 @@
 """The nets of other packages that coverage is measured on, each with inputs that are small and that it takes."""
 
+import copy
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -198,7 +198,7 @@ def build(source: str, name: str) -> tuple[nn.Module, Example]:
 
 def _fitting(net: nn.Module, sizes: Sequence[int], frames: tuple[int, ...] = ()) -> tuple[nn.Module, Example]:
     """Return a net, and images of the first of the sizes that it takes."""
-    state: Any = {key: value.clone() for key, value in net.state_dict().items()}
+    state = copy.deepcopy(net.state_dict())  # with the versions of modules that it has
     errors = []
     for size in sizes:
         images = torch.randn(ROWS, 3, *frames, size, size)

@@ -27,7 +27,7 @@ ELEMENTWISE = """
     fmod frac ge greater gt hypot iadd imul isub itruediv isfinite isinf isnan le lerp less lgamma log log10 log1p log2
     logaddexp logical_and logical_not logical_or logical_xor logit lt masked_fill maximum minimum mod mul multiply
     nan_to_num ne neg negative not_equal positive pos pow reciprocal remainder round rsqrt rsub sgn sign sin sinc sinh
-    sqrt square sub subtract tan true_divide truediv trunc where xlogy xor and or invert
+    sqrt square sub subtract tan true_divide truediv trunc where xlogy xor zero and or invert
     radd rsub rmul rdiv rtruediv rpow rmod rfloordiv rand ror ior iand ipow
     bernoulli empty_like full_like ones_like rand_like randn_like zeros_like
     celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu relu6 rrelu selu sigmoid

@@ -448,11 +448,12 @@ def _as_wide_as_asked(call: Call) -> tuple[Axes, ...]:
 def as_another(call: Call) -> Axes:
     """Follow each axis to where it lies in the shape of another tensor, and unite it with what lies there."""
     tensor, other = call.argument("self", 0), call.argument("other", 1)
-    entries = torch.arange(tensor.shape.numel()).view(tensor.shape)
-    moved, lying, there = entries.view(other.shape), {}, call.axes(other)
+    entries = torch.arange(tensor.shape.numel()).view(other.shape)
+    lying, there = {}, call.axes(other)
     for axis, runs in call.axes(tensor).items():
-        channels = moved // entries.stride(axis) % tensor.shape[axis]
-        found = _follow(_Indices(moved.shape, partial(torch.clone, channels)), tensor.shape[axis], runs)
+        size, stride = tensor.shape[axis], tensor.shape[axis + 1 :].numel()
+        channels = entries // stride % size
+        found = _follow(_Indices(other.shape, channels.clone), size, runs)
         if found is None:
             call.hold([runs], "takes channels apart, or out of order")
         else:
