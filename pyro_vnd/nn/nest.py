@@ -6,6 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Collection, Mapping
+from functools import partial
 from numbers import Real
 from typing import Any, Literal, TypeGuard
 
@@ -140,9 +141,7 @@ def nest(
         result.whole = groups.whole
         result.num_inputs = 0 if isinstance(example_input, Mapping) else len(examples)
         result.input_names = tuple(example_input) if isinstance(example_input, Mapping) else ()
-        result.example = tuple(
-            x[:1].detach() if isinstance(x, Tensor) and x.shape[:1] == examples[0].shape[:1] else x for x in examples
-        )
+        result.example = tuple(map(partial(_first_row, examples), examples))
         result.input_shapes = tuple(tuple(x.shape) for x in examples if isinstance(x, Tensor))
         try:
             result.positions = check_and_count(
@@ -182,6 +181,14 @@ def _in_order(net: nn.Module, example_input: Any) -> tuple[Any, ...]:
             "forward that takes them in order, too"
         )
     return bound.args[: last + 1]
+
+
+def _first_row(examples: tuple[Any, ...], x: Any) -> Any:
+    """Return the first row of one of the examples, a copy, so that no more of them is kept and saved."""
+    if not isinstance(x, Tensor):
+        return x
+    rows = next(len(each) for each in examples if isinstance(each, Tensor) and each.dim())
+    return (x[:1] if x.shape[:1] == (rows,) else x).detach().clone()
 
 
 def _widths(

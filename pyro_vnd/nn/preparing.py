@@ -24,9 +24,8 @@ def prepared(net: nn.Module, excluded: tuple[str, ...]) -> nn.Module:
 
     Weights of `weight_norm`, old and new, become parameters, and so do those that a convolution with a forward of its
     own computes from its parameters, as weight standardisation does: the same function, whose weights are the starting
-    means. Modules that compute what RMSNorm or LayerNorm does become these. Attention and recurrent
-    nets are taken apart. Wrappers of nets
-    for several devices are left away.
+    means. Modules that compute what RMSNorm or LayerNorm does become these. Attention and recurrent nets are taken
+    apart. Wrappers of nets for several devices are left away.
 
     Args:
         net: The net.

@@ -194,3 +194,13 @@ def test_states_that_do_not_say_their_groups_are_taken():
     net, fresh = (nest(perceptron(), x, num_blocks=4) for _ in range(2))
     fresh.load_state_dict(dict(net.state_dict()))
     assert torch.equal(predicted(fresh, x, 0.5), predicted(net, x, 0.5))
+
+
+def test_a_single_row_of_the_example_is_saved(tmp_path):
+    x = torch.randn(1000, 1000)
+    net = nest(nn.Sequential(nn.Linear(1000, 2), nn.ReLU(), nn.Linear(2, 1)), x)
+    torch.save(net, tmp_path / "net.pt")
+    assert (tmp_path / "net.pt").stat().st_size < 8 * 10_000
+    x.zero_()
+    assert net.example[0].shape == (1, 1000)
+    assert net.example[0].any()
