@@ -604,7 +604,57 @@ def shuffled(x, groups):
     return x.view(b, groups, c // groups, h, w).transpose(1, 2).contiguous().view(b, c, h, w)
 
 
-@net({"a": 8, "a[1]": 8}, 0.2)
+@net({"a": 8}, 0.3)
+def halves_that_are_turned():
+    def forward(net, x):
+        h = net.a(x).relu()
+        half = h.shape[-1] // 2
+        return net.o(torch.cat((-h[..., half:], h[..., :half]), -1))
+
+    return Net(forward, a=nn.Linear(8, 16), o=nn.Linear(16, 3)), torch.randn(2, 8)
+
+
+@net({"a": 4, "b": 8}, 0.35)
+def channels_that_are_shifted_in_time():
+    def forward(net, x):
+        h = net.a(x)
+        out, fold = torch.zeros_like(h), h.size(2) // 4
+        out[:, :-1, :fold] = h[:, 1:, :fold]
+        out[:, 1:, fold : 2 * fold] = h[:, :-1, fold : 2 * fold]
+        out[:, :, 2 * fold :] = h[:, :, 2 * fold :]
+        return net.o(net.b(out).relu()).mean(1)
+
+    return Net(forward, a=nn.Linear(8, 16), b=nn.Linear(16, 8), o=nn.Linear(8, 3)), torch.randn(2, 6, 8)
+
+
+@net({"a": 4, "c": 4, "b": 8}, 0.35)
+def channels_of_which_a_quarter_is_convolved():
+    def forward(net, x):
+        h = net.a(x)
+        quarter = h.shape[1] // 4
+        some, rest = torch.split(h, [quarter, h.shape[1] - quarter], dim=1)
+        return net.o(net.b(torch.cat((net.c(some), rest), 1)).relu().mean((2, 3)))
+
+    layers = {"a": conv(3, 16), "c": conv(4, 4), "b": conv(16, 8), "o": nn.Linear(8, 3)}
+    return Net(forward, **layers), torch.randn(2, 3, 5, 5)
+
+
+@net({"q": 4}, 0.4)
+def rotations_by_complex_numbers():
+    def turned(x, angles):
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[: x.shape[-2]]).flatten(-2)
+
+    def forward(net, x):
+        q, k, v = (each(x).unflatten(-1, (-1, 4)).transpose(1, 2) for each in (net.q, net.k, net.v))
+        seen = F.scaled_dot_product_attention(turned(q, net.angles), turned(k, net.angles), v)
+        return net.o(seen.transpose(1, 2).flatten(2)).mean(1)
+
+    layers = {name: nn.Linear(8, 16) for name in "qkv"}
+    return Net(forward, **layers, o=nn.Linear(16, 3), angles=torch.rand(9, 2)), torch.randn(2, 5, 8)
+
+
+@net({"a": 8}, 0.2)
 def shuffled_channels():
     def forward(net, x):
         left, right = net.a(x).chunk(2, 1)

@@ -40,10 +40,10 @@ def check_and_count(
     """Compare passes that are cut by masks with passes that compute the kept part only; count positions of the layers.
 
     Both are compared in evaluation mode and, if the net can be run in it, in training mode, with the same random
-    numbers. With masks by example, rows of mixed widths are compared with passes of one width. Where the results have a
-    row for each example, one pass of mixed widths is enough for both: its narrow rows must be what a sliced pass gives,
-    and its wide ones what the net gave.
-    It is also found out which blocks can be taken out of the lists that they are in.
+    numbers and groups of different widths. With masks by example, rows of mixed widths are compared with passes of one
+    width. Where the results have a row for each example, one pass of mixed widths is enough for both: its narrow rows
+    must be what a sliced pass gives, and its wide ones what the net gave. It is also found out which blocks can be
+    taken out of the lists that they are in.
 
     Args:
         net: The nested net.
@@ -61,6 +61,7 @@ def check_and_count(
     rows = len(next(x for x in inputs if isinstance(x, Tensor)))
     more = inputs if rows > 1 else with_one_more(inputs, rows)  # norms of a batch want two rows
     half = net.kept_blocks(0.5, "nearest")
+    uneven = net.kept_blocks({name: (0.25, 0.75)[place % 2] for place, name in enumerate(net.widths)}, "nearest")
     with _as_it_was(net), torch.no_grad(), random_numbers(0, cuda_devices([net])):
         with module_mode([net], training=False):
             positions = _agree_at_once(net, more, max(rows, 2), half, whole) if net.mask_per == "example" else {}
@@ -71,9 +72,9 @@ def check_and_count(
         if trains:
             with module_mode([net], training=True):
                 if one_row_trains:
-                    _compare(net, _rows_of(inputs, rows, torch.arange(rows) == 0), 1, half)
+                    _compare(net, _rows_of(inputs, rows, torch.arange(rows) == 0), 1, uneven)
                 else:
-                    _compare(net, more, max(rows, 2), half)
+                    _compare(net, more, max(rows, 2), uneven)
         with module_mode([net], training=False):
             _let_blocks_go(net, inputs, rows)
     return positions
@@ -275,8 +276,8 @@ def _outputs_of_layers(net: NestedNet, *how: Any) -> dict[str, Tensor]:
 
 def _let_blocks_go(net: NestedNet, inputs: tuple[Any, ...], rows: int) -> None:
     """Find out which stages the code of the net runs through in a loop, so that it runs as well without the last."""
-    fewest = {name: width.num_blocks for name, width in net.widths.items()}
-    fewest |= {block.width.name: block.width.always_kept for block in net.blocks}
+    whole = {name: width.num_blocks for name, width in net.widths.items()}
+    fewest = whole | {block.width.name: block.width.always_kept for block in net.blocks}
     kept = {block.width.name: block.width.kept_units(fewest[block.width.name]) for block in net.blocks}
     stages = dict[str, list[NestedBlock]]()
     for block in net.blocks:
@@ -284,10 +285,9 @@ def _let_blocks_go(net: NestedNet, inputs: tuple[Any, ...], rows: int) -> None:
             stages.setdefault(block.width.name, []).append(block)
     if not stages:
         return
-    expected, _ = _pass(net, inputs, rows, fewest, sliced=True)
     every = [block for blocks in stages.values() for block in blocks]
-    for blocks in [every] if _runs_without(net, every, inputs, rows, fewest, expected) else stages.values():
-        can_go = blocks is every or _runs_without(net, blocks, inputs, rows, fewest, expected)
+    for blocks in [every] if _runs_without(net, every, inputs, rows, whole, fewest) else stages.values():
+        can_go = blocks is every or _runs_without(net, blocks, inputs, rows, whole, fewest)
         for block in blocks:
             block.can_go = can_go
 
@@ -297,17 +297,28 @@ def _runs_without(
     blocks: list[NestedBlock],
     inputs: tuple[Any, ...],
     rows: int,
+    whole: dict[str, int],
     fewest: dict[str, int],
-    expected: list[Tensor],
 ) -> bool:
-    try:
-        with taken_out(net.net, [block.path for block in blocks]):
-            got, _ = _pass(net, inputs, rows, fewest, sliced=True)
-    except Exception:  # whatever the code of the net says of a module that is not there
-        return False
-    return len(got) == len(expected) and all(
-        one.shape == other.shape and _alike(one, other) for one, other in zip(got, expected, strict=True)
-    )
+    """Say whether the net computes the same when blocks are not there as when they are passed over.
+
+    It is asked without all that can go, and without the last of each stage: what all blocks return may be averaged,
+    say, which shows nothing when a single one is left.
+    """
+    one_less = {name: max(number - 1, fewest[name]) for name, number in whole.items()}
+    for left in (fewest, one_less):
+        kept = {name: width.kept_units(left[name]) for name, width in net.widths.items()}
+        expected, _ = _pass(net, inputs, rows, left, sliced=True)
+        try:
+            with taken_out(net.net, [block.path for block in blocks if block.is_dropped(kept)]):
+                got, _ = _pass(net, inputs, rows, left, sliced=True)
+        except Exception:  # whatever the code of the net says of a module that is not there
+            return False
+        if len(got) != len(expected) or not all(
+            one.shape == other.shape and _alike(one, other) for one, other in zip(got, expected, strict=True)
+        ):
+            return False
+    return True
 
 
 @contextmanager

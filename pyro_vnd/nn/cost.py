@@ -1,5 +1,6 @@
 """What a plain net costs: parameters, and multiply-adds as they are counted in a pass."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -29,7 +30,14 @@ def net_cost(net: nn.Module, *inputs: Any, **named: Any) -> dict[str, int]:
         >>> net_cost(torch.nn.Linear(2, 3), torch.zeros(1, 2))
         {'multiply_adds': 6, 'parameters': 9}
     """
-    with torch.no_grad(), module_mode([net], training=False), FlopCounterMode(display=False) as counter:
+    with ExitStack() as stack:
+        # The counter does not bear views of parameters that have a gradient as arguments of modules.
+        for parameter in (each for each in net.parameters() if each.requires_grad):
+            stack.callback(parameter.requires_grad_)
+            parameter.requires_grad_(False)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(module_mode([net], training=False))
+        counter = stack.enter_context(FlopCounterMode(display=False))
         net(*inputs, **named)
     parameters = sum(parameter.numel() for parameter in net.parameters())
     return {"multiply_adds": counter.get_total_flops() // (2 * Batch(inputs, named).num_rows), "parameters": parameters}

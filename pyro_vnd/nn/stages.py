@@ -187,10 +187,10 @@ class WidenedLayer(nn.Module):
 def shared_layers(net: NestedNet, plain: nn.Module) -> list[str]:
     """Name the layers whose outputs at one width go into those at a wider one, in the order of the net.
 
-    They read what the narrower net gives them, and more of the same: no layer before them reads cut channels, and no
-    norm before them takes statistics over these. All else that a nested net does to channels that can be cut it does
-    to each by itself, or `nest` would have left them whole. Where the net decides by its inputs what to do, nothing
-    that comes later is shared.
+    They read what the narrower net gives them, and more of the same: no layer before them reads cut channels, no norm
+    before them takes statistics over these, and the first axis of what they make counts the examples. All else that a
+    nested net does to channels that can be cut it does to each by itself, or `nest` would have left them whole. Where
+    the net decides by its inputs what to do, nothing that comes later is shared.
 
     Args:
         net: The nested net.
@@ -217,7 +217,8 @@ def shared_layers(net: NestedNet, plain: nn.Module) -> list[str]:
         if isinstance(part, NestedLayer) and part.groups == 1:
             in_one_run = len(part.input_axis.runs) == len(part.output_axis.runs) == 1
             as_torch_has_it = not part.runs_plain and not part.is_read
-            if not is_changed and in_one_run and as_torch_has_it and calls[op.path] == 1:
+            has_rows = op.outputs[0].shape[0] == 1 and (part.rows is None or part.rows.axis == 0)  # of the one example
+            if not is_changed and in_one_run and as_torch_has_it and has_rows and calls[op.path] == 1:
                 names.append(layers[op.target])
             is_changed |= bool(part.input_axis.widths)
         elif isinstance(part, NestedNorm):

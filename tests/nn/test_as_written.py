@@ -57,6 +57,18 @@ def test_narrowed_is_masked_and_whole_is_plain(case):
     assert left < share * sum(p.numel() for p in plain.parameters())
 
 
+def test_groups_are_cut_unevenly(case):
+    _, net, inputs, _, _ = case
+    for first in (0, 1, 2):
+        shares = {name: (0.75, 0.25, 0.5)[(place + first) % 3] for place, name in enumerate(net.widths)}
+        expected = flat(narrow(net, shares, rounding="nearest")(*inputs))
+        torch.testing.assert_close(flat(run(net, inputs, shares)), expected, rtol=1e-9, atol=1e-9)
+    for name in net.widths:
+        alone = dict.fromkeys(net.widths, 1.0) | {name: 1}
+        expected = flat(narrow(net, alone)(*inputs))
+        torch.testing.assert_close(flat(run(net, inputs, alone)), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_rows_have_masks_of_their_own(case):
     _, net, inputs, _, _ = case
     mixed = tensors_in(run(net, inputs, torch.tensor([0.5, 1.0])))

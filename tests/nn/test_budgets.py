@@ -241,3 +241,19 @@ def test_narrow_takes_a_width_or_a_budget():
         ValueError, match=r"widths_for: argument `model` must be a NestedModel, or a NestedNet.*Sequent"
     ):
         widths_for(net.net, 0.5)
+
+
+def test_views_of_parameters_as_arguments_of_modules_have_a_cost():
+    class Queries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p, self.a, self.b = nn.Parameter(torch.randn(8)), nn.Linear(8, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.b((self.a(self.p.expand(len(x), -1)) + self.a(x)).relu())
+
+    plain = Queries()
+    assert net_cost(plain, torch.randn(2, 8))["multiply_adds"] == 2 * 96 + 36
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+    net = nest(plain, torch.randn(2, 8))
+    assert net_cost(narrow(net, budget=0.5), torch.randn(2, 8))["multiply_adds"] <= 114

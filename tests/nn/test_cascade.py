@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from written_nets import Net
 
 from models import nets
 from pyro_vnd.nn import (
@@ -437,3 +438,20 @@ def test_onnx_parts_compute_the_same(tmp_path):
         found = session.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})
         for one, other in zip(found, stage(*inputs), strict=True):
             torch.testing.assert_close(torch.from_numpy(one), other.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_whose_rows_are_no_examples_are_not_shared():
+    def forward(net, x):
+        h = net.a(x.transpose(0, 1)).relu()
+        return net.o(net.b(h.flatten(0, 1)).relu().unflatten(0, (x.shape[1], -1)).mean(0))
+
+    layers = {"a": nn.Linear(4, 16), "b": nn.Linear(16, 12), "o": nn.Linear(12, 3)}
+    net, x = nest(Net(forward, **layers), torch.randn(2, 7, 4)), torch.randn(6, 7, 4)
+    logits = torch.stack([narrow(net, width)(x) for width in (0.25, 0.5)]).detach()
+    doubts = torch.distributions.Categorical(logits=logits).entropy()
+    cascade = CascadeNet(net, [0.25, 0.5, 1.0], threshold=doubts.quantile(0.5, 1).tolist())
+    run = cascade.run(x)
+    assert run.stage.unique().numel() > 1
+    for stage, width in enumerate((0.25, 0.5, 1.0)):
+        rows = run.stage == stage
+        torch.testing.assert_close(run.logits[rows], narrow(net, width)(x)[rows])

@@ -483,3 +483,27 @@ def test_copies_have_blocks_of_their_own():
     assert all(block.module is other.net.get_submodule(block.path) for block in other.blocks)
     assert_same(run(other, (x,), 0.25), narrow(other, 0.25, rounding="nearest")(x))
     assert_same(run(net, (x,), 0.25), before)
+
+
+@pytest.mark.parametrize("end", ["mean", "middle"])
+def test_blocks_whose_states_are_collected_are_passed_over(end):
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + torch.tanh(self.f(x))
+
+    def collected(net, x):
+        x, states = net.i(x), []
+        for each in net.blocks:
+            x = each(x)
+            states.append(x)
+        return net.o(torch.stack(states).mean(0) if end == "mean" else states[len(states) // 2])
+
+    parts = {"i": nn.Linear(5, 8), "blocks": nn.ModuleList(Residual() for _ in range(4)), "o": nn.Linear(8, 3)}
+    net, x = nest(Net(collected, **parts), torch.randn(2, 5), depth=True), torch.randn(6, 5)
+    for depth in (1, 2, 3, 4):
+        kept = {"i": 1.0, "blocks.depth": depth}
+        torch.testing.assert_close(flat(run(net, (x,), kept)), flat(narrow(net, kept)(x)))

@@ -277,3 +277,24 @@ def test_a_net_that_magnifies_rounding_can_be_nested():
     assert nested.widths.keys() == {"a", "b"}
     with pytest.raises(AssertionError):  # or there is nothing to magnify
         torch.testing.assert_close(net.train()(x), net.train()(x * (1 + 1e-15)))
+
+
+def test_experts_that_rows_choose_are_cut_with_one_mask_for_all():
+    def forward(net, x):
+        h = net.e(x)
+        weights, chosen = net.gate(h).softmax(-1).topk(2)
+        out = torch.zeros_like(h)
+        for number, expert in enumerate(net.experts):
+            row, place = torch.where(chosen == number)
+            out = out.index_add(0, row, weights[row, place, None] * expert(h[row]))
+        return net.o(out)
+
+    experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)) for _ in range(3))
+    plain = Net(forward, e=nn.Linear(5, 8), gate=nn.Linear(8, 3), experts=experts, o=nn.Linear(8, 3))
+    x = torch.randn(32, 5)
+    net = nest(plain, x, mask_per="batch")
+    assert net.widths.keys() == {"e", *(f"experts.{number}.0" for number in range(3))}
+    narrowed = narrow(net, {"e": 0.5, "experts.0.0": 0.25})
+    width = {"e": 0.5, "experts.0.0": 0.25, "experts.1.0": 1.0, "experts.2.0": 1.0}
+    with torch.no_grad(), net.cut(width), net._drawn("posterior", 32, weights=False):
+        torch.testing.assert_close(net.net(x), narrowed(x))

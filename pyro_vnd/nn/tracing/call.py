@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vnd.nn.axis import Run
-from pyro_vnd.nn.tracing.channels import Axes, Runs, Space, are_rows, hold, unify, whole
+from pyro_vnd.nn.tracing.channels import Axes, Cut, Runs, Space, are_rows, hold, unify, whole
 from pyro_vnd.nn.tracing.tape import Attribute, Op, Source, Value
 
 if TYPE_CHECKING:
@@ -226,14 +226,14 @@ class Call:
         return {ndim + axis: each for axis, each in lying.items() if each}
 
     def arguments(
-        self, tensor: Value, value: Any, narrow: bool = False, counted: Mapping[Source, Runs] | None = None
+        self, tensor: Value, value: Any, cut: Cut | None = None, counted: Mapping[Source, Runs] | None = None
     ) -> tuple[Any, Any]:
-        """Return the arguments with something else for a tensor, and with numbers of narrowed channels if asked."""
-        return self.interpreter.arguments(self.op, {tensor: value}, narrow, counted)
+        """Return the arguments with something else for a tensor, and with numbers of channels that are cut if asked."""
+        return self.interpreter.arguments(self.op, {tensor: value}, cut, counted)
 
     def again(
-        self, tensor: Value, value: Tensor, narrow: bool = False, counted: Mapping[Source, Runs] | None = None
+        self, tensor: Value, value: Tensor, cut: Cut | None = None, counted: Mapping[Source, Runs] | None = None
     ) -> list[Tensor]:
-        """Run the operation with another tensor, and with numbers of narrowed channels if asked; list the results."""
-        out = self.interpreter.evaluate(self.op, {tensor: value}, narrow, counted)
+        """Run the operation with another tensor, and with numbers of cut channels if asked; list the results."""
+        out = self.interpreter.evaluate(self.op, {tensor: value}, cut, counted)
         return [out] if isinstance(out, Tensor) else list(out)

@@ -29,7 +29,7 @@ ELEMENTWISE = """
     nan_to_num ne neg negative not_equal positive pos pow reciprocal remainder round rsqrt rsub sgn sign sin sinc sinh
     sqrt square sub subtract tan true_divide truediv trunc where xlogy xor zero and or invert
     radd rsub rmul rdiv rtruediv rpow rmod rfloordiv rand ror ior iand ipow
-    bernoulli empty_like full_like ones_like rand_like randn_like zeros_like
+    complex polar bernoulli empty_like full_like ones_like rand_like randn_like zeros_like
     celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu relu6 rrelu selu sigmoid
     silu softplus softshrink softsign tanh tanhshrink threshold
     alpha_dropout dropout dropout1d dropout2d dropout3d feature_alpha_dropout
@@ -39,7 +39,10 @@ ELEMENTWISE_MODULES = """
     Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish ReLU ReLU6 RReLU SELU SiLU Sigmoid Softplus Softshrink
     Softsign Tanh Tanhshrink Threshold
 """
-CASTS = "data real bfloat16 bool clone contiguous cpu cuda detach double float half int long to type type_as"
+CASTS = """
+    data real imag angle conj bfloat16 bool clone contiguous cpu cuda detach double float half int long to type type_as
+    view_as_real
+"""
 REDUCTIONS = """
     all amax amin any argmax argmin count_nonzero linalg_vector_norm logsumexp max mean median min nanmean nansum norm
     prod std std_mean sum var var_mean
@@ -58,9 +61,18 @@ def modules(names: str, suffixes: tuple[str, ...] = ("",)) -> list[type[nn.Modul
 
 
 @rule(ELEMENTWISE, *modules(ELEMENTWISE_MODULES))
-def elementwise(call: Call) -> Axes:
+def elementwise(call: Call) -> Results:
     """Unite the channels of all arguments, broadcast against each other."""
+    if call.name == "where" and len(call.op.args) + len(call.op.kwargs) == 1:
+        return places(call)
     return call.join(call.tensors)
+
+
+@rule("nonzero argwhere")
+def places(call: Call) -> tuple[Axes, ...]:
+    """Know nothing of the places where something is true, of which there are as many as the inputs make."""
+    call.hold(call.axes(), "looks for places")
+    return ({},) * len(call.op.outputs)
 
 
 @rule(CASTS)
@@ -151,6 +163,12 @@ def gated(call: Call) -> Axes:
     first, second = runs[: len(runs) // 2], runs[len(runs) // 2 :]
     unify(first, second, f"{call.where} combines channels of different make-up")
     return axes | {dim: first}
+
+
+@rule("view_as_complex")
+def pairs(call: Call) -> Axes:
+    """Keep the axes but the last, along which real and imaginary parts lie."""
+    return call.mixed([-1], "makes complex numbers of them")
 
 
 @rule("diff")

@@ -13,6 +13,7 @@ from pyro_vnd.nn.axis import Run
 
 __all__ = [
     "Axes",
+    "Cut",
     "Order",
     "Runs",
     "Space",
@@ -237,9 +238,25 @@ def scaled(runs: Runs, size: int) -> Runs | None:
     return result
 
 
-def kept(runs: Runs) -> Tensor:
-    """Return which channels remain when each space that can be cut loses its last atom."""
-    masks = []
-    for space, size in runs:
-        masks.append(torch.arange(size) < (size if space.reason else size - size // space.atoms))
-    return torch.cat(masks)
+class Cut(NamedTuple):
+    """What spaces that can be cut lose.
+
+    Attributes:
+        only: The one that loses something; by default all do.
+        deep: Whether it loses all its atoms but one, rather than the last.
+    """
+
+    only: Space | None = None
+    deep: bool = False
+
+    def of(self, run: Run[Space]) -> int:
+        """Return how many channels of a run are cut."""
+        space, size = run
+        if space.reason or (self.only is not None and space.root is not self.only.root):
+            return 0
+        return size // space.atoms * (space.atoms - 1 if self.deep else 1)
+
+
+def kept(runs: Runs, cut: Cut) -> Tensor:
+    """Return which channels remain after a cut."""
+    return torch.cat([torch.arange(run.size) < run.size - cut.of(run) for run in runs])

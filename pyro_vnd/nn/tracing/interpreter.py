@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_vnd.nn.axis import Rows, Run
 from pyro_vnd.nn.tracing.call import FOLLOW_SIZES, PARAMETERS_COME_LATER, Call, Layer, Unfollowed, find_rule
-from pyro_vnd.nn.tracing.channels import Axes, Runs, Space, Split, are_rows, extent, hold, kept, rows, unify
+from pyro_vnd.nn.tracing.channels import Axes, Cut, Runs, Space, Split, are_rows, extent, hold, kept, rows, unify
 from pyro_vnd.nn.tracing.tape import (
     Attribute,
     Forgotten,
@@ -219,14 +219,16 @@ class Interpreter:
             if found not in FOLLOW_SIZES:
                 self._hold_numbers(call)
             result = found(call)
+            lying = result if isinstance(result, tuple) else (result,)
+            if len(lying) != len(op.outputs):  # another use of the name, such as torch.where of a mask alone
+                raise Unfollowed
         except Unfollowed:
             if op.outputs and (any(self.axes(value) for value in op.inputs) or _has_weights(op.target)):
                 self.unfollowed.setdefault(op.path, call.where)
             call.hold((runs for value in op.inputs for runs in self.axes(value).values()), "cannot be followed")
             self._keep_rows(op)
             return
-        for value, axes in zip(op.outputs, result if isinstance(result, tuple) else (result,), strict=True):
-            self.marks[value] = axes
+        self.marks.update(zip(op.outputs, lying, strict=True))
 
     def _hold_numbers(self, call: Call) -> None:
         """See to it that numbers that are computed with stay what they are: at the end it is known what is cut."""
@@ -235,7 +237,8 @@ class Interpreter:
             return
 
         def stays() -> bool:
-            return all(self.plain(each, narrow=True) == self.plain(each) for each in (call.op.args, call.op.kwargs))
+            given = (call.op.args, call.op.kwargs)
+            return all(self.plain(given, cut) == self.plain(given) for cut in (Cut(), Cut(deep=True)))
 
         self.check_later(stays, lambda: call.hold(map(self.counted, sources), "computes with the number of channels"))
 
@@ -294,15 +297,15 @@ class Interpreter:
         self,
         op: Op,
         instead: dict[Value, Tensor],
-        narrow: bool = False,
+        cut: Cut | None = None,
         counted: Mapping[Source, Runs] | None = None,
     ) -> Any:
         """Run one operation, with other tensors for some, and numbers as in `plain`."""
-        args, kwargs = self.arguments(op, instead, narrow, counted)
+        args, kwargs = self.arguments(op, instead, cut, counted)
         return op.target(*args, **kwargs)
 
     def arguments(
-        self, op: Op, instead: Mapping[Value, Any], narrow: bool = False, counted: Mapping[Source, Runs] | None = None
+        self, op: Op, instead: Mapping[Value, Any], cut: Cut | None = None, counted: Mapping[Source, Runs] | None = None
     ) -> tuple[Any, Any]:
         """Return the arguments of an operation likewise."""
 
@@ -315,23 +318,23 @@ class Interpreter:
                 return type(thing)(map(put, thing))
             if type(thing) is dict:
                 return {key: put(each) for key, each in thing.items()}
-            return self.plain(thing, narrow, counted)
+            return self.plain(thing, cut, counted)
 
         return put(op.args), put(op.kwargs)
 
-    def plain(self, thing: Any, narrow: bool = False, instead: Mapping[Source, Runs] | None = None) -> Any:
+    def plain(self, thing: Any, cut: Cut | None = None, instead: Mapping[Source, Runs] | None = None) -> Any:
         """Return numbers, in containers too, as they are, or as they are when channels are cut.
 
         Args:
             thing: The numbers.
-            narrow: Whether channels are cut.
+            cut: What is cut; by default nothing.
             instead: Channels that some numbers may count, other than those they are known to.
         """
 
         def number(source: Source) -> int:
             runs = (instead or {}).get(source) or self.counted(source)
             plain = source.value.shape[source.axis] if isinstance(source, Size) else source.number
-            return int(kept(runs).sum()) if narrow and runs else plain
+            return int(kept(runs, cut).sum()) if cut is not None and runs else plain
 
         return resolved(thing, number)
 

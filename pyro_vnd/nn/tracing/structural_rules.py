@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from pyro_vnd.nn.tracing.call import Call, rule
 from pyro_vnd.nn.tracing.channels import (
     Axes,
+    Cut,
     Order,
     Runs,
+    Space,
     are_rows,
     extent,
     kept,
@@ -33,7 +35,7 @@ NAMES = """
     chunk expand flatten flip index_select moveaxis movedim narrow permute pixel_shuffle pixel_unshuffle repeat
     repeat_interleave reshape roll select split squeeze swapaxes swapdims t tensor_split tile transpose unbind unflatten
     unsqueeze view channel_shuffle native_channel_shuffle T mT H mH adjoint hsplit vsplit dsplit split_with_sizes
-    view_as_real broadcast_to atleast_2d getitem diagonal ravel
+    broadcast_to atleast_2d getitem diagonal ravel
 """
 MODULES = (nn.ChannelShuffle, nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.Unflatten)
 
@@ -62,10 +64,10 @@ def structural(call: Call) -> tuple[Axes, ...]:
         results[0].update(_picked_rows(call, axis, place, index))
     moves = _Moves(call, tensor, axes, results, way)
     moves.match_sizes()
-    if not moves.bear_a_cut() and not moves.bear_with_others():
+    if not moves.bear_an_even_cut() and not moves.bear_with_others():
         moves.split()
-    if numbers_in((call.op.args, call.op.kwargs)) or not moves.bear_a_cut():
-        call.interpreter.check_later(moves.bear_a_cut, moves.hold)
+    if numbers_in((call.op.args, call.op.kwargs)) or not moves.bear_cuts():
+        call.interpreter.check_later(moves.bear_cuts, moves.tie_or_hold)
     way.forget()
     return tuple(results)
 
@@ -298,16 +300,16 @@ def _part(ends: list[tuple[Tensor, Tensor]], runs: Runs) -> tuple[int, Runs] | N
     return None
 
 
-def _cut(x: Tensor, axes: Axes) -> Tensor:
-    """Cut the last atom of each space along the axes of a tensor."""
+def _after(x: Tensor, axes: Axes, cut: Cut) -> Tensor:
+    """Return what is left of a tensor."""
     for axis, runs in axes.items():
-        x = x.index_select(axis, kept(runs).nonzero()[:, 0].to(x.device))
+        x = x.index_select(axis, kept(runs, cut).nonzero()[:, 0].to(x.device))
     return x
 
 
-def _cuts(axes: Axes) -> list[tuple[int, list[tuple[int, int]]]]:
+def _lost(axes: Axes, cut: Cut) -> list[tuple[int, list[tuple[int, int]]]]:
     """Say how many channels each run along the axes has, and how many are cut."""
-    return [(at, [(size, 0 if s.reason else size // s.atoms) for s, size in runs]) for at, runs in axes.items()]
+    return [(axis, [(run.size, cut.of(run)) for run in runs]) for axis, runs in axes.items()]
 
 
 class _Moves:
@@ -325,19 +327,47 @@ class _Moves:
         self.call, self.tensor, self.axes, self.results, self.way = call, tensor, axes, results, way
         self.sources = sorted(numbers_in((call.op.args, call.op.kwargs)), key=_order)
 
-    def bear_a_cut(self, counted: Mapping[Source, Runs] | None = None) -> bool:
-        """Tell whether the operation on fewer channels gives what is left of its result."""
-        asked = repr((self.call.arguments(self.tensor, None, True, counted), *map(_cuts, (self.axes, *self.results))))
+    def bear_an_even_cut(self, counted: Mapping[Source, Runs] | None = None) -> bool:
+        """Tell whether the operation gives what is left of its result if all channels are cut alike, by little."""
+        return self._bear(Cut(), counted)
+
+    def bear_cuts(self) -> bool:
+        """Tell the same of each space that is cut by itself and, if numbers are computed with, of cuts by much.
+
+        Half of a size, say, may be right for parts that are cut alike, and for no others.
+        """
+        spaces = self._spaces()
+        cuts = [Cut(), *(map(Cut, spaces) if len(spaces) > 1 else ()), *([Cut(deep=True)] if self.sources else [])]
+        return all(map(self._bear, cuts))
+
+    def tie_or_hold(self) -> None:
+        """Let all channels along an axis be cut together, if only even cuts are borne; else leave them whole."""
+        if self.bear_an_even_cut():
+            for runs in self.axes.values():
+                for run in runs[1:]:
+                    if not (run.owner.reason or runs[0].owner.reason):
+                        run.owner.unite(runs[0].owner)
+        if not self.bear_cuts():
+            self._hold()
+
+    def _spaces(self) -> list[Space]:
+        numbers = map(self.call.interpreter.counted, self.sources)
+        lying = [*numbers, *(runs for each in (self.axes, *self.results) for runs in each.values())]
+        return list(dict.fromkeys(run.owner.root for runs in lying for run in runs if not run.owner.reason))
+
+    def _bear(self, cut: Cut, counted: Mapping[Source, Runs] | None = None) -> bool:
+        lost = [_lost(each, cut) for each in (self.axes, *self.results)]
+        asked = repr((self.call.arguments(self.tensor, None, cut, counted), lost))
         if asked not in self.way.bears:
-            self.way.bears[asked] = self._bear(counted)
+            self.way.bears[asked] = self._bears(cut, counted)
         return self.way.bears[asked]
 
-    def _bear(self, counted: Mapping[Source, Runs] | None) -> bool:
+    def _bears(self, cut: Cut, counted: Mapping[Source, Runs] | None) -> bool:
         try:
-            outs = self.call.again(self.tensor, _cut(self.way.entries, self.axes), True, counted)
+            outs = self.call.again(self.tensor, _after(self.way.entries, self.axes, cut), cut, counted)
         except (IndexError, RuntimeError, ValueError, TypeError, ZeroDivisionError):
             return False
-        expected = [_cut(out, result) for out, result in zip(self.way.moved, self.results, strict=True)]
+        expected = [_after(out, result, cut) for out, result in zip(self.way.moved, self.results, strict=True)]
         return len(outs) == len(expected) and all(map(torch.equal, outs, expected))
 
     def match_sizes(self) -> None:
@@ -370,7 +400,7 @@ class _Moves:
         tries = sorted(product(*choices), key=lambda runs: sum(each is not None for each in runs))
         for choice in [_in_turn(free, lying), *tries[1:65]]:
             counted = {each: runs for each, runs in zip(free, choice, strict=False) if runs is not None}
-            if self.bear_a_cut(counted):
+            if self.bear_an_even_cut(counted):
                 for source, runs in counted.items():
                     if isinstance(source, Attribute):
                         interpreter.bind(source, runs)
@@ -392,8 +422,7 @@ class _Moves:
                     ):
                         split_at(before[0], [before[0].size // parts] * parts)
 
-    def hold(self) -> None:
-        """Leave whole what it moves."""
+    def _hold(self) -> None:
         why = "has fixed sizes (write -1, or read the size from its own argument)"
         self.call.hold(self.axes, why)
         self.call.hold(map(self.call.interpreter.counted, self.sources), why)
