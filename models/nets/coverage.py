@@ -297,7 +297,7 @@ def markdown(result: dict[str, Any]) -> str:
     for source in TARGETS:
         own = [row for row in rows if row["source"] == source]
         head = ["net", "parameters", "difference", "zeroed", "left at 1/4", "whole", "nest, s", "torch-pruning leaves"]
-        tables += [f"### {source}", markdown_table(head, list(map(_cells, own)))]
+        tables += [f"## {source}", markdown_table(head, list(map(_cells, own)))]
     return "\n\n".join(tables)
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from numbers import Real
 from typing import Any, Literal, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from pyro_vnd._inputs import check_numbers, explain_inputs
@@ -100,6 +101,7 @@ def nest(
         >>> net.widths["0"]
         Width(0, 64 units in 16 blocks, mean blocks kept 8.5, modes 1-16)
     """
+    _check_arguments(net, exclude, gated, {"strict": strict, "depth": depth})
     examples = _in_order(net, example_input)
     check_numbers("nest", "example_input", examples)
     alone, left, stages_left = tuple(exclude), dict[str, str](), set[str]()
@@ -158,6 +160,17 @@ def nest(
             continue
         _warn(result, groups, left)
         return result
+
+
+def _check_arguments(net: Any, exclude: Any, gated: Any, switches: Mapping[str, Any]) -> None:
+    if isinstance(net, NestedNet | torch.jit.ScriptModule) or not isinstance(net, nn.Module):
+        got = f"the class {net.__name__}, not an instance of it" if isinstance(net, type) else type(net).__name__
+        raise ValueError(f"nest: argument `net` must be an ordinary module of torch; got {got}")
+    if isinstance(exclude, str) or not isinstance(exclude, Collection):
+        raise ValueError(f"nest: argument `exclude` must be a list of names of modules; got {exclude!r}")
+    for name, value in ({**switches} if gated is None else {**switches, "gated": gated}).items():
+        if not isinstance(value, bool):
+            raise ValueError(f"nest: argument `{name}` must be True or False; got {value!r}")
 
 
 def _in_order(net: nn.Module, example_input: Any) -> tuple[Any, ...]:

@@ -298,3 +298,47 @@ def test_experts_that_rows_choose_are_cut_with_one_mask_for_all():
     width = {"e": 0.5, "experts.0.0": 0.25, "experts.1.0": 1.0, "experts.2.0": 1.0}
     with torch.no_grad(), net.cut(width), net._drawn("posterior", 32, weights=False):
         torch.testing.assert_close(net.net(x), narrowed(x))
+
+
+@pytest.mark.parametrize("hidden", ["nothing", "zeros", "small", "far", "noise"])
+def test_what_hides_behind_the_last_layer_is_seen(hidden):
+    def forward(net, x):
+        h = net.a(x).tanh()
+        mask = torch.zeros_like(h)
+        mask[:, : mask.size(1) // 2] = 1  # half of all channels is not half of those that are left
+        h = net.b(h * mask)
+        h = h + 0.001 * torch.randn_like(h) if hidden == "noise" else h
+        return net.o(net.c(h.tanh()).tanh())
+
+    plain = Net(forward, **linears((5, 12), (12, 8), (8, 6)), o=nn.Linear(6, 3))
+    with torch.no_grad():
+        plain.o.weight.mul_({"zeros": 0.0, "small": 1e-4}.get(hidden, 1.0))
+        plain.o.bias.fill_(1e3 if hidden == "far" else 0.0)
+    with pytest.warns(UserWarning, match="cut net and the same net masked differ"):
+        net = nest(plain, torch.randn(2, 5))
+    assert list(net.widths) == ["c"]
+    assert torch.equal(net.layers["o"].plain.weight, plain.o.weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"net": nn.ReLU}, "`net` must be an ordinary module of torch; got the class ReLU"),
+        ({"net": torch.relu}, "`net` must be an ordinary module of torch; got builtin_function_or_method"),
+        ({"exclude": None}, "`exclude` must be a list of names"),
+        ({"exclude": "0"}, "`exclude` must be a list of names"),
+        ({"depth": "yes"}, "`depth` must be True or False; got 'yes'"),
+        ({"strict": 1}, "`strict` must be True or False; got 1"),
+        ({"gated": "x"}, "`gated` must be True or False; got 'x'"),
+    ],
+)
+def test_arguments_of_other_types_are_said(arguments, message):
+    given = {"net": nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1)), "example_input": torch.zeros(1, 2)}
+    with pytest.raises(ValueError, match=f"nest: argument {message}"):
+        nest(**given | arguments)
+
+
+def test_nets_that_are_nested_are_not_nested_again():
+    net = nest(nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1)), torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="`net` must be an ordinary module of torch; got NestedNet"):
+        nest(net, torch.zeros(1, 2))
