@@ -1,6 +1,7 @@
 """Coverage of other packages' nets, without these packages."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_failures_and_timeouts_are_rows(tmp_path, monkeypatch, capsys):
     assert rows["absent"]["error"] == "LookupError: no such net"
     assert not rows["absent"]["nested"]
     assert rows["slow"]["error"] == "took longer than 5 s"
-    assert "| timm | 3 | 1 (85) | 1 (75) | 1 | 0 of 3 | 0 |" in printed
+    assert re.search(r"\| timm \| 3 \| 1 \(85\) \| 1 \(75\) \| 1 \| [01] of 3 \|", printed)  # with torch-pruning or not
     assert "| `absent` | - | does not nest |" in printed
 
 
