@@ -24,6 +24,7 @@ __all__ = [
     "shapes",
     "split_inputs",
     "split_rows",
+    "take_rows",
 ]
 
 Data: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -260,6 +261,21 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str | None) -> "Batch":
         """Move inputs to a device; None leaves them where they are."""
         return self if device is None else self.map_inputs(lambda x: x.to(device))
+
+
+def take_rows(inputs: Iterable[Any], num_rows: int, which: Any) -> tuple[Any, ...]:
+    """Return some of the rows of those inputs that have them, and the others as they are.
+
+    Args:
+        inputs: Inputs, tensors and others.
+        num_rows: How many rows there are.
+        which: An index of rows.
+
+    Example:
+        >>> take_rows((torch.arange(3), torch.arange(2), "sum"), 3, slice(1))
+        (tensor([0]), tensor([0, 1]), 'sum')
+    """
+    return tuple(x[which] if isinstance(x, Tensor) and x.shape[:1] == (num_rows,) else x for x in inputs)
 
 
 def split_inputs(args: Sequence[Any], named: Mapping[str, Any], num_inputs: int = 1) -> Batch:

@@ -13,7 +13,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_vnd._data import Batch, Rows, input_batches
+from pyro_vnd._data import Batch, Rows, input_batches, take_rows
 from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._sizes import is_integer
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
@@ -205,7 +205,7 @@ class CascadeNet(nn.Module):
             if not on.any():
                 break
             rows, known = rows[on], [value[on] for value in known]
-            logits[rows], doubt, *known = module(*(_of(x, rows, num_rows) for x in given), *known)
+            logits[rows], doubt, *known = module(*take_rows(given, num_rows, rows), *known)
             stage[rows] = number
         return CascadeOutput(logits if self.num_samples is None else logits.movedim(1, 0), stage)
 
@@ -371,11 +371,6 @@ def _check_net(model: Any) -> tuple[NestedNet, Output]:
             "made by hand"
         )
     return net, output
-
-
-def _of(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """Return rows of an input that has them."""
-    return x[rows] if x.shape[:1] == (num_rows,) else x
 
 
 def _names(net: NestedNet) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_vnd._data import take_rows
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
 from pyro_vnd.nn.axis import take
 from pyro_vnd.nn.depth import NestedBlock, is_in_a_list, taken_out
@@ -72,17 +73,12 @@ def check_and_count(
         if trains:
             with module_mode([net], training=True), _shaken(net):
                 if one_row_trains:
-                    _compare(net, _rows_of(inputs, rows, torch.arange(rows) == 0), 1, uneven)
+                    _compare(net, take_rows(inputs, rows, torch.arange(rows) == 0), 1, uneven)
                 else:
                     _compare(net, more, max(rows, 2), uneven)
         with module_mode([net], training=False):
             _let_blocks_go(net, inputs, rows)
     return positions
-
-
-def _rows_of(inputs: tuple[Any, ...], rows: int, which: Tensor) -> tuple[Any, ...]:
-    """Return inputs of some rows."""
-    return tuple(x[which] if isinstance(x, Tensor) and x.shape[:1] == (rows,) else x for x in inputs)
 
 
 def _agree_at_once(
@@ -95,7 +91,7 @@ def _agree_at_once(
     is_narrow = torch.arange(rows) % 2 == 0
     try:
         mixed, positions = _pass(net, inputs, rows, _fractions(net, is_narrow), sliced=False)
-        sliced, _ = _pass(net, _rows_of(inputs, rows, is_narrow), int(is_narrow.sum()), half, sliced=True)
+        sliced, _ = _pass(net, take_rows(inputs, rows, is_narrow), int(is_narrow.sum()), half, sliced=True)
     except Misfit:
         return {}
     if not len(mixed) == len(sliced) == len(whole):
@@ -250,7 +246,7 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 def _first_that_differs(net: NestedNet, inputs: tuple[Any, ...], rows: int, half: dict[str, int]) -> str:
     dense, sliced = (_outputs_of_layers(net, inputs, rows, half, sliced) for sliced in (False, True))
-    kept = {name: sum(width.sizes[: half[name]]) for name, width in net.widths.items()}
+    kept = {name: width.kept_units(half[name]) for name, width in net.widths.items()}
     layers = net.layers
     for name, one in dense.items():
         layer = layers[name]
@@ -289,9 +285,13 @@ def _let_blocks_go(net: NestedNet, inputs: tuple[Any, ...], rows: int) -> None:
             stages.setdefault(block.width.name, []).append(block)
     if not stages:
         return
+    # Without all that can go, and without the last of each stage: what all blocks return may be averaged, say, which
+    # shows nothing when a single one is left.
+    one_less = {name: max(number - 1, fewest[name]) for name, number in whole.items()}
+    expected = [(left, _pass(net, inputs, rows, left, sliced=True)[0]) for left in (fewest, one_less)]
     every = [block for blocks in stages.values() for block in blocks]
-    for blocks in [every] if _runs_without(net, every, inputs, rows, whole, fewest) else stages.values():
-        can_go = blocks is every or _runs_without(net, blocks, inputs, rows, whole, fewest)
+    for blocks in [every] if _runs_without(net, every, inputs, rows, expected) else stages.values():
+        can_go = blocks is every or _runs_without(net, blocks, inputs, rows, expected)
         for block in blocks:
             block.can_go = can_go
 
@@ -301,25 +301,18 @@ def _runs_without(
     blocks: list[NestedBlock],
     inputs: tuple[Any, ...],
     rows: int,
-    whole: dict[str, int],
-    fewest: dict[str, int],
+    expected: Sequence[tuple[dict[str, int], list[Tensor]]],
 ) -> bool:
-    """Say whether the net computes the same when blocks are not there as when they are passed over.
-
-    It is asked without all that can go, and without the last of each stage: what all blocks return may be averaged,
-    say, which shows nothing when a single one is left.
-    """
-    one_less = {name: max(number - 1, fewest[name]) for name, number in whole.items()}
-    for left in (fewest, one_less):
+    """Say whether the net computes the same when blocks are not there as when they are passed over."""
+    for left, passed_over in expected:
         kept = {name: width.kept_units(left[name]) for name, width in net.widths.items()}
-        expected, _ = _pass(net, inputs, rows, left, sliced=True)
         try:
             with taken_out(net.net, [block.path for block in blocks if block.is_dropped(kept)]):
                 got, _ = _pass(net, inputs, rows, left, sliced=True)
         except Exception:  # whatever the code of the net says of a module that is not there
             return False
-        if len(got) != len(expected) or not all(
-            one.shape == other.shape and _alike(one, other) for one, other in zip(got, expected, strict=True)
+        if len(got) != len(passed_over) or not all(
+            one.shape == other.shape and _alike(one, other) for one, other in zip(got, passed_over, strict=True)
         ):
             return False
     return True

@@ -70,7 +70,7 @@ class NestedBlock:
     def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.is_sliced_away:
             return self.found.skipped(args, kwargs)
-        mask, always = self.width.mask, sum(self.width.sizes[: self.width.always_kept])
+        mask, always = self.width.mask, self.width.kept_units(self.width.always_kept)
         if mask is None or self.place < always:
             return forward(*args, **kwargs)
         before = self.found.stream.among(args, kwargs)

@@ -6,13 +6,13 @@ import inspect
 import math
 import warnings
 from collections.abc import Collection, Mapping
-from functools import partial
 from numbers import Real
 from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from pyro_vnd._data import Batch, take_rows
 from pyro_vnd._inputs import check_numbers, explain_inputs
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.straight_through import Noise
@@ -143,7 +143,10 @@ def nest(
         result.whole = groups.whole
         result.num_inputs = 0 if isinstance(example_input, Mapping) else len(examples)
         result.input_names = tuple(example_input) if isinstance(example_input, Mapping) else ()
-        result.example = tuple(map(partial(_first_row, examples), examples))
+        result.example = tuple(
+            x.detach().clone() if isinstance(x, Tensor) else x  # so that no more of the example is kept and saved
+            for x in take_rows(examples, Batch(examples, {}).num_rows, slice(1))
+        )
         result.input_shapes = tuple(tuple(x.shape) for x in examples if isinstance(x, Tensor))
         try:
             result.positions = check_and_count(
@@ -194,14 +197,6 @@ def _in_order(net: nn.Module, example_input: Any) -> tuple[Any, ...]:
             "forward that takes them in order, too"
         )
     return bound.args[: last + 1]
-
-
-def _first_row(examples: tuple[Any, ...], x: Any) -> Any:
-    """Return the first row of one of the examples, a copy, so that no more of them is kept and saved."""
-    if not isinstance(x, Tensor):
-        return x
-    rows = next(len(each) for each in examples if isinstance(each, Tensor) and each.dim())
-    return (x[:1] if x.shape[:1] == (rows,) else x).detach().clone()
 
 
 def _widths(

@@ -284,7 +284,7 @@ class NestedNet(QuietModule):
 
     def _hold_fixed(self, width: Width, num_blocks: int, sliced: bool) -> None:
         if sliced:
-            width.hold(kept_units=sum(width.sizes[:num_blocks]))
+            width.hold(kept_units=width.kept_units(num_blocks))
             return
         mask = width.prefix(width.logits.new_tensor(num_blocks / width.num_blocks))
         width.hold(mask, keep_probs=mask)  # as if sliced: what is dropped costs nothing

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from pyro_vnd._data import take_rows
 from pyro_vnd.nn.axis import Rows, Run
 from pyro_vnd.nn.tracing import channel_rules, layer_rules, structural_rules  # noqa: F401  (they fill the table)
 from pyro_vnd.nn.tracing.call import Layer, find_rule, first_kept
@@ -223,10 +224,6 @@ def _run(
 
     With two rows at least it can be seen where they go, and a net that has the number of rows written down fails.
     """
-
-    def first_row(x: Any) -> Any:
-        return x[:1].clone() if isinstance(x, Tensor) and x.shape[:1] == (count,) else x
-
     operations = {each: id(each) in excluded or find_rule(each) is not None for each in net.modules()}
     kept = {each: 0 if id(each) in excluded else keeps(each, False) for each, alone in operations.items() if alone}
 
@@ -250,7 +247,7 @@ def _run(
     try:
         # Most nets do the same in both modes, which a single row shows, if no norm over examples wants more.
         with suppress(Exception):
-            run.same_in_training = _names(record(tuple(map(first_row, inputs)))) == _names(tapes[0])
+            run.same_in_training = _names(record(_copied(take_rows(inputs, count, slice(1))))) == _names(tapes[0])
         if not run.same_in_training:
             trained = record(with_one_more(inputs, count))
             tapes.extend([trained] if _names(trained) != _names(tapes[0]) else [])

@@ -66,7 +66,7 @@ def structural(call: Call) -> tuple[Axes, ...]:
     moves.match_sizes()
     if not moves.bear_an_even_cut() and not moves.bear_with_others():
         moves.split()
-    if numbers_in((call.op.args, call.op.kwargs)) or not moves.bear_cuts():
+    if moves.sources or not moves.bear_cuts():
         call.interpreter.check_later(moves.bear_cuts, moves.tie_or_hold)
     way.forget()
     return tuple(results)
