@@ -1,114 +1,292 @@
-"""When to stop: a test of whether the ELBO still rises, which knows its own noise."""
+"""What may be done while a fit goes on: measure, keep the best epoch, stop, and write checkpoints."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from statistics import NormalDist
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
-__all__ = ["Plateau", "StoppingRule"]
+from pyro_vnd.infer._fit.checkpoint import State, read_state, write_state
+from pyro_vnd.infer.result import FitResult
+from pyro_vnd.infer.run import Run
 
-StoppingRule = Callable[[Sequence[float]], bool]
+__all__ = ["BestEpoch", "Callback", "Checkpoint", "EarlyStopping", "Validation"]
 
-_BATCHES = 5  # batch means of a window
+_RESULT = FitResult()
 
 
-@dataclass(frozen=True)
-class Plateau:
-    r"""Stop once the ELBO provably changes by less than `tolerance` from one window of epochs to the next.
+class Callback:
+    """What is called while a fit goes on: derive from it, and override what you need.
 
-    A noisy ELBO that shows no significant rise may well be rising, and the noisier it is the sooner such a rule would
-    stop. This one asks for evidence of the opposite. With $\bar e_1, \bar e_2$ the mean ELBO of the last two windows
-    and s the Monte-Carlo error of their difference, it holds where
-
-    $$|\bar e_2 - \bar e_1| + t_j \, s < \mathrm{tolerance}.$$
-
-    s is from the means of five batches in each window, and larger by $\sqrt{(1 + \rho) / (1 - \rho)}$ where these still
-    have an autocorrelation $\rho > 0$, so that noise may last for some epochs. Windows do not overlap: the j-th test is
-    after (j + 1) windows, with the quantile $t_j$ of Student's law at the level $\alpha / (j (j + 1))$. These levels
-    sum to $\alpha$: however long the fit, an ELBO that goes on rising by the tolerance a window is stopped with a
-    probability of at most $\alpha$. That takes windows that are longer than the noise lasts: with an
-    autocorrelation of .9 from one epoch to the next, 100 epochs keep a rate of .05, and with 50 it is .07.
-
-    The ELBO of a fit can rest before it rises, in a warm-up of the learning rate say; let the windows be longer. And
-    if it is at rest, training at a smaller learning rate may still raise it.
-
-    Args:
-        window: Epochs of a window, a multiple of five.
-        tolerance: Change of the ELBO, in nats per row and window, that is not worth another window. If it is below
-            the noise, about four standard deviations of an epoch over the root of the window, the rule never holds.
-        alpha: Probability of stopping an ELBO that still rises by the tolerance.
-
-    Raises:
-        ValueError: If an argument is out of range.
-
-    References:
-        Dhaka, Catalina, Andersen, Magnusson, Huggins and Vehtari, "Robust, accurate stochastic optimization for
-        variational inference", 2020, https://arxiv.org/abs/2009.00666, stop where R-hat says that two halves agree.
+    What it keeps is written into checkpoints, and given back when the fit goes on.
 
     Example:
-        >>> rule = Plateau(window=10)
-        >>> rising = [-1 / epoch for epoch in range(1, 101)]
-        >>> rule.first(rising)
-        70
-        >>> rule(rising[:60]), rule(rising[:70])
-        (False, True)
+        >>> class Rates(Callback):
+        ...     def on_epoch(self, run):
+        ...         run.log("lr", run.optimizer.param_groups[0]["lr"])
     """
 
-    window: int = 50
-    tolerance: float = 0.01
-    alpha: float = 0.05
+    def on_fit_start(self, run: Run) -> None:
+        """Before the first step, when what a checkpoint has is in place."""
 
-    def __post_init__(self) -> None:
-        if self.window < 2 * _BATCHES or self.window % _BATCHES:
-            raise ValueError(f"Plateau: argument `window` must be a multiple of 5 from 10 on; got {self.window}")
-        if not 0 < self.tolerance < math.inf:
-            raise ValueError(f"Plateau: argument `tolerance` must be finite and > 0; got {self.tolerance}")
-        if not 0 < self.alpha < 0.5:
-            raise ValueError(f"Plateau: argument `alpha` must be in (0, 0.5); got {self.alpha}")
+    def on_step(self, run: Run) -> None:
+        """After a step of the optimiser."""
 
-    def __call__(self, elbo: Sequence[float]) -> bool:
-        """Say whether to stop after these epochs; never between the ends of two windows."""
-        if len(elbo) < 2 * self.window or len(elbo) % self.window:
-            return False
-        gain, margin = self.gain(elbo)
-        return abs(gain) + margin < self.tolerance
+    def on_epoch(self, run: Run) -> None:
+        """After an epoch, when `run.result` has its entry."""
 
-    def gain(self, elbo: Sequence[float]) -> tuple[float, float]:
-        """Compare the last window with the one before.
+    def on_fit_end(self, run: Run) -> None:
+        """After the last epoch, before laws of lengths that have a closed form are settled."""
 
-        Args:
-            elbo: ELBO of each epoch, in nats per row; at least two windows.
+    def close(self) -> None:
+        """Free what is held, however the fit ended."""
 
-        Returns:
-            By how much its mean is larger, and the margin of error: that of the test which follows this many epochs.
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint is to keep: tensors, numbers, strings, and lists and dicts of them."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what a checkpoint kept."""
+
+
+class Validation(Callback):
+    """Measure held-out data after every epoch.
+
+    The log-likelihood at draws of the guide is `FitResult.validation_log_likelihood`, and each metric is in
+    `FitResult.metrics`. For choosing between epochs and fits: a part of the training data, never the test data.
+
+    Args:
+        data: Data like those of the fit, in any of their forms; they must bear being read again in every epoch.
+        metrics: Functions of `data` that return a number, by name, such as
+            `{"accuracy": lambda data: evaluate_learned(net, data).accuracy}`. They are called in evaluation mode,
+            and the random numbers that they take are given back.
+
+    Raises:
+        ValueError: If a metric is no function.
+
+    Example:
+        >>> Validation(torch.zeros(3), metrics={"rows": len}).metrics["rows"](torch.zeros(3))
+        3
+    """
+
+    def __init__(self, data: Any, metrics: Mapping[str, Callable[[Any], Any]] | None = None) -> None:
+        self.data, self.metrics = data, dict(metrics or {})
+        for name, metric in self.metrics.items():
+            if not callable(metric) or hasattr(_RESULT, name):
+                raise ValueError(
+                    f"Validation: argument `metrics` must be functions of the data by name, none of them a name that "
+                    f"`FitResult` has; got {name!r}: {metric!r}"
+                )
+
+    def on_epoch(self, run: Run) -> None:
+        """Measure."""
+        run.result.validation_log_likelihood.append(run.log_likelihood(self.data))
+        for name, metric in self.metrics.items():
+            with run.evaluating():
+                value = metric(self.data)
+            run.log(name, value.item() if isinstance(value, torch.Tensor) else value)
+
+
+class _Monitor(Callback):
+    """Base of what looks at one metric by epoch.
+
+    Args:
+        monitor: Its name, as of `Run.history`.
+        mode: Whether "max" or "min" is best.
+    """
+
+    def __init__(self, monitor: str, mode: Literal["max", "min"]) -> None:
+        if mode not in ("max", "min"):
+            raise ValueError(f"{type(self).__name__}: argument `mode` must be 'max' or 'min'; got {mode!r}")
+        self.monitor, self.mode = monitor, mode
+
+    def _best(self, run: Run, min_change: float = 0.0) -> int:
+        """Return the epoch, from 0 on, after which nothing was better by more than this."""
+        history = run.history(self.monitor)
+        if len(history) != run.epoch:
+            raise ValueError(
+                f"{type(self).__name__}: argument `monitor` must be measured after every epoch; {self.monitor!r} has "
+                f"{len(history)} values after {run.epoch} epochs"
+                + ("; give `validation`" if self.monitor == "validation_log_likelihood" else "")
+            )
+        sign, best, at = (1 if self.mode == "max" else -1), -math.inf, 0
+        for epoch, value in enumerate(history):
+            if sign * value > best + min_change:
+                best, at = sign * value, epoch
+        return at
+
+
+class EarlyStopping(_Monitor):
+    """Stop once a metric has not become better for some epochs.
+
+    `Plateau` asks whether the ELBO still rises, and knows its noise; this asks what you measure, by default on
+    held-out data. With `BestEpoch` the weights are then those of the best epoch, not of the last.
+
+    Args:
+        monitor: Name of the metric, as of `Run.history`.
+        patience: Epochs without improvement after which to stop.
+        min_change: What is no improvement.
+        mode: Whether "max" or "min" is best.
+
+    Raises:
+        ValueError: If `patience` or `min_change` is out of range, or `mode` is neither.
+
+    Example:
+        >>> EarlyStopping(patience=3).patience
+        3
+    """
+
+    def __init__(
+        self,
+        monitor: str = "validation_log_likelihood",
+        *,
+        patience: int = 10,
+        min_change: float = 0.0,
+        mode: Literal["max", "min"] = "max",
+    ) -> None:
+        super().__init__(monitor, mode)
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+            raise ValueError(f"EarlyStopping: argument `patience` must be an integer at least 1; got {patience!r}")
+        if not 0 <= min_change < math.inf:
+            raise ValueError(f"EarlyStopping: argument `min_change` must be finite and >= 0; got {min_change!r}")
+        self.patience, self.min_change = patience, min_change
+
+    def on_epoch(self, run: Run) -> None:
+        """Stop if it is time to."""
+        if run.epoch - 1 - self._best(run, self.min_change) >= self.patience:
+            run.stop()
+
+
+class BestEpoch(_Monitor):
+    """Keep the weights of the epoch that was best, and put them back at the end of the fit.
+
+    Args:
+        monitor: Name of the metric, as of `Run.history`.
+        mode: Whether "max" or "min" is best.
+
+    Attributes:
+        epoch: The best epoch so far, from 1 on; 0 before the first.
+
+    Example:
+        >>> BestEpoch().epoch
+        0
+    """
+
+    def __init__(self, monitor: str = "validation_log_likelihood", *, mode: Literal["max", "min"] = "max") -> None:
+        super().__init__(monitor, mode)
+        self.epoch = 0
+        self._weights: list[dict[str, Any]] = []
+
+    def on_fit_start(self, run: Run) -> None:
+        """Forget an earlier fit."""
+        if run.epoch == 0:
+            self.epoch, self._weights = 0, []
+
+    def on_epoch(self, run: Run) -> None:
+        """Keep the weights if they are the best."""
+        if self._best(run) == run.epoch - 1:
+            self.epoch = run.epoch
+            self._weights = [
+                {name: x.detach().cpu().clone() if isinstance(x, torch.Tensor) else x for name, x in state.items()}
+                for state in (part.state_dict() for part in _modules(run))
+            ]
+
+    def on_fit_end(self, run: Run) -> None:
+        """Put them back."""
+        for part, state in zip(_modules(run), self._weights, strict=bool(self._weights)):
+            part.load_state_dict(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epoch and its weights."""
+        return {"epoch": self.epoch, "weights": self._weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them back."""
+        self.epoch, self._weights = state["epoch"], state["weights"]
+
+
+def _modules(run: Run) -> list[nn.Module]:
+    return [part for part in (run.model, run.guide) if isinstance(part, nn.Module)]
+
+
+class Checkpoint(Callback):
+    """Write the state of a fit into a file after every epoch, and within it if asked to.
+
+    The file is replaced as a whole: it is the old one or the new one, whenever the machine stops. It holds parameters
+    and buffers of model and guide, the optimiser, the learning rate, the random numbers, the arguments, what other
+    callbacks keep, and the result so far: only tensors, numbers and strings, so that reading it runs no code.
+
+    Args:
+        path: The file; its folder must exist.
+        every_steps: Steps after which it is written within an epoch, too.
+        every_minutes: Minutes after which it is.
+        resume: As in `fit`.
+
+    Raises:
+        ValueError: If an argument is invalid.
+
+    Example:
+        >>> Checkpoint("fit.pt", every_minutes=10).path.name
+        'fit.pt'
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        every_steps: int | None = None,
+        every_minutes: float | None = None,
+        resume: bool | Literal["extend"] = False,
+    ) -> None:
+        if not isinstance(path, str | Path) or not str(path):
+            raise ValueError(f"fit: argument `checkpoint` must be the path of a file; got {path!r}")
+        self.path = Path(path)
+        if self.path.is_dir():
+            raise ValueError(f"fit: argument `checkpoint` is {str(path)!r}, a folder; give the path of a file in it")
+        if not self.path.parent.is_dir():
+            raise ValueError(f"fit: argument `checkpoint` is {str(path)!r}, whose folder does not exist")
+        if resume not in (False, True, "extend"):
+            raise ValueError(f"fit: argument `resume` must be True, False or 'extend'; got {resume!r}")
+        if every_steps is not None and (isinstance(every_steps, bool) or every_steps < 1):
+            raise ValueError(f"Checkpoint: argument `every_steps` must be at least 1; got {every_steps!r}")
+        if every_minutes is not None and not 0 < every_minutes < math.inf:
+            raise ValueError(f"Checkpoint: argument `every_minutes` must be finite and > 0; got {every_minutes!r}")
+        self.every_steps, self.every_minutes, self.resume = every_steps, every_minutes, resume
+        self._written = time.monotonic()
+
+    def read(self) -> State | None:
+        """Return the state that is to go on, or None if there is none.
 
         Raises:
-            ValueError: If there are fewer than two windows.
+            ValueError: If the file is no checkpoint, or a damaged one.
         """
-        if len(elbo) < 2 * self.window:
-            raise ValueError(f"Plateau: `elbo` must have two windows, {2 * self.window} epochs; got {len(elbo)}")
-        means = torch.tensor(elbo[-2 * self.window :], dtype=torch.float64).reshape(2, _BATCHES, -1).mean(-1)
-        errors = means - means.mean(-1, keepdim=True)
-        squares, degrees = errors.square().sum().item(), 2 * (_BATCHES - 1)
-        variance = 2 * squares / degrees / _BATCHES
-        if squares > 0:
-            # Deviations from a mean of five sum to zero, for which 1/5 makes up.
-            rho = (errors[:, 1:] * errors[:, :-1]).sum().item() / squares + 1 / _BATCHES
-            rho = min(max(rho, 0.0), 0.9)
-            variance *= (1 + rho) / (1 - rho)
-        test = len(elbo) // self.window - 1
-        margin = _student_quantile(self.alpha / (test * (test + 1)), degrees) * math.sqrt(variance)
-        return (means[1].mean() - means[0].mean()).item(), margin
+        return read_state(self.path) if self.resume and self.path.exists() else None
 
-    def first(self, elbo: Sequence[float]) -> int | None:
-        """Return the number of epochs after which the rule first holds, or None if it never does."""
-        ends = range(2 * self.window, len(elbo) + 1, self.window)
-        return next((end for end in ends if self(elbo[:end])), None)
+    def on_fit_start(self, run: Run) -> None:
+        """Begin to count the minutes."""
+        self._written = time.monotonic()
 
+    def on_step(self, run: Run) -> None:
+        """Write if it is time to."""
+        due = self.every_steps is not None and run.step % self.every_steps == 0
+        if self.every_minutes is not None:
+            due |= run.agreed(time.monotonic() - self._written >= 60 * self.every_minutes)
+        if due:
+            self._write(run)
 
-def _student_quantile(level: float, degrees: int) -> float:
-    """Return the upper quantile of Student's law; Wallace (1959), to half a percent for 8 degrees of freedom."""
-    z = NormalDist().inv_cdf(1 - level) * (8 * degrees + 3) / (8 * degrees + 1)
-    return math.sqrt(degrees * math.expm1(z**2 / degrees))
+    def on_epoch(self, run: Run) -> None:
+        """Write."""
+        self._write(run)
+
+    def on_fit_end(self, run: Run) -> None:
+        """Write, when laws are settled: other than for other callbacks, this comes at the very end."""
+        self._write(run)
+
+    def _write(self, run: Run) -> None:
+        state = run.state_dict()
+        if run.is_first:
+            write_state(self.path, state)
+        self._written = time.monotonic()

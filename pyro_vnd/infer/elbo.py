@@ -1,8 +1,9 @@
 """The ELBO with exact KL divergences, and its parts."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro import poutine
@@ -22,6 +23,7 @@ from pyro_vnd.infer._conditional.guide import AutoConditional
 from pyro_vnd.infer._kl import kl_terms, weight_of
 from pyro_vnd.infer._model_sites import masked_like, owner_of, split_mask, visible_entries
 from pyro_vnd.infer.guides import AutoNested
+from pyro_vnd.infer.local_reparam import LocalReparameterization
 
 __all__ = ["NestedELBO"]
 
@@ -58,7 +60,12 @@ class NestedELBO(TraceMeanField_ELBO):
 
     Args:
         *args: As those of `pyro.infer.ELBO`: `num_particles`, `vectorize_particles` and so on.
-        **kwargs: The same, by name.
+        local_reparam: Whether nested layers draw their outputs rather than their weights, `LocalReparameterization`:
+            gradients have less noise; "linear" leaves convolutions out.
+        **kwargs: As `args`, by name.
+
+    Raises:
+        ValueError: If `local_reparam` is none of these.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -75,26 +82,34 @@ class NestedELBO(TraceMeanField_ELBO):
         True
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, local_reparam: bool | Literal["linear"] = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if local_reparam not in (False, True, "linear"):
+            raise ValueError(
+                f"NestedELBO: argument `local_reparam` must be True, False or 'linear'; got {local_reparam!r}"
+            )
+        self.local_reparam = local_reparam
         self.log_likelihood: Tensor | float = 0.0
         self.kl: dict[str, Tensor] = {}
         self.kl_lengths: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
         vectorized = ", vectorize_particles=True" if self.vectorize_particles else ""
-        return f"NestedELBO(num_particles={self.num_particles}{vectorized})"
+        local = f", local_reparam={self.local_reparam!r}" if self.local_reparam else ""
+        return f"NestedELBO(num_particles={self.num_particles}{vectorized}{local})"
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Return the negative ELBO as a number."""
         if (conditional := conditional_part(guide, args, kwargs)) is not None:
             return torch_item(self._at_every_length(conditional, model, args, kwargs))
-        return torch_item(super().loss(model, guide, *args, **kwargs))
+        with self._drawing():
+            return torch_item(super().loss(model, guide, *args, **kwargs))
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Return the negative ELBO as a number, after a backward pass; what `pyro.infer.SVI` calls."""
         if conditional_part(guide, args, kwargs) is None:
-            return torch_item(super().loss_and_grads(model, guide, *args, **kwargs))
+            with self._drawing():
+                return torch_item(super().loss_and_grads(model, guide, *args, **kwargs))
         # SVI trains the parameters that it sees in a call of the guide and the model.
         poutine.replay(model, trace=poutine.trace(guide).get_trace(*args, **kwargs))(*args, **kwargs)
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
@@ -105,9 +120,16 @@ class NestedELBO(TraceMeanField_ELBO):
         """Return the negative ELBO with its gradient; unlike Pyro's, it never waits for the device to look at it."""
         if (conditional := conditional_part(guide, args, kwargs)) is not None:
             return self._at_every_length(conditional, model, args, kwargs)
-        traces = self._get_traces(model, guide, args, kwargs)
-        loss: Any = sum(self._differentiable_loss_particle(*pair)[1] for pair in traces)
+        with self._drawing():
+            traces = self._get_traces(model, guide, args, kwargs)
+            loss: Any = sum(self._differentiable_loss_particle(*pair)[1] for pair in traces)
         return self._mean(loss)
+
+    def _drawing(self) -> AbstractContextManager[Any]:
+        """Return a context for an evaluation, in which layers draw what they are to."""
+        if not self.local_reparam:
+            return nullcontext()
+        return LocalReparameterization("all" if self.local_reparam is True else self.local_reparam)
 
     def _at_every_length(self, guide: AutoConditional, model: Any, args: Any, kwargs: Any) -> Tensor:
         """Return the negative ELBO of a guide whose latents know the lengths."""

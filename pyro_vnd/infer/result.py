@@ -49,18 +49,13 @@ class ElboParts(NamedTuple):
     kl_lengths: Any
 
     @staticmethod
-    def of_particles(parts: Sequence["ElboParts"]) -> "ElboParts":
-        """Return the mean over the evaluations of one step."""
-        return parts[0] if len(parts) == 1 else ElboParts(*_stack(parts).mean(0))
-
-    @staticmethod
-    def mean(parts: Sequence["ElboParts"], num_rows: int) -> "ElboParts":
-        """Return the mean over the steps of an epoch, in nats per row."""
-        return ElboParts(*(_stack(parts).cpu().double().mean(0) / num_rows).tolist())
-
-
-def _stack(parts: Sequence[ElboParts]) -> Tensor:
-    return torch.stack([torch.stack(each) for each in parts])
+    def weighted(parts: Sequence["ElboParts"], counts: Sequence[int]) -> "ElboParts":
+        """Return the mean over the evaluations of one step, each counting by its rows."""
+        if len(parts) == 1:
+            return parts[0]
+        stacked = torch.stack([torch.stack(each) for each in parts])
+        weights = torch.tensor(counts, dtype=stacked.dtype) / sum(counts)
+        return ElboParts(*(weights.to(stacked.device) @ stacked))
 
 
 class LearnedLaw(NamedTuple):
@@ -156,11 +151,12 @@ class FitResult:
         kl_lengths: KL of all masks and of the lengths of each `NestedNormal`, without weights. At weights of one,
             kl = kl_latents + kl_lengths; both are nan where the objective is no `NestedELBO`.
         validation_log_likelihood: Log-likelihood of the validation data after each epoch, if there are any.
+        metrics: What callbacks measured after each epoch, by name.
         lengths: The law of each mask site at the end.
         mean_length: E L of each mask site in each epoch.
         khat: k-hat of the guide, of a Pyro autoguide without latents in the plate of the data: above 0.7 it misses mass
             of the posterior. None where it was not estimated.
-        converged: Whether the rule that `fit` was given as `stop` held, which ended training after the last epoch here.
+        converged: Whether a `Plateau` ended training after the last epoch here.
         num_steps: Steps of the optimiser.
         seconds: Wall-clock time.
     """
@@ -171,6 +167,7 @@ class FitResult:
     kl_latents: list[float] = field(default_factory=list)
     kl_lengths: list[float] = field(default_factory=list)
     validation_log_likelihood: list[float] = field(default_factory=list)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
     lengths: dict[str, LengthSummary] = field(default_factory=dict)
     mean_length: dict[str, list[float]] = field(default_factory=dict)
     khat: float | None = None
@@ -282,6 +279,7 @@ class FitResult:
         parts = [f"ELBO={self.elbo[-1]:.4g}", f"log-lik={self.log_likelihood[-1]:.4g}", f"KL={self.kl[-1]:.3g}"]
         if self.validation_log_likelihood:
             parts.append(f"validation={self.validation_log_likelihood[-1]:.4g}")
+        parts += [f"{name}={values[-1]:.4g}" for name, values in self.metrics.items() if values]
         return ", ".join([*parts, *(f"E[L {name}]={summary.mean:.1f}" for name, summary in self.lengths.items())])
 
     def warn_of_poor_fit(self, *, knows_lengths: bool) -> None:
@@ -296,7 +294,7 @@ class FitResult:
         warnings.warn(
             f"k-hat of the guide is {self.khat:.3g}: above {_KHAT} it misses mass of the posterior, and what it says "
             f"of lengths may be wrong. Train for longer, perhaps at a lower `lr`; {cure}or compare with MCMC. "
-            "khat=False leaves this check out",
+            "warnings.simplefilter('ignore', PoorFitWarning) hides this",
             PoorFitWarning,
             stacklevel=3,
         )
@@ -313,7 +311,7 @@ class FitResult:
                     f"the law of lengths at site {name!r} has collapsed ({summary}). If the length itself is what you "
                     "infer, that may be the posterior. If every prefix is to be useful: draw a mask for each row "
                     '(mask_per="example" of a nested net, or the site in the plate of the data), train at fixed '
-                    "widths, too (schedule=MaskSchedule()), or raise length_weight.",
+                    "widths, too (schedule=MaskSchedule()), or raise the weight, KLWeights(lengths=...).",
                     LengthCollapseWarning,
                     stacklevel=3,
                 )

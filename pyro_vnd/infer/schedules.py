@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import accumulate
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from pyro_vnd.distributions import OrderedMask
 
 __all__ = [
+    "KLWeights",
     "LRSchedule",
     "MaskSchedule",
     "PriceSchedule",
@@ -31,6 +32,29 @@ LOWEST, HIGHEST, HOTTEST = 1 / 6500, 1 / 2.2, 1 / 260  # prices and temperature 
 
 Schedule = float | Callable[[float], float]
 LRSchedule = Callable[[Optimizer, int], LRScheduler]
+
+
+class KLWeights(NamedTuple):
+    """Weights of the parts of the KL in the objective of `fit`: numbers, or functions of how far the fit is, 0 to 1.
+
+    Below one the posterior is colder than Bayes' and the objective no bound. A site of the guide may have a weight of
+    its own, `infer={"kl_weight": w}` and `infer={"length_weight": w}`; it is multiplied by the one here.
+
+    Attributes:
+        latents: Of latents outside the plate of the data that are no masks, such as the weights of a net.
+        local: Of latents inside it that are no masks, such as codes. One that rises from zero,
+            `linear(0, 1, warmup=0.3)`, keeps an autoencoder from giving up latents before it can use them.
+        lengths: Of all masks, in the plate and outside, and under `NestedELBO` of the lengths of each `NestedNormal`.
+            Above one the laws of lengths are held nearer to their prior.
+
+    Example:
+        >>> KLWeights(latents=0.02)
+        KLWeights(latents=0.02, local=1.0, lengths=1.0)
+    """
+
+    latents: Schedule = 1.0
+    local: Schedule = 1.0
+    lengths: Schedule = 1.0
 
 
 def linear(start: float, end: float, warmup: float = 1.0) -> Callable[[float], float]:
@@ -172,9 +196,11 @@ class MaskSchedule:
         sliced: Whether budgets are drawn for the whole batch and only what is kept is computed. For nets with
             mask_per="example", too, whose budgets are otherwise drawn for each row; several particles then see to it
             that a step trains several widths, and a weight costs in proportion to the passes that keep it.
+        temperature: Temperature, a number or a function of how far the fit is, of all straight-through masks of
+            `AutoNested` and nested nets; None leaves theirs alone. The last one stays after the fit.
 
     Raises:
-        ValueError: If the shares, the law, the number of particles or `anneal` are invalid.
+        ValueError: If the shares, the law, the number of particles, `anneal` or `temperature` are invalid.
 
     Example:
         >>> MaskSchedule().draw(num_blocks=4, shape=(1000,)).unique()  # 0 is a mask from q
@@ -190,6 +216,7 @@ class MaskSchedule:
     num_particles: int = 1
     anneal: float = 0.0
     sliced: bool = False
+    temperature: Schedule | None = None
 
     def __post_init__(self) -> None:
         shares = (self.learned, self.budget, self.full)
@@ -219,6 +246,11 @@ class MaskSchedule:
             if getattr(self, each.name) is not each.default and getattr(self, each.name) != each.default
         ]
         return f"MaskSchedule({', '.join([shares, *changed])})"
+
+    @property
+    def cuts(self) -> bool:
+        """Whether some masks do not come from q."""
+        return self.learned < 1 or self.anneal > 0
 
     def draw(self, num_blocks: int, shape: tuple[int, ...] = (), t: float = 1.0) -> Tensor:
         """Draw where masks come from, systematically over the particles and the rows.
@@ -296,6 +328,7 @@ class PriceSchedule:
     explore: float = 0.15
     temperature: float | None = None
     warmup: float = 0.15
+    cuts: ClassVar[bool] = True
     num_particles: ClassVar[int] = 1
     sliced: ClassVar[bool] = False
 
@@ -356,7 +389,7 @@ def schedule_values(name: str, schedule: Schedule, num_steps: int, *, positive: 
     All at once, so that a mistake shows before the fit and not in its last hour.
 
     Args:
-        name: The argument of `fit` that the schedule is.
+        name: What the schedule is among the arguments of `fit`.
         schedule: A number, or a function of t.
         num_steps: Steps of the whole fit.
         positive: Whether zero is refused.

@@ -47,6 +47,7 @@ class AutoConditional(AutoGuide):
         logits: Log-law of the lengths outside plates, over their combinations.
         logits_by_row: Log-law of the lengths of a row given those, shape (num_shared, *rows, num_by_row), or None.
         horizon: Steps in the running mean.
+        batch_weight: By how much a batch counts in it that has fewer rows than others.
     """
 
     logits: Any
@@ -65,7 +66,7 @@ class AutoConditional(AutoGuide):
     ) -> None:
         super().__init__(model)
         self.plan, self.shared_plates, self.num_draws = plan, tuple(shared_plates), num_draws
-        self.init_loc_fn, self.horizon = init_loc_fn, _HORIZON
+        self.init_loc_fn, self.horizon, self.batch_weight = init_loc_fn, _HORIZON, 1.0
         self._enumerated = True
         self.way: str | None = None  # in which a model can be evaluated for all lengths
         self.hides: Mapping[str, Any] = {}  # sites of the model in this call, if it hides or scales some
@@ -203,11 +204,11 @@ class AutoConditional(AutoGuide):
         Args:
             logits: These, not normalised, shape (num_shared,), or None to leave them.
             logits_by_row: Shape (num_shared, *rows, num_by_row), or None.
-            share: Weight of the new ones; by default that of a step in a running mean.
+            share: Weight of the new ones; by default that of a step in a running mean, times `batch_weight`.
         """
         if share is None:
             self.num_updates += logits is not None
-            share = 1 / max(min(int(self.num_updates), self.horizon), 1)
+            share = self.batch_weight / max(min(int(self.num_updates), self.horizon), 1)
         for name, new in (("logits", logits), ("logits_by_row", logits_by_row)):
             if new is None or new.isnan().any():
                 continue

@@ -1,157 +1,95 @@
-"""The state of a fit on disk."""
+"""The state of a fit on disk, and whether it is that of the same fit."""
 
 import os
 import zipfile
-from collections.abc import Callable
 from copy import copy
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from pyro_vnd.infer._fit.fingerprint import skip_steps
-from pyro_vnd.infer._fit.optimisation import Step
-from pyro_vnd.infer.result import FitResult, LengthSummary
+from pyro_vnd.infer.result import FitResult
 
-__all__ = ["Checkpoint"]
+__all__ = ["State", "check_same_fit", "read_state", "write_state"]
+
+State = dict[str, Any]
+
+_KEYS = {"arguments", "modules", "optimizer", "lr_schedule", "random", "epoch", "callbacks", "result"}
 
 
-class Checkpoint:
-    """A file from which a fit goes on as if it had never stopped.
+def write_state(path: Path, state: State) -> None:
+    """Write the state; the file is the old one or the new one, whenever the machine stops.
 
-    It holds parameters and buffers of model and guide, the optimiser, the learning-rate schedule, the random numbers,
-    the arguments, and the result so far; only tensors, numbers and strings, so that reading it runs no code.
+    Raises:
+        ValueError: If the state has objects that could not be read again.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(_plain(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(unfinished):
+            raise ValueError(
+                f"fit: argument `checkpoint` cannot hold {unsafe}, which are in the state of modules, optimiser, "
+                "`lr_schedule`, callbacks or loader, and would not be read again: keep tensors and numbers there"
+            )
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    if os.name == "posix":  # so that the new name outlives a power cut, too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read_state(path: Path) -> State:
+    """Read a state.
+
+    Raises:
+        ValueError: If the file is no checkpoint, or a damaged one.
+    """
+    with path.open("rb") as file:
+        try:
+            damaged = zipfile.ZipFile(file).testzip()  # torch does not look at the sums
+            file.seek(0)
+            state = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:  # of zip, pickle or torch, whose advice is no good here
+            state = None
+    known = {each.name for each in fields(FitResult)}
+    if not isinstance(state, dict) or set(state) != _KEYS or set(state["result"]) != known:
+        raise ValueError(
+            f"fit: {str(path)!r} is no checkpoint of fit, or a damaged one, or of another version: give "
+            "another path, or leave `resume` out to start anew and write over it"
+        )
+    return state
+
+
+def check_same_fit(path: Path, old: dict[str, Any], new: dict[str, Any], *, extend: bool) -> None:
+    """Check that a state is of the fit that is to go on.
 
     Args:
-        path: The file; its folder must exist.
-        step: The step whose state it is.
-        arguments: Describes, given a number of epochs, what must be the same when the fit goes on.
-        num_epochs: Epochs of the fit.
-        devices: CUDA devices of the fit.
+        path: The file.
+        old: Arguments of that fit.
+        new: Arguments of this one, for as many epochs as that one where it has more.
+        extend: Whether it may have more.
+
+    Raises:
+        ValueError: If something differs; the message says what.
     """
-
-    def __init__(
-        self,
-        path: str | Path,
-        step: Step,
-        arguments: Callable[[int], dict[str, Any]],
-        num_epochs: int,
-        devices: list[torch.device],
-    ) -> None:
-        self.path, self.step, self.num_epochs, self.devices = Path(path), step, num_epochs, devices
-        self._describe = arguments
-        self.arguments = self._arguments(num_epochs)
-
-    def _arguments(self, num_epochs: int) -> dict[str, Any]:
-        state = self.step.objective.module.state_dict()
-        shapes = {name: list(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
-        return {"num_epochs": num_epochs, **self._describe(num_epochs), "parameters": shapes}
-
-    def save(self, result: FitResult) -> None:
-        """Write the state; the file is the old one or the new one, whenever the machine stops.
-
-        Raises:
-            ValueError: If the state has objects that could not be read again.
-        """
-        step = self.step
-        state = {
-            "arguments": self.arguments,
-            "modules": step.objective.module.state_dict(),
-            "optimizer": step.optimizer.state_dict(),
-            "lr_schedule": None if step.lr_schedule is None else step.lr_schedule.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": [torch.cuda.get_rng_state(device) for device in self.devices],
-            "result": asdict(result),
-        }
-        unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        try:
-            with unfinished.open("wb") as file:
-                torch.save(_plain(state), file)
-                file.flush()
-                os.fsync(file.fileno())
-            if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(unfinished):
-                raise ValueError(
-                    f"fit: argument `checkpoint` cannot hold {unsafe}, which are in the state of modules, optimiser or "
-                    "`lr_schedule` and would not be read again: keep tensors and numbers there"
-                )
-            os.replace(unfinished, self.path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        if os.name == "posix":  # so that the new name outlives a power cut, too
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-
-    def load(self, extend: bool = False) -> FitResult:
-        """Read the state and put it in place.
-
-        Args:
-            extend: Whether the file may be of a fit with fewer epochs, whose schedules are then those of this one.
-
-        Returns:
-            The result so far; an empty one, and nothing changes, if there is no file.
-
-        Raises:
-            ValueError: If the file is no checkpoint, a damaged one, or of a fit with other arguments; the message says
-                what differs.
-        """
-        if not self.path.exists():
-            return FitResult()
-        state = self._read()
-        before = state["arguments"].get("num_epochs", self.num_epochs)
-        longer = before < self.num_epochs
-        extend = extend and longer
-        differences = _differences(state["arguments"], self._arguments(before) if longer else self.arguments)
-        if longer and not extend:
-            differences.insert(0, f"`num_epochs` was {before}, now {self.num_epochs}")
-        if differences:
-            more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
-            hint = '; resume="extend" goes on to more epochs' if longer and not extend and len(differences) == 1 else ""
-            raise ValueError(
-                f"fit: checkpoint {str(self.path)!r} is of another fit: {'; '.join(differences[:5])}{more}{hint}"
-            )
-        step = self.step
-        step.objective.module.load_state_dict(state["modules"])
-        scheduler = step.lr_schedule
-        if extend and scheduler is not None:
-            skip_steps(scheduler, state["result"]["num_steps"])
-        scheduled = [{k: v for k, v in group.items() if k != "params"} for group in step.optimizer.param_groups]
-        step.optimizer.load_state_dict(state["optimizer"])
-        if extend:  # the learning rate is that of the longer schedule
-            for group, options in zip(step.optimizer.param_groups, scheduled, strict=True):
-                group.update(options)
-        elif scheduler is not None:
-            scheduler.load_state_dict(state["lr_schedule"])
-        torch.set_rng_state(state["random"])
-        for device, random in zip(self.devices, state["random_cuda"], strict=False):
-            torch.cuda.set_rng_state(random, device)
-        lengths = {name: LengthSummary(**summary) for name, summary in state["result"].pop("lengths").items()}
-        return FitResult(**state["result"], lengths=lengths)
-
-    def _read(self) -> dict[str, Any]:
-        with self.path.open("rb") as file:
-            try:
-                damaged = zipfile.ZipFile(file).testzip()  # torch does not look at the sums
-                file.seek(0)
-                state = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
-            except Exception:  # of zip, pickle or torch, whose advice is no good here
-                state = None
-        keys = {"arguments", "modules", "optimizer", "lr_schedule", "random", "random_cuda", "result"}
-        if (
-            not isinstance(state, dict)
-            or set(state) != keys
-            or set(state["result"]) != {each.name for each in fields(FitResult)}
-        ):
-            raise ValueError(
-                f"fit: {str(self.path)!r} is no checkpoint of fit, or a damaged one, or of another version: give "
-                "another path, or leave `resume` out to start anew and write over it"
-            )
-        return state
+    before, now = old.get("num_epochs"), new["num_epochs"]
+    longer = isinstance(before, int) and before < now
+    found = _differences(old, new | {"num_epochs": before} if longer else new)
+    if longer and not extend:
+        found.insert(0, f"`num_epochs` was {before}, now {now}")
+    if found:
+        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+        hint = '; resume="extend" goes on to more epochs' if longer and not extend and len(found) == 1 else ""
+        raise ValueError(f"fit: checkpoint {str(path)!r} is of another fit: {'; '.join(found[:5])}{more}{hint}")
 
 
 def _plain(state: Any) -> Any:

@@ -3,10 +3,9 @@
 import inspect
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro.infer import ELBO, TraceEnum_ELBO
@@ -19,15 +18,18 @@ from pyro_vnd._compat import QuietModule
 from pyro_vnd._data import Data, as_arguments, named_parts
 from pyro_vnd.infer.elbo import NestedELBO, conditional_part
 from pyro_vnd.infer.guides import AutoNested
-from pyro_vnd.infer.schedules import LRSchedule, MaskSchedule, PriceSchedule
+from pyro_vnd.infer.optimizer_settings import OptimizerSettings
+from pyro_vnd.infer.schedules import KLWeights, LRSchedule, MaskSchedule, PriceSchedule
 from pyro_vnd.nn.guide import NetGuide
 
 __all__ = [
+    "Asked",
+    "LearningRate",
     "check_arguments",
-    "check_checkpoint",
     "check_elbo",
     "check_programs",
-    "check_schedules",
+    "check_schedule",
+    "device_of",
     "make_lr_scheduler",
     "make_optimizer",
     "positive_number",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 Program = Callable[..., Any]
+LearningRate = float | Mapping[str, float]
 
 
 def _refuse(argument: str, expected: str, got: Any) -> None:
@@ -114,33 +117,48 @@ def _check_owner(model: nn.Module, guide: nn.Module) -> None:
 _IN_FIT = "NestedELBO(), Trace_ELBO(), TraceMeanField_ELBO() or TraceEnum_ELBO()"
 
 
+class Asked(NamedTuple):
+    """Arguments of `fit` that say how to train."""
+
+    num_epochs: int | None
+    lr: LearningRate | None
+    optimizer: OptimizerSettings
+    elbo: ELBO
+    weights: KLWeights
+    schedule: MaskSchedule | PriceSchedule | None
+    plate: str
+    precision: str
+    seed: int | None
+
+
 def check_arguments(
     *,
-    optimizer: Any,
-    lr_schedule: Any,
+    num_epochs: Any,
+    lr: Any,
+    optimizer: OptimizerSettings,
     elbo: Any,
+    weights: Any,
     schedule: Any,
-    local_reparam: Any,
-    stop: Any,
     plate: Any,
+    precision: Any,
     seed: Any,
-    resume: Any,
-    checkpoint: Any,
-) -> None:
-    """Check what kind of thing each argument is.
+) -> Asked:
+    """Check what kind of thing each argument is, and return all of them.
 
     Raises:
         ValueError: If one is no such thing; the message says what would be.
     """
-    if optimizer is not None:
-        _check_maker("optimizer", optimizer, Optimizer, "a class of torch.optim or a function of parameters and `lr`")
-    if lr_schedule is not None:
+    num_epochs = None if num_epochs is None else whole_number("num_epochs", num_epochs)
+    if optimizer.optimizer is not None:
+        expected = "a class of torch.optim, a function of parameters and `lr`, or OptimizerSettings"
+        _check_maker("optimizer", optimizer.optimizer, Optimizer, expected)
+    if optimizer.lr_schedule is not None:
         expected = "a function of an optimiser and the number of steps, such as cosine_to_zero(), or None"
-        _check_maker("lr_schedule", lr_schedule, LRScheduler, expected)
+        _check_maker("lr_schedule", optimizer.lr_schedule, LRScheduler, expected)
         try:
-            inspect.signature(lr_schedule).bind(None, 1)
+            inspect.signature(optimizer.lr_schedule).bind(None, 1)
         except TypeError:
-            _refuse("lr_schedule", expected, lr_schedule)
+            _refuse("lr_schedule", expected, optimizer.lr_schedule)
         except ValueError:  # no signature
             pass
     if not isinstance(elbo, ELBO):
@@ -148,20 +166,14 @@ def check_arguments(
     if not hasattr(elbo, "differentiable_loss") or type(elbo).__name__.startswith("Jit"):
         name = type(elbo).__name__
         raise ValueError(f"fit: argument `elbo` must be {_IN_FIT}; got {name}, which goes with pyro.infer.SVI")
-    if local_reparam not in (False, True, "linear"):
-        _refuse("local_reparam", "True, False or 'linear'", local_reparam)
-    if local_reparam and not isinstance(elbo, NestedELBO):
-        raise ValueError(f"fit: argument `local_reparam` needs a NestedELBO; {type(elbo).__name__} scores weights")
+    if not isinstance(weights, KLWeights):
+        _refuse("weights", "KLWeights(latents=, local=, lengths=)", weights)
     if not (schedule is None or isinstance(schedule, MaskSchedule | PriceSchedule)):
-        _refuse(
-            "schedule",
-            "a MaskSchedule(), a PriceSchedule() or None; schedules of weights go to `kl_weight` and its like",
-            schedule,
-        )
-    if not (stop is None or (callable(stop) and not isinstance(stop, type))):
-        _refuse("stop", "a function of the ELBO by epoch, such as Plateau(), or None", stop)
+        _refuse("schedule", "a MaskSchedule(), a PriceSchedule() or None; weights of KLs go to `weights`", schedule)
     if not isinstance(plate, str):
         _refuse("plate", "the name of a plate", plate)
+    if precision not in ("32", "bf16"):
+        _refuse("precision", "'32' or 'bf16'", precision)
     if seed is not None:
         try:
             in_range = not isinstance(seed, bool) and 0 <= operator.index(seed) < 2**63
@@ -169,11 +181,34 @@ def check_arguments(
             in_range = False
         if not in_range:
             _refuse("seed", "an integer from 0 to 2**63 - 1, or None", seed)
-    if resume not in (False, True, "extend"):
-        _refuse("resume", "True, False or 'extend'", resume)
-    if resume and checkpoint is None:
-        raise ValueError("fit: argument `resume` needs the `checkpoint` to go on from")
-    check_checkpoint(checkpoint)
+        seed = operator.index(seed)
+    return Asked(num_epochs, _learning_rate(lr), optimizer, elbo, weights, schedule, plate, precision, seed)
+
+
+def _learning_rate(lr: Any) -> LearningRate | None:
+    """Return a rate, or rates by group, as numbers of Python's own; None stays None."""
+    if isinstance(lr, Mapping):
+        return {str(key): positive_number(f"lr[{key!r}]", rate) for key, rate in lr.items()}
+    return None if lr is None else positive_number("lr", lr)
+
+
+def device_of(device: Any) -> torch.device | None:
+    """Return a device that there is, or None if none was asked for.
+
+    Raises:
+        ValueError: If it cannot be used here.
+    """
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError) as error:  # the last is a torch without CUDA
+        said = str(error).partition("\n")[0]
+        raise ValueError(
+            f"fit: argument `device` must be a device that torch has here; got {device!r}: {said}"
+        ) from None
+    return found
 
 
 def check_elbo(elbo: ELBO, guide: Any) -> None:
@@ -193,26 +228,28 @@ def check_elbo(elbo: ELBO, guide: Any) -> None:
         )
 
 
-def check_schedules(guide: Any, schedule: Any, temperature: Any) -> None:
+def check_schedule(guide: Any, schedule: Any) -> None:
     """Check that a guide whose latents know the lengths is not told where to take its masks from.
 
     Raises:
         ValueError: If it is.
     """
-    for name, value in (("schedule", schedule), ("temperature", temperature)):
-        if value is not None and conditional_part(guide) is not None:
-            other = "AutoNested(model, latents='mean_field')"
-            if isinstance(value, PriceSchedule):
-                other = "AutoNested(model, amortise=network), whose lengths are by row and at any price"
-            raise ValueError(
-                f"fit: argument `{name}` is for masks that are drawn; the latents of this AutoNested know the lengths, "
-                f"and each step trains all of these alike. Leave it out, or use {other}"
-            )
+    if schedule is not None and conditional_part(guide) is not None:
+        other = "AutoNested(model, latents='mean_field')"
+        if isinstance(schedule, PriceSchedule):
+            other = "AutoNested(model, amortise=network), whose lengths are by row and at any price"
+        raise ValueError(
+            "fit: argument `schedule` is for masks that are drawn; the latents of this AutoNested know the lengths, "
+            f"and each step trains all of these alike. Leave it out, or use {other}"
+        )
 
 
 def _check_maker(argument: str, maker: Any, kind: type, expected: str) -> None:
     if isinstance(maker, type) and issubclass(maker, LBFGS):
-        raise ValueError(f"fit: argument `{argument}` is LBFGS, which needs a closure that `fit` has not; take another")
+        raise ValueError(
+            f"fit: argument `{argument}` is LBFGS, which needs a closure, and the same rows and draws in each of its "
+            "evaluations; `fit` has neither: take another"
+        )
     from_pyro = isinstance(maker, PyroOptim) or getattr(maker, "__module__", "").startswith("pyro.optim")
     if from_pyro and not (isinstance(maker, type) and issubclass(maker, kind)):
         _refuse(argument, f"{expected}, not one of pyro.optim, which is for pyro.infer.SVI", maker)
@@ -224,13 +261,13 @@ def _check_maker(argument: str, maker: Any, kind: type, expected: str) -> None:
         )
 
 
-def make_optimizer(make: Callable[..., Any], parameters: Sequence[Tensor], lr: float) -> Optimizer:
+def make_optimizer(make: Callable[..., Any], groups: Sequence[Any], lr: LearningRate) -> Optimizer:
     """Make the optimiser, and see that it is one.
 
     Raises:
         ValueError: If it is none that `fit` can step.
     """
-    made = make(parameters, lr=lr)
+    made = make(groups, lr=max(lr.values()) if isinstance(lr, Mapping) else lr)
     if not isinstance(made, Optimizer) or isinstance(made, LBFGS):
         _refuse("optimizer", "what makes a torch optimiser whose step needs no closure", type(made))
     return made
@@ -246,22 +283,6 @@ def make_lr_scheduler(make: LRSchedule | None, optimizer: Optimizer, num_steps: 
     if made is not None and (not isinstance(made, LRScheduler) or isinstance(made, ReduceLROnPlateau)):
         _refuse("lr_schedule", "what makes a torch LRScheduler whose step needs no value", type(made))
     return made
-
-
-def check_checkpoint(path: Any) -> None:
-    """Check that a checkpoint can be written where it is to be.
-
-    Raises:
-        ValueError: If not.
-    """
-    if path is None:
-        return
-    if not isinstance(path, str | Path) or not str(path):
-        _refuse("checkpoint", "the path of a file", path)
-    if Path(path).is_dir():
-        raise ValueError(f"fit: argument `checkpoint` is {str(path)!r}, a folder; give the path of a file in it")
-    if not Path(path).parent.is_dir():
-        raise ValueError(f"fit: argument `checkpoint` is {str(path)!r}, whose folder does not exist")
 
 
 def foreign_dtype(data: Data, module: nn.Module) -> str | None:

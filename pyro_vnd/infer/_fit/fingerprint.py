@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyro_vnd._data import Data, named_parts
+from pyro_vnd._data import named_parts
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer._fit.checks import make_lr_scheduler, make_optimizer
-from pyro_vnd.infer.schedules import LRSchedule, MaskSchedule, PriceSchedule, Schedule
+from pyro_vnd.infer._fit.checks import LearningRate, make_lr_scheduler, make_optimizer
+from pyro_vnd.infer._fit.sources import Source
+from pyro_vnd.infer.schedules import KLWeights, LRSchedule, MaskSchedule, PriceSchedule
 
 __all__ = ["describe_data", "describe_optimisation", "describe_schedules", "skip_steps"]
 
@@ -21,44 +23,53 @@ _ROWS = 64  # of the data that are hashed
 _STEPS = 1000  # in which learning rates are compared
 
 
-def describe_data(data: Data) -> dict[str, str]:
-    """Describe each part of data: its dtype, its shape, and a hash of its first row, its last, and some between."""
+def describe_data(source: Source) -> dict[str, str]:
+    """Describe data: of tensors the dtype, the shape, and a hash of the first row, the last, and some between."""
     described = {}
-    for name, part in named_parts(data).items():
+    if source.whole is None:
+        rows = [f"{part.dtype} of shape {tuple(part.shape[1:])}" for part in named_parts(source.first()).values()]
+        return {"data": f"{source.num_data} rows in batches of {source.batch_size}, {', '.join(rows)}"}
+    for name, part in named_parts(source.whole).items():
         rows = torch.linspace(0, len(part) - 1, min(_ROWS, len(part)), dtype=torch.float64).round().long()
         sample = part.detach()[rows.to(part.device)].cpu().contiguous()
         described[name] = f"{part.dtype} of shape {tuple(part.shape)}, {_hash(sample)}"
     return described
 
 
-def describe_schedules(
-    schedules: Mapping[str, Schedule | None], masks: MaskSchedule | PriceSchedule | None
-) -> dict[str, Any]:
+def describe_schedules(weights: KLWeights, masks: MaskSchedule | PriceSchedule | None) -> dict[str, Any]:
     """Describe schedules by their values at times t that do not depend on the number of steps.
 
     Example:
-        >>> describe_schedules({"kl_weight": 0.5, "temperature": None}, MaskSchedule())
-        {'kl_weight': 0.5, 'temperature': None, 'schedule': 'MaskSchedule(learned=0.5, budget=0.4, full=0.1)'}
+        >>> describe_schedules(KLWeights(0.5), MaskSchedule())["latents"]
+        0.5
+        >>> describe_schedules(KLWeights(), MaskSchedule())["schedule"]
+        'MaskSchedule(learned=0.5, budget=0.4, full=0.1)'
     """
+    temperature = masks.temperature if isinstance(masks, MaskSchedule) else None
     described: dict[str, Any] = {}
-    for name, schedule in schedules.items():
+    for name, schedule in (weights._asdict() | {"temperature": temperature}).items():
         if callable(schedule):
             values = [float(schedule(i / 64)) for i in range(65)]
             described[name] = f"{values[0]:g} to {values[-1]:g}, {_hash(values)}"
         else:
             described[name] = schedule if schedule is None else float(schedule)
+    if isinstance(masks, MaskSchedule):
+        masks = replace(masks, temperature=None)
     law = getattr(masks, "law", None)
     hashed = f", {_hash(law.probs.tolist())}" if isinstance(law, OrderedMask) else ""
     return described | {"schedule": None if masks is None else f"{masks!r}{hashed}"}
 
 
 def describe_optimisation(
-    optimizer: Callable[..., Any], lr_schedule: LRSchedule | None, parameters: Sequence[Tensor], lr: float, steps: int
+    optimizer: Callable[..., Any], lr_schedule: LRSchedule | None, groups: Sequence[Any], lr: LearningRate, steps: int
 ) -> dict[str, Any]:
     """Describe an optimiser and its learning rates, of optimisers that take no step."""
-    made = make_optimizer(optimizer, parameters, lr)
+    made = make_optimizer(optimizer, groups, lr)
     groups = [_options(group, lr) for group in made.param_groups]
-    described = {"lr": lr, "optimizer": f"{type(made).__name__}({'; '.join(dict.fromkeys(groups))})"}
+    described = {
+        "lr": dict(lr) if isinstance(lr, Mapping) else lr,
+        "optimizer": f"{type(made).__name__}({'; '.join(dict.fromkeys(groups))})",
+    }
     scheduler = make_lr_scheduler(lr_schedule, made, steps)
     if scheduler is None:
         return described | {"lr_schedule": None}
@@ -77,7 +88,7 @@ def skip_steps(scheduler: LRScheduler, num_steps: int) -> None:
             scheduler.step()
 
 
-def _options(group: Mapping[str, Any], lr: float) -> str:
+def _options(group: Mapping[str, Any], lr: LearningRate) -> str:
     return ", ".join(
         f"{name}={value}"
         for name, value in group.items()

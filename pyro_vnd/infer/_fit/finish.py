@@ -11,13 +11,14 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
-from pyro_vnd._data import Data, as_arguments, named_parts, num_rows, split_rows
+from pyro_vnd._data import Data, as_arguments, num_rows
 from pyro_vnd._state import cuda_devices, module_mode
 from pyro_vnd.infer._conditional.evaluation import Evaluation, evaluate
 from pyro_vnd.infer._conditional.guide import AutoConditional
 from pyro_vnd.infer._fit.handlers import ScaleToDataset
 from pyro_vnd.infer._fit.mask_sources import conditional_laws
 from pyro_vnd.infer._fit.objective import Objective
+from pyro_vnd.infer._fit.sources import Source
 from pyro_vnd.infer.elbo import conditional_part
 from pyro_vnd.infer.result import FitResult
 
@@ -32,8 +33,7 @@ _SECONDS = 1.0  # for draws of a guide one by one
 def finish(
     result: FitResult,
     objective: Objective,
-    data: Data,
-    batch_size: int,
+    source: Source,
     scale: Callable[[int], ScaleToDataset],
     *,
     khat: bool,
@@ -45,42 +45,42 @@ def finish(
     Args:
         result: What is known of the fit, to which it is added.
         objective: The objective, with model and guide.
-        data: All of them.
-        batch_size: Rows that are evaluated together.
+        source: The data.
         scale: Makes the handler that scales a number of rows to the data.
         khat: Whether to estimate k-hat.
     """
     model, guide, record = objective.module.model, objective.module.guide, objective.record
     conditional, ratios = conditional_part(guide), None
-    with torch.random.fork_rng(cuda_devices([model, guide, *named_parts(data).values()])):
+    with torch.random.fork_rng(cuda_devices([model, guide])):
         # Another objective may sum out what a draw is needed of here: its running mean is kept.
-        if conditional is not None and objective.keeps_parts:
-            ratios = settle_laws(conditional, model, data, batch_size, scale)
+        if conditional is not None and objective.keeps_parts and source.can_repeat:
+            ratios = settle_laws(conditional, model, source, scale)
+            objective.agree()
             result.describe_laws(conditional_laws(guide), record.visible)
         if (
             khat
             and ratios is None
             and (conditional is None or conditional.plan.separate)
-            and batch_size == num_rows(data)
+            and source.batch_size == source.num_data
+            and source.whole is not None
             and isinstance(guide, AutoGuide)
         ):
-            plate = scale(batch_size).plate
-            ratios = None if _is_by_row(guide, plate) else _draw_ratios(guide, model, data, result.seconds)
+            plate = scale(source.batch_size).plate
+            ratios = None if _is_by_row(guide, plate) else _draw_ratios(guide, model, source.first(), result.seconds)
         if khat and ratios is not None:
             result.khat = estimate_khat(ratios)
 
 
 @torch.no_grad()
 def settle_laws(
-    guide: AutoConditional, model: Any, data: Data, batch_size: int, scale: Callable[[int], ScaleToDataset]
+    guide: AutoConditional, model: Any, source: Source, scale: Callable[[int], ScaleToDataset]
 ) -> Tensor | None:
     """Give a guide the laws of lengths that are best for its other latents, from all rows and many draws.
 
     Args:
         guide: The guide.
         model: The model.
-        data: All of them.
-        batch_size: Rows that are evaluated together.
+        source: The data.
         scale: Makes the handler that scales a number of rows to the data.
 
     Returns:
@@ -91,7 +91,7 @@ def settle_laws(
     weights: list[Tensor] = []
     with module_mode([guide, model], training=False):
         for _ in range(_NUM_DRAWS // _ROUND):
-            found = [(num_rows(batch), _evaluate(guide, model, batch, scale)) for batch in split_rows(data, batch_size)]
+            found = [(num_rows(batch), _evaluate(guide, model, batch, scale)) for batch in source.in_order()]
             total = sum(n for n, _ in found)
             shared.append(sum(n / total * each.logits for n, each in found))
             if guide.plan.by_row:

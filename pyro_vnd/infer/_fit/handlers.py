@@ -43,6 +43,11 @@ class ScaleToDataset(Messenger):
         self.found = False
         self.plates: dict[str, int] = {}
 
+    @property
+    def row_scale(self) -> float:
+        """By how much rows are scaled."""
+        return self.num_data / self.batch_size
+
     def _pyro_sample(self, msg: Any) -> None:
         in_plate = self._scale(msg)
         if msg["is_observed"] or site_is_subsample(msg):
@@ -50,7 +55,7 @@ class ScaleToDataset(Messenger):
         infer = msg["infer"]
         weight = _weight(msg, "kl_weight", 1.0)
         length_weight = _weight(msg, "length_weight", weight) * self.weights.lengths
-        weight = weight * (self.weights.inside if in_plate else self.weights.outside)
+        weight = weight * (self.weights.local if in_plate else self.weights.latents)
         if self.mark:
             # A new dict: a model that is replayed has that of the guide's site, whose weights are what is read.
             msg["infer"] = infer | {"kl_weight": weight, "length_weight": length_weight}
@@ -76,7 +81,7 @@ class ScaleToDataset(Messenger):
                 )
             self.found = True
             if frame.full_size in (frame.size, None):
-                msg["scale"] = msg["scale"] * (self.num_data / self.batch_size)
+                msg["scale"] = msg["scale"] * self.row_scale
             return True
         return False
 

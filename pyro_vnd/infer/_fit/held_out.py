@@ -7,41 +7,58 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 
-from pyro_vnd._data import Data, as_arguments, named_parts, num_rows, split_rows
-from pyro_vnd._state import cuda_devices, module_mode
+from pyro_vnd._data import as_arguments, num_rows
+from pyro_vnd.infer._fit.parallel import Ranks
+from pyro_vnd.infer._fit.sources import batches_of, move
 
 __all__ = ["mean_log_likelihood"]
 
 
 @torch.no_grad()
 def mean_log_likelihood(
-    model: Callable[..., Any], guide: Callable[..., Any], data: Data, batch_size: int, plate: str = "data"
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    batch_size: int,
+    plate: str = "data",
+    *,
+    device: torch.device | None = None,
+    ranks: Ranks | None = None,
 ) -> float:
     r"""Return the log-likelihood of data at draws of the guide, $\frac1N \sum_n \log p(x_n \mid w), w \sim q$.
 
-    Each batch has one draw of the latents. Modules are in evaluation mode, and the random numbers that the draws take
-    are given back, so that a fit is the same with and without it.
+    Each batch has one draw of the latents.
 
     Args:
         model: A Pyro model.
         guide: Its guide.
-        data: Tensors with the same number of rows.
-        batch_size: Rows of a batch; the last one may have fewer.
+        data: Data in any of the forms that `fit` takes.
+        batch_size: Rows of a batch of tensors; the last one may have fewer.
         plate: Name of the plate over the rows: observed sites in it count, or all of them if none is in it.
+        device: Where batches are moved to, or None.
+        ranks: The processes, which take the batches in turns.
 
     Returns:
         Nats per row.
+
+    Raises:
+        ValueError: If there are no rows.
     """
-    total: Any = 0.0
-    devices = cuda_devices([model, guide, *named_parts(data).values()])
-    with torch.random.fork_rng(devices), module_mode([model, guide], training=False):
-        for batch in split_rows(data, batch_size):
-            args, kwargs = as_arguments(batch)
-            drawn = poutine.trace(guide).get_trace(*args, **kwargs)
-            trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
-            sites: list[Any] = [trace.nodes[name] for name in trace.observation_nodes]
-            in_plate = [site for site in sites if any(frame.name == plate for frame in site["cond_indep_stack"])]
-            for site in in_plate or sites:
-                # Without the scale of a plate that is for more rows.
-                total += scale_and_mask(site["fn"].log_prob(site["value"]), 1.0, site["mask"]).sum()
-    return float(total) / num_rows(data)
+    ranks = Ranks() if ranks is None else ranks
+    total, count = 0.0, 0
+    for i, batch in enumerate(batches_of(data, batch_size)):
+        if i % ranks.size != ranks.rank:
+            continue
+        args, kwargs = as_arguments(move(batch, device))
+        drawn = poutine.trace(guide).get_trace(*args, **kwargs)
+        trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
+        sites: list[Any] = [trace.nodes[name] for name in trace.observation_nodes]
+        in_plate = [site for site in sites if any(frame.name == plate for frame in site["cond_indep_stack"])]
+        for site in in_plate or sites:
+            # Without the scale of a plate that is for more rows.
+            total += float(scale_and_mask(site["fn"].log_prob(site["value"]), 1.0, site["mask"]).sum())
+        count += num_rows(batch)
+    both = ranks.sum(torch.tensor([total, count], dtype=torch.float64, device=ranks.device)).tolist()
+    if both[1] == 0:
+        raise ValueError("fit: `validation` must have rows each time it is read; got none: is it an iterator?")
+    return both[0] / both[1]

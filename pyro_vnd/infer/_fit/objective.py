@@ -1,6 +1,7 @@
 """The objective of a fit: the ELBO of a mini-batch, its parts, and what makes them infinite."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from traceback import walk_tb
 from typing import Any
@@ -13,11 +14,12 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vnd._compat import stray_params
-from pyro_vnd._data import Data, as_arguments
+from pyro_vnd._data import Data, as_arguments, num_rows
 from pyro_vnd.infer._fit.checks import check_elbo, foreign_dtype
 from pyro_vnd.infer._fit.handlers import EvaluationRecord, ScaleToDataset
+from pyro_vnd.infer._fit.parallel import Ranks, touched
 from pyro_vnd.infer._fit.settings import KLWeights
-from pyro_vnd.infer.elbo import NestedELBO
+from pyro_vnd.infer.elbo import NestedELBO, conditional_part
 from pyro_vnd.infer.result import ElboParts
 
 __all__ = ["NonFiniteLossError", "Objective"]
@@ -36,12 +38,13 @@ class Objective:
         elbo: The ELBO.
         model: The model.
         guide: The guide.
-        scale: Makes the handler that scales a batch to the data, from weights of KLs.
+        scale: Makes the handler that scales a batch to the data, from its number of rows and the weights of KLs.
         first_batch: Rows for the first evaluation.
 
     Attributes:
         module: Model, guide and ELBO, whose parameters are trained.
         parameters: These parameters.
+        shared: The module, or what averages its gradients over processes.
         record: What was seen in the last evaluation.
 
     Raises:
@@ -53,14 +56,15 @@ class Objective:
         elbo: Any,
         model: Any,
         guide: Any,
-        scale: Callable[[KLWeights], ScaleToDataset],
+        scale: Callable[[int, KLWeights], ScaleToDataset],
         first_batch: Data,
     ) -> None:
         self.module: Any = elbo(model, guide)
+        self.shared = self.module
         self.scale = scale
         self.keeps_parts = isinstance(elbo, NestedELBO)
         self.record = EvaluationRecord(score=not self.keeps_parts)
-        first, sites = scale(KLWeights()), ProgramSites()
+        first, sites = scale(num_rows(first_batch), KLWeights()), ProgramSites()
         with poutine.trace(param_only=True) as trace:
             try:
                 self._evaluate(first_batch, first, partial(elbo.differentiable_loss, *sites.watch(model, guide)))
@@ -97,7 +101,43 @@ class Objective:
             NonFiniteLossError: If torch or Pyro refuse a law or a value that is not finite. Any other error stays what
                 it is, and has a note that names the last site before it.
         """
-        return self._evaluate(batch, self.scale(weights), self.module)
+        loss = self._evaluate(batch, self.scale(num_rows(batch), weights), self.shared)
+        return loss if self.shared is self.module else touched(loss, self.parameters)
+
+    def share(self, ranks: Ranks, device: torch.device | None) -> None:
+        """From here on, average gradients over processes.
+
+        Raises:
+            ValueError: If there are laws for rows that processes would have to exchange.
+        """
+        part = conditional_part(self.module.guide)
+        if ranks.size > 1 and part is not None and part.plan.by_row:
+            raise ValueError(
+                "fit: a guide with a law of lengths for each row learns on one process; let the rows share it "
+                "(`shared_plates`), or start one process"
+            )
+        self.ranks, self.shared = ranks, ranks.wrap(self.module, device)
+
+    def row_scale(self, batch: Data) -> float:
+        """Return by how much the rows of a batch are scaled."""
+        return self.scale(num_rows(batch), KLWeights()).row_scale
+
+    def weigh(self, weight: float) -> None:
+        """Say by how much the next batch counts, in laws that are learned in closed form."""
+        part = conditional_part(self.module.guide)
+        if part is not None:
+            part.batch_weight = min(weight, 1.0)
+
+    def together(self, last: bool) -> AbstractContextManager[Any]:
+        """Return a context for a backward pass, of which the last of a step averages gradients over processes."""
+        return nullcontext() if last or self.shared is self.module else self.shared.no_sync()
+
+    def agree(self) -> None:
+        """Let processes have the same laws where these are learned in closed form, not by gradients."""
+        part = None if self.shared is self.module else conditional_part(self.module.guide)
+        if part is not None:
+            mean = self.ranks.sum(part.logits.detach().clone()) / self.ranks.size
+            part.learn(mean, None, share=1.0)
 
     def _evaluate(self, batch: Data, scale: ScaleToDataset, loss: Callable[..., Tensor]) -> Tensor:
         args, kwargs = as_arguments(batch)
@@ -108,7 +148,7 @@ class Objective:
             site = f"after site {self.record.last_site!r}" if self.record.last_site else "before the first site"
             if isinstance(error, ValueError) and _is_about_something_infinite(error):
                 raise NonFiniteLossError(f"fit: evaluating the ELBO failed {site}: {error}") from error
-            error.add_note(f"fit: raised while the ELBO was evaluated, {site}")
+            error.add_note(f"fit: raised while the ELBO was evaluated, {site}, on a batch of {num_rows(batch)} rows")
             raise
 
     def _explain(self, error: Exception, batch: Data) -> None:
@@ -160,7 +200,7 @@ class Objective:
     @torch.no_grad()
     def _site_to_blame(self, batch: Data) -> str:
         args, kwargs = as_arguments(batch)
-        with self.scale(KLWeights()):
+        with self.scale(num_rows(batch), KLWeights()):
             guide = poutine.trace(self.module.guide).get_trace(*args, **kwargs)
             model = poutine.trace(poutine.replay(self.module.model, trace=guide)).get_trace(*args, **kwargs)
         for where, trace in (("guide", guide), ("model", model)):

@@ -20,17 +20,21 @@ __all__ = ["Step"]
 
 
 class Step:
-    """One step of the optimiser.
+    r"""One step of the optimiser.
+
+    Its gradient is the mean over rows: a batch of b rows counts b / B, where B are the rows of a full step, so that a
+    last batch with fewer rows counts less, and every row of an epoch the same.
 
     Args:
         objective: What is minimised.
         optimizer: The optimiser of its parameters.
-        lr_schedule: Scheduler of the learning rate, stepped after each step, or None.
+        lr_schedule: Scheduler of the learning rate, which the loop steps after each step, or None.
+        num_rows: B, rows of a full step on this process.
         cuts: Where masks come from, or None for their laws.
         with_temperature: Parts of model and guide whose masks have a temperature.
-        handlers: Make more contexts for each evaluation of the objective.
         clip_norm: Largest norm of the gradient, or None.
         values: Lets value heads learn from each evaluation, or None.
+        evaluating: Makes one more context for each evaluation, of the precision of torch.
     """
 
     def __init__(
@@ -38,55 +42,70 @@ class Step:
         objective: Objective,
         optimizer: Optimizer,
         lr_schedule: LRScheduler | None,
-        cuts: MaskCuts | None,
-        with_temperature: Sequence[Any],
-        handlers: Sequence[Callable[[], AbstractContextManager[Any]]],
-        clip_norm: float | None,
+        num_rows: float,
+        cuts: MaskCuts | None = None,
+        with_temperature: Sequence[Any] = (),
+        clip_norm: float | None = None,
         values: ValueSites | None = None,
+        evaluating: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self.objective, self.optimizer, self.lr_schedule = objective, optimizer, lr_schedule
-        self.cuts, self.with_temperature, self.handlers, self.clip_norm = cuts, with_temperature, handlers, clip_norm
-        self.values = values
+        self.objective, self.optimizer, self.lr_schedule, self.num_rows = objective, optimizer, lr_schedule, num_rows
+        self.cuts, self.with_temperature, self.clip_norm, self.values = cuts, with_temperature, clip_norm, values
+        self.evaluating = evaluating
 
-    def __call__(self, batch: Data, setting: Setting) -> ElboParts:
+    def __call__(self, batches: Sequence[Data], setting: Setting) -> ElboParts:
         """Take a step.
 
         Args:
-            batch: Rows of the data.
+            batches: Rows of the data; gradients of several batches are accumulated.
             setting: What holds in this step.
 
         Returns:
-            The parts of the ELBO of the batch, detached.
+            The parts of the ELBO of the batches, detached.
 
         Raises:
             NonFiniteLossError: If the loss or a gradient is not finite.
         """
         setting.set_temperature(self.with_temperature)
         self.optimizer.zero_grad(set_to_none=True)
-        particles = [nullcontext()] if self.cuts is None else self.cuts.draw(num_rows(batch), setting.t)
-        parts = []
-        for particle in particles:
-            with ExitStack() as stack:
-                for context in (particle, *(handler() for handler in self.handlers)):
-                    stack.enter_context(context)
-                if self.values is not None:
-                    stack.enter_context(self.values)  # within: it sees laws before they are cut
-                loss = self.objective(batch, setting.weights)
-                if self.values is not None and (error := self.values.loss()) is not None:
-                    loss = loss + (error - error.detach())  # in the gradient of the heads, which have no other
-                # Here, so that memory holds the graph of one at a time.
-                (loss if len(particles) == 1 else loss / len(particles)).backward()
-                parts.append(self.objective.parts(loss))
+        parts, counts = [], []
+        for i, batch in enumerate(batches):
+            count = num_rows(batch)
+            particles = [nullcontext()] if self.cuts is None else self.cuts.draw(count, setting.t)
+            weight = count / self.num_rows
+            self.objective.weigh(weight)
+            for j, particle in enumerate(particles):
+                last = i == len(batches) - 1 and j == len(particles) - 1
+                parts.append(self._evaluate(batch, particle, setting, weight / len(particles), last=last))
+                counts.append(count)
+        self.objective.agree()
         norm = self._clip()
-        mean = ElboParts.of_particles(parts)
+        mean = ElboParts.weighted(parts, counts)
         # One look at the device a step. A loss that is not finite is found here, too: nothing was updated yet.
         if not (torch.isfinite(mean.elbo) & torch.isfinite(norm)):
             what, value = ("gradient norm", norm) if torch.isfinite(mean.elbo) else ("loss", -mean.elbo)
-            raise NonFiniteLossError(f"fit: the {what} is {value.item()}; {self.objective.blame(batch)}")
+            raise NonFiniteLossError(f"fit: the {what} is {value.item()}; {self.objective.blame(batches[-1])}")
         self.optimizer.step()
-        if self.lr_schedule is not None:
-            self.lr_schedule.step()
         return mean
+
+    def _evaluate(
+        self, batch: Data, particle: AbstractContextManager[None], setting: Setting, weight: float, *, last: bool
+    ) -> ElboParts:
+        """Add the gradient of one evaluation of the objective; here, so that memory holds the graph of one at a time.
+
+        The last one of a step is that in which processes add up their gradients.
+        """
+        with ExitStack() as stack:
+            for context in (particle, self.evaluating(), self.objective.together(last)):
+                stack.enter_context(context)
+            if self.values is not None:
+                self.values.row_scale = self.objective.row_scale(batch)
+                stack.enter_context(self.values)  # within: it sees laws before they are cut
+            loss = self.objective(batch, setting.weights)
+            if self.values is not None and (error := self.values.loss()) is not None:
+                loss = loss + (error - error.detach())  # in the gradient of the heads, which have no other
+            (loss if weight == 1 else loss * weight).backward()
+            return self.objective.parts(loss)
 
     def _clip(self) -> Tensor:
         parameters = self.objective.parameters

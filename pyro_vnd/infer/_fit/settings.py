@@ -4,30 +4,16 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from pyro_vnd.infer.schedules import Schedule, schedule_values
+from pyro_vnd.infer.schedules import KLWeights, MaskSchedule, PriceSchedule, schedule_values
 
 __all__ = ["KLWeights", "Setting", "Settings"]
-
-
-class KLWeights(NamedTuple):
-    """Weights of KLs in the objective.
-
-    Attributes:
-        outside: Of latents outside the plate of the data that are no masks.
-        inside: Of latents inside it that are no masks.
-        lengths: Of masks, and of the lengths of codes.
-    """
-
-    outside: float = 1.0
-    inside: float = 1.0
-    lengths: float = 1.0
 
 
 class Setting(NamedTuple):
     """What holds in one step.
 
     Attributes:
-        weights: Weights of KLs.
+        weights: Weights of KLs, numbers.
         temperature: Temperature of masks, or None to leave it alone.
         t: How far the fit is, from 0 to 1.
     """
@@ -44,15 +30,12 @@ class Setting(NamedTuple):
 
 
 class Settings:
-    """What holds in each step, by its number.
+    """What holds in each step, by its number; after the last one that was planned, what holds there.
 
     Args:
-        num_steps: Steps of the whole fit.
-        kl_weight: As in `fit`.
-        local_kl_weight: As in `fit`.
-        length_weight: As in `fit`.
-        temperature: As in `fit`.
-        anneal: Share of the fit in which the shares of a `MaskSchedule` still change.
+        num_steps: Steps of the whole fit, as far as is known.
+        weights: As in `fit`.
+        schedule: As in `fit`.
 
     Raises:
         ValueError: If a value of a schedule is invalid.
@@ -61,23 +44,20 @@ class Settings:
     def __init__(
         self,
         num_steps: int,
-        kl_weight: Schedule = 1.0,
-        local_kl_weight: Schedule = 1.0,
-        length_weight: Schedule = 1.0,
-        temperature: Schedule | None = None,
-        anneal: float = 0.0,
+        weights: KLWeights | None = None,
+        schedule: MaskSchedule | PriceSchedule | None = None,
     ) -> None:
-        self._last, self._anneal = num_steps - 1, anneal
-        self._weights = [
-            schedule_values("kl_weight", kl_weight, num_steps),
-            schedule_values("local_kl_weight", local_kl_weight, num_steps),
-            schedule_values("length_weight", length_weight, num_steps),
-        ]
+        self._last = num_steps - 1
+        self._anneal = 0.0 if schedule is None else schedule.anneal
+        named = (weights or KLWeights())._asdict()
+        self._weights = [schedule_values(f"weights.{name}", weight, num_steps) for name, weight in named.items()]
+        temperature = schedule.temperature if isinstance(schedule, MaskSchedule) else None
         self._temperature = None
         if temperature is not None:
-            self._temperature = schedule_values("temperature", temperature, num_steps, positive=True)
+            self._temperature = schedule_values("schedule.temperature", temperature, num_steps, positive=True)
 
     def __getitem__(self, step: int) -> Setting:
+        step = min(step, self._last)
         temperature = None if self._temperature is None else self._temperature[step]
         weights = KLWeights(*(values[step] for values in self._weights))
         return Setting(weights, temperature, t=step / max(self._last, 1))

@@ -15,7 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_vnd._compat import recall
-from pyro_vnd._data import Data, as_arguments, map_parts, num_rows
+from pyro_vnd._data import Data, as_arguments
 from pyro_vnd._state import module_mode
 from pyro_vnd.distributions import NestedAutoregressive, OrderedMask
 from pyro_vnd.distributions.constraints import counted
@@ -223,33 +223,38 @@ def _divergence(q: Any, p: Any, value: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate_heads(model: Any, guide: Any, data: Data, plate: str, batch_size: int) -> None:
+def calibrate_heads(model: Any, guide: Any, batches: Iterable[Data], plate: str) -> None:
     """Tell value heads which price leads to which mean length; those that learned nothing in the fit forget it.
 
-    Over rows from all over the data of which the model does not hide all that is observed, as in the regression. A
-    model that is always given all of its rows is given them here, too.
+    Over rows from all over the data of which the model does not hide all that is observed, as in the regression.
+
+    Args:
+        model: The model.
+        guide: The guide.
+        batches: Rows of the data.
+        plate: Name of the plate of the data.
     """
     known = _heads([model, guide])
     if not known:
         return
-    size = num_rows(data)
-    few = torch.linspace(0, size - 1, min(size, NUM_CALIBRATION)).round().long()
-    rows = few if batch_size < size else torch.arange(size)
-    args, kwargs = as_arguments(map_parts(lambda part: part[rows.to(part.device)], data))
-    values = ValueSites(plate, 1.0, False, None)
-    with module_mode([model, guide], training=False), poutine.block(), values:
-        trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        poutine.replay(model, trace=trace)(*args, **kwargs)
-    trained = set()
-    for now in values.rounds:
-        for name, curves in now.values.items():
-            seen = curves.flatten(0, -2)
-            if now.visible:
-                seen = seen[now.seen(name).flatten()]
-            if len(seen):
-                now.heads[name].calibrate(seen[few] if len(seen) == size > len(few) else seen[:NUM_CALIBRATION])
-                trained.add(now.heads[name])
-    for head in known - trained:
+    found: dict[ValueHead, list[Tensor]] = {}
+    with module_mode([model, guide], training=False), poutine.block():
+        for batch in batches:
+            args, kwargs = as_arguments(batch)
+            with ValueSites(plate, 1.0, False, None) as values:
+                trace = poutine.trace(guide).get_trace(*args, **kwargs)
+                poutine.replay(model, trace=trace)(*args, **kwargs)
+            for now in values.rounds:
+                for name, curves in now.values.items():
+                    seen = curves.flatten(0, -2)
+                    found.setdefault(now.heads[name], []).append(
+                        seen[now.seen(name).flatten()] if now.visible else seen
+                    )
+    trained = {head: torch.cat(curves) for head, curves in found.items() if sum(map(len, curves))}
+    for head, curves in trained.items():
+        few = torch.linspace(0, len(curves) - 1, min(len(curves), NUM_CALIBRATION)).round().long()
+        head.calibrate(curves[few.to(curves.device)])
+    for head in known - trained.keys():
         head.forget()
 
 
@@ -259,7 +264,7 @@ def _heads(roots: Iterable[Any]) -> set[ValueHead]:
     return {part for part in modules if isinstance(part, ValueHead)}
 
 
-def value_sites(objects: Iterable[Any], elbo: ELBO, schedule: Any, plate: str, row_scale: float) -> ValueSites | None:
+def value_sites(objects: Iterable[Any], elbo: ELBO, schedule: Any, plate: str) -> ValueSites | None:
     """Return the handler that lets value heads learn, or None where there are none.
 
     Args:
@@ -267,7 +272,6 @@ def value_sites(objects: Iterable[Any], elbo: ELBO, schedule: Any, plate: str, r
         elbo: The objective.
         schedule: That of the fit.
         plate: Name of the plate of the data.
-        row_scale: By how much rows in it are scaled.
 
     Raises:
         ValueError: If the schedule has prices, and no law of lengths is by values.
@@ -280,4 +284,4 @@ def value_sites(objects: Iterable[Any], elbo: ELBO, schedule: Any, plate: str, r
                 "none: an autoencoder's has with posterior_lengths='priced', an AutoNested with `amortise`"
             )
         return None
-    return ValueSites(plate, row_scale, not isinstance(elbo, Trace_MMD), prices)
+    return ValueSites(plate, 1.0, not isinstance(elbo, Trace_MMD), prices)

@@ -1,0 +1,243 @@
+"""The loop over epochs and steps, with what goes on from a checkpoint."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vnd._compat import quiet_lookups
+from pyro_vnd._data import Data, num_rows
+from pyro_vnd.infer._fit.checkpoint import State, check_same_fit
+from pyro_vnd.infer._fit.fingerprint import skip_steps
+from pyro_vnd.infer._fit.mask_sources import conditional_laws, nested_laws
+from pyro_vnd.infer._fit.objective import Objective
+from pyro_vnd.infer._fit.optimisation import Step
+from pyro_vnd.infer._fit.parallel import Ranks
+from pyro_vnd.infer._fit.settings import KLWeights, Settings
+from pyro_vnd.infer._fit.sources import Source
+from pyro_vnd.infer.callbacks import Callback, Checkpoint
+from pyro_vnd.infer.result import ElboParts, FitResult, LengthSummary
+from pyro_vnd.infer.run import Run
+
+__all__ = ["Loop"]
+
+_KEPT = 512  # steps whose parts are kept before they are added up
+
+
+class Loop(Run):
+    """A fit that can be run.
+
+    Args:
+        step: A step of the optimiser.
+        source: The data.
+        settings: What holds in each step.
+        accumulate: Batches of a step.
+        callbacks: What is called, in order.
+        describe: Describes, given a number of epochs, what must be the same when the fit goes on.
+        cuda_devices: CUDA devices of the fit.
+        ranks: The processes.
+        **known: As of `Run`.
+    """
+
+    def __init__(
+        self,
+        *,
+        step: Step,
+        source: Source,
+        settings: Settings,
+        accumulate: int,
+        callbacks: Sequence[Callback],
+        describe: Callable[[int], dict[str, Any]],
+        cuda_devices: list[torch.device],
+        ranks: Ranks,
+        **known: Any,
+    ) -> None:
+        super().__init__(optimizer=step.optimizer, batch_size=source.batch_size, ranks=ranks, **known)
+        self._step, self.source, self._settings, self._accumulate = step, source, settings, accumulate
+        self.callbacks, self._describe, self._cuda_devices = callbacks, describe, cuda_devices
+        self._place = _Place()
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return self._step.objective
+
+    @property
+    def last_weights(self) -> KLWeights:
+        """Weights of KLs in the last step."""
+        return self._settings[max(self.step - 1, 0)].weights
+
+    def train(self) -> bool:
+        """Train, and return whether there was anything to do.
+
+        Raises:
+            NonFiniteLossError: If the loss or a gradient is not finite.
+        """
+        with ExitStack() as stack:
+            for callback in self.callbacks:
+                stack.callback(callback.close)
+                if isinstance(callback, Checkpoint) and (state := callback.read()) is not None:
+                    self._go_on(state, callback.path, extend=callback.resume == "extend")
+            self._settings[max(self.step - 1, 0)].set_temperature(self._step.with_temperature)
+            for callback in self.callbacks:
+                callback.on_fit_start(self)
+            if self.stopped or self.epoch >= self.num_epochs:
+                return False
+            while self.epoch < self.num_epochs and not self.stopped:
+                self._epoch()
+            for callback in self.callbacks:
+                if not isinstance(callback, Checkpoint):
+                    callback.on_fit_end(self)
+            return True
+
+    def save(self) -> None:
+        """Write checkpoints at the very end."""
+        for callback in self.callbacks:
+            if isinstance(callback, Checkpoint):
+                callback.on_fit_end(self)
+
+    def _epoch(self) -> None:
+        with quiet_lookups():
+            for batches in self._batches():
+                parts = self._step(batches, self._settings[self.step])
+                self.result.num_steps += 1
+                if self._step.lr_schedule is not None and self.step <= self.num_steps:
+                    self._step.lr_schedule.step()
+                self._parts = parts
+                self._place.add(parts, sum(map(num_rows, batches)))
+                for callback in self.callbacks:
+                    callback.on_step(self)
+        means = self._place.means(self._ranks, self.source.num_data)
+        record, both = self._step.objective.record, (self.model, self.guide)
+        laws = record.laws | nested_laws(both) | conditional_laws(self.guide)
+        self.result.add_epoch(means, laws, record.visible)
+        self._place = _Place()
+        for callback in self.callbacks:
+            self.result.seconds = self.seconds()
+            callback.on_epoch(self)
+
+    def _batches(self) -> Iterator[list[Data]]:
+        """Yield the batches of each step of an epoch, or of its rest where a checkpoint was written within it."""
+        place, now = self._place, self._random()
+        if place.num_steps:
+            self._set_random(place.random)
+        else:
+            place.random = now
+        has_state = place.loader is not None
+        if has_state:
+            self.source.load_state_dict(place.loader)
+        batches: Iterator[Data] = self.source.epoch(self.epoch)
+        if place.num_steps:
+            skipped = 0 if has_state else place.num_steps * self._accumulate
+            first = [*islice(batches, skipped, skipped + 1)]  # here: what the loader draws, it draws before it yields
+            batches = chain(first, batches)
+            self._set_random(now)
+        while group := [*islice(batches, self._accumulate)]:
+            yield group
+
+    def _random(self) -> dict[str, Any]:
+        cuda = [torch.cuda.get_rng_state(device) for device in self._cuda_devices]
+        return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+    def _set_random(self, state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["cpu"])
+        for device, random in zip(self._cuda_devices, state["cuda"], strict=False):
+            torch.cuda.set_rng_state(random, device)
+
+    def state_dict(self) -> State:
+        """Return all that the fit needs to go on from here."""
+        step, place = self._step, self._place
+        within = place.num_steps > 0
+        return {
+            "arguments": self._arguments(self.num_epochs),
+            "modules": step.objective.module.state_dict(),
+            "optimizer": step.optimizer.state_dict(),
+            "lr_schedule": None if step.lr_schedule is None else step.lr_schedule.state_dict(),
+            "random": self._ranks.gather(self._random()),
+            "epoch": {
+                "num_steps": place.num_steps,
+                "random": self._ranks.gather(place.random) if within else None,
+                "loader": self.source.state_dict() if within else None,
+                "sums": place.sums().tolist() if within else None,
+            },
+            "callbacks": [[type(each).__name__, each.state_dict()] for each in self.callbacks],
+            "result": asdict(self.result) | {"seconds": self.seconds()},
+        }
+
+    def _arguments(self, num_epochs: int) -> dict[str, Any]:
+        state = self._step.objective.module.state_dict()
+        shapes = {name: list(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+        return {"num_epochs": num_epochs, **self._describe(num_epochs), "parameters": shapes}
+
+    def _go_on(self, state: State, path: Path, *, extend: bool) -> None:
+        """Put a state in place."""
+        before, step = state["arguments"].get("num_epochs"), self._step
+        longer = isinstance(before, int) and before < self.num_epochs
+        new = self._arguments(before if longer else self.num_epochs) | {"num_epochs": self.num_epochs}
+        check_same_fit(path, state["arguments"], new, extend=extend)
+        step.objective.module.load_state_dict(state["modules"])
+        extend, scheduler = extend and longer, step.lr_schedule
+        if extend and scheduler is not None:
+            skip_steps(scheduler, state["result"]["num_steps"])
+        scheduled = [{k: v for k, v in group.items() if k != "params"} for group in step.optimizer.param_groups]
+        step.optimizer.load_state_dict(state["optimizer"])
+        if extend:  # the learning rate is that of the longer schedule
+            for group, options in zip(step.optimizer.param_groups, scheduled, strict=True):
+                group.update(options)
+        elif scheduler is not None:
+            scheduler.load_state_dict(state["lr_schedule"])
+        kept = dict(state["callbacks"])
+        for callback in self.callbacks:
+            callback.load_state_dict(kept.get(type(callback).__name__, {}))
+        lengths = {name: LengthSummary(**summary) for name, summary in state["result"].pop("lengths").items()}
+        self.result = FitResult(**state["result"], lengths=lengths)
+        self._seconds_before = self.result.seconds
+        rank = self._ranks.rank
+        if rank < len(state["random"]):  # another process draws what it would in a new fit
+            self._set_random(state["random"][rank])
+        within = state["epoch"]
+        if within["num_steps"]:
+            random = within["random"][min(rank, len(within["random"]) - 1)]
+            self._place = _Place(within["num_steps"], random, within["loader"], within["sums"] if rank == 0 else None)
+
+
+class _Place:
+    """How far an epoch is: steps, the random numbers at its beginning, the state of the loader, and sums so far."""
+
+    def __init__(
+        self, num_steps: int = 0, random: Any = None, loader: Any = None, sums: list[float] | None = None
+    ) -> None:
+        self.num_steps, self.random, self.loader = num_steps, random, loader
+        self._sums = torch.tensor(sums or [0.0] * 5, dtype=torch.float64)
+        self._parts: list[Tensor] = []
+        self._counts: list[int] = []
+
+    def add(self, parts: ElboParts, count: int) -> None:
+        """Add a step."""
+        self.num_steps += 1
+        self._parts.append(torch.stack(parts))
+        self._counts.append(count)
+        if len(self._parts) >= _KEPT:
+            self.sums()
+
+    def sums(self) -> Tensor:
+        """Return the parts times rows, and the rows, added up."""
+        if self._parts:
+            counts = torch.tensor(self._counts, dtype=torch.float64)
+            parts = torch.stack(self._parts).cpu().double()
+            # What is not known in one step is not known of the epoch.
+            self._sums = self._sums + torch.cat([counts @ parts, counts.sum().unsqueeze(0)])
+            self._parts, self._counts = [], []
+        return self._sums
+
+    def means(self, ranks: Ranks, num_data: int) -> ElboParts:
+        """Return the means over the rows of all processes, in nats per row."""
+        *parts, rows = ranks.sum(self.sums()).tolist()
+        if rows == 0:
+            raise ValueError("fit: argument `data` must have batches in every epoch; got none: is it an iterator?")
+        return ElboParts(*(part / rows / num_data for part in parts))

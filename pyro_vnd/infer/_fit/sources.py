@@ -1,0 +1,355 @@
+"""Where the batches of a fit come from: tensors, data sets, loaders, or anything that can be iterated again."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    TensorDataset,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from pyro_vnd._data import Data, as_arguments, check_rows, map_parts, named_parts, shapes, split_rows
+from pyro_vnd._data import num_rows as rows_in
+from pyro_vnd.infer._fit.checks import whole_number
+from pyro_vnd.infer._fit.parallel import Ranks
+
+__all__ = ["Source", "as_source", "batches_of", "check_validation", "is_tensors", "move"]
+
+
+class Source:
+    """Data of a fit, batch by batch, on the device of the fit.
+
+    Args:
+        ranks: The processes, which share each batch.
+        device: Where batches are moved to, or None.
+
+    Attributes:
+        num_data: Rows of all data.
+        batch_size: Rows of a batch that is full, on all processes together.
+        num_batches: Batches of an epoch, as far as is known: an epoch ends when there are no more.
+        whole: The data, if they are tensors.
+    """
+
+    num_data: int
+    batch_size: int
+    num_batches: int
+    whole: Data | None = None
+    can_repeat = True
+
+    def __init__(self, ranks: Ranks, device: torch.device | None) -> None:
+        self.ranks, self.device = ranks, device
+
+    def first(self) -> Data:
+        """Return a batch to begin with."""
+        return self._moved(self._first())
+
+    def epoch(self, number: int) -> Iterator[Data]:
+        """Yield this process's share of the batches of an epoch, shuffled if they are to be."""
+        return map(self._moved, self._epoch(number))
+
+    def in_order(self, num_rows: int | None = None) -> Iterator[Data]:
+        """Yield batches of all rows, or of about so many from all over the data, for what is found out of them."""
+        return map(self._moved, self._in_order(num_rows))
+
+    def _moved(self, batch: Data) -> Data:
+        return move(batch, self.device)
+
+    def _first(self) -> Data:
+        raise NotImplementedError
+
+    def _epoch(self, number: int) -> Iterator[Data]:
+        raise NotImplementedError
+
+    def _in_order(self, num_rows: int | None) -> Iterator[Data]:
+        raise NotImplementedError
+
+    def state_dict(self) -> Any:
+        """Return where in the epoch the source is, if it can go on from there; else None."""
+        return None
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go on from there in the next epoch that is asked for."""
+        raise NotImplementedError
+
+
+def move(batch: Data, device: torch.device | None) -> Data:
+    """Return a batch on a device; None leaves it where it is."""
+    return batch if device is None else map_parts(lambda x: x.to(device, non_blocking=True), batch)
+
+
+class RowsOfTensors(Source):
+    """Tensors in memory, or in a file that is mapped into it; batches are of shuffled rows.
+
+    Args:
+        data: Tensors with the same number of rows.
+        batch_size: Rows of a batch; all by default.
+        ranks: As in `Source`.
+        device: The same.
+    """
+
+    def __init__(self, data: Data, batch_size: int | None, ranks: Ranks, device: torch.device | None) -> None:
+        super().__init__(ranks, device)
+        self.whole = data
+        self.num_data = rows_in(data)
+        self.batch_size = self.num_data if batch_size is None else whole_number("batch_size", batch_size, self.num_data)
+        self._bounds = _bounds(self.num_data, self.batch_size, ranks)
+        self.num_batches = len(self._bounds)
+
+    def _first(self) -> Data:
+        share = self.ranks.share(torch.arange(self.batch_size))
+        data: Any = self.whole
+        return map_parts(lambda x: x[: len(share)], data)
+
+    def _epoch(self, number: int) -> Iterator[Data]:
+        data: Any = self.whole
+        if self.batch_size == self.num_data and self.ranks.size == 1:
+            yield data  # as they are
+            return
+        order = self.ranks.same(torch.randperm(self.num_data))
+        orders = {x.device: order.to(x.device) for x in named_parts(data).values()}
+        for start, stop in self._bounds:
+            rows = {device: self.ranks.share(each[start:stop]) for device, each in orders.items()}
+            yield map_parts(partial(_rows_of, rows), data)
+
+    def _in_order(self, num_rows: int | None) -> Iterator[Data]:
+        data: Any = self.whole
+        if num_rows is None or self.batch_size == self.num_data:  # a model that is always given all rows
+            yield from split_rows(data, self.batch_size)
+        else:
+            few = torch.linspace(0, self.num_data - 1, min(self.num_data, num_rows)).round().long()
+            yield map_parts(lambda x: x.index_select(0, few.to(x.device)), data)
+
+
+def _bounds(num_rows: int, batch_size: int, ranks: Ranks) -> list[tuple[int, int]]:
+    """Return where batches begin and end; a last one in which some process would have no row is left out."""
+    ends = [*range(batch_size, num_rows, batch_size), num_rows]
+    pairs = [*zip([0, *ends], ends, strict=False)]
+    return pairs if len(pairs) == 1 or pairs[-1][1] - pairs[-1][0] >= ranks.size else pairs[:-1]
+
+
+def _rows_of(rows: Mapping[torch.device, Tensor], x: Tensor) -> Tensor:
+    return x.index_select(0, rows[x.device])
+
+
+class Batches(Source):
+    """Batches that come ready made: a `DataLoader`, or another thing that can be iterated again.
+
+    Args:
+        data: The batches.
+        num_data: Rows of all data; None if the loader knows.
+        ranks: The processes. A loader whose sampler is torch's own is made anew so that they share each batch.
+        device: As in `Source`.
+    """
+
+    def __init__(self, data: Iterable[Any], num_data: int | None, ranks: Ranks, device: torch.device | None) -> None:
+        super().__init__(ranks, device)
+        self.data, split = _shared(data, ranks)
+        self.can_repeat, self._ended = not isinstance(data, Iterator), False
+        self._begin = self._peek()
+        check_rows("fit", self._begin)
+        full: Any = getattr(data, "batch_size", None)
+        self.batch_size = (full or rows_in(self._begin)) * (1 if split else ranks.size)
+        known = _length(data)
+        if num_data is None and known is None:
+            raise ValueError(
+                "fit: argument `num_data` must say how many rows there are in all, where `data` does not know it; got "
+                f"None with {type(data).__name__}. Likelihoods of batches are scaled to it"
+            )
+        self.num_data = whole_number("num_data", known if num_data is None else num_data)
+        length = len(self.data) if _has_length(self.data) else None
+        self.num_batches = -(-self.num_data // self.batch_size) if length is None else max(length, 1)
+
+    def _peek(self) -> Data:
+        batches = iter(self.data)
+        first = next(batches, None)
+        if first is None:
+            raise ValueError("fit: argument `data` must have at least one batch; got none")
+        if not self.can_repeat:
+            self.data = chain([first], batches)
+        return _batch(first)
+
+    def _first(self) -> Data:
+        return self._begin
+
+    def _epoch(self, number: int) -> Iterator[Data]:
+        sampler = getattr(getattr(self.data, "batch_sampler", None), "sampler", getattr(self.data, "sampler", None))
+        for each in (sampler, getattr(self.data, "dataset", None), getattr(self.data, "batch_sampler", None)):
+            if hasattr(each, "set_epoch"):
+                each.set_epoch(number)
+        yield from self._in_order(None)
+
+    def _in_order(self, num_rows: int | None) -> Iterator[Data]:
+        if self._ended:
+            raise ValueError(
+                "fit: argument `data` is an iterator that has ended, and each epoch needs the batches anew: give a "
+                "DataLoader, a list, or an object whose __iter__ begins again; or num_epochs=1"
+            )
+        seen = 0
+        for each in self.data:
+            batch = _batch(each)
+            yield batch
+            seen += rows_in(batch)
+            if num_rows is not None and seen >= num_rows:
+                return
+        self._ended = not self.can_repeat
+
+    def state_dict(self) -> Any:
+        """Return the state of a loader that has one, such as torchdata's StatefulDataLoader."""
+        return self.data.state_dict() if hasattr(self.data, "state_dict") else None
+
+    def load_state_dict(self, state: Any) -> None:
+        """Give it back to the loader."""
+        self.data.load_state_dict(state)  # type: ignore[attr-defined]
+
+
+def _batch(batch: Any) -> Data:
+    """Return a batch as data: what is not among the forms of data is one argument."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    return tuple(batch) if isinstance(batch, tuple | list) else batch
+
+
+def _has_length(data: Any) -> bool:
+    try:
+        len(data)
+    except TypeError:  # a loader of an iterable data set
+        return False
+    return True
+
+
+def _length(data: Any) -> int | None:
+    """Return how many rows a thing has that yields batches, if it knows."""
+    if isinstance(data, tuple | list):
+        return sum(rows_in(_batch(batch)) for batch in data)
+    if not isinstance(data, DataLoader):
+        return None
+    for each in (data.sampler if data.batch_size is not None else None, data.dataset):
+        if each is not None and not isinstance(data.dataset, IterableDataset) and _has_length(each):
+            return len(each)  # type: ignore[arg-type]
+    return len(data.dataset) if _has_length(data.dataset) else None  # type: ignore[arg-type]
+
+
+class _SharedBatches(Sampler[list[int]]):
+    """The batches of rows of a data set, of which each process takes its share."""
+
+    def __init__(self, num_rows: int, batch_size: int, shuffle: bool, drop_last: bool, ranks: Ranks) -> None:
+        self.num_rows, self.shuffle, self.ranks = num_rows, shuffle, ranks
+        kept = num_rows - num_rows % batch_size if drop_last else num_rows
+        self.bounds = _bounds(kept, min(batch_size, kept), ranks)
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.ranks.same(torch.randperm(self.num_rows)) if self.shuffle else torch.arange(self.num_rows)
+        for start, stop in self.bounds:
+            yield self.ranks.share(order[start:stop]).tolist()
+
+
+def _shared(data: Iterable[Any], ranks: Ranks) -> tuple[Iterable[Any], bool]:
+    """Return a loader with which processes share batches, and whether its `batch_size` is for all of them together."""
+    if ranks.size == 1 or not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
+        return data, ranks.size == 1
+    sampler: Any = data.sampler
+    if type(data.batch_sampler) is not BatchSampler or type(sampler) not in (RandomSampler, SequentialSampler):
+        if not isinstance(sampler, DistributedSampler):
+            raise ValueError(
+                "fit: argument `data` is a DataLoader with a sampler of its own, which several processes cannot share: "
+                f"give torch's DistributedSampler, or shuffle=True; got {type(sampler).__name__}"
+            )
+        return data, False
+    size: Any = data.batch_size
+    rows = _SharedBatches(len(sampler), size, isinstance(sampler, RandomSampler), data.drop_last, ranks)
+    kept = {
+        name: getattr(data, name)
+        for name in ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "prefetch_factor")
+    }
+    return DataLoader(data.dataset, batch_sampler=rows, persistent_workers=data.persistent_workers, **kept), True
+
+
+def as_source(
+    data: Any, batch_size: int | None, num_data: int | None, ranks: Ranks, device: torch.device | None
+) -> Source:
+    """Return the source of the batches of a fit.
+
+    Args:
+        data: A tensor, a tuple, list or mapping of tensors; a data set of torch; a `DataLoader`; or an iterable of
+            batches, each such data.
+        batch_size: Rows of a batch, where data do not come in batches.
+        num_data: Rows of all data, where they do not know it.
+        ranks: The processes of the fit.
+        device: Where batches are moved to, or None.
+
+    Raises:
+        ValueError: If data are none of these, or arguments do not fit them.
+    """
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if is_tensors(data):
+        check_rows("fit", data)
+        if num_data is not None and num_data != rows_in(data):
+            raise ValueError(f"fit: argument `num_data` is for data in batches; these have {rows_in(data)} rows")
+        return RowsOfTensors(data, batch_size, ranks, device)
+    if isinstance(data, Dataset) and not isinstance(data, DataLoader):
+        if batch_size is None:
+            raise ValueError("fit: argument `batch_size` must be given where `data` is a Dataset; got None")
+        size, shuffle = whole_number("batch_size", batch_size), not isinstance(data, IterableDataset)
+        loader: DataLoader[Any] = DataLoader(data, batch_size=size, shuffle=shuffle)
+        return Batches(loader, num_data, ranks, device)
+    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
+        check_rows("fit", data)
+    if batch_size is not None:
+        raise ValueError(
+            f"fit: argument `batch_size` is for data that do not come in batches; {type(data).__name__} has its own"
+        )
+    return Batches(data, num_data, ranks, device)
+
+
+def is_tensors(data: Any) -> bool:
+    """Say whether data are meant to be tensors, not batches."""
+    if isinstance(data, tuple | list):
+        return not any(isinstance(each, tuple | list | Mapping) for each in data)
+    return isinstance(data, Tensor | Mapping)
+
+
+def batches_of(data: Any, batch_size: int) -> Iterator[Data]:
+    """Yield the batches of data in any of their forms, in order; tensors and data sets in batches of so many rows."""
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if is_tensors(data):
+        yield from split_rows(data, batch_size)
+        return
+    if isinstance(data, Dataset) and not isinstance(data, DataLoader):
+        data = DataLoader(data, batch_size=batch_size)
+    yield from map(_batch, data)
+
+
+def check_validation(validation: Any, first: Data) -> None:
+    """Check that tensors that were held back are like a batch of the data.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if is_tensors(validation):
+        check_rows("fit", validation, "validation")
+        if _shapes_of_a_row(validation) != _shapes_of_a_row(first):
+            raise ValueError(
+                f"fit: argument `validation` must be like `data`, with rows of shapes {_shapes_of_a_row(first)}; got "
+                f"{shapes(validation)}"
+            )
+
+
+def _shapes_of_a_row(data: Data) -> Any:
+    args, kwargs = as_arguments(map_parts(lambda x: tuple(x.shape[1:]), data))
+    return kwargs or [*args]
