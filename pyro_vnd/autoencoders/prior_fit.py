@@ -1,7 +1,5 @@
 """The learned prior of a trained VAE, fitted on to the codes of its encoder."""
 
-from functools import partial
-
 import pyro
 import torch
 from torch import Tensor
@@ -11,7 +9,7 @@ from pyro_vnd.autoencoders.conditioner import Conditioner
 from pyro_vnd.autoencoders.lengths import full_length
 from pyro_vnd.autoencoders.vae import OrderedVAE
 from pyro_vnd.distributions import NestedAutoregressive, NestedNormal
-from pyro_vnd.infer import FitResult, cosine_to_zero, fit
+from pyro_vnd.infer import FitResult, OptimizerSettings, cosine_to_zero, fit
 
 __all__ = ["fit_prior"]
 
@@ -72,8 +70,7 @@ def fit_prior(
         num_epochs=num_epochs,
         batch_size=min(batch_size, len(x)),
         lr=lr,
-        lr_schedule=cosine_to_zero(),
-        optimizer=partial(torch.optim.Adam, fused=True),
+        optimizer=OptimizerSettings(lr_schedule=cosine_to_zero()),
         seed=seed,
         progress=progress,
     )

@@ -147,7 +147,7 @@ def _recipe(guide: Any, asked: Asked) -> Recipe:
     usual, settings = recipe_for(guide), asked.optimizer
     return usual._replace(
         num_epochs=usual.num_epochs if asked.num_epochs is None else asked.num_epochs,
-        lr=usual.lr if asked.lr is None or isinstance(asked.lr, dict) else asked.lr,
+        lr=asked.lr if isinstance(asked.lr, float) else usual.lr,
         optimizer=usual.optimizer if settings.optimizer is None else settings.optimizer,
         lr_schedule=usual.lr_schedule if settings.lr_schedule is None else settings.lr_schedule,
     )
@@ -162,7 +162,11 @@ def _description(
 ) -> Callable[[int], dict[str, Any]]:
     """Return what describes a fit of so many epochs."""
     elbo, settings = asked.elbo, asked.optimizer
-    arguments = {"batch_size": source.batch_size, "clip_norm": settings.clip_norm, "accumulate": settings.accumulate}
+    arguments: dict[str, Any] = {
+        "batch_size": source.batch_size,
+        "clip_norm": settings.clip_norm,
+        "accumulate": settings.accumulate,
+    }
     arguments |= {"plate": asked.plate, "seed": asked.seed, "precision": asked.precision}
     name = f"{type(elbo).__name__} of {elbo.num_particles} particles"
     arguments |= {"elbo": name, "local_reparam": getattr(elbo, "local_reparam", False)}
@@ -179,7 +183,7 @@ def settle(loop: Loop) -> None:
     weights = loop.last_weights
     batches = source.in_order(NUM_CALIBRATION) if source.can_repeat else [source.first()]
     calibrate_heads(loop.model, loop.guide, batches, loop.plate)
-    scale = partial(objective.scale, weights=weights)
+    scale: Callable[[int], ScaleToDataset] = partial(objective.scale, weights=weights)  # type: ignore[call-arg]
     finish(loop.result, objective, source, scale, khat=weights == KLWeights() and source.ranks.size == 1)
     for value in objective.module.state_dict().values():
         if isinstance(value, Tensor):

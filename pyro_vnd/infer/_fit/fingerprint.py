@@ -27,8 +27,8 @@ def describe_data(source: Source) -> dict[str, str]:
     """Describe data: of tensors the dtype, the shape, and a hash of the first row, the last, and some between."""
     described = {}
     if source.whole is None:
-        rows = [f"{part.dtype} of shape {tuple(part.shape[1:])}" for part in named_parts(source.first()).values()]
-        return {"data": f"{source.num_data} rows in batches of {source.batch_size}, {', '.join(rows)}"}
+        parts = [f"{part.dtype} of shape {tuple(part.shape[1:])}" for part in named_parts(source.first()).values()]
+        return {"data": f"{source.num_data} rows in batches of {source.batch_size}, {', '.join(parts)}"}
     for name, part in named_parts(source.whole).items():
         rows = torch.linspace(0, len(part) - 1, min(_ROWS, len(part)), dtype=torch.float64).round().long()
         sample = part.detach()[rows.to(part.device)].cpu().contiguous()

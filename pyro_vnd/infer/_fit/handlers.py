@@ -39,7 +39,7 @@ class ScaleToDataset(Messenger):
     def __init__(self, plate: str, num_data: int, batch_size: int, weights: KLWeights, *, mark: bool = False) -> None:
         super().__init__()
         self.plate, self.num_data, self.batch_size, self.mark = plate, num_data, batch_size, mark
-        self.weights = weights
+        self.weights: Any = weights  # numbers
         self.found = False
         self.plates: dict[str, int] = {}
 

@@ -71,7 +71,9 @@ class Step:
         parts, counts = [], []
         for i, batch in enumerate(batches):
             count = num_rows(batch)
-            particles = [nullcontext()] if self.cuts is None else self.cuts.draw(count, setting.t)
+            particles: Sequence[AbstractContextManager[None]] = (
+                [nullcontext()] if self.cuts is None else self.cuts.draw(count, setting.t)
+            )
             weight = count / self.num_rows
             self.objective.weigh(weight)
             for j, particle in enumerate(particles):

@@ -167,7 +167,8 @@ class Batches(Source):
                 f"None with {type(data).__name__}. Likelihoods of batches are scaled to it"
             )
         self.num_data = whole_number("num_data", known if num_data is None else num_data)
-        length = len(self.data) if _has_length(self.data) else None
+        sized: Any = self.data
+        length = len(sized) if _has_length(sized) else None
         self.num_batches = -(-self.num_data // self.batch_size) if length is None else max(length, 1)
 
     def _peek(self) -> Data:
@@ -183,8 +184,9 @@ class Batches(Source):
         return self._begin
 
     def _epoch(self, number: int) -> Iterator[Data]:
-        sampler = getattr(getattr(self.data, "batch_sampler", None), "sampler", getattr(self.data, "sampler", None))
-        for each in (sampler, getattr(self.data, "dataset", None), getattr(self.data, "batch_sampler", None)):
+        batch_sampler = getattr(self.data, "batch_sampler", None)
+        parts: list[Any] = [batch_sampler, getattr(batch_sampler, "sampler", None)]
+        for each in [*parts, *(getattr(self.data, name, None) for name in ("sampler", "dataset"))]:
             if hasattr(each, "set_epoch"):
                 each.set_epoch(number)
         yield from self._in_order(None)
