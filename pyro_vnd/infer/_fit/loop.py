@@ -191,9 +191,12 @@ class Loop(Run):
                 group.update(options)
         elif scheduler is not None:
             scheduler.load_state_dict(state["lr_schedule"])
-        kept = dict(state["callbacks"])
-        for callback in self.callbacks:
-            callback.load_state_dict(kept.get(type(callback).__name__, {}))
+        kept = list(state["callbacks"])
+        for callback in self.callbacks:  # of several of a kind each has its own
+            mine = next((each for each in kept if each[0] == type(callback).__name__), None)
+            if mine is not None:
+                kept.remove(mine)
+                callback.load_state_dict(mine[1])
         lengths = {name: LengthSummary(**summary) for name, summary in state["result"].pop("lengths").items()}
         self.result = FitResult(**state["result"], lengths=lengths)
         self._seconds_before = self.result.seconds
