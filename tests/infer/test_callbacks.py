@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from masked_mean import N, lengths, make_net, normal_mean, still
-from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
 from torch import nn
 
 from pyro_vnd.infer import (
@@ -281,7 +281,7 @@ def test_accumulated_batches_are_one(batch_size, accumulate, y):
     """With a point for a guide and steps in proportion to the gradient, whatever the order of the rows."""
 
     def end(batch_size, accumulate):
-        guide = AutoDelta(normal_mean)
+        guide = AutoDelta(normal_mean, init_loc_fn=init_to_value(values={"mu": torch.tensor(0.0)}))
         settings = OptimizerSettings(torch.optim.SGD, accumulate=accumulate)
         arguments = {"batch_size": batch_size, "optimizer": settings, "lr": 1e-3, "num_epochs": 3}
         return fit(normal_mean, guide, y, **arguments, progress=False), guide.median()["mu"].item()
