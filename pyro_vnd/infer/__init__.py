@@ -7,6 +7,7 @@ from pyro_vnd.infer.fit import NonFiniteLossError, fit
 from pyro_vnd.infer.guides import AutoNested, module_local_params
 from pyro_vnd.infer.local_reparam import LocalReparameterization
 from pyro_vnd.infer.loggers import CSVLogger, LivePlot, ProgressBar, TensorBoardLogger
+from pyro_vnd.infer.minibatch import MiniBatchELBO
 from pyro_vnd.infer.optimizer_settings import OptimizerSettings
 from pyro_vnd.infer.plateau import Plateau
 from pyro_vnd.infer.result import FitResult, LengthCollapseWarning, PoorFitWarning
@@ -27,6 +28,7 @@ __all__ = [
     "LivePlot",
     "LocalReparameterization",
     "MaskSchedule",
+    "MiniBatchELBO",
     "NestedELBO",
     "NonFiniteLossError",
     "OptimizerSettings",

@@ -301,7 +301,10 @@ def as_source(
     if is_tensors(data):
         check_rows("fit", data)
         if num_data is not None and num_data != rows_in(data):
-            raise ValueError(f"fit: argument `num_data` is for data in batches; these have {rows_in(data)} rows")
+            raise ValueError(
+                f"fit: argument `num_data` is for data in batches; these are tensors with {rows_in(data)} rows (batches "
+                "of one tensor each are tuples, [(x,), ...])"
+            )
         return RowsOfTensors(data, batch_size, ranks, device)
     if isinstance(data, Dataset) and not isinstance(data, DataLoader):
         if batch_size is None:

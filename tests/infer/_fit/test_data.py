@@ -7,12 +7,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from masked_mean import N, make_net
+from pyro_vnd.infer._fit.data import shuffled_batches
 from torch import nn
 
 from models import datasets
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import AutoNested, MaskSchedule, fit
-from pyro_vnd.infer._fit.data import shuffled_batches
 from pyro_vnd.nn import NestedClassifier, nest
 
 
