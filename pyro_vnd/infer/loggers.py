@@ -1,6 +1,7 @@
 """Callbacks that show or write down how a fit goes on."""
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ class LivePlot(Callback):
 
     def __init__(self, every_epochs: int = 1) -> None:
         try:
-            from IPython.display import display
+            from IPython.display import Image, display
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ModuleNotFoundError(
@@ -171,7 +172,7 @@ class LivePlot(Callback):
             ) from error
         if isinstance(every_epochs, bool) or not isinstance(every_epochs, int) or every_epochs < 1:
             raise ValueError(f"LivePlot: argument `every_epochs` must be an integer at least 1; got {every_epochs!r}")
-        self.every_epochs, self._display, self._figure = every_epochs, display, Figure
+        self.every_epochs, self._display, self._image, self._figure = every_epochs, display, Image, Figure
         self._shown: Any = None
 
     def on_fit_start(self, run: Run) -> None:
@@ -181,11 +182,13 @@ class LivePlot(Callback):
     def on_epoch(self, run: Run) -> None:
         """Draw, if it is time to."""
         if run.is_first and (run.epoch % self.every_epochs == 0 or run.stopped or run.epoch == run.num_epochs):
-            figure = self.figure(run)
+            file = io.BytesIO()
+            self.figure(run).savefig(file, format="png", dpi=160)
+            image = self._image(file.getvalue(), format="png", retina=True)  # sharp on screens with small pixels
             if self._shown is None:
-                self._shown = self._display(figure, display_id=True)
+                self._shown = self._display(image, display_id=True)
             else:
-                self._shown.update(figure)
+                self._shown.update(image)
 
     def figure(self, run: Run) -> Any:
         """Return the figure: the ELBO and the validation data in nats per row, then each metric, then mean lengths."""

@@ -1,8 +1,11 @@
 """Callbacks are called when they say, measure what is true, and go on from a checkpoint as if nothing had happened."""
 
+import base64
 import csv
 import math
 
+import nbclient
+import nbformat
 import pytest
 import torch
 from masked_mean import N, lengths, make_net, normal_mean, still
@@ -263,6 +266,23 @@ def test_live_plot_draws_what_there_is(y):
     assert [each.get_ylabel() for each in axes] == ["nats per row", "halves", "mean length, units"]
     assert axes[0].lines[0].get_ydata().tolist() == result.elbo
     assert axes[1].lines[0].get_ydata().tolist() == [0.5, 1.0, 1.5, 2.0, 2.5]
+
+
+def test_live_plot_is_one_picture_in_a_notebook():
+    cell = """
+import pyro, pyro.distributions as dist, torch
+from pyro.infer.autoguide import AutoNormal
+from pyro_vnd.infer import LivePlot, fit
+def model(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+result = fit(model, AutoNormal(model), torch.ones(3), num_epochs=3, callbacks=[LivePlot()], progress=False)
+"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    nbclient.NotebookClient(notebook, timeout=120).execute()
+    (shown,) = [output for output in notebook.cells[0].outputs if output.output_type == "display_data"]
+    assert base64.b64decode(shown.data["image/png"])[:4] == b"\x89PNG"
 
 
 def test_progress_shows_epochs_and_the_last_numbers(y, capsys):
