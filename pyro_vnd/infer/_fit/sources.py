@@ -302,8 +302,8 @@ def as_source(
         check_rows("fit", data)
         if num_data is not None and num_data != rows_in(data):
             raise ValueError(
-                f"fit: argument `num_data` is for data in batches; these are tensors with {rows_in(data)} rows (batches "
-                "of one tensor each are tuples, [(x,), ...])"
+                f"fit: argument `num_data` is for data in batches; these are tensors with {rows_in(data)} rows "
+                "(batches of one tensor each are tuples, [(x,), ...])"
             )
         return RowsOfTensors(data, batch_size, ranks, device)
     if isinstance(data, Dataset) and not isinstance(data, DataLoader):
