@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pyro_vnd.infer._fit.checkpoint import State, read_state, write_state
+from pyro_vnd.infer._fit.checkpoint import Folder, State, not_finite_parameters
+from pyro_vnd.infer._fit.objective import NonFiniteLossError
 from pyro_vnd.infer.result import FitResult
 from pyro_vnd.infer.run import Run
 
@@ -219,10 +220,15 @@ class Checkpoint(Callback):
     and buffers of model and guide, the optimiser, the learning rate, the random numbers, the arguments, what other
     callbacks keep, and the result so far: only tensors, numbers and strings, so that reading it runs no code.
 
+    Beside "fit.pt" are "fit.previous.pt", the state before it, and "fit.best.pt", that of the best epoch if `best` is
+    measured; any of them can be given as `path` to go on from. A state that is not finite is not written. Before the
+    first step a state is written, read and removed, so that what cannot be kept is known then.
+
     Args:
         path: The file; its folder must exist.
         every_steps: Steps after which it is written within an epoch, too.
         every_minutes: Minutes after which it is.
+        best: Name of a metric, as of `Run.history`, whose best epoch is kept, too; the larger the better.
         resume: As in `fit`.
 
     Raises:
@@ -239,6 +245,7 @@ class Checkpoint(Callback):
         *,
         every_steps: int | None = None,
         every_minutes: float | None = None,
+        best: str = "validation_log_likelihood",
         resume: bool | Literal["extend"] = False,
     ) -> None:
         if not isinstance(path, str | Path) or not str(path):
@@ -254,19 +261,25 @@ class Checkpoint(Callback):
             raise ValueError(f"Checkpoint: argument `every_steps` must be at least 1; got {every_steps!r}")
         if every_minutes is not None and not 0 < every_minutes < math.inf:
             raise ValueError(f"Checkpoint: argument `every_minutes` must be finite and > 0; got {every_minutes!r}")
-        self.every_steps, self.every_minutes, self.resume = every_steps, every_minutes, resume
+        self.every_steps, self.every_minutes, self.best, self.resume = every_steps, every_minutes, best, resume
+        self._folder: Folder | None = None
         self._written = time.monotonic()
 
-    def read(self) -> State | None:
-        """Return the state that is to go on, or None if there is none.
+    def read(self, run: Run) -> State | None:
+        """Take the file for this fit, and return the state that is to go on, or None if there is none.
 
         Raises:
-            ValueError: If the file is no checkpoint, or a damaged one.
+            ValueError: If another fit has the file, or it is no checkpoint, or a damaged one.
         """
-        return read_state(self.path) if self.resume and self.path.exists() else None
+        if run.is_first:
+            self._folder = Folder(self.path)
+        return Folder.read_from(self.path) if self.resume else None
 
     def on_fit_start(self, run: Run) -> None:
-        """Begin to count the minutes."""
+        """Write and read a state, to see that it can be done, and begin to count the minutes."""
+        state = run.state_dict()
+        if self._folder is not None and run.epoch < run.num_epochs:
+            self._folder.rehearse(state)
         self._written = time.monotonic()
 
     def on_step(self, run: Run) -> None:
@@ -279,14 +292,27 @@ class Checkpoint(Callback):
 
     def on_epoch(self, run: Run) -> None:
         """Write."""
-        self._write(run)
+        measured = run.result.metrics.get(self.best, getattr(run.result, self.best, None))
+        is_best = isinstance(measured, list) and len(measured) == run.epoch and measured[-1] == max(measured)
+        self._write(run, best=is_best)
 
     def on_fit_end(self, run: Run) -> None:
         """Write, when laws are settled: other than for other callbacks, this comes at the very end."""
         self._write(run)
 
-    def _write(self, run: Run) -> None:
+    def close(self) -> None:
+        """Let other fits have the file."""
+        if self._folder is not None:
+            self._folder.free()
+            self._folder = None
+
+    def _write(self, run: Run, *, best: bool = False) -> None:
         state = run.state_dict()
-        if run.is_first:
-            write_state(self.path, state)
+        if bad := not_finite_parameters(state):
+            raise NonFiniteLossError(
+                f"fit: after step {run.step} {', '.join(bad[:3])} are not finite, though the loss was; the checkpoint "
+                f"{str(self.path)!r} keeps the state before"
+            )
+        if self._folder is not None:
+            self._folder.write(state, best=best)
         self._written = time.monotonic()

@@ -1,7 +1,11 @@
 """The state of a fit on disk, and whether it is that of the same fit."""
 
+import glob
 import os
+import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields
 from pathlib import Path
@@ -9,42 +13,173 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pyro_vnd.infer.result import FitResult
 
-__all__ = ["State", "check_same_fit", "read_state", "write_state"]
+try:
+    import fcntl
+except ImportError:  # on Windows, where two fits that write one file are not told of each other
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["Folder", "State", "check_same_fit", "not_finite_parameters", "read_state"]
 
 State = dict[str, Any]
 
-_KEYS = {"arguments", "modules", "optimizer", "lr_schedule", "random", "epoch", "callbacks", "result"}
+_KEYS = {"arguments", "modules", "trained", "optimizer", "lr_schedule", "random", "epoch", "callbacks", "result"}
 
 
-def write_state(path: Path, state: State) -> None:
-    """Write the state; the file is the old one or the new one, whenever the machine stops.
+class Folder:
+    """Where the states of a fit are kept: the newest in a file, the one before it and the best beside it.
+
+    One fit at a time has it; the system frees it when the process ends, however that is.
+
+    Args:
+        path: The file.
 
     Raises:
-        ValueError: If the state has objects that could not be read again.
+        ValueError: If another fit has it, or the folder does not let itself be written.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            torch.save(_plain(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(unfinished):
-            raise ValueError(
-                f"fit: argument `checkpoint` cannot hold {unsafe}, which are in the state of modules, optimiser, "
-                "`lr_schedule`, callbacks or loader, and would not be read again: keep tensors and numbers there"
-            )
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    if os.name == "posix":  # so that the new name outlives a power cut, too
-        folder = os.open(path.parent, os.O_RDONLY)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.previous, self.best = _beside(path, "previous"), _beside(path, "best")
+        self._lock_path = path.with_name(f".{path.name}.lock")
+        self._lock = self._take()
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of fits that were killed
+            left.unlink(missing_ok=True)
+
+    def _take(self) -> int:
         try:
-            os.fsync(folder)
+            lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ValueError(_cannot_write(self.path, error)) from error
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(lock)
+                raise ValueError(
+                    f"fit: argument `checkpoint` is {str(self.path)!r}, which another fit writes now: give each fit a "
+                    "file of its own, or wait until that one is over"
+                ) from None
+        return lock
+
+    def free(self) -> None:
+        """Let others have it."""
+        self._lock_path.unlink(missing_ok=True)
+        os.close(self._lock)
+
+    def write(self, state: State, *, best: bool = False) -> None:
+        """Keep a state; the file is the old one or the new one, whenever the machine stops.
+
+        Args:
+            state: The state.
+            best: Whether it is the best one so far.
+
+        Raises:
+            ValueError: If the state has objects that could not be read again, or the disk does not take it.
+        """
+        with self._written(state) as unfinished:
+            if self.path.exists():
+                _replace_by_link(self.path, self.previous)
+            os.replace(unfinished, self.path)
+            if best:
+                _replace_by_link(self.path, self.best)
+            _sync_folder(self.path.parent)
+
+    def rehearse(self, state: State) -> None:
+        """Write a state, read it, and remove it: what would fail after the first epoch fails before it.
+
+        Raises:
+            ValueError: As `write`, and if what is read is no state of a fit.
+        """
+        with self._written(state) as unfinished:
+            read_state(unfinished)
+
+    @contextmanager
+    def _written(self, state: State) -> Iterator[Path]:
+        """Write a state into a file that is removed unless it gets another name."""
+        unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            try:
+                with unfinished.open("wb") as file:
+                    torch.save(_plain(state), file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except (OSError, RuntimeError) as error:
+                if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
+                    raise ValueError(_cannot_write(self.path, error)) from error
+                raise
+            if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(unfinished):
+                raise ValueError(
+                    f"fit: argument `checkpoint` cannot hold {unsafe}, which are in the state of modules, optimiser, "
+                    "`lr_schedule`, callbacks or loader, and would not be read again: keep tensors and numbers there"
+                )
+            yield unfinished
         finally:
-            os.close(folder)
+            unfinished.unlink(missing_ok=True)
+
+    @staticmethod
+    def read_from(path: Path) -> State | None:
+        """Read the newest state, or return None if there is none.
+
+        Raises:
+            ValueError: If the file is no checkpoint, or a damaged one; the message says which older one is whole.
+        """
+        if not path.exists():
+            return None
+        try:
+            return read_state(path)
+        except ValueError as error:
+            whole = next(
+                (other for other in (_beside(path, "previous"), _beside(path, "best")) if _is_whole(other)), None
+            )
+            if whole is None:
+                raise
+            raise ValueError(f"{error}; or go on from an older state, which is whole: rename {str(whole)!r}") from None
+
+
+def _beside(path: Path, which: str) -> Path:
+    return path.with_name(f"{path.stem}.{which}{path.suffix}")
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_state(path)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def _cannot_write(path: Path, error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
+    return f"fit: argument `checkpoint` is {str(path)!r}, which cannot be written: {reason}"
+
+
+def _replace_by_link(path: Path, name: Path) -> None:
+    """Give a file a second name in place of another file, so that there is always one of that name."""
+    link = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # of a file system without links
+        shutil.copyfile(path, link)
+        _sync(link)
+    os.replace(link, name)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name == "posix":  # so that new names outlive a power cut, too
+        _sync(path)
 
 
 def read_state(path: Path) -> State:
@@ -67,6 +202,22 @@ def read_state(path: Path) -> State:
             "another path, or leave `resume` out to start anew and write over it"
         )
     return state
+
+
+def not_finite_parameters(state: State) -> list[str]:
+    """Return names of what is NaN or infinite in a state, of parameters and what the optimiser keeps of them.
+
+    An infinity that has been there from the beginning, as in a mask, is none.
+    """
+    found = [name for name in state["trained"] if not torch.isfinite(state["modules"][name]).all()]
+    kept = state["optimizer"]["state"].items()
+    found += [
+        f"{key} of parameter {number}"
+        for number, values in kept
+        for key, value in values.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all()
+    ]
+    return found
 
 
 def check_same_fit(path: Path, old: dict[str, Any], new: dict[str, Any], *, extend: bool) -> None:

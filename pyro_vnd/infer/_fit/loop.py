@@ -61,6 +61,8 @@ class Loop(Run):
         self._step, self.source, self._settings, self._accumulate = step, source, settings, accumulate
         self.callbacks, self._describe, self._cuda_devices = callbacks, describe, cuda_devices
         self._place = _Place()
+        named = step.objective.module.named_parameters()
+        self._finite = [name for name, parameter in named if torch.isfinite(parameter).all()]
 
     @property
     def objective(self) -> Objective:
@@ -81,7 +83,7 @@ class Loop(Run):
         with ExitStack() as stack:
             for callback in self.callbacks:
                 stack.callback(callback.close)
-                if isinstance(callback, Checkpoint) and (state := callback.read()) is not None:
+                if isinstance(callback, Checkpoint) and (state := callback.read(self)) is not None:
                     self._go_on(state, callback.path, extend=callback.resume == "extend")
             self._settings[max(self.step - 1, 0)].set_temperature(self._step.with_temperature)
             for callback in self.callbacks:
@@ -156,6 +158,7 @@ class Loop(Run):
         return {
             "arguments": self._arguments(self.num_epochs),
             "modules": step.objective.module.state_dict(),
+            "trained": self._finite,
             "optimizer": step.optimizer.state_dict(),
             "lr_schedule": None if step.lr_schedule is None else step.lr_schedule.state_dict(),
             "random": self._ranks.gather(self._random()),
@@ -180,7 +183,6 @@ class Loop(Run):
         longer = isinstance(before, int) and before < self.num_epochs
         new = self._arguments(before if longer else self.num_epochs) | {"num_epochs": self.num_epochs}
         check_same_fit(path, state["arguments"], new, extend=extend)
-        step.objective.module.load_state_dict(state["modules"])
         extend, scheduler = extend and longer, step.lr_schedule
         if extend and scheduler is not None:
             skip_steps(scheduler, state["result"]["num_steps"])
@@ -191,6 +193,7 @@ class Loop(Run):
                 group.update(options)
         elif scheduler is not None:
             scheduler.load_state_dict(state["lr_schedule"])
+        step.objective.module.load_state_dict(state["modules"])  # after what could fail
         kept = list(state["callbacks"])
         for callback in self.callbacks:  # of several of a kind each has its own
             mine = next((each for each in kept if each[0] == type(callback).__name__), None)
