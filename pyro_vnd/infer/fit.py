@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any, Literal, Unpack
 
 import torch
@@ -151,7 +152,8 @@ def fit(
     with module_local_params(*both), random_numbers(asked.seed, devices), module_mode(both, training=True):
         source = as_source(data, batch_size, num_data, Ranks(target), target)
         loop = make_loop(model, guide, source, asked, called, devices, started)
-        if loop.train():
-            settle(loop)
+        with closing(loop):
+            if loop.train():
+                settle(loop)
     warn(loop)
     return loop.result

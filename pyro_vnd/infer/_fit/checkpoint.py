@@ -5,7 +5,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import fields
 from pathlib import Path
@@ -50,11 +50,13 @@ class Folder:
             left.unlink(missing_ok=True)
 
     def _take(self) -> int:
-        try:
-            lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise ValueError(_cannot_write(self.path, error)) from error
-        if fcntl is not None:
+        while True:
+            try:
+                lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                raise ValueError(_cannot_write(self.path, error)) from error
+            if fcntl is None:
+                return lock
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -63,7 +65,10 @@ class Folder:
                     f"fit: argument `checkpoint` is {str(self.path)!r}, which another fit writes now: give each fit a "
                     "file of its own, or wait until that one is over"
                 ) from None
-        return lock
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(lock), os.stat(self._lock_path)):
+                    return lock
+            os.close(lock)  # of a fit that ended in between and took the file away: the name is another file's by now
 
     def free(self) -> None:
         """Let others have it."""
@@ -132,9 +137,8 @@ class Folder:
         try:
             return read_state(path)
         except ValueError as error:
-            whole = next(
-                (other for other in (_beside(path, "previous"), _beside(path, "best")) if _is_whole(other)), None
-            )
+            others = (_beside(path, which) for which in ("previous", "best"))
+            whole = next(filter(_is_whole, others), None)
             if whole is None:
                 raise
             raise ValueError(f"{error}; or go on from an older state, which is whole: rename {str(whole)!r}") from None

@@ -80,22 +80,26 @@ class Loop(Run):
         Raises:
             NonFiniteLossError: If the loss or a gradient is not finite.
         """
+        for callback in self.callbacks:
+            if isinstance(callback, Checkpoint) and (state := callback.read(self)) is not None:
+                self._go_on(state, callback.path, extend=callback.resume == "extend")
+        self._settings[max(self.step - 1, 0)].set_temperature(self._step.with_temperature)
+        for callback in self.callbacks:
+            callback.on_fit_start(self)
+        if self.stopped or self.epoch >= self.num_epochs:
+            return False
+        while self.epoch < self.num_epochs and not self.stopped:
+            self._epoch()
+        for callback in self.callbacks:
+            if not isinstance(callback, Checkpoint):
+                callback.on_fit_end(self)
+        return True
+
+    def close(self) -> None:
+        """Close callbacks, however the fit ended."""
         with ExitStack() as stack:
             for callback in self.callbacks:
                 stack.callback(callback.close)
-                if isinstance(callback, Checkpoint) and (state := callback.read(self)) is not None:
-                    self._go_on(state, callback.path, extend=callback.resume == "extend")
-            self._settings[max(self.step - 1, 0)].set_temperature(self._step.with_temperature)
-            for callback in self.callbacks:
-                callback.on_fit_start(self)
-            if self.stopped or self.epoch >= self.num_epochs:
-                return False
-            while self.epoch < self.num_epochs and not self.stopped:
-                self._epoch()
-            for callback in self.callbacks:
-                if not isinstance(callback, Checkpoint):
-                    callback.on_fit_end(self)
-            return True
 
     def save(self) -> None:
         """Write checkpoints at the very end."""
