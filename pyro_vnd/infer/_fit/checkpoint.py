@@ -87,11 +87,28 @@ class Folder:
         """
         with self._written(state) as unfinished:
             if self.path.exists():
-                _replace_by_link(self.path, self.previous)
+                self._name_too(self.previous)
             os.replace(unfinished, self.path)
             if best:
-                _replace_by_link(self.path, self.best)
-            _sync_folder(self.path.parent)
+                self._name_too(self.best)
+            if os.name == "posix":  # so that new names outlive a power cut, too
+                _sync(self.path.parent)
+
+    def _name_too(self, name: Path) -> None:
+        """Give the newest file a second name in place of another file, so that there is always one of that name."""
+        link = self._unfinished(".link")
+        try:
+            try:
+                os.link(self.path, link)
+            except OSError:  # of a file system without links
+                shutil.copyfile(self.path, link)
+                _sync(link)
+            os.replace(link, name)
+        finally:
+            link.unlink(missing_ok=True)
+
+    def _unfinished(self, kind: str = "") -> Path:
+        return self.path.with_name(f".{self.path.name}.{os.getpid()}{kind}.tmp")
 
     def rehearse(self, state: State) -> None:
         """Write a state, read it, and remove it: what would fail after the first epoch fails before it.
@@ -105,23 +122,22 @@ class Folder:
     @contextmanager
     def _written(self, state: State) -> Iterator[Path]:
         """Write a state into a file that is removed unless it gets another name."""
-        unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        unfinished = self._unfinished()
         try:
-            try:
-                with unfinished.open("wb") as file:
-                    torch.save(_plain(state), file)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except (OSError, RuntimeError) as error:
-                if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
-                    raise ValueError(_cannot_write(self.path, error)) from error
-                raise
+            with unfinished.open("wb") as file:
+                torch.save(_plain(state), file)
+                file.flush()
+                os.fsync(file.fileno())
             if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(unfinished):
                 raise ValueError(
                     f"fit: argument `checkpoint` cannot hold {unsafe}, which are in the state of modules, optimiser, "
                     "`lr_schedule`, callbacks or loader, and would not be read again: keep tensors and numbers there"
                 )
             yield unfinished
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
+                raise ValueError(_cannot_write(self.path, error)) from error
+            raise
         finally:
             unfinished.unlink(missing_ok=True)
 
@@ -161,29 +177,12 @@ def _cannot_write(path: Path, error: Exception) -> str:
     return f"fit: argument `checkpoint` is {str(path)!r}, which cannot be written: {reason}"
 
 
-def _replace_by_link(path: Path, name: Path) -> None:
-    """Give a file a second name in place of another file, so that there is always one of that name."""
-    link = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-    link.unlink(missing_ok=True)
-    try:
-        os.link(path, link)
-    except OSError:  # of a file system without links
-        shutil.copyfile(path, link)
-        _sync(link)
-    os.replace(link, name)
-
-
 def _sync(path: Path) -> None:
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
     finally:
         os.close(file)
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "posix":  # so that new names outlive a power cut, too
-        _sync(path)
 
 
 def read_state(path: Path) -> State:
