@@ -1,5 +1,6 @@
 """State of torch that is set for the length of a block and put back after it."""
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["cuda_devices", "module_mode", "random_numbers"]
+__all__ = ["cuda_devices", "module_mode", "one_at_a_time", "random_numbers"]
+
+_LOCK = threading.RLock()
 
 
 @contextmanager
@@ -39,6 +42,27 @@ def cuda_devices(objects: Iterable[Any]) -> list[torch.device]:
         tensors = thing.parameters() if isinstance(thing, nn.Module) else [thing] if isinstance(thing, Tensor) else []
         devices.update(tensor.device for tensor in tensors)
     return sorted((device for device in devices if device.type == "cuda"), key=str)
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Run a block in which Pyro's handlers, its settings and the random numbers are this thread's.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        RuntimeError: If another thread is in such a block.
+    """
+    if not _LOCK.acquire(blocking=False):
+        raise RuntimeError(
+            "fit: another thread of this process is fitting; Pyro's handlers, its settings and torch's random numbers "
+            "are shared by all threads: wait for it, or fit in processes (multiprocessing, joblib)"
+        )
+    try:
+        yield
+    finally:
+        _LOCK.release()
 
 
 @contextmanager

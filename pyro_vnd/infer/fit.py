@@ -8,7 +8,7 @@ from typing import Any, Literal, Unpack
 import torch
 from pyro.infer import ELBO
 
-from pyro_vnd._state import module_mode, random_numbers
+from pyro_vnd._state import module_mode, one_at_a_time, random_numbers
 from pyro_vnd.infer._fit.assembly import devices_of, make_loop, move_modules, settle, warn
 from pyro_vnd.infer._fit.checks import LearningRate, check_arguments, device_of
 from pyro_vnd.infer._fit.objective import NonFiniteLossError
@@ -114,6 +114,7 @@ def fit(
 
     Raises:
         ValueError: If an argument is invalid, or data, plate, parameters or checkpoint do not fit together.
+        RuntimeError: If another thread of the process is fitting: Pyro's handlers and settings are the process's.
         NonFiniteLossError: If the loss or a gradient is not finite, or Pyro refuses a law or value that is not; the
             message names the site. What model and guide raise themselves stays what it is.
 
@@ -149,7 +150,12 @@ def fit(
     target, started, both = device_of(device), time.perf_counter(), (model, guide)
     move_modules(both, target)
     devices = devices_of(both, data, target)
-    with module_local_params(*both), random_numbers(asked.seed, devices), module_mode(both, training=True):
+    with (
+        one_at_a_time(),
+        module_local_params(*both),
+        random_numbers(asked.seed, devices),
+        module_mode(both, training=True),
+    ):
         source = as_source(data, batch_size, num_data, Ranks(target), target)
         loop = make_loop(model, guide, source, asked, called, devices, started)
         with closing(loop):

@@ -83,6 +83,8 @@ def make_loop(
         ValueError: If data, programs and arguments do not fit together.
     """
     elbo, plate, schedule, both, ranks = asked.elbo, asked.plate, asked.schedule, (model, guide), source.ranks
+    modules = [part for part in both if isinstance(part, nn.Module)]
+    untouched = [(buffer, buffer.clone()) for part in modules for buffer in part.buffers()]
     objective = _objective(model, guide, source, asked, callbacks)
     recipe = _recipe(guide, asked)
     num_steps = recipe.num_epochs * -(-source.num_batches // asked.optimizer.accumulate)
@@ -112,6 +114,7 @@ def make_loop(
         settings=settings,
         accumulate=asked.optimizer.accumulate,
         callbacks=callbacks,
+        untouched=untouched,
         describe=_description(source, asked, recipe, groups, num_steps),
         cuda_devices=devices,
         ranks=ranks,

@@ -38,6 +38,7 @@ class Loop(Run):
         settings: What holds in each step.
         accumulate: Batches of a step.
         callbacks: What is called, in order.
+        untouched: Buffers of model and guide, with what was in them before the first evaluation.
         describe: Describes, given a number of epochs, what must be the same when the fit goes on.
         cuda_devices: CUDA devices of the fit.
         ranks: The processes.
@@ -52,6 +53,7 @@ class Loop(Run):
         settings: Settings,
         accumulate: int,
         callbacks: Sequence[Callback],
+        untouched: Sequence[tuple[Tensor, Tensor]],
         describe: Callable[[int], dict[str, Any]],
         cuda_devices: list[torch.device],
         ranks: Ranks,
@@ -60,6 +62,7 @@ class Loop(Run):
         super().__init__(optimizer=step.optimizer, batch_size=source.batch_size, ranks=ranks, **known)
         self._step, self.source, self._settings, self._accumulate = step, source, settings, accumulate
         self.callbacks, self._describe, self._cuda_devices = callbacks, describe, cuda_devices
+        self._untouched = untouched
         self._place = _Place()
         named = step.objective.module.named_parameters()
         self._finite = [name for name, parameter in named if torch.isfinite(parameter).all()]
@@ -80,9 +83,14 @@ class Loop(Run):
         Raises:
             NonFiniteLossError: If the loss or a gradient is not finite.
         """
-        for callback in self.callbacks:
-            if isinstance(callback, Checkpoint) and (state := callback.read(self)) is not None:
-                self._go_on(state, callback.path, extend=callback.resume == "extend")
+        try:
+            for callback in self.callbacks:
+                if isinstance(callback, Checkpoint) and (state := callback.read(self)) is not None:
+                    self._go_on(state, callback.path, extend=callback.resume == "extend")
+        except Exception:
+            for buffer, before in self._untouched:
+                buffer.copy_(before)
+            raise
         self._settings[max(self.step - 1, 0)].set_temperature(self._step.with_temperature)
         for callback in self.callbacks:
             callback.on_fit_start(self)
@@ -178,8 +186,12 @@ class Loop(Run):
 
     def _arguments(self, num_epochs: int) -> dict[str, Any]:
         state = self._step.objective.module.state_dict()
-        shapes = {name: list(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
-        return {"num_epochs": num_epochs, **self._describe(num_epochs), "parameters": shapes}
+        kinds = {
+            name: f"{value.dtype} of shape {tuple(value.shape)}"
+            for name, value in state.items()
+            if isinstance(value, Tensor)
+        }
+        return {"num_epochs": num_epochs, **self._describe(num_epochs), "parameters": kinds}
 
     def _go_on(self, state: State, path: Path, *, extend: bool) -> None:
         """Put a state in place."""
@@ -191,7 +203,10 @@ class Loop(Run):
         if extend and scheduler is not None:
             skip_steps(scheduler, state["result"]["num_steps"])
         scheduled = [{k: v for k, v in group.items() if k != "params"} for group in step.optimizer.param_groups]
-        step.optimizer.load_state_dict(state["optimizer"])
+        try:
+            step.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"fit: checkpoint {str(path)!r} has the state of another optimiser: {error}") from error
         if extend:  # the learning rate is that of the longer schedule
             for group, options in zip(step.optimizer.param_groups, scheduled, strict=True):
                 group.update(options)

@@ -63,7 +63,9 @@ class Source:
         return map(self._moved, self._in_order(num_rows))
 
     def _moved(self, batch: Data) -> Data:
-        return move(batch, self.device)
+        # A gradient of the data would add up in them, and nobody asked for it.
+        free = any(x.requires_grad for x in named_parts(batch).values())
+        return move(map_parts(lambda x: x.detach(), batch) if free else batch, self.device)
 
     def _first(self) -> Data:
         raise NotImplementedError
