@@ -253,10 +253,9 @@ class _Place:
     def sums(self) -> Tensor:
         """Return the parts times rows, and the rows, added up."""
         if self._parts:
-            counts = torch.tensor(self._counts, dtype=torch.float64)
-            parts = torch.stack(self._parts).cpu().double()
-            # What is not known in one step is not known of the epoch.
-            self._sums = self._sums + torch.cat([counts @ parts, counts.sum().unsqueeze(0)])
+            # One by one, so that the sums are the same wherever a checkpoint is written in between.
+            for count, step in zip(self._counts, torch.stack(self._parts).cpu().double(), strict=True):
+                self._sums = self._sums + torch.cat([count * step, torch.tensor([float(count)])])
             self._parts, self._counts = [], []
         return self._sums
 
