@@ -129,6 +129,8 @@ def check_rows(caller: str, data: Data, name: str = "data") -> None:
         if not isinstance(rows, Tensor) or rows.dim() == 0:
             got = "a tensor without rows" if isinstance(rows, Tensor) else _kind(rows)
             raise ValueError(f"{caller}: argument `{part}` must be a tensor with rows; got {got}")
+        if said := _without_values(rows):
+            raise ValueError(f"{caller}: argument `{part}` must be a dense tensor; got {said}")
         if rows.is_floating_point() and bool(not_finite(rows).any()):
             raise ValueError(
                 f"{caller}: argument `{part}` of shape {tuple(rows.shape)} must be finite; got NaN or inf (-inf only "
@@ -141,6 +143,17 @@ def check_rows(caller: str, data: Data, name: str = "data") -> None:
         raise ValueError(
             f"{caller}: argument `{name}` must be tensors with the same number of rows, at least 1; got {shapes(data)}"
         )
+
+
+def _without_values(x: Tensor) -> str:
+    """Say what a tensor is that has no dense values, and how to make them; nothing of others."""
+    if x.is_nested:
+        return "a nested tensor: give torch.nested.to_padded_tensor(x, 0.0), and say in another what is there"
+    if x.layout is not torch.strided:
+        return f"layout {x.layout}: give x.to_dense()"
+    if x.is_meta:
+        return "a tensor on the device 'meta', which has no values"
+    return "a quantised tensor: give x.dequantize()" if x.is_quantized else ""
 
 
 def _kind(thing: Any) -> str:

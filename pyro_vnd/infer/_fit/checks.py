@@ -187,7 +187,7 @@ def check_arguments(
 
 def _learning_rate(lr: Any) -> LearningRate | None:
     """Return a rate, or rates by group, as numbers of Python's own; None stays None."""
-    if isinstance(lr, Mapping):
+    if isinstance(lr, Mapping) and lr:
         return {str(key): positive_number(f"lr[{key!r}]", rate) for key, rate in lr.items()}
     return None if lr is None else positive_number("lr", lr)
 
@@ -202,7 +202,7 @@ def device_of(device: Any) -> torch.device | None:
         return None
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.ones(1, device=found).item()
     except (RuntimeError, TypeError, AssertionError) as error:  # the last is a torch without CUDA
         said = str(error).partition("\n")[0]
         raise ValueError(

@@ -50,7 +50,7 @@ def all_callbacks(callbacks: Sequence[Callback], short: Mapping[str, Any]) -> li
         close = difflib.get_close_matches(name, known, 1)
         hint = f"; it is now {_MOVED[name]}" if name in _MOVED else f"; did you mean {close[0]!r}?" if close else ""
         raise TypeError(f"fit() got an unexpected keyword argument {name!r}{hint}")
-    if isinstance(callbacks, Callback) or not all(isinstance(each, Callback) for each in callbacks):
+    if not isinstance(callbacks, tuple | list) or not all(isinstance(each, Callback) for each in callbacks):
         raise ValueError(f"fit: argument `callbacks` must be a list of Callback objects; got {callbacks!r}")
     path, resume, progress = short.get("checkpoint"), short.get("resume", False), short.get("progress", True)
     if not isinstance(progress, bool):
