@@ -63,16 +63,23 @@ class Source:
         return folder
 
 
-def read_gzip(path: Path) -> bytes:
+def read_gzip(path: Path, most: int = 2**29) -> bytes:
     """Returns what a gzip-compressed file contains.
 
+    Args:
+        path: The file.
+        most: Bytes that it may contain; a file of a few kilobytes can be made that would fill all memory.
+
     Raises:
-        ValueError: If it is not one, or not a whole one.
+        ValueError: If it is not one, or not a whole one, or contains more.
     """
-    content = path.read_bytes()
-    if not content:  # which gzip takes for a file of no parts
+    if not path.stat().st_size:  # which gzip takes for a file of no parts
         raise ValueError(f"{path} is corrupt: it is empty")
     try:
-        return gzip.decompress(content)
+        with gzip.open(path) as file:
+            content = file.read(most + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is corrupt: {error}") from error
+    if len(content) > most:
+        raise ValueError(f"{path} is corrupt, or no file of this data set: it contains more than {most:,} bytes")
+    return content

@@ -20,6 +20,7 @@ from small_datasets import (
 )
 
 from models.datasets import cifar10, load, read_idx
+from models.datasets.files import read_gzip
 
 
 @pytest.fixture
@@ -69,6 +70,15 @@ def test_broken_gzip_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"broken\.gz is corrupt"):
         read_idx(path)
+
+
+def test_a_file_that_would_fill_memory_is_refused(tmp_path):
+    path = tmp_path / "bomb.gz"
+    path.write_bytes(gzip.compress(bytes(10**6)))
+    assert path.stat().st_size < 2000
+    assert len(read_gzip(path)) == 10**6
+    with pytest.raises(ValueError, match=r"bomb.gz is corrupt, or no file of this data set: .* more than 1,000 bytes"):
+        read_gzip(path, most=1000)
 
 
 def test_fashion_mnist_is_read_from_the_chosen_folder(small_folder):
