@@ -7,7 +7,7 @@ PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 # Modules are compiled when they are first imported (pip would compile all, in half of its time), and that once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test lint format bench notebooks docs matrix wheel clean
+.PHONY: help demo test lint format bench notebooks docs matrix audit wheel clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -43,6 +43,11 @@ docs: .venv/installed-docs  ## Build the documentation into site; a warning is a
 
 matrix: .venv/installed-dev  ## Test the core and the diagnostics with their lowest and newest dependencies
 	$(RUN) .ci/matrix.py
+
+audit: .venv/made  ## Look up known vulnerabilities of the versions in constraints.txt; needs the network
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	.venv/audit/bin/python -m pip_audit --requirement constraints.txt --no-deps --disable-pip
 
 wheel: .venv/installed-dev  ## Build the wheel and run the examples of README.md in empty environments that have it
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow tests/test_wheel.py
