@@ -178,8 +178,7 @@ def _vae_steps(methods: list[str]) -> dict[str, Take]:
     return found | loops
 
 
-def _times_of_steps(make: Callable[[list[str]], dict[str, Take]], num_steps: int, methods: list[str]) -> Measure:
-    takes = make(methods)
+def _times_of_steps(takes: dict[str, Take], num_steps: int) -> Measure:
     functions = {f"{name} {n}": partial(take, n * num_steps) for name, take in takes.items() for n in (1, 2)}
 
     def measure(seconds: float) -> dict[str, float]:
@@ -190,9 +189,10 @@ def _times_of_steps(make: Callable[[list[str]], dict[str, Take]], num_steps: int
 
 
 def _net_work(name: str, what: str, *rows: tuple[str, str, float]) -> Work:
-    net = NETS[name]
-    what = f"a step of {what}, batch {net.batch_size:,}"
-    return Work(what, partial(_times_of_steps, partial(_net_steps, name), net.steps), rows)
+    def prepare(methods: list[str]) -> Measure:
+        return _times_of_steps(_net_steps(name, methods), NETS[name].steps)
+
+    return Work(f"a step of {what}, batch {NETS[name].batch_size:,}", prepare, rows)
 
 
 def _memory(name: str, methods: list[str]) -> Measure:
@@ -248,7 +248,7 @@ WORKS = {
     "tiny": _net_work("tiny", "the perceptron 8-16-16-10", (LOCAL, "by hand", 1.8)),
     "vae": Work(
         "a step of an ordered VAE, against plain ones",
-        partial(_times_of_steps, _vae_steps, VAE_STEPS),
+        lambda methods: _times_of_steps(_vae_steps(methods), VAE_STEPS),
         (("", "by hand", 1.25), ("", "pythae", 1.2)),
     ),
     "draws": Work(

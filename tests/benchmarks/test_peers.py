@@ -103,10 +103,11 @@ def test_a_draw_is_cut_to_the_net_that_was_built_so():
 def test_runs_and_reports(tmp_path, monkeypatch, capsys):
     torch.set_default_dtype(torch.float32)
     threads = torch.get_num_threads()
-    small = {"lenet_64": replace(NETS["lenet_64"], make=SMALL["lenet"], shape=(1, 8, 8), batch_size=2)}
+    small = {"lenet_64": replace(NETS["lenet_64"], make=SMALL["lenet"], shape=(1, 8, 8), batch_size=2, steps=1)}
     for name in ("mlp_128", "mlp_1024", "wide"):
-        small[name] = replace(NETS[name], make=SMALL["mlp"], shape=(1, 8, 8), batch_size=2)
-    monkeypatch.setattr(peers, "NETS", NETS | small)
+        small[name] = replace(NETS[name], make=SMALL["mlp"], shape=(1, 8, 8), batch_size=2, steps=1)
+    monkeypatch.setattr(peers, "NETS", NETS | small | {"tiny": replace(NETS["tiny"], steps=2)})
+    monkeypatch.setattr(peers, "VAE_STEPS", 1)
     monkeypatch.setattr(peers, "MIN_ROUNDS", 1)
     monkeypatch.setattr(peers, "RECIPE", replace(peers.RECIPE, batch_size=4))
     monkeypatch.setattr(ordered_speed, "RECIPE", replace(ordered_speed.RECIPE, batch_size=4))
