@@ -17,7 +17,7 @@ from models.nets import mlp, vit
 from models.ood import Part, ood_sets
 from pyro_vnd.diagnostics import net_cost
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import FitResult, MaskSchedule, cosine_to_zero, fit
+from pyro_vnd.infer import FitResult, KLWeights, MaskSchedule, NestedELBO, OptimizerSettings, cosine_to_zero, fit
 from pyro_vnd.nn import CategoricalLabels, NestedModel, NestedNet, NetLikelihood, nest
 
 __all__ = ["RECIPES", "Data", "Ensemble", "Recipe", "build", "fit_nested", "fit_plain", "member_width", "nested"]
@@ -251,9 +251,8 @@ def fit_nested(
     arguments = _shared(recipe, seed) | {"schedule": schedule}
     if bayesian:
         arguments |= {
-            "local_reparam": recipe.local_reparam,
-            "kl_weight": recipe.kl_weight,
-            "length_weight": recipe.length_weight,
+            "elbo": NestedELBO(local_reparam=recipe.local_reparam),
+            "weights": KLWeights(latents=recipe.kl_weight, lengths=recipe.length_weight),
         }
     laws = {id(group.logits) for group in net.widths.values()}
 
@@ -272,7 +271,7 @@ def _shared(recipe: Recipe, seed: int) -> dict[str, Any]:
         "num_epochs": recipe.epochs,
         "batch_size": recipe.batch_size,
         "lr": recipe.lr,
-        "lr_schedule": cosine_to_zero(),
+        "optimizer": OptimizerSettings(lr_schedule=cosine_to_zero()),
         "seed": seed,
         "progress": sys.stderr.isatty(),
     }

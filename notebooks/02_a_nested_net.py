@@ -38,7 +38,15 @@ from pyro_vnd.diagnostics import (
     plot_widths,
 )
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit, module_local_params
+from pyro_vnd.infer import (
+    KLWeights,
+    MaskSchedule,
+    NestedELBO,
+    OptimizerSettings,
+    cosine_to_zero,
+    fit,
+    module_local_params,
+)
 from pyro_vnd.nn import NestedClassifier, NestedNet, narrow, nest
 
 name, num_epochs, num_draws = "fashion-mnist", 16, 10
@@ -144,7 +152,10 @@ for method, (nested, schedule) in methods.items():
     bayesian = (
         {}
         if nested is point
-        else {"kl_weight": 0.05, "length_weight": 0.01, "local_reparam": True}
+        else {
+            "weights": KLWeights(latents=0.05, lengths=0.01),
+            "elbo": NestedELBO(local_reparam=True),
+        }
     )
     result = fit(
         NestedClassifier(nested),
@@ -153,8 +164,7 @@ for method, (nested, schedule) in methods.items():
         num_epochs=num_epochs,
         batch_size=256,
         lr=0.003,
-        lr_schedule=cosine_to_zero(),
-        optimizer=adam(nested),
+        optimizer=OptimizerSettings(adam(nested), lr_schedule=cosine_to_zero()),
         schedule=schedule,
         progress=False,
         **bayesian,

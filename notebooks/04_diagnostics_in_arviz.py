@@ -31,7 +31,15 @@ from torch import nn
 
 from pyro_vnd import diagnostics as diag
 from pyro_vnd.distributions import NestedNormal, OrderedMask
-from pyro_vnd.infer import AutoNested, MaskSchedule, NestedELBO, Plateau, PoorFitWarning, fit
+from pyro_vnd.infer import (
+    AutoNested,
+    KLWeights,
+    MaskSchedule,
+    NestedELBO,
+    Plateau,
+    PoorFitWarning,
+    fit,
+)
 from pyro_vnd.nn import NestedClassifier, nest
 
 num_epochs, num_draws, num_simulations = 500, 1000, 300
@@ -234,7 +242,12 @@ plain = nn.Sequential(
     nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
 )
 net = nest(plain, digits[0][:1], num_blocks=16)
-options = {"batch_size": 128, "kl_weight": 0.05, "local_reparam": True, "progress": False}
+options = {
+    "batch_size": 128,
+    "weights": KLWeights(latents=0.05),
+    "elbo": NestedELBO(local_reparam=True),
+    "progress": False,
+}
 classifier, schedule = NestedClassifier(net), MaskSchedule()
 result = fit(classifier, classifier.guide, digits, num_epochs=40, schedule=schedule, **options)
 diag.plot_elbo(result, figsize=(5, 2.8))

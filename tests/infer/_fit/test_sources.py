@@ -7,12 +7,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from masked_mean import N, make_net
-from pyro_vnd.infer._fit.data import shuffled_batches
 from torch import nn
 
 from models import datasets
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import AutoNested, MaskSchedule, fit
+from pyro_vnd.infer._fit.parallel import Ranks
+from pyro_vnd.infer._fit.sources import as_source
 from pyro_vnd.nn import NestedClassifier, nest
 
 
@@ -97,12 +98,14 @@ def test_a_split_of_the_data_sets_is_data():
 @pytest.mark.parametrize("form", [tuple, by_name], ids=["tuple", "mapping"])
 def test_batches_are_a_shuffled_partition(form, rows):
     data = form((torch.arange(N), torch.arange(N) + 100))
-    batches = [batch.values() if isinstance(batch, dict) else batch for batch in shuffled_batches(data, 12)]
+    source = as_source(data, 12, None, Ranks(), None)
+    batches = [batch.values() if isinstance(batch, dict) else batch for batch in source.epoch(0)]
+    assert [len(next(iter(batch))) for batch in batches] == [12, 12, 12, 4]
     first, second = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert (first - second).abs().unique().tolist() == [100]  # rows stay together
-    assert len(first) == len(first.unique()) == 36  # and four wait for the next shuffle
+    assert len(first) == len(first.unique()) == N
     assert not torch.equal(first, first.sort().values)
-    (whole,) = shuffled_batches(data, N)
+    (whole,) = as_source(data, N, None, Ranks(), None).epoch(0)
     assert whole is data
 
 
