@@ -191,7 +191,15 @@ def test_masks_and_temperatures_count_too(y):
     assert len(watch.seen[-1]) == 10
     net = nest(torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)), torch.zeros(1, 1))
     data, masks = (y[:, None], (y > 5).long()), MaskSchedule(anneal=0.75)
-    fit(NestedClassifier(net), net.guide, data, num_epochs=21, schedule=masks, callbacks=[watch := Watched()], progress=False)
+    fit(
+        NestedClassifier(net),
+        net.guide,
+        data,
+        num_epochs=21,
+        schedule=masks,
+        callbacks=[watch := Watched()],
+        progress=False,
+    )
     assert len(watch.seen[-1]) == 6
 
 

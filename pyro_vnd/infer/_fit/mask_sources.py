@@ -127,7 +127,8 @@ def parts_with_temperature(objects: Iterable[Any]) -> list[Any]:
     parts = _parts(objects, AutoMask | AutoNestedNormal | Width)
     if not parts:
         raise ValueError(
-            "fit: argument `schedule` has a temperature, which is for masks of AutoNested or a nested net; there are none"
+            "fit: argument `schedule` has a temperature, which is for masks of AutoNested or a nested "
+            "net; there are none"
         )
     return parts
 

@@ -164,11 +164,6 @@ def test_what_makes_torch_optimisers_and_schedulers_is_taken(rows):
             assert len(fit(model, AutoNested(model), rows, **how).elbo) == 2
 
 
-class Unread(TensorDataset):
-    def __getitem__(self, index):
-        raise AssertionError("read")
-
-
 X, Y = torch.randn(N, 4), torch.randn(N)
 DATA = {
     "numpy": (
@@ -178,14 +173,11 @@ DATA = {
     "one array": (X.numpy(), r"`data` must be .*; got ndarray: give tensors, torch.as_tensor\(x\)"),
     "DataFrame": (pd.DataFrame(X.numpy()), r"got DataFrame: give tensors, torch.as_tensor\(x.to_numpy\(\)\)"),
     "Series": ((X, pd.Series(Y.numpy())), r"`data\[1\]` .*; got Series: give tensors, .*to_numpy"),
-    "TensorDataset": (TensorDataset(X, Y), "got TensorDataset: give tensors, dataset.tensors"),
-    "DataLoader": (
-        DataLoader(Unread(X, Y)),
-        r"got DataLoader: give tensors, .*default_collate\(\[\*loader.dataset\]\)",
-    ),
+    "TensorDataset": (TensorDataset(X, Y, Y), r"the arguments of `model`, \(x, y=None\); got 3 by place"),
+    "DataLoader": (DataLoader(TensorDataset(X, Y, Y)), r"the arguments of `model`, \(x, y=None\); got 3 by place"),
     "names": ({"images": X, "y": Y}, r"the arguments of `model`, \(x, y=None\); got \['images', 'y'\]"),
     "too many": ((X, Y, Y), r"the arguments of `model`, \(x, y=None\); got 3 by place"),
-    "lists": ([[1.0], [2.0]], r"`data\[0\]` must be a tensor with rows; got list"),
+    "lists": ([[1.0], [2.0]], r"`data\[0\]` must be a tensor with rows; got float"),
     "None": (None, "`data` must be a tensor, .*; got NoneType"),
 }
 

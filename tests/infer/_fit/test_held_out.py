@@ -69,7 +69,7 @@ def test_validation_disturbs_nothing():
 def test_modes_are_those_of_before_after_a_fit():
     model = Normalised()
     model.norm.eval()
-    fit(model, AutoNormal(model), torch.randn(N, 4), num_epochs=1, progress=False)
+    fit(model, AutoNormal(model), torch.randn(N, 4), num_epochs=1, batch_size=N // 2, progress=False)
     assert all(model.modes[1:])
     assert model.training
     assert not model.norm.training

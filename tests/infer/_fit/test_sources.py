@@ -131,7 +131,7 @@ TWO = (torch.ones(N, 3), torch.ones(N))
 @pytest.mark.parametrize(
     ("data", "validation", "message"),
     [
-        (TWO[1], torch.ones(3, 2), r"must be like `data` of shapes \[\(40,\)\]; got \[\(3, 2\)\]"),
+        (TWO[1], torch.ones(3, 2), r"must be like `data`, in batches of shapes \[\(40,\)\]; got \[\(3, 2\)\]"),
         (TWO[1], torch.tensor([math.nan]), r"`validation` of shape \(1,\) must be finite"),
         (TWO[1], [torch.tensor([math.nan])], r"`validation\[0\]` of shape \(1,\) must be finite"),
         (TWO, TWO[:1], r"of shapes \[\(40, 3\), \(40,\)\]; got \[\(40, 3\)\]"),
