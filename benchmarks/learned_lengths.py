@@ -43,7 +43,7 @@ from pyro_vnd.autoencoders import GaussianLikelihood, OrderedVAE, mlp_bodies
 from pyro_vnd.autoencoders.base import OrderedAutoencoder
 from pyro_vnd.diagnostics import evaluate_lengths
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import OptimizerSettings, PriceSchedule, distil_lengths, fit
+from pyro_vnd.infer import PriceSchedule, distil_lengths, fit
 
 RESULTS = Path(__file__).parent / "results" / "learned_lengths.json"
 PARTS = Path("results") / "learned_lengths"
@@ -178,10 +178,7 @@ def cost(image_size: int, recipe: Recipe) -> dict[str, float]:
         vaes = {method: build(method, image_size, recipe) for method in ("fixed_uniform", "vnd", "priced")}
 
         def steps(method: str) -> None:
-            arguments = fit_arguments(method, recipe) | {
-                "num_epochs": 1,
-                "optimizer": OptimizerSettings(lr_schedule=None),
-            }
+            arguments = fit_arguments(method, recipe) | {"num_epochs": 1, "optimizer": None}
             fit(vaes[method], vaes[method].guide, x, **arguments, progress=False)
 
         def encode(method: str, **price: Any) -> None:

@@ -125,7 +125,7 @@ def train(method: str, seed: int, data: Dataset, recipe: Recipe) -> tuple[Matryo
         num_epochs=recipe.epochs,
         batch_size=recipe.batch_size,
         lr=recipe.lr,
-        optimizer=OptimizerSettings(partial(torch.optim.Adam, fused=True), lr_schedule=cosine_to_zero()),
+        optimizer=OptimizerSettings(lr_schedule=cosine_to_zero()),
         weights=KLWeights(lengths=recipe.length_weight),
         schedule=MaskSchedule(law="log-uniform") if method == "vnd_schedule" else None,
         seed=seed,

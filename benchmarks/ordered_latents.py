@@ -157,7 +157,7 @@ def fit_arguments(model: str, method: str, recipe: Recipe) -> dict[str, Any]:
         "num_epochs": recipe.epochs,
         "batch_size": recipe.batch_size,
         "lr": recipe.lr,
-        "optimizer": OptimizerSettings(partial(torch.optim.Adam, fused=True), lr_schedule=cosine_to_zero()),
+        "optimizer": OptimizerSettings(lr_schedule=cosine_to_zero()),
         "weights": KLWeights(
             local=linear(0.0, recipe.beta if model == "beta_vae" else 1.0, warmup=recipe.kl_warmup),
             lengths=recipe.length_weight,

@@ -19,7 +19,7 @@ from benchmarks.ordered_latents import RECIPE, build, fit_arguments
 from benchmarks.record import header, markdown_table, rounded, write_json
 from benchmarks.timing import interleaved_medians, peak_bytes
 from pyro_vnd.autoencoders.vae import PriorLatents
-from pyro_vnd.infer import OptimizerSettings, fit
+from pyro_vnd.infer import fit
 
 RESULTS = Path(__file__).parent / "results" / "ordered_speed.json"
 STEPS = 20  # of one call of `fit`, which also sets things up
@@ -47,10 +47,7 @@ def steps_of(name: str, x: Tensor) -> Callable[[int], object]:
     """Return a function that takes a number of steps of a VAE."""
     method, prior = OTHER_PRIORS.get(name, (name, None))
     vae = build("vae", method, x.shape[-1], RECIPE, prior)
-    arguments = fit_arguments("vae", method, RECIPE) | {
-        "num_epochs": 1,
-        "optimizer": OptimizerSettings(lr_schedule=None),
-    }
+    arguments = fit_arguments("vae", method, RECIPE) | {"num_epochs": 1, "optimizer": None}
     guide = vae.guide
 
     def take(num_steps: int) -> None:

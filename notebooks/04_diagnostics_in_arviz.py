@@ -135,7 +135,7 @@ plt.show()
 
 # %%
 options = {"num_epochs": 6 * num_epochs, "lr": 0.02, "progress": False}
-options |= {"stop": Plateau(window=200, tolerance=0.02)}
+options |= {"callbacks": [Plateau(window=200, tolerance=0.02)]}
 options |= {"elbo": NestedELBO(16, vectorize_particles=True, max_plate_nesting=1)}
 poor_guides = [AutoNested(model, latents="mean_field") for _ in range(4)]
 stopped = [fit(model, poor_guides[i], (features, y), seed=i, **options) for i in range(4)]

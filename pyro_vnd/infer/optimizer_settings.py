@@ -43,7 +43,7 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         norm: Any = self.clip_norm
-        if norm is not None and not (isinstance(norm, Real) and norm is not True and 0 < norm < math.inf):
+        if norm is not None and not (isinstance(norm, Real) and norm is not True and 0 < float(norm) < math.inf):
             raise ValueError(
                 f"OptimizerSettings: argument `clip_norm` must be a finite number > 0, or None; got {norm!r}"
             )

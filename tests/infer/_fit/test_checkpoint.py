@@ -274,7 +274,7 @@ OTHER_MASKS = [
     ),
     (
         {"schedule": None},
-        r"`schedule.temperature` was .* now None; `schedule` was MaskSchedule\(learned=0.5, budget=0.4, full=0.1\), now None$",
+        r"`schedule.temperature` was .*, now None; `schedule` was MaskSchedule\(learned=0.5, bud.*, now None$",
     ),
     ({"schedule": MaskSchedule(temperature=0.1)}, "`schedule.temperature` was 1 to 0.2, hash .{8}, now 0.1$"),
     (
