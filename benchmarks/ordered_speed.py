@@ -48,7 +48,7 @@ def steps_of(name: str, x: Tensor) -> Callable[[int], object]:
     """Return a function that takes a number of steps of a VAE."""
     method, prior = OTHER_PRIORS.get(name, (name, None))
     vae = build("vae", method, x.shape[-1], RECIPE, prior)
-    arguments = fit_arguments("vae", method, RECIPE) | {"num_epochs": 1, "lr_schedule": None}
+    arguments = fit_arguments("vae", method, RECIPE) | {"num_epochs": 1, "optimizer": None}
     guide = vae.guide
 
     def take(num_steps: int) -> None:

@@ -29,7 +29,7 @@ from pyro_vnd.diagnostics import (
     plot_reliability,
     plot_widths,
 )
-from pyro_vnd.infer import FitResult, MaskSchedule, cosine_to_zero, fit
+from pyro_vnd.infer import FitResult, KLWeights, MaskSchedule, NestedELBO, OptimizerSettings, cosine_to_zero, fit
 from pyro_vnd.nn import NestedClassifier, NestedNet, narrow, nest, recalibrate_batchnorm
 
 WIDTHS = (0.125, 0.25, 0.5, 1.0)
@@ -188,11 +188,10 @@ def train(net: NestedNet, data: Dataset, recipe: Recipe, seed: int = 0) -> FitRe
         num_epochs=recipe.epochs,
         batch_size=recipe.batch_size,
         lr=recipe.lr,
-        lr_schedule=cosine_to_zero(),
-        kl_weight=recipe.kl_weight,
-        length_weight=recipe.kl_weight,
+        optimizer=OptimizerSettings(lr_schedule=cosine_to_zero()),
+        weights=KLWeights(latents=recipe.kl_weight, lengths=recipe.kl_weight),
         schedule=MaskSchedule(),
-        local_reparam=True,
+        elbo=NestedELBO(local_reparam=True),
         seed=seed,
     )
 

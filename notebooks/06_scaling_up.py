@@ -41,6 +41,7 @@ from models import data_parallel
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
 from pyro_vnd.infer import (
     AutoNested,
+    KLWeights,
     LengthCollapseWarning,
     MaskSchedule,
     NestedELBO,
@@ -196,7 +197,12 @@ class CutOff(NestedClassifier):
         return super().forward(x, y)
 
 
-arguments = {"num_epochs": num_epochs, "batch_size": 64, "kl_weight": 0.02, "progress": False}
+arguments = {
+    "num_epochs": num_epochs,
+    "batch_size": 64,
+    "weights": KLWeights(latents=0.02),
+    "progress": False,
+}
 arguments["schedule"] = MaskSchedule()
 uninterrupted, cut_off, resumed = fresh(), fresh(), fresh()
 fit(NestedClassifier(uninterrupted), uninterrupted.guide, train, **arguments)

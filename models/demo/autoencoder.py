@@ -17,7 +17,7 @@ from models.report import Report
 from pyro_vnd.autoencoders import GaussianLikelihood, OrderedVAE, mlp_bodies
 from pyro_vnd.diagnostics import plot_prefixes, to_arviz
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit, linear
+from pyro_vnd.infer import KLWeights, MaskSchedule, OptimizerSettings, cosine_to_zero, fit, linear
 
 
 def run(data: Dataset, settings: Settings, seed: int, report: Report) -> dict[str, Any]:
@@ -48,8 +48,8 @@ def run(data: Dataset, settings: Settings, seed: int, report: Report) -> dict[st
         num_epochs=settings.vae_epochs,
         batch_size=settings.batch_size,
         lr=0.002,
-        lr_schedule=cosine_to_zero(),
-        local_kl_weight=linear(0.0, 1.0, warmup=0.7),
+        optimizer=OptimizerSettings(lr_schedule=cosine_to_zero()),
+        weights=KLWeights(local=linear(0.0, 1.0, warmup=0.7)),
         schedule=MaskSchedule(learned=0.1, budget=0.75, full=0.15, law="log-uniform"),
         seed=seed,
     )

@@ -16,7 +16,7 @@ from models.output import print_table
 from models.report import Report
 from pyro_vnd.diagnostics import classification_metrics, plot_widths, summary, to_arviz
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import fit
+from pyro_vnd.infer import KLWeights, fit
 
 Methods = Mapping[str, list[dict[str, float]]]  # rows by width, of each method
 MEASURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
@@ -38,7 +38,7 @@ def run(data: Dataset, settings: Settings, seed: int, report: Report) -> dict[st
         data.train,
         num_epochs=settings.classifier_epochs,
         batch_size=settings.batch_size,
-        kl_weight=settings.kl_weight,
+        weights=KLWeights(latents=settings.kl_weight),
         seed=seed,
     )
     print(result)

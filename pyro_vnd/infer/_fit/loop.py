@@ -152,6 +152,7 @@ class Loop(Run):
     def state_dict(self) -> State:
         """Return all that the fit needs to go on from here."""
         step, place = self._step, self._place
+        self.result.seconds = self.seconds()
         within = place.num_steps > 0
         return {
             "arguments": self._arguments(self.num_epochs),
@@ -166,7 +167,7 @@ class Loop(Run):
                 "sums": place.sums().tolist() if within else None,
             },
             "callbacks": [[type(each).__name__, each.state_dict()] for each in self.callbacks],
-            "result": asdict(self.result) | {"seconds": self.seconds()},
+            "result": asdict(self.result),
         }
 
     def _arguments(self, num_epochs: int) -> dict[str, Any]:
@@ -198,7 +199,7 @@ class Loop(Run):
                 kept.remove(mine)
                 callback.load_state_dict(mine[1])
         lengths = {name: LengthSummary(**summary) for name, summary in state["result"].pop("lengths").items()}
-        self.result = FitResult(**state["result"], lengths=lengths)
+        self.result = FitResult(**state["result"] | {"converged": False}, lengths=lengths)  # which a rule says anew
         self._seconds_before = self.result.seconds
         rank = self._ranks.rank
         if rank < len(state["random"]):  # another process draws what it would in a new fit

@@ -312,7 +312,7 @@ def as_source(
         size, shuffle = whole_number("batch_size", batch_size), not isinstance(data, IterableDataset)
         loader: DataLoader[Any] = DataLoader(data, batch_size=size, shuffle=shuffle)
         return Batches(loader, num_data, ranks, device)
-    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
+    if isinstance(data, str | bytes) or hasattr(data, "__array__") or not isinstance(data, Iterable):  # or a table
         check_rows("fit", data)
     if batch_size is not None:
         raise ValueError(
@@ -350,11 +350,11 @@ def check_validation(validation: Any, first: Data) -> None:
         check_rows("fit", validation, "validation")
         if _shapes_of_a_row(validation) != _shapes_of_a_row(first):
             raise ValueError(
-                f"fit: argument `validation` must be like `data`, with rows of shapes {_shapes_of_a_row(first)}; got "
+                f"fit: argument `validation` must be like `data`, in batches of shapes {shapes(first)}; got "
                 f"{shapes(validation)}"
             )
 
 
 def _shapes_of_a_row(data: Data) -> Any:
-    args, kwargs = as_arguments(map_parts(lambda x: tuple(x.shape[1:]), data))
-    return kwargs or [*args]
+    args, kwargs = as_arguments(data)
+    return [x.shape[1:] for x in args], {name: x.shape[1:] for name, x in kwargs.items()}
