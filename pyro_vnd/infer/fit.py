@@ -149,7 +149,8 @@ def fit(
     move_modules(both, target)
     devices = devices_of(both, data, target)
     with module_local_params(*both), random_numbers(asked.seed, devices), module_mode(both, training=True):
-        source = as_source(data, batch_size, num_data, Ranks(target), target)
+        ranks = Ranks.join(target if target is not None or not devices else devices[0])
+        source = as_source(data, batch_size, num_data, ranks, target)
         loop = make_loop(model, guide, source, asked, called, devices, started)
         if loop.train():
             settle(loop)

@@ -89,7 +89,7 @@ def make_loop(
     settings = Settings(num_steps, asked.weights, schedule)
     check_schedule(guide, schedule)
     ranks.draw_apart()
-    objective.share(ranks, source.device)
+    objective.share(ranks)
     cut = schedule is not None and schedule.cuts
     heated = isinstance(schedule, MaskSchedule) and schedule.temperature is not None
     rates: LearningRate = recipe.lr if asked.lr is None else asked.lr

@@ -1,7 +1,7 @@
 """One step of stochastic variational inference."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -97,17 +97,21 @@ class Step:
 
         The last one of a step is that in which processes add up their gradients.
         """
-        with ExitStack() as stack:
-            for context in (particle, self.evaluating(), self.objective.together(last)):
-                stack.enter_context(context)
-            if self.values is not None:
-                self.values.row_scale = self.objective.row_scale(batch)
-                stack.enter_context(self.values)  # within: it sees laws before they are cut
-            loss = self.objective(batch, setting.weights)
-            if self.values is not None and (error := self.values.loss()) is not None:
-                loss = loss + (error - error.detach())  # in the gradient of the heads, which have no other
+        values = self.values
+
+        def evaluate() -> Tensor:
+            with self.evaluating(), nullcontext() if values is None else values:  # it sees laws before they are cut
+                loss = self.objective(batch, setting.weights)
+                error = None if values is None else values.loss()
+            # In the gradient of the heads, which have no other.
+            return loss if error is None else loss + (error - error.detach())
+
+        if values is not None:
+            values.row_scale = self.objective.row_scale(batch)
+        with particle:
+            loss = self.objective.averaged(evaluate, last=last)
             (loss if weight == 1 else loss * weight).backward()
-            return self.objective.parts(loss)
+        return self.objective.parts(loss)
 
     def _clip(self) -> Tensor:
         parameters = self.objective.parameters
