@@ -3,6 +3,7 @@
 Every fit is a function without arguments, or of a folder, which one process can call, too.
 """
 
+import contextlib
 import inspect
 import itertools
 import os
@@ -30,7 +31,6 @@ from pyro_vnd.infer import (
     EarlyStopping,
     KLWeights,
     MaskSchedule,
-    NonFiniteLossError,
     OptimizerSettings,
     Validation,
     fit,
@@ -40,7 +40,7 @@ from pyro_vnd.nn import NestedClassifier, nest
 
 RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 NUM_ROWS = 41  # in batches of 12: the last one has 5, and two processes have 3 and 2 of them
-SGD = {"optimizer": torch.optim.SGD, "lr": 0.05, "num_epochs": 3, "progress": False}
+SGD = {"optimizer": torch.optim.SGD, "lr": 0.002, "num_epochs": 3, "progress": False}
 
 
 def data(num_rows=NUM_ROWS):
@@ -144,7 +144,8 @@ def sliced():
     model = NestedClassifier(nest(net, torch.zeros(1, 4), num_blocks=2, prior=None))
     x, y = data()
     schedule = MaskSchedule(0, 1, 0, OrderedMask(probs=torch.tensor([0.5, 0.5])), num_particles=2, sliced=True)
-    fit(model, model.guide, (x, (y > 0).long() + (y > 1).long()), batch_size=12, schedule=schedule, **SGD)
+    rows = [*zip(x.split(12), ((y > 0).long() + (y > 1).long()).split(12), strict=True)]
+    fit(model, model.guide, rows, schedule=schedule, **SGD)
     return state(model)
 
 
@@ -257,8 +258,7 @@ class Own(IterableDataset):
     """Rows that each process has for itself: the second one fewer."""
 
     def __iter__(self):
-        for x, y in itertools.islice(zip(*data(), strict=True), RANK, 40 if RANK == 0 else 30, SIZE):
-            yield x, y
+        yield from itertools.islice(zip(*data(), strict=True), RANK, 40 if RANK == 0 else 30, SIZE)
 
 
 def rows_of_its_own():
@@ -278,14 +278,12 @@ def interrupted(folder, guide, name):
             if run.step == 7:
                 raise _InterruptedError
 
-    rows, path = DataLoader(TensorDataset(*data()), batch_size=10, shuffle=True), folder / f"{name}.pt"
+    rows, path = DataLoader(TensorDataset(*data()), batch_size=9, shuffle=True), folder / f"{name}.pt"
     arguments = {"guide": guide, "rows": rows, "batch_size": None}
     whole = regression_with_normals(**arguments)
     checkpoint = Checkpoint(path, every_steps=3)
-    try:
+    with contextlib.suppress(_InterruptedError):
         regression_with_normals(callbacks=[Stop(), checkpoint], **arguments)
-    except _InterruptedError:
-        pass
     kept = folder / f"{name}_kept.pt"
     if RANK == 0:
         shutil.copy(path, kept)
@@ -305,7 +303,7 @@ def interrupted_points(folder):
 
 def resumed(folder, guide, name):
     path = shutil.copy(folder / f"{name}_kept.pt", folder / f"{name}_{SIZE}.pt")
-    rows = DataLoader(TensorDataset(*data()), batch_size=10, shuffle=True)
+    rows = DataLoader(TensorDataset(*data()), batch_size=9, shuffle=True)
     model, guide, result = regression_with_normals(rows, guide=guide, batch_size=None, checkpoint=path, resume=True)
     return state(model, guide) | {"elbo": result.elbo}
 
@@ -350,10 +348,11 @@ def elbos():
         torch.manual_seed(seed)
         net = nest(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), images[:1], num_blocks=8)
         for name, model, rows in (
-            ("net", NestedClassifier(net), (images, labels)), ("autoencoder", OrderedVAE((64,), 8, bodies=mlp_bodies((64,), hidden=(32,))), images),
-        ):  # fmt: skip
-            result = fit(model, model.guide, rows, num_epochs=15, batch_size=60, seed=seed, progress=False)
-            found[name].append(sum(result.elbo[-3:]) / 3)
+            ("net", NestedClassifier(net), (images, labels)),
+            ("autoencoder", OrderedVAE((64,), 8, bodies=mlp_bodies((64,), hidden=(32,))), images),
+        ):
+            result = fit(model, model.guide, rows, num_epochs=10, batch_size=60, seed=seed, progress=False)
+            found[name].append((result.elbo[0], sum(result.elbo[-3:]) / 3))
     torch.set_default_dtype(torch.float64)
     return found
 
@@ -369,9 +368,11 @@ def error_on_one():
 
 def infinite_on_one():
     class Shaken(Regression):
+        calls = 0
+
         def forward(self, x, y):
-            bad = RANK == SIZE - 1 and len(x) == 6 and self.training and torch.is_grad_enabled()
-            super().forward(x, y * torch.nan if bad else y)
+            self.calls += 1
+            super().forward(x, y * torch.nan if RANK == SIZE - 1 and self.calls > 20 else y)
 
     model = Shaken()
     with pyro.validation_enabled(False):

@@ -122,6 +122,7 @@ class Loop(Run):
                 self._place.add(parts, sum(map(num_rows, batches)))
                 for callback in self.callbacks:
                     callback.on_step(self)
+        self.objective.share_buffers()
         means = self._place.means(self._ranks, self.source.num_data)
         record, both = self._step.objective.record, (self.model, self.guide)
         laws = record.laws | nested_laws(both) | conditional_laws(self.guide)
@@ -219,7 +220,7 @@ class Loop(Run):
         if within["num_steps"]:
             random, sums = within["random"], within["sums"]
             if len(sums) != self._ranks.size:
-                sums = [torch.tensor(sums).sum(0).tolist()] + [None] * (self._ranks.size - 1)
+                sums = [torch.tensor(sums, dtype=torch.float64).sum(0).tolist()] + [None] * (self._ranks.size - 1)
             random = random[min(rank, len(random) - 1)]
             self._place = _Place(within["num_steps"], random, within["loader"], sums[rank])
 

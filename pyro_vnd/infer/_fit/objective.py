@@ -116,6 +116,11 @@ class Objective:
             )
         self.ranks, self.averaged = ranks, Averaged(self.module, ranks)
 
+    def share_buffers(self) -> None:
+        """Give all processes the first one's buffers, such as running means of norms."""
+        for buffer in self.module.buffers() if self.ranks.size > 1 else ():
+            buffer.copy_(self.ranks.same(buffer))
+
     def row_scale(self, batch: Data) -> float:
         """Return by how much the rows of a batch are scaled."""
         return self.scale(num_rows(batch), KLWeights()).row_scale
@@ -187,6 +192,8 @@ class Objective:
         except Exception as error:  # what is to be explained is another error
             what = f"{type(error).__name__}: {error}".partition("\n")[0]  # without the shapes that Pyro adds
             return f"evaluating the model once more, to find the site, raised {what}; {last}"
+        if self.ranks.size > 1:  # whose gradients are all the same by now
+            return f"on a new draw each site of process {self.ranks.rank} is finite: the others' errors may say more"
         gradients = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
         bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
         return f"the gradient of {bad} is not finite; {last}" if bad else f"on a new draw each site is finite; {last}"

@@ -1,6 +1,8 @@
 """How the processes of a fit share batches that come ready made."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -84,10 +86,13 @@ class _SharedBatches(Sampler[list[int]]):
         return len(self.bounds)
 
     def __iter__(self) -> Iterator[list[int]]:
-        with self.ranks.alike(getattr(self.sampler, "generator", None)):
-            order = torch.tensor([*self.sampler])
+        generator, rows = getattr(self.sampler, "generator", None), iter(self.sampler)
+        with self.ranks.alike(generator):
+            order = torch.tensor([*islice(rows, len(self.sampler))])
         for start, stop in self.bounds:
             yield self.ranks.share(order[start:stop]).tolist()
+        with self.ranks.alike(generator):  # what a sampler draws at its end, it draws when all rows were taken
+            deque(rows, maxlen=0)
 
 
 class _SharedList:

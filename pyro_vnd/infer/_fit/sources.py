@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from pyro_vnd._data import Data, as_arguments, check_rows, map_parts, named_parts, shapes, split_rows
 from pyro_vnd._data import num_rows as rows_in
@@ -231,7 +232,8 @@ def _length(data: Any) -> int | None:
     if not isinstance(data, DataLoader):
         return None
     for each in (data.sampler if data.batch_size is not None else None, data.dataset):
-        if each is not None and not isinstance(data.dataset, IterableDataset) and _has_length(each):
+        own = each is None or isinstance(each, DistributedSampler)  # whose length is that of a share
+        if not own and not isinstance(data.dataset, IterableDataset) and _has_length(each):
             return len(each)  # type: ignore[arg-type]
     return len(data.dataset) if _has_length(data.dataset) else None  # type: ignore[arg-type]
 
