@@ -1,35 +1,15 @@
 """A fit that two processes share is the fit of one."""
 
 import math
-import os
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import parallel_fits
 import pytest
 import torch
+from processes import ROOT, torchrun
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
-
-
-def torchrun(*arguments, num_processes=2):
-    """Run a program on several processes; return what came of it."""
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"),
-            *map(str, arguments),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -192,7 +192,9 @@ def settle(loop: Loop) -> None:
 
 
 def warn(loop: Loop) -> None:
-    """Warn of a guide that is far from the posterior, and of laws that have collapsed."""
+    """Warn, in the first process, of a guide that is far from the posterior, and of laws that have collapsed."""
+    if not loop.is_first:
+        return
     conditional, record = conditional_laws(loop.guide), loop.objective.record
     loop.result.warn_of_poor_fit(knows_lengths=bool(conditional))
     given = {name for name, (law, _) in record.laws.items() if _is_given(law)} | record.by_values

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -173,4 +174,5 @@ class _Evaluation(nn.Module):
 
 def _leave() -> None:
     if torch.distributed.is_initialized():
+        time.sleep(0.1)  # threads of gloo may still free what was sent, which aborts once Python is half gone
         torch.distributed.destroy_process_group()
