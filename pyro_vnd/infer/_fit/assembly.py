@@ -1,7 +1,6 @@
 """How a fit is put together from what `fit` was asked for, and what is left to do when it is over."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -104,7 +103,6 @@ def make_loop(
         parts_with_temperature(both) if heated else [],
         asked.optimizer.clip_norm,
         value_sites(both, elbo, schedule, plate),
-        nullcontext if asked.precision == "32" else partial(_autocast, objective.parameters),
     )
     return Loop(
         step=step,
@@ -151,10 +149,6 @@ def _recipe(guide: Any, asked: Asked) -> Recipe:
         optimizer=usual.optimizer if settings.optimizer is None else settings.optimizer,
         lr_schedule=usual.lr_schedule if settings.lr_schedule is None else settings.lr_schedule,
     )
-
-
-def _autocast(parameters: Sequence[Tensor]) -> torch.autocast:
-    return torch.autocast(parameters[0].device.type, dtype=torch.bfloat16)
 
 
 def _description(

@@ -1,6 +1,6 @@
 """One step of stochastic variational inference."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,7 +34,6 @@ class Step:
         with_temperature: Parts of model and guide whose masks have a temperature.
         clip_norm: Largest norm of the gradient, or None.
         values: Lets value heads learn from each evaluation, or None.
-        evaluating: Makes one more context for each evaluation, of the precision of torch.
     """
 
     def __init__(
@@ -47,11 +46,9 @@ class Step:
         with_temperature: Sequence[Any] = (),
         clip_norm: float | None = None,
         values: ValueSites | None = None,
-        evaluating: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.objective, self.optimizer, self.lr_schedule, self.num_rows = objective, optimizer, lr_schedule, num_rows
         self.cuts, self.with_temperature, self.clip_norm, self.values = cuts, with_temperature, clip_norm, values
-        self.evaluating = evaluating
 
     def __call__(self, batches: Sequence[Data], setting: Setting) -> ElboParts:
         """Take a step.
@@ -100,7 +97,7 @@ class Step:
         values = self.values
 
         def evaluate() -> Tensor:
-            with self.evaluating(), nullcontext() if values is None else values:  # it sees laws before they are cut
+            with nullcontext() if values is None else values:  # within: it sees laws before they are cut
                 loss = self.objective(batch, setting.weights)
                 error = None if values is None else values.loss()
             # In the gradient of the heads, which have no other.
