@@ -18,7 +18,7 @@ from models.datasets import Dataset, Split, load
 from models.nets import build
 from models.nets.build import Size
 from models.ood import ood_sets
-from models.output import atomic_folder, print_table, versions
+from models.output import atomic_folder, is_first_process, print_table, versions
 from pyro_vnd.diagnostics import (
     evaluate,
     evaluate_learned,
@@ -94,7 +94,7 @@ def run(
         seed: Seed of the initial weights, the training and the draws.
 
     Returns:
-        The content of metrics.json.
+        The content of metrics.json; of other processes than the first, which only train with it, nothing.
 
     Raises:
         ValueError: If the net, the data set or a width is unknown, data are corrupt, or there is no GPU.
@@ -111,6 +111,9 @@ def run(
     for width in widths:  # before an hour goes into the fit
         with net.cut(width, rounding="nearest"):
             pass
+    if not is_first_process():
+        train(net, data, recipe, seed)
+        return {}
     with atomic_folder(out) as folder:
         groups = ", ".join(f"{name} ({width.num_units})" for name, width in net.widths.items())
         print(f"{net_name}, {size}, on {data.name}: {len(data.train.labels)} images; groups (units): {groups}")
