@@ -91,9 +91,11 @@ class Loop(Run):
             for buffer, before in self._untouched:
                 buffer.copy_(before)
             raise
+        self._check_together()
         self._settings[max(self.step - 1, 0)].set_temperature(self._step.with_temperature)
         for callback in self.callbacks:
             callback.on_fit_start(self)
+        self.stopped = self._ranks.any(self.stopped)
         if self.stopped or self.epoch >= self.num_epochs:
             return False
         while self.epoch < self.num_epochs and not self.stopped:
@@ -108,6 +110,14 @@ class Loop(Run):
         with ExitStack() as stack:
             for callback in self.callbacks:
                 stack.callback(callback.close)
+
+    def _check_together(self) -> None:
+        steps = self._ranks.gather(self.step)
+        if len(set(steps)) > 1:
+            raise ValueError(
+                "fit: argument `checkpoint` must be a file that all processes read, on a disk that their machines "
+                f"share; they go on from steps {steps}"
+            )
 
     def save(self) -> None:
         """Write checkpoints at the very end."""
@@ -126,6 +136,7 @@ class Loop(Run):
                 self._place.add(parts, sum(map(num_rows, batches)))
                 for callback in self.callbacks:
                     callback.on_step(self)
+        self.objective.share_buffers()
         means = self._place.means(self._ranks, self.source.num_data)
         record, both = self._step.objective.record, (self.model, self.guide)
         laws = record.laws | nested_laws(both) | conditional_laws(self.guide)
@@ -134,6 +145,7 @@ class Loop(Run):
         for callback in self.callbacks:
             self.result.seconds = self.seconds()
             callback.on_epoch(self)
+        self.stopped = self._ranks.any(self.stopped)
 
     def _batches(self) -> Iterator[list[Data]]:
         """Yield the batches of each step of an epoch, or of its rest where a checkpoint was written within it."""
@@ -151,7 +163,7 @@ class Loop(Run):
             first = [*islice(batches, skipped, skipped + 1)]  # here: what the loader draws, it draws before it yields
             batches = chain(first, batches)
             self._set_random(now)
-        while group := [*islice(batches, self._accumulate)]:
+        while self.source.goes_on(group := [*islice(batches, self._accumulate)]):
             yield group
 
     def _random(self) -> dict[str, Any]:
@@ -166,6 +178,7 @@ class Loop(Run):
     def state_dict(self) -> State:
         """Return all that the fit needs to go on from here."""
         step, place = self._step, self._place
+        self.result.seconds = self.seconds()
         within = place.num_steps > 0
         return {
             "arguments": self._arguments(self.num_epochs),
@@ -178,10 +191,10 @@ class Loop(Run):
                 "num_steps": place.num_steps,
                 "random": self._ranks.gather(place.random) if within else None,
                 "loader": self.source.state_dict() if within else None,
-                "sums": place.sums().tolist() if within else None,
+                "sums": self._ranks.gather(place.sums().tolist()) if within else None,
             },
             "callbacks": [[type(each).__name__, each.state_dict()] for each in self.callbacks],
-            "result": asdict(self.result) | {"seconds": self.seconds()},
+            "result": asdict(self.result),
         }
 
     def _arguments(self, num_epochs: int) -> dict[str, Any]:
@@ -220,15 +233,18 @@ class Loop(Run):
                 kept.remove(mine)
                 callback.load_state_dict(mine[1])
         lengths = {name: LengthSummary(**summary) for name, summary in state["result"].pop("lengths").items()}
-        self.result = FitResult(**state["result"], lengths=lengths)
+        self.result = FitResult(**state["result"] | {"converged": False}, lengths=lengths)  # which a rule says anew
         self._seconds_before = self.result.seconds
         rank = self._ranks.rank
         if rank < len(state["random"]):  # another process draws what it would in a new fit
             self._set_random(state["random"][rank])
         within = state["epoch"]
         if within["num_steps"]:
-            random = within["random"][min(rank, len(within["random"]) - 1)]
-            self._place = _Place(within["num_steps"], random, within["loader"], within["sums"] if rank == 0 else None)
+            random, sums = within["random"], within["sums"]
+            if len(sums) != self._ranks.size:
+                sums = [torch.tensor(sums, dtype=torch.float64).sum(0).tolist()] + [None] * (self._ranks.size - 1)
+            random = random[min(rank, len(random) - 1)]
+            self._place = _Place(within["num_steps"], random, within["loader"], sums[rank])
 
 
 class _Place:

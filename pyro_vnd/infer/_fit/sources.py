@@ -1,28 +1,20 @@
 """Where the batches of a fit come from: tensors, data sets, loaders, or anything that can be iterated again."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-    TensorDataset,
-)
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from pyro_vnd._data import Data, as_arguments, check_rows, map_parts, named_parts, shapes, split_rows
 from pyro_vnd._data import num_rows as rows_in
 from pyro_vnd.infer._fit.checks import whole_number
 from pyro_vnd.infer._fit.parallel import Ranks
+from pyro_vnd.infer._fit.shares import bounds, shared
 
 __all__ = ["Source", "as_source", "batches_of", "check_validation", "is_tensors", "move"]
 
@@ -61,6 +53,10 @@ class Source:
     def in_order(self, num_rows: int | None = None) -> Iterator[Data]:
         """Yield batches of all rows, or of about so many from all over the data, for what is found out of them."""
         return map(self._moved, self._in_order(num_rows))
+
+    def goes_on(self, batches: Sequence[Data]) -> bool:
+        """Return whether there are batches for another step, in all processes."""
+        return bool(batches)
 
     def _moved(self, batch: Data) -> Data:
         # A gradient of the data would add up in them, and nobody asked for it.
@@ -105,7 +101,7 @@ class RowsOfTensors(Source):
         self.whole = data
         self.num_data = rows_in(data)
         self.batch_size = self.num_data if batch_size is None else whole_number("batch_size", batch_size, self.num_data)
-        self._bounds = _bounds(self.num_data, self.batch_size, ranks)
+        self._bounds = bounds(self.num_data, self.batch_size, ranks)
         self.num_batches = len(self._bounds)
 
     def _first(self) -> Data:
@@ -118,7 +114,8 @@ class RowsOfTensors(Source):
         if self.batch_size == self.num_data and self.ranks.size == 1:
             yield data  # as they are
             return
-        order = self.ranks.same(torch.randperm(self.num_data))
+        with self.ranks.alike():
+            order = torch.randperm(self.num_data)
         orders = {x.device: order.to(x.device) for x in named_parts(data).values()}
         for start, stop in self._bounds:
             rows = {device: self.ranks.share(each[start:stop]) for device, each in orders.items()}
@@ -131,13 +128,6 @@ class RowsOfTensors(Source):
         else:
             few = torch.linspace(0, self.num_data - 1, min(self.num_data, num_rows)).round().long()
             yield map_parts(lambda x: x.index_select(0, few.to(x.device)), data)
-
-
-def _bounds(num_rows: int, batch_size: int, ranks: Ranks) -> list[tuple[int, int]]:
-    """Return where batches begin and end; a last one in which some process would have no row is left out."""
-    ends = [*range(batch_size, num_rows, batch_size), num_rows]
-    pairs = [*zip([0, *ends], ends, strict=False)]
-    return pairs if len(pairs) == 1 or pairs[-1][1] - pairs[-1][0] >= ranks.size else pairs[:-1]
 
 
 def _rows_of(rows: Mapping[torch.device, Tensor], x: Tensor) -> Tensor:
@@ -156,12 +146,13 @@ class Batches(Source):
 
     def __init__(self, data: Iterable[Any], num_data: int | None, ranks: Ranks, device: torch.device | None) -> None:
         super().__init__(ranks, device)
-        self.data, split = _shared(data, ranks)
+        self.data, split, self._is_even = shared(data, ranks)
         self.can_repeat, self._ended = not isinstance(data, Iterator), False
         self._begin = self._peek()
         check_rows("fit", self._begin)
         full: Any = getattr(data, "batch_size", None)
-        self.batch_size = (full or rows_in(self._begin)) * (1 if split else ranks.size)
+        begun = torch.tensor(rows_in(self._begin))
+        self.batch_size = int(ranks.sum(begun)) if full is None else full * (1 if split else ranks.size)
         known = _length(data)
         if num_data is None and known is None:
             raise ValueError(
@@ -208,6 +199,10 @@ class Batches(Source):
                 return
         self._ended = not self.can_repeat
 
+    def goes_on(self, batches: Sequence[Data]) -> bool:
+        """Return whether there are batches for another step, in all processes: none takes a step alone."""
+        return bool(batches) if self._is_even else self.ranks.all(bool(batches))
+
     def state_dict(self) -> Any:
         """Return the state of a loader that has one, such as torchdata's StatefulDataLoader."""
         return self.data.state_dict() if hasattr(self.data, "state_dict") else None
@@ -239,47 +234,10 @@ def _length(data: Any) -> int | None:
     if not isinstance(data, DataLoader):
         return None
     for each in (data.sampler if data.batch_size is not None else None, data.dataset):
-        if each is not None and not isinstance(data.dataset, IterableDataset) and _has_length(each):
+        own = each is None or isinstance(each, DistributedSampler)  # whose length is that of a share
+        if not own and not isinstance(data.dataset, IterableDataset) and _has_length(each):
             return len(each)  # type: ignore[arg-type]
     return len(data.dataset) if _has_length(data.dataset) else None  # type: ignore[arg-type]
-
-
-class _SharedBatches(Sampler[list[int]]):
-    """The batches of rows of a data set, of which each process takes its share."""
-
-    def __init__(self, num_rows: int, batch_size: int, shuffle: bool, drop_last: bool, ranks: Ranks) -> None:
-        self.num_rows, self.shuffle, self.ranks = num_rows, shuffle, ranks
-        kept = num_rows - num_rows % batch_size if drop_last else num_rows
-        self.bounds = _bounds(kept, min(batch_size, kept), ranks)
-
-    def __len__(self) -> int:
-        return len(self.bounds)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = self.ranks.same(torch.randperm(self.num_rows)) if self.shuffle else torch.arange(self.num_rows)
-        for start, stop in self.bounds:
-            yield self.ranks.share(order[start:stop]).tolist()
-
-
-def _shared(data: Iterable[Any], ranks: Ranks) -> tuple[Iterable[Any], bool]:
-    """Return a loader with which processes share batches, and whether its `batch_size` is for all of them together."""
-    if ranks.size == 1 or not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
-        return data, ranks.size == 1
-    sampler: Any = data.sampler
-    if type(data.batch_sampler) is not BatchSampler or type(sampler) not in (RandomSampler, SequentialSampler):
-        if not isinstance(sampler, DistributedSampler):
-            raise ValueError(
-                "fit: argument `data` is a DataLoader with a sampler of its own, which several processes cannot share: "
-                f"give torch's DistributedSampler, or shuffle=True; got {type(sampler).__name__}"
-            )
-        return data, False
-    size: Any = data.batch_size
-    rows = _SharedBatches(len(sampler), size, isinstance(sampler, RandomSampler), data.drop_last, ranks)
-    kept = {
-        name: getattr(data, name)
-        for name in ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "prefetch_factor")
-    }
-    return DataLoader(data.dataset, batch_sampler=rows, persistent_workers=data.persistent_workers, **kept), True
 
 
 def as_source(
@@ -314,7 +272,7 @@ def as_source(
         size, shuffle = whole_number("batch_size", batch_size), not isinstance(data, IterableDataset)
         loader: DataLoader[Any] = DataLoader(data, batch_size=size, shuffle=shuffle)
         return Batches(loader, num_data, ranks, device)
-    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
+    if isinstance(data, str | bytes) or hasattr(data, "__array__") or not isinstance(data, Iterable):  # or a table
         check_rows("fit", data)
     if batch_size is not None:
         raise ValueError(
@@ -352,11 +310,11 @@ def check_validation(validation: Any, first: Data) -> None:
         check_rows("fit", validation, "validation")
         if _shapes_of_a_row(validation) != _shapes_of_a_row(first):
             raise ValueError(
-                f"fit: argument `validation` must be like `data`, with rows of shapes {_shapes_of_a_row(first)}; got "
+                f"fit: argument `validation` must be like `data`, in batches of shapes {shapes(first)}; got "
                 f"{shapes(validation)}"
             )
 
 
 def _shapes_of_a_row(data: Data) -> Any:
-    args, kwargs = as_arguments(map_parts(lambda x: tuple(x.shape[1:]), data))
-    return kwargs or [*args]
+    args, kwargs = as_arguments(data)
+    return [x.shape[1:] for x in args], {name: x.shape[1:] for name, x in kwargs.items()}
