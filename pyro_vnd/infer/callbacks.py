@@ -278,9 +278,10 @@ class Checkpoint(Callback):
 
     def on_fit_start(self, run: Run) -> None:
         """Write and read a state, to see that it can be done, and begin to count the minutes."""
-        state = run.state_dict()
-        if self._folder is not None and run.epoch < run.num_epochs:
-            self._folder.rehearse(state)
+        if run.epoch < run.num_epochs:
+            state = run.state_dict()
+            if self._folder is not None:
+                self._folder.rehearse(state)
         self._written = time.monotonic()
 
     def on_step(self, run: Run) -> None:
