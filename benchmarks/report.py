@@ -32,6 +32,7 @@ from benchmarks import (
     order_law,
     ordered_latents_report,
     ordered_speed,
+    scaling,
 )
 from benchmarks.record import measured
 from models.nets import coverage
@@ -85,6 +86,7 @@ PAGES = {
     "net_law": _page("net_law", "net_law", "net_law_tries", tables=net_law.markdown),
     "nested_speed": _page("nested_speed", tables=nested_speed.markdown),
     "nest_cost": _page("nest_cost", tables=nest_cost.markdown),
+    "scaling": _page("scaling", "scaling", "nest_cost", tables=scaling.markdown),
     "order_law": _page("order_law", tables=order_law.markdown),
     "ordered_latents": _page(
         "ordered_latents", tables=ordered_latents_report.markdown, figures=ordered_latents_report.figures
