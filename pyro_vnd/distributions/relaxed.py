@@ -98,4 +98,4 @@ class RelaxedOrderedMask(LengthLaw):
         scaled = temperature.unsqueeze(-1) * log_one_hot
         density = (log_probs - scaled - log_one_hot).sum(-1) - k * (log_probs - scaled).logsumexp(-1)
         density = density + math.lgamma(k) + (k - 1) * temperature.log()
-        return density.expand(torch.broadcast_shapes(density.shape, self.batch_shape))
+        return density.expand(broadcast_shapes(density.shape, self.batch_shape))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vnd.distributions._fast.arrays import leading_block
+from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.nn.width import Width
 
 __all__ = ["Axis", "Channels", "Index", "Rows", "Run", "joint_keep_probs", "kept_channels", "take"]
@@ -121,7 +122,7 @@ class Axis:
         if not known:
             return None
         # One width may be fixed for the batch where another one has a row for each example.
-        rows, joined = torch.broadcast_shapes(*(values.shape[:-1] for values in known)), []
+        rows, joined = broadcast_shapes(*(values.shape[:-1] for values in known)), []
         for values, (width, length) in zip(values_of, self.runs, strict=True):
             if values is None:
                 values = known[0].new_ones(length)

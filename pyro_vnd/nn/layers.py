@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pyro_vnd._compat import has_hooks
 from pyro_vnd.distributions import Gated
-from pyro_vnd.distributions.weights import LogScaleNormal
+from pyro_vnd.distributions.weights import FixedNormal, LogScaleNormal, fixed_normal
 from pyro_vnd.nn.axis import Axis, Channels, Index, Rows, joint_keep_probs, kept_channels, take
 from pyro_vnd.nn.reads import MaskedReads, Read, apply_mask, on_its_own, substituted
 from pyro_vnd.nn.width import Width
@@ -204,12 +204,10 @@ class NestedLayer(nn.Module):
 
         The posterior counts in so far as both units are kept, and is the prior where they are dropped.
         """
-        mean = self.take(name, self.plain.get_parameter(name))
+        mean, prior = self.take(name, getattr(self.plain, name)), self._kept_prior(name)
         if which == "prior":
-            return Gated(self._kept_prior(name), mean.shape, validate_args=False)
-        log_scale, gate = self.take(name, self.log_scales[name]), self.gate(name)
-        rest = None if gate is None else self._kept_prior(name)
-        return Gated(LogScaleNormal(mean, log_scale, validate_args=False), mean.shape, gate, rest, validate_args=False)
+            return Gated._of(prior, mean.shape)
+        return posterior_law(mean, self.take(name, self.log_scales[name]), prior, self.gate(name))
 
     def _kept_prior(self, name: str) -> Distribution:
         law = self.prior_of(name)
@@ -324,8 +322,7 @@ def fan_in_normal(name: str, layer: nn.Module) -> Normal:
     fan_in = weight[0].numel()
     if "Transpose" in type(layer).__name__:
         fan_in = weight.numel() // weight.shape[1] // layer.groups
-    scale = math.sqrt(2 / max(1, fan_in)) if name == "weight" else 1.0
-    return Normal(weight.new_tensor(0.0), weight.new_tensor(scale), validate_args=False)
+    return fixed_normal(0.0, math.sqrt(2 / max(1, fan_in)) if name == "weight" else 1.0, weight)
 
 
 def entry_law(caller: str, prior: Any, name: str, module: nn.Module) -> Distribution:
@@ -342,6 +339,19 @@ def entry_law(caller: str, prior: Any, name: str, module: nn.Module) -> Distribu
             f"{caller}: the prior of {name!r} must have one entry, or those of the array {tuple(shape)}; got {law}"
         )
     return law
+
+
+def posterior_law(mean: Tensor, log_scale: Tensor, prior: Any, gate: Tensor | None) -> Gated:
+    """Return the law of an array of Normals, which is the prior in so far as the gate leaves entries out.
+
+    Args:
+        mean: Means.
+        log_scale: Logarithms of the standard deviations.
+        prior: The law of each entry a priori.
+        gate: Probability that each entry counts; None if all do.
+    """
+    base = LogScaleNormal(mean, log_scale, prior=prior if isinstance(prior, FixedNormal) else None, validate_args=False)
+    return Gated._of(base, mean.shape, gate, None if gate is None else prior)
 
 
 def in_block(gate: Tensor | None, block: NestedBlock | None) -> Tensor | None:
