@@ -262,8 +262,15 @@ class QuietModule(PyroModule):
 
     Breaks if a `PyroModule` keeps plain modules elsewhere than in `_modules`.
 
-    One that owns its parameters does so as a part of another module, too.
+    One that owns its parameters does so as a part of another module, too. While it keeps quiet, a call does not look
+    through all parameters for stray ones either, as Pyro's does, which walks through the whole module each time.
     """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not _quiet.get():
+            return super().__call__(*args, **kwargs)
+        with self._pyro_context:
+            return nn.Module.__call__(self, *args, **kwargs)
 
     def _pyro_set_supermodule(self, name: str, context: _Context) -> None:
         owns = isinstance(self._pyro_context, OwnContext)

@@ -212,22 +212,26 @@ class NestedNet(QuietModule):
         weights: bool = True,
     ) -> Iterator[dict[str, Tensor]]:
         """Draw masks and weights, or compute with the mean weights, in the passes inside the block."""
+        widths, layers = self.widths, self.layers
         try:
-            values = self._draw_masks(which, num_rows, plate)
-            values |= self._draw_weights(which) if weights else {}
+            values = self._draw_masks(which, num_rows, plate, widths)
+            values |= self._draw_weights(which, layers) if weights else {}
             with self._in_place(), plain_checkpoints():
                 yield values
         finally:
-            for width in self.widths.values():
+            for width in widths.values():
                 width.release()
-            for layer in self.layers.values():
-                layer.values = {}
+            for layer in layers.values():
+                layer.values.clear()
             for each in self.random_parameters.values():
                 each.value = None
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
         """Let modules that are no nested layers find and read what is kept, and blocks be dropped."""
+        if not (self.blocks or self.own_channels or self.reads or len(self._random_parameters)):
+            yield
+            return
         with ExitStack() as stack:
             for block in self.blocks:
                 stack.enter_context(block.masked())
@@ -241,7 +245,11 @@ class NestedNet(QuietModule):
             yield
 
     def _draw_masks(
-        self, which: Literal["prior", "posterior"], num_rows: int, plate: pyro.plate | None
+        self,
+        which: Literal["prior", "posterior"],
+        num_rows: int,
+        plate: pyro.plate | None,
+        widths: Mapping[str, Width],
     ) -> dict[str, Tensor]:
         cut, values = self._cut, {}
         by_example = self.mask_per == "example"
@@ -250,14 +258,14 @@ class NestedNet(QuietModule):
             raise ValueError(
                 f"cut: argument `width` has one fraction for each of {len(fractions)} rows; the batch has {num_rows}"
             )
-        drawn = [name for name in self.widths if cut is None or fractions is not None or name not in cut.blocks]
+        drawn = [name for name in widths if cut is None or fractions is not None or name not in cut.blocks]
         in_plate: Any = nullcontext()
         if drawn and by_example:
             in_plate = pyro.plate("data", num_rows, dim=-1) if plate is None else plate
         # Rows whose width is given have no latent mask, and no KL.
         is_free: Any = None if fractions is None else fractions == 0
         latent: Any = nullcontext() if fractions is None else poutine.mask(mask=is_free)
-        for name, width in self.widths.items():
+        for name, width in widths.items():
             site = f"{self.prefix}{name}.mask"
             if name not in drawn:
                 assert cut is not None
@@ -289,9 +297,11 @@ class NestedNet(QuietModule):
         mask = width.prefix(width.logits.new_tensor(num_blocks / width.num_blocks))
         width.hold(mask, keep_probs=mask)  # as if sliced: what is dropped costs nothing
 
-    def _draw_weights(self, which: Literal["prior", "posterior"]) -> dict[str, Tensor]:
+    def _draw_weights(
+        self, which: Literal["prior", "posterior"], layers: Mapping[str, NestedLayer]
+    ) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
-        for name, layer in self.layers.items():
+        for name, layer in layers.items():
             if layer.block is not None and layer.block.is_sliced_away:
                 continue
             values |= layer.draw(which, f"{self.prefix}{name}" if name else f"{self.prefix}layer")
