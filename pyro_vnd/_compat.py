@@ -281,7 +281,7 @@ class QuietModule(PyroModule):
     def __getattr__(self, name: str) -> Any:
         if _quiet.get():
             module = self.__dict__.get("_modules", {}).get(name)
-            if module is not None and not isinstance(module, PyroModule):
+            if module is not None and (not isinstance(module, PyroModule) or module._pyro_name):
                 return module
         return super().__getattr__(name)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.types import _size
 
 from pyro_vnd._compat import recall, remember
+from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions.constraints import ordered_mask, tail_difference, tail_sum
 from pyro_vnd.distributions.lengths import LengthLaw, gumbel_like
 

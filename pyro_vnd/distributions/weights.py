@@ -99,7 +99,9 @@ class LogScaleNormal(KeepsDerived, dist.Normal):
         validate_args: bool | None = None,
     ) -> None:
         try:
-            self.loc, self.log_scale = (loc, log_scale) if loc.shape == log_scale.shape else broadcast_all(loc, log_scale)
+            self.loc, self.log_scale = (
+                (loc, log_scale) if loc.shape == log_scale.shape else broadcast_all(loc, log_scale)
+            )
         except RuntimeError:
             raise ValueError(
                 "LogScaleNormal: arguments `loc` and `log_scale` must broadcast; got shapes "

@@ -11,6 +11,8 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
 from pyro.infer.util import check_fully_reparametrized, is_validation_enabled, torch_item
 from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.replay_messenger import ReplayMessenger
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape
 from torch import Tensor
@@ -136,7 +138,7 @@ class NestedELBO(TraceMeanField_ELBO):
             model_trace, guide_trace = messenger.get_traces()
         else:
             guide_trace = _traced(guide, args, kwargs)
-            model_trace = _traced(poutine.replay(model, trace=guide_trace), args, kwargs)
+            model_trace = _traced(ReplayMessenger(trace=guide_trace)(model), args, kwargs)
         _check_sites(model_trace, guide_trace)
         layout = (_layout(model_trace), _layout(guide_trace)) if is_validation_enabled() else self._layout
         is_new = layout != self._layout  # what the checks look at is nearly always as in the last evaluation
@@ -207,9 +209,9 @@ class NestedELBO(TraceMeanField_ELBO):
 
 def _traced(program: Any, args: Any, kwargs: Any) -> Any:
     """Run a program and return its trace, which is no copy."""
-    handler = poutine.trace(program)
-    handler(*args, **kwargs)
-    return handler.trace
+    messenger = TraceMessenger()
+    messenger(program)(*args, **kwargs)
+    return messenger.trace
 
 
 def _layout(trace: Any) -> list[Any]:

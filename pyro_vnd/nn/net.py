@@ -194,13 +194,17 @@ class NestedNet(QuietModule):
             return self._run(inputs, named)
 
     def _run(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-        dtype = next((parameter.dtype for parameter in self.parameters()), None)
-        given, caller = (*inputs, *named.values()), f"NestedNet({type(self.net).__name__})"
-        with (
-            explain_inputs(caller, given, dtype, self.input_shapes),
-            explain_arguments(caller, self.net, inputs, named),
-        ):
-            return self.net(*inputs, **named)
+        net = self.net
+        try:
+            return net(*inputs, **named)
+        except (RuntimeError, TypeError):
+            dtype = next((parameter.dtype for parameter in self.parameters()), None)
+            given, caller = (*inputs, *named.values()), f"NestedNet({type(net).__name__})"
+            with (
+                explain_inputs(caller, given, dtype, self.input_shapes),
+                explain_arguments(caller, net, inputs, named),
+            ):
+                raise
 
     @contextmanager
     def _drawn(
@@ -265,29 +269,29 @@ class NestedNet(QuietModule):
         # Rows whose width is given have no latent mask, and no KL.
         is_free: Any = None if fractions is None else fractions == 0
         latent: Any = nullcontext() if fractions is None else poutine.mask(mask=is_free)
-        for name, width in widths.items():
-            site = f"{self.prefix}{name}.mask"
-            if name not in drawn:
-                assert cut is not None
-                self._hold_fixed(width, cut.blocks[name], cut.sliced)
-                continue
-            law = width.prior if which == "prior" else width.posterior
-            if cut is not None and cut.sliced and not by_example:
-                # What is not computed has no straight-through gradient: the exact law, for score functions.
-                mask = values[site] = pyro.sample(site, OrderedMask(logits=law.logits, validate_args=False))
-                self._hold_fixed(width, int(mask.sum().item()) + width.always_kept - 1, sliced=True)
-                continue
-            with in_plate, latent:
+        with in_plate, latent:
+            for name, width in widths.items():
+                site = f"{self.prefix}{name}.mask"
+                if name not in drawn:
+                    assert cut is not None
+                    self._hold_fixed(width, cut.blocks[name], cut.sliced)
+                    continue
+                law = width.prior if which == "prior" else width.posterior
+                if cut is not None and cut.sliced and not by_example:
+                    # What is not computed has no straight-through gradient: the exact law, for score functions.
+                    mask = values[site] = pyro.sample(site, OrderedMask(logits=law.logits, validate_args=False))
+                    self._hold_fixed(width, int(mask.sum().item()) + width.always_kept - 1, sliced=True)
+                    continue
                 mask = values[site] = pyro.sample(site, law)
-            keep_probs = width.posterior.keep_probs if self.gated else None
-            if fractions is not None:
-                given = width.prefix(fractions)
-                free = is_free.unsqueeze(-1)
-                mask = torch.where(free, mask, given)
-                keep_probs = None if keep_probs is None else torch.where(free, keep_probs, given)
-            if keep_probs is not None and keep_probs.dim() > 1:
-                keep_probs = keep_probs.mean(0)
-            width.hold(mask, keep_probs)
+                keep_probs = width.posterior.keep_probs if self.gated else None
+                if fractions is not None:
+                    given = width.prefix(fractions)
+                    free = is_free.unsqueeze(-1)
+                    mask = torch.where(free, mask, given)
+                    keep_probs = None if keep_probs is None else torch.where(free, keep_probs, given)
+                if keep_probs is not None and keep_probs.dim() > 1:
+                    keep_probs = keep_probs.mean(0)
+                width.hold(mask, keep_probs)
         return values
 
     def _hold_fixed(self, width: Width, num_blocks: int, sliced: bool) -> None:

@@ -7,14 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Normal
 from torch.func import grad, vmap
 
 from pyro_vnd._compat import only_plain_code
-from pyro_vnd.distributions import Gated
-from pyro_vnd.distributions._fast import arrays, gated_kl, log_uniform, masks, normals
+from pyro_vnd.distributions._fast import arrays, log_uniform, masks, normals
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
-from pyro_vnd.distributions.weights import LogScaleNormal
 
 
 def real(*shape: int) -> Tensor:
@@ -23,14 +20,6 @@ def real(*shape: int) -> Tensor:
 
 def positive(*shape: int) -> Tensor:
     return torch.rand(shape) + 0.1
-
-
-def of_a_layer(divergence: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def run(loc: Tensor, log_scale: Tensor, prior_loc: Tensor, prior_scale: Tensor) -> Tensor:
-        q = Gated(LogScaleNormal(loc, log_scale, validate_args=False), validate_args=False)
-        return divergence(q, Normal(prior_loc, prior_scale, validate_args=False))
-
-    return run
 
 
 @dataclass(frozen=True)
@@ -71,12 +60,17 @@ PATHS = {
         normals.plain_normal_kl,
         lambda: [real(5, 3), positive(5, 3), real(5, 3), positive(5, 3)],
     ),
-    "variance_and_sums": Path(normals.variance_and_sums, normals.plain_variance_and_sums, lambda: [real(5, 3)]),
-    "squared_distance": Path(normals.squared_distance, normals.plain_squared_distance, lambda: [real(5, 3), real()]),
-    "gated_normal_kl": Path(
-        of_a_layer(gated_kl.gated_normal_kl),
-        of_a_layer(gated_kl.plain_gated_normal_kl),
-        lambda: [real(5, 3), real(5, 3), real(), positive()],
+    "variance_and_kl": Path(
+        normals.variance_and_kl,
+        normals.plain_variance_and_kl,
+        lambda: [real(5, 3), real(5, 3)],
+        lambda: ((0.3, 0.7),),
+    ),
+    "draw_and_kl": Path(
+        lambda x, y, prior, noise: normals.draw_and_kl(x, y, noise, prior),
+        lambda x, y, prior, noise: normals.plain_draw_and_kl(x, y, noise, prior),
+        lambda: [real(5, 3), real(5, 3)],
+        lambda: ((0.0, 0.7), real(5, 3)),
     ),
     "log_uniform_kl": Path(
         log_uniform.log_uniform_kl, log_uniform.plain_log_uniform_kl, lambda: [real(5, 3), positive(5, 3)]
