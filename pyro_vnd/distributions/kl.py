@@ -130,7 +130,7 @@ def _kl_gated(q: Gated, p: Gated) -> Tensor:
 
 @register_kl(LogScaleNormal, Normal)
 def _kl_log_scale_normal(q: LogScaleNormal, p: Normal) -> Tensor:
-    r"""Return $(\sigma^2 + (\mu - m)^2) / 2 s^2 - \rho + \log s - 1/2$, entry by entry; ρ is exact where log σ is not."""
+    r"""Return $(\sigma^2 + (\mu - m)^2) / 2 s^2 - \rho + \log s - 1/2$, entry by entry; ρ is as given, not log σ."""
     terms = (q.variance + (q.loc - p.loc).square()) * (0.5 / p.scale.square())
     return terms - q.log_scale + (p.scale.log() - 0.5)
 
