@@ -13,6 +13,7 @@ from pyro_vnd.distributions._fast.log_uniform import log_uniform_kl
 from pyro_vnd.distributions._fast.normals import normal_kl
 from pyro_vnd.distributions.lengths import LengthLaw
 from pyro_vnd.distributions.masks import CutMask, OrderedMask, expectation
+from pyro_vnd.distributions.mixtures import NestedMixture
 from pyro_vnd.distributions.nested import NestedLaw, NestedNormal
 from pyro_vnd.distributions.relaxed import RelaxedOrderedMask
 from pyro_vnd.distributions.straight_through import OrderedMaskStraightThrough
@@ -101,11 +102,11 @@ def kl_of_coordinates(q: NestedLaw, p: NestedLaw, dense: Any = None) -> Tensor:
     """
     if not isinstance(q, NestedNormal):
         return q.densities(dense) - p.densities(dense)
-    loc, scale = p.loc, p.scale  # once: a mixture computes them
-    exact = normal_kl(q.loc, q.scale, loc, scale)
     if isinstance(p, NestedNormal):
-        return exact
-    return exact + NestedNormal._of(loc, scale, p.mask_law).densities(dense) - p.densities(dense)
+        return normal_kl(q.loc, q.scale, p.loc, p.scale)
+    assert isinstance(p, NestedMixture)
+    loc, scale, densities = p._terms_at(dense)
+    return normal_kl(q.loc, q.scale, loc, scale) + (Normal(loc, scale, validate_args=False).log_prob(dense) - densities)
 
 
 def _check_units(q: OrderedMask | NestedLaw, p: OrderedMask | NestedLaw) -> None:

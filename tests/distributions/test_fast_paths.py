@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from pyro_vnd._compat import only_plain_code
-from pyro_vnd.distributions._fast import arrays, log_uniform, masks, normals
+from pyro_vnd.distributions._fast import arrays, log_uniform, masks, mixtures, normals
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 
 
@@ -71,6 +71,11 @@ PATHS = {
         lambda x, y, prior, noise: normals.plain_draw_and_kl(x, y, noise, prior),
         lambda: [real(5, 3), real(5, 3)],
         lambda: ((0.0, 0.7), real(5, 3)),
+    ),
+    "mixture_terms": Path(
+        mixtures.mixture_terms,
+        mixtures.plain_mixture_terms,
+        lambda: [real(4, 3), real(4, 3, 5), positive(4, 3, 5), real(4, 3, 5)],
     ),
     "log_uniform_kl": Path(
         log_uniform.log_uniform_kl, log_uniform.plain_log_uniform_kl, lambda: [real(5, 3), positive(5, 3)]
@@ -208,3 +213,15 @@ def test_plain_code_takes_over_where_torch_traces_operations_and_nowhere_else():
     with torch.inference_mode():
         look(torch.ones(3))
     assert seen == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("value", [0.0, 1e4])
+def test_mixtures_of_extreme_weights_and_values_far_away(value):
+    """Weights that underflow, and densities that do, in float32."""
+    loc = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float32).requires_grad_()
+    logits = torch.tensor([300.0, 0.0, -300.0], dtype=torch.float32).requires_grad_()
+    inputs = torch.tensor(value, dtype=torch.float32).requires_grad_(), loc, (loc.detach().exp()).requires_grad_(), logits
+    found, expected = mixtures.mixture_terms(*inputs), mixtures.plain_mixture_terms(*(x.double() for x in inputs))
+    torch.testing.assert_close(found, tuple(x.float() for x in expected), rtol=1e-5, atol=1e-5)
+    slopes = [torch.autograd.grad(sum(terms), inputs) for terms in (found, expected)]
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-4, atol=1e-5)
