@@ -33,6 +33,7 @@ Of Pyro. Objectives, guides and handlers are extended by the methods that its ow
 - `pyro.nn.PyroModule._pyro_context.param_state`: where a module keeps them under `module_local_params`.
 - `pyro.nn.module._Context`: what a module and its parts are called in, which of a fitted one has a store of its own.
 - `pyro.nn.PyroModule._pyro_set_supermodule`: hands a part the context of the whole.
+- `pyro.nn.PyroModule._pyro_name`: whether a part has been given a name in the whole.
 - `pyro.distributions.MaskedDistribution._mask`: the rows that count.
 - `pyro.distributions.distribution.COERCIONS`: asked before a law of Pyro is made, which `TransformedDistribution` of a
   nested law must not be; torch's own class does not ask.

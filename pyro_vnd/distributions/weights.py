@@ -52,8 +52,11 @@ def fixed_normal(loc: float, scale: float, like: Tensor) -> FixedNormal:
 @lru_cache(maxsize=1024)
 def _fixed_normal(loc: float, scale: float, dtype: torch.dtype, device: torch.device) -> FixedNormal:
     with torch.inference_mode(False):  # for use in training, too
-        numbers = (torch.tensor(number, dtype=dtype, device=device) for number in (loc, scale))
-        law = FixedNormal(*numbers, validate_args=False)
+        law = FixedNormal(
+            torch.tensor(loc, dtype=dtype, device=device),
+            torch.tensor(scale, dtype=dtype, device=device),
+            validate_args=False,
+        )
     law.numbers = loc, scale
     return law
 

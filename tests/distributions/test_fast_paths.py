@@ -220,7 +220,12 @@ def test_mixtures_of_extreme_weights_and_values_far_away(value):
     """Weights that underflow, and densities that do, in float32."""
     loc = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float32).requires_grad_()
     logits = torch.tensor([300.0, 0.0, -300.0], dtype=torch.float32).requires_grad_()
-    inputs = torch.tensor(value, dtype=torch.float32).requires_grad_(), loc, (loc.detach().exp()).requires_grad_(), logits
+    inputs = (
+        torch.tensor(value, dtype=torch.float32).requires_grad_(),
+        loc,
+        (loc.detach().exp()).requires_grad_(),
+        logits,
+    )
     found, expected = mixtures.mixture_terms(*inputs), mixtures.plain_mixture_terms(*(x.double() for x in inputs))
     torch.testing.assert_close(found, tuple(x.float() for x in expected), rtol=1e-5, atol=1e-5)
     slopes = [torch.autograd.grad(sum(terms), inputs) for terms in (found, expected)]

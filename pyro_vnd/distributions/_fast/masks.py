@@ -137,7 +137,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | No
 
 @lru_cache(maxsize=64)
 def _sums_of_ends(num_units: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the matrix that takes 2..K of a and of b to $\\sum_{i \\le j} a_i - \\sum_{i > j} b_i$, shape (2 K - 2, K)."""
+    r"""Return what takes units 2..K of a and b to $\sum_{i \le j} a_i - \sum_{i > j} b_i$, shape (2 K - 2, K)."""
     with torch.inference_mode(False):
         ones = torch.ones(num_units, num_units, dtype=dtype, device=device)
         return torch.cat([ones.triu()[1:], -ones.tril(-1)[1:]])

@@ -1,6 +1,6 @@
 r"""Mixtures of a few Normals: their moments and the log-density of a value, in few passes over their parameters.
 
-With weights w, $z_m = (x - \mu_m) / \sigma_m$, $d_m = \mu_m - \mu$ and the shares $r_m$ of the components in the density,
+With weights w, $z_m = (x - \mu_m) / \sigma_m$, $d_m = \mu_m - \mu$ and shares $r_m$ of components in the density,
 
 $$\mu = \sum_m w_m \mu_m, \qquad v = \sum_m w_m (\sigma_m^2 + d_m^2), \qquad
   \ell = \log \sum_m \frac{w_m}{\sqrt{2 \pi} \sigma_m} e^{-z_m^2 / 2},$$

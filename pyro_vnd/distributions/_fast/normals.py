@@ -140,9 +140,7 @@ class _VarianceAndKL(torch.autograd.Function):
         return loc, variance, _kl(loc, log_scale, variance, prior)
 
     @staticmethod
-    def backward(
-        ctx: Any, mean: Tensor | None, each: Tensor | None, kl: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, mean: Tensor | None, each: Tensor | None, kl: Tensor | None) -> tuple[Tensor | None, ...]:
         loc, log_scale, variance = ctx.saved_tensors
         if torch.is_grad_enabled():
             return (*_plain(ctx, plain_variance_and_kl, (loc, log_scale), (), (mean, each, kl), loc), None)
@@ -168,7 +166,7 @@ class _DrawAndKL(torch.autograd.Function):
         return torch.addcmul(loc, scale, noise), _kl(loc, log_scale, scale.square(), prior)
 
     @staticmethod
-    def backward(ctx: Any, draw: Tensor | None, kl: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, draw: Tensor | None, kl: Tensor | None) -> tuple[Tensor | None, ...]:
         loc, log_scale, noise, scale = ctx.saved_tensors
         if torch.is_grad_enabled():
             return (*_plain(ctx, plain_draw_and_kl, (loc, log_scale), (noise,), (draw, kl), loc), None, None)
