@@ -94,7 +94,8 @@ def variance_and_kl(loc: Tensor, log_scale: Tensor, prior: Numbers) -> tuple[Ten
 def plain_variance_and_kl(loc: Tensor, log_scale: Tensor, prior: Numbers) -> tuple[Tensor, Tensor, Tensor]:
     """Do what `variance_and_kl` does."""
     variance = (2 * log_scale).exp()
-    return loc.view_as(loc), variance, _kl(loc, log_scale, variance, prior)
+    centred = _centred(loc, prior)
+    return loc.view_as(loc), variance, _kl(torch.addcmul(variance, centred, centred), log_scale, prior)
 
 
 def draw_and_kl(loc: Tensor, log_scale: Tensor, noise: Tensor, prior: Numbers) -> tuple[Tensor, Tensor]:
@@ -111,20 +112,19 @@ def draw_and_kl(loc: Tensor, log_scale: Tensor, noise: Tensor, prior: Numbers) -
 
 def plain_draw_and_kl(loc: Tensor, log_scale: Tensor, noise: Tensor, prior: Numbers) -> tuple[Tensor, Tensor]:
     """Do what `draw_and_kl` does."""
-    scale = log_scale.exp()
-    return loc + scale * noise, _kl(loc, log_scale, scale.square(), prior)
+    scale, centred = log_scale.exp(), _centred(loc, prior)
+    return loc + scale * noise, _kl(torch.addcmul(scale.square(), centred, centred), log_scale, prior)
 
 
-def _kl(loc: Tensor, log_scale: Tensor, variance: Tensor, prior: Numbers) -> Tensor:
-    """Return the divergence, in few operations and as few passes over the arrays."""
-    m, s = prior
-    centred = _centred(loc, m)
-    terms = torch.addcmul(variance, centred, centred)
-    total = torch.sub(terms, log_scale, alpha=2 * s**2).sum()
-    return total * (0.5 / s**2) + loc.numel() * (math.log(s) - 0.5)
+def _kl(squares: Tensor, log_scale: Tensor, prior: Numbers) -> Tensor:
+    """Return the divergence, given second moments about the prior's location, of which nothing is left."""
+    s = prior[1]
+    total = squares.sub_(log_scale, alpha=2 * s**2).sum()
+    return total * (0.5 / s**2) + log_scale.numel() * (math.log(s) - 0.5)
 
 
-def _centred(x: Tensor, m: float) -> Tensor:
+def _centred(x: Tensor, prior: Numbers) -> Tensor:
+    m = prior[0]
     return x - m if m else x
 
 
@@ -133,11 +133,11 @@ class _VarianceAndKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loc: Tensor, log_scale: Tensor, prior: Numbers) -> tuple[Tensor, Tensor, Tensor]:
-        variance = (2 * log_scale).exp_()
+        variance, centred = (2 * log_scale).exp_(), _centred(loc, prior)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(loc, log_scale, variance)
         ctx.prior = prior
-        return loc, variance, _kl(loc, log_scale, variance, prior)
+        return loc, variance, _kl(torch.addcmul(variance, centred, centred), log_scale, prior)
 
     @staticmethod
     def backward(ctx: Any, mean: Tensor | None, each: Tensor | None, kl: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -146,12 +146,12 @@ class _VarianceAndKL(torch.autograd.Function):
             return (*_plain(ctx, plain_variance_and_kl, (loc, log_scale), (), (mean, each, kl), loc), None)
         if kl is None:
             return mean, None if each is None else (each * variance).mul_(2), None
-        m, s = ctx.prior
-        slope, centred = kl / s**2, _centred(loc, m)
+        slope, centred = kl / ctx.prior[1] ** 2, _centred(loc, ctx.prior)
         by_loc = slope * centred if mean is None else torch.addcmul(mean, centred, slope)
         if each is None:
             return by_loc, torch.addcmul(-kl, variance, slope), None
-        return by_loc, torch.addcmul(-kl, torch.add(slope, each, alpha=2), variance), None
+        by_variance = torch.add(slope, each, alpha=2)
+        return by_loc, torch.addcmul(-kl, by_variance, variance, out=by_variance), None
 
 
 class _DrawAndKL(torch.autograd.Function):
@@ -159,11 +159,12 @@ class _DrawAndKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loc: Tensor, log_scale: Tensor, noise: Tensor, prior: Numbers) -> tuple[Tensor, Tensor]:
-        scale = log_scale.exp()
+        scale, centred = log_scale.exp(), _centred(loc, prior)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(loc, log_scale, noise, scale)
         ctx.prior = prior
-        return torch.addcmul(loc, scale, noise), _kl(loc, log_scale, scale.square(), prior)
+        kl = _kl(scale.square().addcmul_(centred, centred), log_scale, prior)
+        return torch.addcmul(loc, scale, noise), kl
 
     @staticmethod
     def backward(ctx: Any, draw: Tensor | None, kl: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -172,11 +173,12 @@ class _DrawAndKL(torch.autograd.Function):
             return (*_plain(ctx, plain_draw_and_kl, (loc, log_scale), (noise,), (draw, kl), loc), None, None)
         if kl is None:
             return draw, None if draw is None else (draw * noise).mul_(scale), None, None
-        m, s = ctx.prior
-        slope, centred = kl / s**2, _centred(loc, m)
-        by_scale = slope * scale if draw is None else torch.addcmul(slope * scale, draw, noise)
+        slope, centred = kl / ctx.prior[1] ** 2, _centred(loc, ctx.prior)
+        by_scale = slope * scale
+        if draw is not None:
+            by_scale.addcmul_(draw, noise)
         by_loc = slope * centred if draw is None else torch.addcmul(draw, centred, slope)
-        return by_loc, torch.addcmul(-kl, by_scale, scale), None, None
+        return by_loc, torch.addcmul(-kl, by_scale, scale, out=by_scale), None, None
 
 
 def _plain(ctx: Any, plain: Any, inputs: Any, noise: Any, grads: Any, like: Tensor) -> tuple[Tensor | None, ...]:
