@@ -194,13 +194,17 @@ class NestedNet(QuietModule):
             return self._run(inputs, named)
 
     def _run(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-        dtype = next((parameter.dtype for parameter in self.parameters()), None)
-        given, caller = (*inputs, *named.values()), f"NestedNet({type(self.net).__name__})"
-        with (
-            explain_inputs(caller, given, dtype, self.input_shapes),
-            explain_arguments(caller, self.net, inputs, named),
-        ):
-            return self.net(*inputs, **named)
+        net = self.net
+        try:
+            return net(*inputs, **named)
+        except (RuntimeError, TypeError):
+            dtype = next((parameter.dtype for parameter in self.parameters()), None)
+            given, caller = (*inputs, *named.values()), f"NestedNet({type(net).__name__})"
+            with (
+                explain_inputs(caller, given, dtype, self.input_shapes),
+                explain_arguments(caller, net, inputs, named),
+            ):
+                raise
 
     @contextmanager
     def _drawn(
@@ -212,22 +216,26 @@ class NestedNet(QuietModule):
         weights: bool = True,
     ) -> Iterator[dict[str, Tensor]]:
         """Draw masks and weights, or compute with the mean weights, in the passes inside the block."""
+        widths, layers = self.widths, self.layers
         try:
-            values = self._draw_masks(which, num_rows, plate)
-            values |= self._draw_weights(which) if weights else {}
+            values = self._draw_masks(which, num_rows, plate, widths)
+            values |= self._draw_weights(which, layers) if weights else {}
             with self._in_place(), plain_checkpoints():
                 yield values
         finally:
-            for width in self.widths.values():
+            for width in widths.values():
                 width.release()
-            for layer in self.layers.values():
-                layer.values = {}
+            for layer in layers.values():
+                layer.values.clear()
             for each in self.random_parameters.values():
                 each.value = None
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
         """Let modules that are no nested layers find and read what is kept, and blocks be dropped."""
+        if not (self.blocks or self.own_channels or self.reads or len(self._random_parameters)):
+            yield
+            return
         with ExitStack() as stack:
             for block in self.blocks:
                 stack.enter_context(block.masked())
@@ -241,7 +249,11 @@ class NestedNet(QuietModule):
             yield
 
     def _draw_masks(
-        self, which: Literal["prior", "posterior"], num_rows: int, plate: pyro.plate | None
+        self,
+        which: Literal["prior", "posterior"],
+        num_rows: int,
+        plate: pyro.plate | None,
+        widths: Mapping[str, Width],
     ) -> dict[str, Tensor]:
         cut, values = self._cut, {}
         by_example = self.mask_per == "example"
@@ -250,36 +262,36 @@ class NestedNet(QuietModule):
             raise ValueError(
                 f"cut: argument `width` has one fraction for each of {len(fractions)} rows; the batch has {num_rows}"
             )
-        drawn = [name for name in self.widths if cut is None or fractions is not None or name not in cut.blocks]
+        drawn = [name for name in widths if cut is None or fractions is not None or name not in cut.blocks]
         in_plate: Any = nullcontext()
         if drawn and by_example:
             in_plate = pyro.plate("data", num_rows, dim=-1) if plate is None else plate
         # Rows whose width is given have no latent mask, and no KL.
         is_free: Any = None if fractions is None else fractions == 0
         latent: Any = nullcontext() if fractions is None else poutine.mask(mask=is_free)
-        for name, width in self.widths.items():
-            site = f"{self.prefix}{name}.mask"
-            if name not in drawn:
-                assert cut is not None
-                self._hold_fixed(width, cut.blocks[name], cut.sliced)
-                continue
-            law = width.prior if which == "prior" else width.posterior
-            if cut is not None and cut.sliced and not by_example:
-                # What is not computed has no straight-through gradient: the exact law, for score functions.
-                mask = values[site] = pyro.sample(site, OrderedMask(logits=law.logits, validate_args=False))
-                self._hold_fixed(width, int(mask.sum().item()) + width.always_kept - 1, sliced=True)
-                continue
-            with in_plate, latent:
+        with in_plate, latent:
+            for name, width in widths.items():
+                site = f"{self.prefix}{name}.mask"
+                if name not in drawn:
+                    assert cut is not None
+                    self._hold_fixed(width, cut.blocks[name], cut.sliced)
+                    continue
+                law = width.prior if which == "prior" else width.posterior
+                if cut is not None and cut.sliced and not by_example:
+                    # What is not computed has no straight-through gradient: the exact law, for score functions.
+                    mask = values[site] = pyro.sample(site, OrderedMask(logits=law.logits, validate_args=False))
+                    self._hold_fixed(width, int(mask.sum().item()) + width.always_kept - 1, sliced=True)
+                    continue
                 mask = values[site] = pyro.sample(site, law)
-            keep_probs = width.posterior.keep_probs if self.gated else None
-            if fractions is not None:
-                given = width.prefix(fractions)
-                free = is_free.unsqueeze(-1)
-                mask = torch.where(free, mask, given)
-                keep_probs = None if keep_probs is None else torch.where(free, keep_probs, given)
-            if keep_probs is not None and keep_probs.dim() > 1:
-                keep_probs = keep_probs.mean(0)
-            width.hold(mask, keep_probs)
+                keep_probs = width.posterior.keep_probs if self.gated else None
+                if fractions is not None:
+                    given = width.prefix(fractions)
+                    free = is_free.unsqueeze(-1)
+                    mask = torch.where(free, mask, given)
+                    keep_probs = None if keep_probs is None else torch.where(free, keep_probs, given)
+                if keep_probs is not None and keep_probs.dim() > 1:
+                    keep_probs = keep_probs.mean(0)
+                width.hold(mask, keep_probs)
         return values
 
     def _hold_fixed(self, width: Width, num_blocks: int, sliced: bool) -> None:
@@ -289,9 +301,11 @@ class NestedNet(QuietModule):
         mask = width.prefix(width.logits.new_tensor(num_blocks / width.num_blocks))
         width.hold(mask, keep_probs=mask)  # as if sliced: what is dropped costs nothing
 
-    def _draw_weights(self, which: Literal["prior", "posterior"]) -> dict[str, Tensor]:
+    def _draw_weights(
+        self, which: Literal["prior", "posterior"], layers: Mapping[str, NestedLayer]
+    ) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
-        for name, layer in self.layers.items():
+        for name, layer in layers.items():
             if layer.block is not None and layer.block.is_sliced_away:
                 continue
             values |= layer.draw(which, f"{self.prefix}{name}" if name else f"{self.prefix}layer")

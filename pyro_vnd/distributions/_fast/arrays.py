@@ -30,8 +30,9 @@ class _Noisy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mean: Tensor, variance: Tensor, noise: Tensor) -> Tensor:
         deviation = variance.clamp_min(_least_variance(variance)).sqrt_()
-        ctx.save_for_backward(mean, variance, noise, torch.div(noise, deviation).mul_(0.5))
-        return torch.addcmul(mean, deviation, noise)
+        outputs = torch.addcmul(mean, deviation, noise)
+        ctx.save_for_backward(mean, variance, noise, torch.div(noise, deviation, out=deviation).mul_(0.5))
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
