@@ -3,6 +3,7 @@
 from pyro_vnd.nn.budgets import widths_for
 from pyro_vnd.nn.cascade import CascadeNet
 from pyro_vnd.nn.dense_likelihoods import PixelLabels, TokenLabels
+from pyro_vnd.nn.draws import NarrowDraws, NetDraws
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.likelihoods import BernoulliLabels, CategoricalLabels, NormalTargets, OrdinalLabels, PoissonCounts
 from pyro_vnd.nn.model import NestedClassifier, NestedModel
@@ -18,11 +19,13 @@ __all__ = [
     "BernoulliLabels",
     "CascadeNet",
     "CategoricalLabels",
+    "NarrowDraws",
     "NestedClassifier",
     "NestedLayer",
     "NestedModel",
     "NestedNet",
     "NestedNorm",
+    "NetDraws",
     "NetLikelihood",
     "NormalTargets",
     "OrdinalLabels",

@@ -1,0 +1,410 @@
+"""Draws of the weights of a nested net, kept to predict with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyro_vnd._compat import plain_checkpoints, quiet_lookups
+from pyro_vnd._data import Batch, Rows, input_batches
+from pyro_vnd._inputs import explain_arguments, explain_inputs, refuse_nan
+from pyro_vnd._sizes import is_integer
+from pyro_vnd._state import cuda_devices, random_numbers
+from pyro_vnd.distributions._fast.masks import hard_mask
+from pyro_vnd.distributions.weights import LogScaleNormal
+from pyro_vnd.nn.narrow import drawn_parts, narrow_to_blocks, narrowed_parts, recalibrated
+from pyro_vnd.nn.net import NestedNet, WidthLike
+from pyro_vnd.nn.norms import BATCH_NORMS
+from pyro_vnd.nn.outputs import picked
+from pyro_vnd.nn.width import Rounding, Width
+
+__all__ = ["NarrowDraws", "NetDraws"]
+
+Draw = Mapping[str, Tensor]  # by name of the site
+Pick = Callable[[Any], Tensor]  # the outputs, of what a net returns
+
+
+class _Predictor:
+    """What returns the outputs of S draws when it is called, as `evaluate` wants it.
+
+    Args:
+        net: The nested net.
+        pick: What outputs are of that which the net returns.
+
+    Attributes:
+        num_inputs: How many inputs the net takes in order.
+        input_shapes: Shapes of the example that it was nested with.
+        dtype: Type of its parameters.
+    """
+
+    def __init__(self, net: NestedNet, pick: Pick) -> None:
+        self.pick, self.num_inputs, self.input_shapes = pick, net.num_inputs, net.input_shapes
+        self.dtype = next(net.parameters()).dtype
+
+    @contextmanager
+    def _explained(self, net: nn.Module, batch: Batch) -> Iterator[None]:
+        caller = type(self).__name__
+        with (
+            explain_inputs(caller, batch.inputs, self.dtype, self.input_shapes),
+            explain_arguments(caller, net, batch.args, batch.kwargs),
+        ):
+            yield
+
+
+class NetDraws(_Predictor):
+    r"""S draws of the weights of a nested net, $w_s \sim q(w)$, kept: `net.draws(S)`.
+
+    Whatever is predicted with them, and in however many batches, is so with the same S nets,
+
+    $$y_{sn} = f(x_n; w_s, z_{sn}), \qquad z_{sn} \sim q(z),$$
+
+    so that rows of several batches are draws of their joint predictive, and weights are drawn once. With one mask for
+    each example masks belong to the rows, and each call draws them anew from torch's random numbers. With one mask for
+    each batch a draw has a length of each group, the same in all calls.
+
+    It is a sequence of draws, each a mapping from site to weights as `narrow` takes it, and a function from inputs to
+    outputs, which `evaluate` takes. Weights are those that the net had when they were drawn. All else, such as laws of
+    widths, statistics of BatchNorm, point estimates and the mode, is the net's own at each call.
+
+    Args:
+        net: The nested net.
+        num_draws: Number of draws S.
+        seed: Seed of the draws; by default it is drawn from torch's random numbers.
+        keep: Whether the draws stay in memory, S times the weights. Otherwise they are made again, the same ones,
+            whenever they are used, one at a time: memory holds two nets, and each batch pays for S draws, as much as
+            for passes of some 200 rows (one thread; a perceptron 784-512-512-10).
+        pick: What the outputs are of that which the net returns; by default the tensor, or what is called "logits".
+
+    Raises:
+        ValueError: If the number of draws is not positive; or, without `keep`, the net is on a device whose random
+            numbers cannot be put back.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from pyro_vnd.nn import narrow, nest
+        >>> net = nest(nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3)), torch.zeros(1, 8), num_blocks=16)
+        >>> draws = net.draws(10, seed=0)
+        >>> draws.predict(torch.randn(5, 8)).shape
+        torch.Size([10, 5, 3])
+        >>> quarter, x = draws.narrow(0.25), torch.randn(1, 8)
+        >>> bool((quarter.predict(x)[2] == narrow(net, 0.25, draws[2])(x)).all())
+        True
+    """
+
+    def __init__(
+        self,
+        net: NestedNet,
+        num_draws: int,
+        seed: int | None = None,
+        *,
+        keep: bool = True,
+        pick: Pick | None = None,
+    ) -> None:
+        if not is_integer(num_draws) or num_draws < 1:
+            raise ValueError(f"NetDraws: argument `num_draws` must be an integer, at least 1; got {num_draws!r}")
+        super().__init__(net, partial(picked, "NetDraws") if pick is None else pick)
+        self.net, self.num_draws = net, int(num_draws)
+        self.seed = int(torch.randint(2**62, ())) if seed is None else seed
+        self._laws, self._devices = _weight_laws(net), cuda_devices([net])
+        others = {each.device.type for each in net.parameters()} - {"cpu", "cuda"}
+        if not keep and others:
+            raise ValueError(f"NetDraws: argument `keep` must be True for a net on {others.pop()}")
+        self._kept: list[Draw] | None = None
+        if keep:
+            with torch.no_grad(), random_numbers(self.seed, self._devices):
+                self._kept = [self._drawn() for _ in range(self.num_draws)]
+            self._laws = {}
+        self._lengths = self._draw_lengths() if net.mask_per == "batch" else {}
+        self._narrow: tuple[Any, NarrowDraws] | None = None
+
+    def __len__(self) -> int:
+        return self.num_draws
+
+    def __getitem__(self, number: int) -> Draw:
+        """Return the weights of a draw, by name of their site."""
+        return next(islice(self, range(self.num_draws)[number], None))
+
+    def __iter__(self) -> Iterator[Draw]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        state: list[Tensor] = []
+        for _ in range(self.num_draws):
+            with torch.no_grad(), random_numbers(self.seed, self._devices):
+                for put, each in zip(self._states(torch.set_rng_state, torch.cuda.set_rng_state), state, strict=False):
+                    put(each)
+                values = self._drawn()
+                state = [get() for get in self._states(torch.get_rng_state, torch.cuda.get_rng_state)]
+            yield values
+
+    def _states(self, of_cpu: Callable[..., Any], of_cuda: Callable[..., Any]) -> list[Callable[..., Any]]:
+        return [of_cpu, *(partial(of_cuda, device=device) for device in self._devices)]
+
+    def picking(self, pick: Pick) -> NetDraws:
+        """Return the same draws with other outputs."""
+        same = copy.copy(self)
+        same.pick, same._narrow = pick, None
+        return same
+
+    def _drawn(self) -> Draw:
+        return {site: law.sample() for site, law in self._laws.items()}
+
+    @torch.no_grad()
+    def _draw_lengths(self) -> dict[str, list[int]]:
+        """Draw a number of blocks of each group for each draw."""
+        own = torch.Generator().manual_seed(self.seed)
+        lengths = {}
+        with random_numbers(int(torch.randint(2**62, (), generator=own)), self._devices):  # other numbers than weights'
+            for name, width in self.net.widths.items():
+                masks = width.law.sample((self.num_draws,))
+                lengths[name] = [int(kept) + width.always_kept - 1 for kept in masks.sum(-1)]
+        return lengths
+
+    def predict(
+        self, *inputs: Any, width: WidthLike | None = None, rounding: Rounding | None = None, **named: Any
+    ) -> Tensor:
+        """Return the outputs of all draws.
+
+        Args:
+            *inputs: What the net takes.
+            width: As in `net.cut`; None draws masks from their learned laws. Nets of a width are kept until another one
+                is asked for, see `narrow`.
+            rounding: As in `net.cut`.
+            **named: What the net takes by name.
+
+        Returns:
+            Outputs, shape (S, N, ...).
+
+        Raises:
+            ValueError: If a width is invalid, inputs are NaN or not those of the net, or it returns no tensor.
+        """
+        if width is not None and not isinstance(width, Tensor) and self._fixes_all(width):
+            return self.narrow(width, rounding).predict(*inputs, **named)
+        batch = Batch(inputs, named)
+        refuse_nan("NetDraws.predict", "inputs", batch.inputs)
+        with self._explained(self.net.net, batch):
+            return self._outputs(batch, width, rounding)
+
+    def __call__(self, *inputs: Any, **named: Any) -> Tensor:
+        """Return the outputs of all draws, shape (S, N, ...), with masks from their learned laws."""
+        return self._outputs(Batch(inputs, named))
+
+    def _fixes_all(self, width: Any) -> bool:
+        return not isinstance(width, Mapping) or width.keys() >= self.net.widths.keys()
+
+    @torch.no_grad()
+    def _outputs(self, batch: Batch, width: WidthLike | None = None, rounding: Rounding | None = None) -> Tensor:
+        net = self.net
+        found = []
+        with (
+            quiet_lookups(),
+            plain_checkpoints(),
+            poutine.block(),
+            net.cut({} if width is None else width, rounding=rounding) as cut,
+        ):
+            cut._check_fits(batch.num_rows)
+            holds = [self._hold(name, width, batch.num_rows) for name, width in net.widths.items()]
+            plain, parameters = net.net, net.random_parameters
+            layers = [(layer, net.site_of(name), [*layer.log_scales]) for name, layer in net.layers.items()]
+            try:
+                for number, draw in enumerate(self):
+                    for hold in holds:
+                        hold(number)
+                    for layer, site, names in layers:
+                        layer.values = {name: layer.take(name, draw[f"{site}.{name}"]) for name in names}
+                    for name, each in parameters.items():
+                        each.value = each.take(draw[f"{net.prefix}{name}"])
+                    with net._in_place():
+                        found.append(self.pick(plain(*batch.args, **batch.kwargs)))
+            finally:
+                net._release()
+        return torch.stack(found)
+
+    def _hold(self, name: str, width: Width, num_rows: int) -> Callable[[int], None]:
+        """Return what lets a width keep its part in the pass of a draw, by the number of the draw."""
+        cut = self.net._cut
+        assert cut is not None
+        given = None if cut.fractions is None else width.prefix(cut.fractions)
+        if name in cut.blocks or self.net.mask_per == "batch":
+            if name in cut.blocks:
+                blocks = [cut.blocks[name]] * self.num_draws
+            elif given is None or cut.fractions == 0:
+                blocks = self._lengths[name]
+            else:
+                blocks = [int(given.sum()) + width.always_kept - 1] * self.num_draws
+            return lambda number: width.hold(kept_units=width.kept_units(blocks[number]))
+        keep_probs = width.law.keep_probs
+        uniform = torch.rand(self.num_draws, num_rows, 1, dtype=keep_probs.dtype, device=keep_probs.device)
+        if cut.fractions is None or given is None:
+            return lambda number: width.hold(hard_mask(keep_probs, uniform[number]))
+        is_free = (cut.fractions == 0).unsqueeze(-1)
+        return lambda number: width.hold(torch.where(is_free, hard_mask(keep_probs, uniform[number]), given))
+
+    def narrow(
+        self,
+        width: float | int | Mapping[str, float | int],
+        rounding: Rounding | None = None,
+        *,
+        recalibrate: Rows | None = None,
+        batch_size: int = 256,
+    ) -> NarrowDraws:
+        """Narrow the net of each draw to a width, once for all predictions with it.
+
+        Args:
+            width: As in `narrow`. The one asked for last is kept, until another one is.
+            rounding: As in `Width.kept_blocks`.
+            recalibrate: Training inputs, for nets with BatchNorm: each draw gets statistics of its own from them, as of
+                `recalibrate_batchnorm`.
+            batch_size: Rows of a batch, where these are tensors.
+
+        Returns:
+            The narrowed nets; memory holds S of them.
+
+        Raises:
+            ValueError: If a width is invalid or does not fit a group.
+        """
+        asked = (repr(width), rounding, self.net.training)  # 1 and 1.0 are other widths
+        if recalibrate is None and self._narrow is not None and self._narrow[0] == asked:
+            return self._narrow[1]
+        blocks = {name: each.num_blocks for name, each in self.net.widths.items()}
+        blocks |= self.net.kept_blocks(width, rounding)
+        found = NarrowDraws(self.net, blocks, self, self.pick, recalibrate=recalibrate, batch_size=batch_size)
+        if recalibrate is None:
+            self._narrow = asked, found
+        return found
+
+
+class NarrowDraws(_Predictor):
+    """Draws of the weights of a nested net, narrowed: `draws.narrow(width)`.
+
+    They share no memory with the nested net and do not change with it. A call runs layers of torch, one draw after the
+    other, in the time of plain nets of this width. There is one such net, in which the weights of the draws take turns.
+
+    Args:
+        net: The nested net.
+        blocks: Numbers of blocks, one for each group.
+        draws: Draws of the weights; None stands for their posterior mean.
+        pick: As in `NetDraws`.
+        recalibrate: As in `NetDraws.narrow`.
+        batch_size: As in `NetDraws.narrow`.
+
+    Attributes:
+        net: The narrowed net; its weights are those of any draw.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        net: NestedNet,
+        blocks: Mapping[str, int],
+        draws: Iterable[Draw | None],
+        pick: Pick,
+        *,
+        recalibrate: Rows | None = None,
+        batch_size: int = 256,
+    ) -> None:
+        super().__init__(net, pick)
+        draws = iter(draws)
+        first = next(draws)
+        self.net, narrowed = narrowed_parts(net, blocks, first)
+        drawn = () if first is None else drawn_parts(net, blocks)
+        parts = {id(narrowed[id(mean)]): (site, take) for site, mean, take in drawn if id(mean) in narrowed}
+        found = [
+            (module, name, id(value))
+            for module in self.net.modules()
+            for name, value in module.named_parameters(recurse=False, remove_duplicate=False)
+            if id(value) in parts
+        ]
+        self._places = [(module, name) for module, name, _ in found]
+        # Recurrent nets of torch keep lists of their weights, beside those that can be put in their place.
+        if {key for *_, key in found} == parts.keys() and not any(isinstance(each, nn.RNNBase) for each, *_ in found):
+            takes = [parts[key] for *_, key in found]
+            self._passes = [
+                (self.net, [] if draw is None else [_part(draw[site], take) for site, take in takes])
+                for draw in chain([first], draws)
+            ]
+        else:
+            self._places = []
+            self._passes = [(self.net, []), *((narrow_to_blocks(net, blocks, draw), []) for draw in draws)]
+        if recalibrate is not None:
+            self._recalibrate(recalibrate, batch_size)
+
+    def __len__(self) -> int:
+        return len(self._passes)
+
+    def _nets(self) -> Iterator[nn.Module]:
+        """Yield the net of each draw, until the next one is asked for."""
+        for net, values in self._passes:
+            for (module, name), value in zip(self._places, values, strict=True):
+                vars(module)[name] = value  # is found before the parameter
+            yield net
+
+    def _recalibrate(self, data: Rows, batch_size: int) -> None:
+        """Let each draw have statistics of BatchNorm of its own."""
+        statistics = [
+            (module, name)
+            for module in self.net.modules()
+            if isinstance(module, BATCH_NORMS) and module.running_mean is not None
+            for name in ("running_mean", "running_var")
+        ]
+        is_shared, found = all(net is self.net for net, _ in self._passes), list[list[Tensor]]()
+        for net in self._nets():
+            recalibrated(net, input_batches(data, batch_size, self.num_inputs))
+            found.append([getattr(module, name).clone() for module, name in statistics] if is_shared else [])
+        self._passes = [(net, values + more) for (net, values), more in zip(self._passes, found, strict=True)]
+        self._places += statistics if is_shared else []
+
+    def predict(self, *inputs: Any, **named: Any) -> Tensor:
+        """Return the outputs of all draws.
+
+        Args:
+            *inputs: What the net takes.
+            **named: What the net takes by name.
+
+        Returns:
+            Outputs, shape (S, N, ...).
+
+        Raises:
+            ValueError: If inputs are NaN or not those of the net, or it returns no tensor.
+        """
+        batch = Batch(inputs, named)
+        refuse_nan("NarrowDraws.predict", "inputs", batch.inputs)
+        with self._explained(self.net, batch):
+            return self(*inputs, **named)
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Any, **named: Any) -> Tensor:
+        """Return the outputs of all draws, shape (S, N, ...)."""
+        return torch.stack([self.pick(net(*inputs, **named)) for net in self._nets()])
+
+
+def _part(value: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return what is kept of a draw, in memory of its own if that is less."""
+    part = take(value)
+    return part if part.numel() == value.numel() else part.clone(memory_format=torch.contiguous_format)
+
+
+def _weight_laws(net: NestedNet) -> dict[str, Distribution]:
+    """Return the posteriors of all random parameters, as they are now, by name of their site."""
+    laws = {
+        f"{net.site_of(name)}.{key}": layer.law(key, "posterior")
+        for name, layer in net.layers.items()
+        for key in layer.log_scales
+    }
+    laws |= {f"{net.prefix}{name}": each.law("posterior") for name, each in net.random_parameters.items()}
+    return {site: _own(law.base) for site, law in laws.items()}
+
+
+def _own(law: Any) -> LogScaleNormal:
+    """Copy a law, so that it stays as it is."""
+    return LogScaleNormal(law.loc.detach().clone(), law.log_scale.detach().clone(), validate_args=False)
