@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain, islice
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from pyro_vnd._compat import plain_checkpoints, quiet_lookups
 from pyro_vnd._data import Batch, Rows, input_batches
@@ -20,7 +18,6 @@ from pyro_vnd._inputs import explain_arguments, explain_inputs, refuse_nan
 from pyro_vnd._sizes import is_integer
 from pyro_vnd._state import cuda_devices, random_numbers
 from pyro_vnd.distributions._fast.masks import hard_mask
-from pyro_vnd.distributions.weights import LogScaleNormal
 from pyro_vnd.nn.narrow import drawn_parts, narrow_to_blocks, narrowed_parts, recalibrated
 from pyro_vnd.nn.net import NestedNet, WidthLike
 from pyro_vnd.nn.norms import BATCH_NORMS
@@ -115,15 +112,18 @@ class NetDraws(_Predictor):
         super().__init__(net, partial(picked, "NetDraws") if pick is None else pick)
         self.net, self.num_draws = net, int(num_draws)
         self.seed = int(torch.randint(2**62, ())) if seed is None else seed
-        self._laws, self._devices = _weight_laws(net), cuda_devices([net])
+        self._devices = cuda_devices([net])
         others = {each.device.type for each in net.parameters()} - {"cpu", "cuda"}
         if not keep and others:
             raise ValueError(f"NetDraws: argument `keep` must be True for a net on {others.pop()}")
-        self._kept: list[Draw] | None = None
+        posteriors = _posteriors(net)
         if keep:
-            with torch.no_grad(), random_numbers(self.seed, self._devices):
-                self._kept = [self._drawn() for _ in range(self.num_draws)]
-            self._laws = {}
+            self._posteriors: dict[str, tuple[Tensor, Tensor]] = {}
+            with random_numbers(self.seed, self._devices):
+                self._kept = [_drawn(posteriors) for _ in range(self.num_draws)]
+        else:
+            self._posteriors = {site: (mean.clone(), scale) for site, (mean, scale) in posteriors.items()}
+            self._kept = []
         self._lengths = self._draw_lengths() if net.mask_per == "batch" else {}
         self._narrow: tuple[Any, NarrowDraws] | None = None
 
@@ -135,17 +135,20 @@ class NetDraws(_Predictor):
         return next(islice(self, range(self.num_draws)[number], None))
 
     def __iter__(self) -> Iterator[Draw]:
-        if self._kept is not None:
-            yield from self._kept
-            return
+        yield from self._kept
         state: list[Tensor] = []
-        for _ in range(self.num_draws):
-            with torch.no_grad(), random_numbers(self.seed, self._devices):
-                for put, each in zip(self._states(torch.set_rng_state, torch.cuda.set_rng_state), state, strict=False):
-                    put(each)
-                values = self._drawn()
+        for _ in range(self.num_draws - len(self._kept)):
+            with torch.random.fork_rng(self._devices):
+                if state:
+                    for put, each in zip(
+                        self._states(torch.set_rng_state, torch.cuda.set_rng_state), state, strict=True
+                    ):
+                        put(each)
+                else:
+                    torch.manual_seed(self.seed)
+                draw = _drawn(self._posteriors)
                 state = [get() for get in self._states(torch.get_rng_state, torch.cuda.get_rng_state)]
-            yield values
+            yield draw
 
     def _states(self, of_cpu: Callable[..., Any], of_cuda: Callable[..., Any]) -> list[Callable[..., Any]]:
         return [of_cpu, *(partial(of_cuda, device=device) for device in self._devices)]
@@ -155,9 +158,6 @@ class NetDraws(_Predictor):
         same = copy.copy(self)
         same.pick, same._narrow = pick, None
         return same
-
-    def _drawn(self) -> Draw:
-        return {site: law.sample() for site, law in self._laws.items()}
 
     @torch.no_grad()
     def _draw_lengths(self) -> dict[str, list[int]]:
@@ -209,21 +209,26 @@ class NetDraws(_Predictor):
         with (
             quiet_lookups(),
             plain_checkpoints(),
-            poutine.block(),
-            net.cut({} if width is None else width, rounding=rounding) as cut,
+            nullcontext() if width is None else net.cut(width, rounding=rounding),
         ):
-            cut._check_fits(batch.num_rows)
+            net._check_fits(batch.num_rows)
             holds = [self._hold(name, width, batch.num_rows) for name, width in net.widths.items()]
-            plain, parameters = net.net, net.random_parameters
-            layers = [(layer, net.site_of(name), [*layer.log_scales]) for name, layer in net.layers.items()]
+            plain, is_sliced = net.net, net.mask_per == "batch" or bool(net.cut_blocks)
+            weights = [
+                (layer, f"{net.site_of(name)}.{key}", key)
+                for name, layer in net.layers.items()
+                for key in layer.log_scales
+            ]
+            parameters = [(each, f"{net.prefix}{name}") for name, each in net.random_parameters.items()]
             try:
                 for number, draw in enumerate(self):
                     for hold in holds:
                         hold(number)
-                    for layer, site, names in layers:
-                        layer.values = {name: layer.take(name, draw[f"{site}.{name}"]) for name in names}
-                    for name, each in parameters.items():
-                        each.value = each.take(draw[f"{net.prefix}{name}"])
+                    for layer, site, name in weights:
+                        value = draw[site]
+                        layer.values[name] = layer.take(name, value) if is_sliced else value
+                    for each, site in parameters:
+                        each.value = each.take(draw[site])
                     with net._in_place():
                         found.append(self.pick(plain(*batch.args, **batch.kwargs)))
             finally:
@@ -232,22 +237,20 @@ class NetDraws(_Predictor):
 
     def _hold(self, name: str, width: Width, num_rows: int) -> Callable[[int], None]:
         """Return what lets a width keep its part in the pass of a draw, by the number of the draw."""
-        cut = self.net._cut
-        assert cut is not None
-        given = None if cut.fractions is None else width.prefix(cut.fractions)
-        if name in cut.blocks or self.net.mask_per == "batch":
-            if name in cut.blocks:
-                blocks = [cut.blocks[name]] * self.num_draws
-            elif given is None or cut.fractions == 0:
-                blocks = self._lengths[name]
-            else:
-                blocks = [int(given.sum()) + width.always_kept - 1] * self.num_draws
-            return lambda number: width.hold(kept_units=width.kept_units(blocks[number]))
+        blocks, fractions = self.net.cut_blocks.get(name), self.net.cut_fractions
+        if blocks is None and fractions is not None and self.net.mask_per == "batch" and fractions > 0:
+            blocks = int(width.prefix(fractions).sum()) + width.always_kept - 1
+        if blocks is not None:
+            kept = width.kept_units(blocks)
+            return lambda _: width.hold(kept_units=kept)
+        if self.net.mask_per == "batch":
+            lengths = self._lengths[name]
+            return lambda number: width.hold(kept_units=width.kept_units(lengths[number]))
         keep_probs = width.law.keep_probs
         uniform = torch.rand(self.num_draws, num_rows, 1, dtype=keep_probs.dtype, device=keep_probs.device)
-        if cut.fractions is None or given is None:
+        if fractions is None:
             return lambda number: width.hold(hard_mask(keep_probs, uniform[number]))
-        is_free = (cut.fractions == 0).unsqueeze(-1)
+        is_free, given = (fractions == 0).unsqueeze(-1), width.prefix(fractions)
         return lambda number: width.hold(torch.where(is_free, hard_mask(keep_probs, uniform[number]), given))
 
     def narrow(
@@ -388,23 +391,22 @@ class NarrowDraws(_Predictor):
         return torch.stack([self.pick(net(*inputs, **named)) for net in self._nets()])
 
 
+def _drawn(posteriors: Mapping[str, tuple[Tensor, Tensor]]) -> Draw:
+    return {site: torch.addcmul(mean, scale, torch.randn_like(mean)) for site, (mean, scale) in posteriors.items()}
+
+
 def _part(value: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
     """Return what is kept of a draw, in memory of its own if that is less."""
     part = take(value)
     return part if part.numel() == value.numel() else part.clone(memory_format=torch.contiguous_format)
 
 
-def _weight_laws(net: NestedNet) -> dict[str, Distribution]:
-    """Return the posteriors of all random parameters, as they are now, by name of their site."""
-    laws = {
-        f"{net.site_of(name)}.{key}": layer.law(key, "posterior")
+def _posteriors(net: NestedNet) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return mean and standard deviation of all random parameters, by name of their site."""
+    found = {
+        f"{net.site_of(name)}.{key}": (layer.plain.get_parameter(key), log_scale)
         for name, layer in net.layers.items()
-        for key in layer.log_scales
+        for key, log_scale in layer.log_scales.items()
     }
-    laws |= {f"{net.prefix}{name}": each.law("posterior") for name, each in net.random_parameters.items()}
-    return {site: _own(law.base) for site, law in laws.items()}
-
-
-def _own(law: Any) -> LogScaleNormal:
-    """Copy a law, so that it stays as it is."""
-    return LogScaleNormal(law.loc.detach().clone(), law.log_scale.detach().clone(), validate_args=False)
+    found |= {f"{net.prefix}{name}": (each.mean, each.log_scale) for name, each in net.random_parameters.items()}
+    return {site: (mean.detach(), log_scale.detach().exp()) for site, (mean, log_scale) in found.items()}

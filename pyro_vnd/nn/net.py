@@ -367,6 +367,16 @@ class NestedNet(QuietModule):
         """Whether the net is cut so that only what is kept is computed."""
         return self._cut is not None and self._cut.sliced
 
+    @property
+    def cut_blocks(self) -> Mapping[str, int]:
+        """Numbers of blocks that the net is cut to, by group."""
+        return {} if self._cut is None else self._cut.blocks
+
+    @property
+    def cut_fractions(self) -> Tensor | None:
+        """Fractions that the net is cut to, by row; None if it is not."""
+        return None if self._cut is None else self._cut.fractions
+
     def describe_cut(self) -> str:
         """Say what the net is cut to at the moment, "" if it is not."""
         if self._cut is None:
@@ -395,7 +405,7 @@ class NestedNet(QuietModule):
 
     def _check_fits(self, num_rows: int) -> None:
         """Check that a cut is of as many rows as there are."""
-        fractions = None if self._cut is None else self._cut.fractions
+        fractions = self.cut_fractions
         if fractions is not None and self.mask_per == "example" and fractions.shape != (num_rows,):
             raise ValueError(
                 f"cut: argument `width` has one fraction for each of {len(fractions)} rows; the batch has {num_rows}"
