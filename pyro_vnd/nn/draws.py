@@ -124,7 +124,7 @@ class NetDraws(_Predictor):
         else:
             self._posteriors = {site: (mean.clone(), scale) for site, (mean, scale) in posteriors.items()}
             self._kept = []
-        self._lengths = self._draw_lengths() if net.mask_per == "batch" else {}
+        self.lengths = self._draw_lengths() if net.mask_per == "batch" else {}
         self._narrow: tuple[Any, NarrowDraws] | None = None
 
     def __len__(self) -> int:
@@ -244,7 +244,7 @@ class NetDraws(_Predictor):
             kept = width.kept_units(blocks)
             return lambda _: width.hold(kept_units=kept)
         if self.net.mask_per == "batch":
-            lengths = self._lengths[name]
+            lengths = self.lengths[name]
             return lambda number: width.hold(kept_units=width.kept_units(lengths[number]))
         keep_probs = width.law.keep_probs
         uniform = torch.rand(self.num_draws, num_rows, 1, dtype=keep_probs.dtype, device=keep_probs.device)
