@@ -232,7 +232,12 @@ class NetDraws(_Predictor):
                     with net._in_place():
                         found.append(self.pick(plain(*batch.args, **batch.kwargs)))
             finally:
-                net._release()
+                for width in net.widths.values():
+                    width.release()
+                for layer, *_ in weights:
+                    layer.values.clear()
+                for each, _ in parameters:
+                    each.value = None
         return torch.stack(found)
 
     def _hold(self, name: str, width: Width, num_rows: int) -> Callable[[int], None]:

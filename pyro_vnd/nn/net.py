@@ -225,16 +225,12 @@ class NestedNet(QuietModule):
             with self._in_place(), plain_checkpoints():
                 yield values
         finally:
-            self._release()
-
-    def _release(self) -> None:
-        """Forget what was drawn: all units are kept, with the mean weights."""
-        for width in self.widths.values():
-            width.release()
-        for layer in self.layers.values():
-            layer.values = {}
-        for each in self.random_parameters.values():
-            each.value = None
+            for width in self.widths.values():
+                width.release()
+            for layer in self.layers.values():
+                layer.values = {}
+            for each in self.random_parameters.values():
+                each.value = None
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:

@@ -265,7 +265,7 @@ def test_learned_laws_by_hand(mask_per, digits):
     """Weights are the same in all batches; masks of rows are not."""
     x, y = (rows[:60] for rows in digits.test)
     plain = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10))
-    net = nest(plain.float(), x[:1], num_blocks=4, mask_per=mask_per)
+    net = nest(plain, x[:1].double(), num_blocks=4, mask_per=mask_per).float()
     found = evaluate_learned(net, (x, y), 4, seed=2, batch_size=25, progress=False)
     draws = net.draws(4, seed=2)
     torch.manual_seed(2)
