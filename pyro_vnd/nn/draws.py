@@ -212,7 +212,7 @@ class NetDraws(_Predictor):
             nullcontext() if width is None else net.cut(width, rounding=rounding),
         ):
             net._check_fits(batch.num_rows)
-            holds = [self._hold(name, width, batch.num_rows) for name, width in net.widths.items()]
+            holds = [self._hold(name, each, batch.num_rows) for name, each in net.widths.items()]
             plain, is_sliced = net.net, net.mask_per == "batch" or bool(net.cut_blocks)
             weights = [
                 (layer, f"{net.site_of(name)}.{key}", key)
@@ -227,17 +227,17 @@ class NetDraws(_Predictor):
                     for layer, site, name in weights:
                         value = draw[site]
                         layer.values[name] = layer.take(name, value) if is_sliced else value
-                    for each, site in parameters:
-                        each.value = each.take(draw[site])
+                    for parameter, site in parameters:
+                        parameter.value = parameter.take(draw[site])
                     with net._in_place():
                         found.append(self.pick(plain(*batch.args, **batch.kwargs)))
             finally:
-                for width in net.widths.values():
-                    width.release()
+                for each in net.widths.values():
+                    each.release()
                 for layer, *_ in weights:
                     layer.values.clear()
-                for each, _ in parameters:
-                    each.value = None
+                for parameter, _ in parameters:
+                    parameter.value = None
         return torch.stack(found)
 
     def _hold(self, name: str, width: Width, num_rows: int) -> Callable[[int], None]:
