@@ -26,6 +26,8 @@ from pyro_vnd.nn.width import Rounding, Width
 
 __all__ = ["NarrowDraws", "NetDraws"]
 
+AT_ONCE = 1_000_000  # numbers of masks that are made together, which is twice as fast for small nets
+
 Draw = Mapping[str, Tensor]  # by name of the site
 Pick = Callable[[Any], Tensor]  # the outputs, of what a net returns
 
@@ -212,7 +214,8 @@ class NetDraws(_Predictor):
             nullcontext() if width is None else net.cut(width, rounding=rounding),
         ):
             net._check_fits(batch.num_rows)
-            holds = [self._hold(name, each, batch.num_rows) for name, each in net.widths.items()]
+            widths = list(net.widths.values())
+            parts = [self._parts(name, each, batch.num_rows) for name, each in net.widths.items()]
             plain, is_sliced = net.net, net.mask_per == "batch" or bool(net.cut_blocks)
             weights = [
                 (layer, f"{net.site_of(name)}.{key}", key)
@@ -221,9 +224,9 @@ class NetDraws(_Predictor):
             ]
             parameters = [(each, f"{net.prefix}{name}") for name, each in net.random_parameters.items()]
             try:
-                for number, draw in enumerate(self):
-                    for hold in holds:
-                        hold(number)
+                for draw, *held in zip(self, *parts, strict=True):
+                    for each, part in zip(widths, held, strict=True):
+                        each.hold(**part)
                     for layer, site, name in weights:
                         value = draw[site]
                         layer.values[name] = layer.take(name, value) if is_sliced else value
@@ -232,7 +235,7 @@ class NetDraws(_Predictor):
                     with net._in_place():
                         found.append(self.pick(plain(*batch.args, **batch.kwargs)))
             finally:
-                for each in net.widths.values():
+                for each in widths:
                     each.release()
                 for layer, *_ in weights:
                     layer.values.clear()
@@ -240,23 +243,22 @@ class NetDraws(_Predictor):
                     parameter.value = None
         return torch.stack(found)
 
-    def _hold(self, name: str, width: Width, num_rows: int) -> Callable[[int], None]:
-        """Return what lets a width keep its part in the pass of a draw, by the number of the draw."""
+    def _parts(self, name: str, width: Width, num_rows: int) -> Iterator[dict[str, Any]]:
+        """Yield what a width holds in the pass of each draw."""
         blocks, fractions = self.net.cut_blocks.get(name), self.net.cut_fractions
         if blocks is None and fractions is not None and self.net.mask_per == "batch" and fractions > 0:
             blocks = int(width.prefix(fractions).sum()) + width.always_kept - 1
-        if blocks is not None:
-            kept = width.kept_units(blocks)
-            return lambda _: width.hold(kept_units=kept)
-        if self.net.mask_per == "batch":
-            lengths = self.lengths[name]
-            return lambda number: width.hold(kept_units=width.kept_units(lengths[number]))
+        if blocks is not None or self.net.mask_per == "batch":
+            lengths = self.lengths[name] if blocks is None else [blocks] * self.num_draws
+            yield from ({"kept_units": width.kept_units(length)} for length in lengths)
+            return
         keep_probs = width.law.keep_probs
         uniform = torch.rand(self.num_draws, num_rows, 1, dtype=keep_probs.dtype, device=keep_probs.device)
-        if fractions is None:
-            return lambda number: width.hold(hard_mask(keep_probs, uniform[number]))
-        is_free, given = (fractions == 0).unsqueeze(-1), width.prefix(fractions)
-        return lambda number: width.hold(torch.where(is_free, hard_mask(keep_probs, uniform[number]), given))
+        for some in uniform.split(max(1, AT_ONCE // (max(1, num_rows) * width.num_units))):
+            masks = hard_mask(keep_probs, some)
+            if fractions is not None:
+                masks = torch.where((fractions == 0).unsqueeze(-1), masks, width.prefix(fractions))
+            yield from ({"mask": mask} for mask in width.spread(masks))
 
     def narrow(
         self,
