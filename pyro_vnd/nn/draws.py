@@ -26,7 +26,7 @@ from pyro_vnd.nn.width import Rounding, Width
 
 __all__ = ["NarrowDraws", "NetDraws"]
 
-AT_ONCE = 1_000_000  # numbers of masks that are made together, which is twice as fast for small nets
+AT_ONCE = 200_000  # numbers of masks that are made together: small nets take .8 of the time of one draw at once
 
 Draw = Mapping[str, Tensor]  # by name of the site
 Pick = Callable[[Any], Tensor]  # the outputs, of what a net returns

@@ -88,7 +88,7 @@ def evaluate_widths(
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"evaluate_widths: `num_samples` must be at least 1; got {num_samples}")
     device = next(net.parameters()).device
-    example = _first_input("evaluate_widths", net, data).to(device)
+    example = _first_input("evaluate_widths", net, data, batch_size).to(device)
     results = []
     with module_mode([net], training=False):
         drawn: Iterable[Mapping[str, Tensor] | None] = [None]
@@ -229,10 +229,10 @@ def _common_fraction(net: NestedNet, kept: Mapping[str, int]) -> float | None:
     return fractions.pop() if len(fractions) == 1 else None
 
 
-def _first_input(name: str, net: NestedNet, data: Rows) -> Batch:
+def _first_input(name: str, net: NestedNet, data: Rows, batch_size: int) -> Batch:
     """Return the first row of the inputs; a loader that shuffles leaves the caller's random state as it was."""
     with torch.random.fork_rng():
-        for batch in input_batches(data, 1, net.num_inputs):
+        for batch in input_batches(data, batch_size, net.num_inputs):
             batch.check(name, net.num_inputs)
             return batch.map_inputs(lambda x: x[:1])
     raise ValueError(f"{name}: `data` has no rows")
