@@ -14,15 +14,13 @@ from pyro_vnd._data import Batch, Rows, input_batches
 from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._state import module_mode
 from pyro_vnd.diagnostics.metrics.evaluation import evaluate, net_cost, scorer_of
+from pyro_vnd.diagnostics.metrics.variables import stacked
 from pyro_vnd.diagnostics.posterior import _arviz
 from pyro_vnd.nn import NarrowDraws, NestedModel, NestedNet, NetDraws, NetLikelihood
 from pyro_vnd.nn.model import taken_apart
 from pyro_vnd.nn.width import Rounding
 
 __all__ = ["evaluate_learned", "evaluate_widths", "loo_widths"]
-
-
-_WITHOUT_WIDTH = ["prevalence", "score_limit"]
 
 
 def evaluate_widths(
@@ -89,7 +87,7 @@ def evaluate_widths(
         raise ValueError(f"evaluate_widths: `num_samples` must be at least 1; got {num_samples}")
     device = next(net.parameters()).device
     example = _first_input("evaluate_widths", net, data, batch_size).to(device)
-    results = []
+    results, costs = [], []
     with module_mode([net], training=False):
         drawn: Iterable[Mapping[str, Tensor] | None] = [None]
         if num_samples is not None or draws is not None:
@@ -107,12 +105,10 @@ def evaluate_widths(
                 device=device,
                 progress=progress,
             )
-            cost = net_cost(narrowed.net, *example.args, **example.kwargs)
-            results.append(result.assign({name: ("seed", [value], _LABELS[name]) for name, value in cost.items()}))
-    fixed = [name for name in _WITHOUT_WIDTH if name in results[0]]
-    joined = xr.concat([result.drop_vars(fixed) for result in results], "width", data_vars="all")
-    joined = joined.assign(results[0][fixed]).assign_coords(_coordinates(net, distinct))
-    return joined.transpose("seed", "width", ...)
+            results.append(result)
+            costs.append(net_cost(narrowed.net, *example.args, **example.kwargs))
+    by_width = {name: (("seed", "width"), [[cost[name] for cost in costs]], about) for name, about in _LABELS.items()}
+    return stacked(results, "width").assign(by_width).assign_coords(_coordinates(net, distinct))
 
 
 def evaluate_learned(
