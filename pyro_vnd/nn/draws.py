@@ -76,12 +76,17 @@ class NetDraws(_Predictor):
 
     Args:
         net: The nested net.
-        num_draws: Number of draws S.
+        num_samples: Number of draws S.
         seed: Seed of the draws; by default it is drawn from torch's random numbers.
         keep: Whether the draws stay in memory, S times the weights. Otherwise they are made again, the same ones,
-            whenever they are used, one at a time: memory holds two nets, and each batch pays for S draws, as much as
-            for passes of some 200 rows (one thread; a perceptron 784-512-512-10).
+            whenever they are used, one at a time: memory holds two nets, and each batch pays for new draws, which take
+            the time of passes of some 150 rows (one thread; a perceptron 784-512-512-10).
         pick: What the outputs are of that which the net returns; by default the tensor, or what is called "logits".
+
+    Attributes:
+        net: The nested net.
+        seed: The seed.
+        lengths: With one mask for each batch, the numbers of blocks of each draw, by group.
 
     Raises:
         ValueError: If the number of draws is not positive; or, without `keep`, the net is on a device whose random
@@ -103,16 +108,16 @@ class NetDraws(_Predictor):
     def __init__(
         self,
         net: NestedNet,
-        num_draws: int,
+        num_samples: int,
         seed: int | None = None,
         *,
         keep: bool = True,
         pick: Pick | None = None,
     ) -> None:
-        if not is_integer(num_draws) or num_draws < 1:
-            raise ValueError(f"NetDraws: argument `num_draws` must be an integer, at least 1; got {num_draws!r}")
+        if not is_integer(num_samples) or num_samples < 1:
+            raise ValueError(f"NetDraws: argument `num_samples` must be an integer, at least 1; got {num_samples!r}")
         super().__init__(net, partial(picked, "NetDraws") if pick is None else pick)
-        self.net, self.num_draws = net, int(num_draws)
+        self.net, self.num_samples = net, int(num_samples)
         self.seed = int(torch.randint(2**62, ())) if seed is None else seed
         self._devices = cuda_devices([net])
         others = {each.device.type for each in net.parameters()} - {"cpu", "cuda"}
@@ -122,7 +127,7 @@ class NetDraws(_Predictor):
         if keep:
             self._posteriors: dict[str, tuple[Tensor, Tensor]] = {}
             with random_numbers(self.seed, self._devices):
-                self._kept = [_drawn(posteriors) for _ in range(self.num_draws)]
+                self._kept = [_drawn(posteriors) for _ in range(self.num_samples)]
         else:
             self._posteriors = {site: (mean.clone(), scale) for site, (mean, scale) in posteriors.items()}
             self._kept = []
@@ -130,16 +135,16 @@ class NetDraws(_Predictor):
         self._narrow: tuple[Any, NarrowDraws] | None = None
 
     def __len__(self) -> int:
-        return self.num_draws
+        return self.num_samples
 
     def __getitem__(self, number: int) -> Draw:
         """Return the weights of a draw, by name of their site."""
-        return next(islice(self, range(self.num_draws)[number], None))
+        return next(islice(self, range(self.num_samples)[number], None))
 
     def __iter__(self) -> Iterator[Draw]:
         yield from self._kept
         state: list[Tensor] = []
-        for _ in range(self.num_draws - len(self._kept)):
+        for _ in range(self.num_samples - len(self._kept)):
             with torch.random.fork_rng(self._devices):
                 if state:
                     for put, each in zip(
@@ -155,6 +160,11 @@ class NetDraws(_Predictor):
     def _states(self, of_cpu: Callable[..., Any], of_cuda: Callable[..., Any]) -> list[Callable[..., Any]]:
         return [of_cpu, *(partial(of_cuda, device=device) for device in self._devices)]
 
+    @property
+    def nets(self) -> list[nn.Module]:
+        """The modules that are run."""
+        return [self.net]
+
     def picking(self, pick: Pick) -> NetDraws:
         """Return the same draws with other outputs."""
         same = copy.copy(self)
@@ -164,11 +174,12 @@ class NetDraws(_Predictor):
     @torch.no_grad()
     def _draw_lengths(self) -> dict[str, list[int]]:
         """Draw a number of blocks of each group for each draw."""
-        own = torch.Generator().manual_seed(self.seed)
+        own = torch.Generator("cpu").manual_seed(self.seed)
+        seed = int(torch.randint(2**62, (), generator=own, device="cpu"))  # of other numbers than those of the weights
         lengths = {}
-        with random_numbers(int(torch.randint(2**62, (), generator=own)), self._devices):  # other numbers than weights'
+        with random_numbers(seed, self._devices):
             for name, width in self.net.widths.items():
-                masks = width.law.sample((self.num_draws,))
+                masks = width.law.sample((self.num_samples,))
                 lengths[name] = [int(kept) + width.always_kept - 1 for kept in masks.sum(-1)]
         return lengths
 
@@ -198,8 +209,9 @@ class NetDraws(_Predictor):
             return self._outputs(batch, width, rounding)
 
     def __call__(self, *inputs: Any, **named: Any) -> Tensor:
-        """Return the outputs of all draws, shape (S, N, ...), with masks from their learned laws."""
-        return self._outputs(Batch(inputs, named))
+        """Return the outputs of all draws, shape (S, N, ...), with masks from their learned laws, for `evaluate`."""
+        with explain_arguments("evaluate", self.net.net, inputs, named):
+            return self._outputs(Batch(inputs, named))
 
     def _fixes_all(self, width: Any) -> bool:
         return not isinstance(width, Mapping) or width.keys() >= self.net.widths.keys()
@@ -249,11 +261,11 @@ class NetDraws(_Predictor):
         if blocks is None and fractions is not None and self.net.mask_per == "batch" and fractions > 0:
             blocks = int(width.prefix(fractions).sum()) + width.always_kept - 1
         if blocks is not None or self.net.mask_per == "batch":
-            lengths = self.lengths[name] if blocks is None else [blocks] * self.num_draws
+            lengths = self.lengths[name] if blocks is None else [blocks] * self.num_samples
             yield from ({"kept_units": width.kept_units(length)} for length in lengths)
             return
         keep_probs = width.law.keep_probs
-        uniform = torch.rand(self.num_draws, num_rows, 1, dtype=keep_probs.dtype, device=keep_probs.device)
+        uniform = torch.rand(self.num_samples, num_rows, 1, dtype=keep_probs.dtype, device=keep_probs.device)
         for some in uniform.split(max(1, AT_ONCE // (max(1, num_rows) * width.num_units))):
             masks = hard_mask(keep_probs, some)
             if fractions is not None:
@@ -352,7 +364,12 @@ class NarrowDraws(_Predictor):
     def __len__(self) -> int:
         return len(self._passes)
 
-    def _nets(self) -> Iterator[nn.Module]:
+    @property
+    def nets(self) -> list[nn.Module]:
+        """The modules that are run: a single one, but for recurrent nets."""
+        return list(dict.fromkeys(net for net, _ in self._passes))
+
+    def _in_turn(self) -> Iterator[nn.Module]:
         """Yield the net of each draw, until the next one is asked for."""
         for net, values in self._passes:
             for (module, name), value in zip(self._places, values, strict=True):
@@ -367,8 +384,8 @@ class NarrowDraws(_Predictor):
             if isinstance(module, BATCH_NORMS) and module.running_mean is not None
             for name in ("running_mean", "running_var")
         ]
-        is_shared, found = all(net is self.net for net, _ in self._passes), list[list[Tensor]]()
-        for net in self._nets():
+        is_shared, found = len(self.nets) == 1, list[list[Tensor]]()
+        for net in self._in_turn():
             recalibrated(net, input_batches(data, batch_size, self.num_inputs))
             found.append([getattr(module, name).clone() for module, name in statistics] if is_shared else [])
         self._passes = [(net, values + more) for (net, values), more in zip(self._passes, found, strict=True)]
@@ -390,12 +407,16 @@ class NarrowDraws(_Predictor):
         batch = Batch(inputs, named)
         refuse_nan("NarrowDraws.predict", "inputs", batch.inputs)
         with self._explained(self.net, batch):
-            return self(*inputs, **named)
+            return self._outputs(batch)
+
+    def __call__(self, *inputs: Any, **named: Any) -> Tensor:
+        """Return the outputs of all draws, shape (S, N, ...), for `evaluate`."""
+        with explain_arguments("evaluate", self.net, inputs, named):
+            return self._outputs(Batch(inputs, named))
 
     @torch.no_grad()
-    def __call__(self, *inputs: Any, **named: Any) -> Tensor:
-        """Return the outputs of all draws, shape (S, N, ...)."""
-        return torch.stack([self.pick(net(*inputs, **named)) for net in self._nets()])
+    def _outputs(self, batch: Batch) -> Tensor:
+        return torch.stack([self.pick(net(*batch.args, **batch.kwargs)) for net in self._in_turn()])
 
 
 def _drawn(posteriors: Mapping[str, tuple[Tensor, Tensor]]) -> Draw:

@@ -130,9 +130,9 @@ class NestedModel(QuietModule):
             pyro.sample(self.likelihood.site, self.likelihood.law(outputs), obs=y)
         return outputs
 
-    def draws(self, num_draws: int, seed: int | None = None, *, keep: bool = True) -> NetDraws:
+    def draws(self, num_samples: int, seed: int | None = None, *, keep: bool = True) -> NetDraws:
         """Return draws of the net, whose predictions are what the likelihood takes; arguments as in `net.draws`."""
-        return self.net.draws(num_draws, seed, keep=keep).picking(self.outputs_of)
+        return self.net.draws(num_samples, seed, keep=keep).picking(self.outputs_of)
 
     def outputs_of(self, returned: Any) -> Tensor:
         """Return what the likelihood takes of what the net returned; raise a ValueError if there is no such tensor."""

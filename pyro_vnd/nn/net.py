@@ -407,11 +407,11 @@ class NestedNet(QuietModule):
                 f"cut: argument `width` has one fraction for each of {len(fractions)} rows; the batch has {num_rows}"
             )
 
-    def draws(self, num_draws: int, seed: int | None = None, *, keep: bool = True) -> NetDraws:
+    def draws(self, num_samples: int, seed: int | None = None, *, keep: bool = True) -> NetDraws:
         """Draw weights, and lengths if there is one mask a batch, to predict with again and again.
 
         Args:
-            num_draws: Number of draws S.
+            num_samples: Number of draws S.
             seed: Seed of the draws; by default it is drawn from torch's random numbers.
             keep: Whether they stay in memory, or are made again whenever they are used, see `NetDraws`.
 
@@ -429,7 +429,7 @@ class NestedNet(QuietModule):
         """
         from pyro_vnd.nn.draws import NetDraws  # which narrows nets
 
-        return NetDraws(self, num_draws, seed, keep=keep)
+        return NetDraws(self, num_samples, seed, keep=keep)
 
     def predict(
         self,

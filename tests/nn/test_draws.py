@@ -448,7 +448,7 @@ def test_pyro_hears_nothing():
 
 @pytest.mark.parametrize("num_draws", [0, -1, 1.5, True])
 def test_numbers_of_draws(num_draws):
-    with pytest.raises(ValueError, match="argument `num_draws` must be an integer, at least 1; got"):
+    with pytest.raises(ValueError, match="argument `num_samples` must be an integer, at least 1; got"):
         make().draws(num_draws)
     with pytest.raises(IndexError):
         make().draws(2)[2]

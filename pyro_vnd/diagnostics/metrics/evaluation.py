@@ -202,15 +202,14 @@ def _reduce(
     """
     parts: list[Columns] = []
     num_samples = 0
-    has_draws = isinstance(predict, NetDraws | NarrowDraws)
-    module = predict.net if isinstance(predict, NetDraws | NarrowDraws) else predict
-    own = next(module.parameters(), None) if isinstance(module, nn.Module) else None
+    modules = predict.nets if isinstance(predict, NetDraws | NarrowDraws) else [predict]
+    own = next(modules[0].parameters(), None) if isinstance(modules[0], nn.Module) else None
     device = own.device if device is None and own is not None else device
-    with torch.random.fork_rng(), module_mode([module], training=False):
+    with torch.random.fork_rng(), module_mode(modules, training=False):
         num_inputs = getattr(predict, "num_inputs", 1)
         for given in input_batches(data, batch_size, num_inputs):
             given.check("evaluate", num_inputs)
-            if not (has_draws and parts):
+            if not (parts and isinstance(predict, NetDraws | NarrowDraws)):
                 torch.manual_seed(seed)
             batch = given.to(device)
             dtype, shapes = None if own is None else own.dtype, getattr(predict, "input_shapes", ())
