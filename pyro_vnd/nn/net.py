@@ -428,7 +428,7 @@ class NestedNet(QuietModule):
             >>> torch.cat([draws.predict(x) for x in torch.randn(100, 8).split(25)], 1).shape
             torch.Size([20, 100, 3])
         """
-        from pyro_vnd.nn.draws import NetDraws  # which narrows nets
+        from pyro_vnd.nn import NetDraws  # which narrows nets
 
         return NetDraws(self, num_samples, seed, keep=keep)
 
