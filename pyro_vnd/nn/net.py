@@ -420,13 +420,6 @@ class NestedNet(QuietModule):
 
         Raises:
             ValueError: If the number of draws is not positive.
-
-        Example:
-            >>> from pyro_vnd.nn import nest
-            >>> net = nest(nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3)), torch.zeros(1, 8))
-            >>> draws = net.draws(20)
-            >>> torch.cat([draws.predict(x) for x in torch.randn(100, 8).split(25)], 1).shape
-            torch.Size([20, 100, 3])
         """
         from pyro_vnd.nn import NetDraws  # which narrows nets
 
