@@ -289,3 +289,14 @@ def test_learned_laws_by_hand(mask_per, digits):
     expected = predictive_metrics(average_draws(logits=torch.cat(logits, 1)), y)
     for name in ("nll", "entropy", "mutual_information", "ece"):
         assert found[name].item() == pytest.approx(expected[name], rel=1e-4)
+
+
+def test_draws_are_scored_in_evaluation_mode(digits):
+    plain = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 10))
+    net = nest(plain, torch.zeros(1, 64), num_blocks=4).float().train()
+    draws = net.draws(3, seed=0)
+    half = draws.narrow(0.5)
+    found = evaluate(half, digits.test, progress=False)["nll"].item()
+    assert found == evaluate_widths(net, digits.test, [0.5], draws=draws, progress=False)["nll"].item()
+    evaluate(draws, digits.test, progress=False)
+    assert all(part.training for module in (net, half.net) for part in module.modules())
