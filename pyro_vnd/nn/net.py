@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyro
 import torch
@@ -27,6 +27,9 @@ from pyro_vnd.nn.reads import MaskedReads, OwnChannels, Read
 from pyro_vnd.nn.state import keep_groups_in_state
 from pyro_vnd.nn.table import as_html, as_text
 from pyro_vnd.nn.width import Rounding, Width, kept_blocks
+
+if TYPE_CHECKING:
+    from pyro_vnd.nn.draws import NetDraws
 
 __all__ = ["NestedNet", "WidthLike"]
 
@@ -158,6 +161,10 @@ class NestedNet(QuietModule):
         """The nested layers by name, in the order of the net."""
         return {name: module for name, module in self.net.named_modules() if isinstance(module, NestedLayer)}
 
+    def site_of(self, name: str) -> str:
+        """Return the Pyro site of a layer by its name, to which that of the parameter is added."""
+        return f"{self.prefix}{name or 'layer'}"
+
     @property
     def random_parameters(self) -> dict[str, RandomParameter]:
         """The laws of parameters of modules that are no nested layers, by name of the parameter."""
@@ -258,10 +265,7 @@ class NestedNet(QuietModule):
         cut, values = self._cut, {}
         by_example = self.mask_per == "example"
         fractions = None if cut is None else cut.fractions
-        if fractions is not None and by_example and fractions.shape != (num_rows,):
-            raise ValueError(
-                f"cut: argument `width` has one fraction for each of {len(fractions)} rows; the batch has {num_rows}"
-            )
+        self._check_fits(num_rows)
         drawn = [name for name in widths if cut is None or fractions is not None or name not in cut.blocks]
         in_plate: Any = nullcontext()
         if drawn and by_example:
@@ -308,7 +312,7 @@ class NestedNet(QuietModule):
         for name, layer in layers.items():
             if layer.block is not None and layer.block.is_sliced_away:
                 continue
-            values |= layer.draw(which, f"{self.prefix}{name}" if name else f"{self.prefix}layer")
+            values |= layer.draw(which, self.site_of(name))
         for each in self.random_parameters.values():
             if each.block is not None and each.block.is_sliced_away:
                 continue
@@ -373,6 +377,16 @@ class NestedNet(QuietModule):
         """Whether the net is cut so that only what is kept is computed."""
         return self._cut is not None and self._cut.sliced
 
+    @property
+    def cut_blocks(self) -> Mapping[str, int]:
+        """Numbers of blocks that the net is cut to, by group."""
+        return {} if self._cut is None else self._cut.blocks
+
+    @property
+    def cut_fractions(self) -> Tensor | None:
+        """Fractions that the net is cut to, by row; None if it is not."""
+        return None if self._cut is None else self._cut.fractions
+
     def describe_cut(self) -> str:
         """Say what the net is cut to at the moment, "" if it is not."""
         if self._cut is None:
@@ -399,6 +413,32 @@ class NestedNet(QuietModule):
             )
         return width
 
+    def _check_fits(self, num_rows: int) -> None:
+        """Check that a cut is of as many rows as there are."""
+        fractions = self.cut_fractions
+        if fractions is not None and self.mask_per == "example" and fractions.shape != (num_rows,):
+            raise ValueError(
+                f"cut: argument `width` has one fraction for each of {len(fractions)} rows; the batch has {num_rows}"
+            )
+
+    def draws(self, num_samples: int, seed: int | None = None, *, keep: bool = True) -> NetDraws:
+        """Draw weights, and lengths if there is one mask a batch, to predict with again and again.
+
+        Args:
+            num_samples: Number of draws S.
+            seed: Seed of the draws; by default it is drawn from torch's random numbers.
+            keep: Whether they stay in memory, or are made again whenever they are used, see `NetDraws`.
+
+        Returns:
+            The draws.
+
+        Raises:
+            ValueError: If the number of draws is not positive.
+        """
+        from pyro_vnd.nn import NetDraws  # which narrows nets
+
+        return NetDraws(self, num_samples, seed, keep=keep)
+
     def predict(
         self,
         *inputs: Any,
@@ -407,7 +447,7 @@ class NestedNet(QuietModule):
         num_samples: int = 1,
         **named: Any,
     ) -> Tensor:
-        """Return the outputs of posterior draws.
+        """Return the outputs of new posterior draws; `draws` keeps them for further inputs.
 
         Args:
             *inputs: What the net takes.
@@ -424,18 +464,12 @@ class NestedNet(QuietModule):
                 in a call of the net.
         """
         refuse_nan("predict", "inputs", (*inputs, *named.values()))
-        draws = self._draws(Batch(inputs, named), width, rounding, num_samples)
-        return torch.stack([picked("NestedNet.predict", drawn) for drawn in draws])
-
-    @torch.no_grad()
-    def _draws(self, batch: Batch, width: WidthLike | None, rounding: Rounding | None, num_samples: int) -> list[Any]:
-        """Return what the net returns at posterior draws; arguments as in `predict`."""
         if num_samples < 1:
             raise ValueError(f"predict: argument `num_samples` must be at least 1; got {num_samples}")
-        sliced = width is not None and not isinstance(width, Tensor)
-        draws = []
-        with nullcontext() if width is None else self.cut(width, sliced=sliced, rounding=rounding), poutine.block():
+        sliced, outputs = width is not None and not isinstance(width, Tensor), []
+        cut = nullcontext() if width is None else self.cut(width, sliced=sliced, rounding=rounding)
+        with torch.no_grad(), cut, poutine.block():
             for _ in range(num_samples):
-                with self._drawn("posterior", batch.num_rows):
-                    draws.append(self._run(batch.args, batch.kwargs))
-        return draws
+                with self._drawn("posterior", Batch(inputs, named).num_rows):
+                    outputs.append(picked("NestedNet.predict", self._run(inputs, named)))
+        return torch.stack(outputs)

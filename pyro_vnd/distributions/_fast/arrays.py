@@ -49,6 +49,8 @@ def leading_block(x: Tensor, lengths: Mapping[int, int]) -> Tensor:
         x: The array.
         lengths: Entries that are kept, by dimension.
     """
+    if not x.requires_grad:  # the other way is for the sake of the backward pass
+        return plain_leading_block(x, lengths)
     return cast(Tensor, fast_or_plain(_LeadingBlock, plain_leading_block, x, lengths))
 
 
