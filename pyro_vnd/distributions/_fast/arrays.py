@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pyro_vnd.distributions._fast.dispatch import fast_or_plain, plain_gradients
+from pyro_vnd.distributions._fast.dispatch import fast_or_plain
 
 __all__ = ["leading_block", "noisy", "plain_leading_block", "plain_noisy"]
 
@@ -27,18 +27,21 @@ def _least_variance(variance: Tensor) -> float:
 
 
 class _Noisy(torch.autograd.Function):
+    """Of mean, variance and noise, the variance alone is kept, for a second derivative."""
+
     @staticmethod
     def forward(ctx: Any, mean: Tensor, variance: Tensor, noise: Tensor) -> Tensor:
         deviation = variance.clamp_min(_least_variance(variance)).sqrt_()
         outputs = torch.addcmul(mean, deviation, noise)
-        ctx.save_for_backward(mean, variance, noise, torch.div(noise, deviation, out=deviation).mul_(0.5))
+        ctx.save_for_backward(variance, torch.div(noise, deviation, out=deviation).mul_(0.5))
         return outputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, slope = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return plain_gradients(plain_noisy, inputs, ctx.needs_input_grad, grad)
+        variance, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the slope falls with the root of the variance
+            kept = variance.clamp_min(_least_variance(variance))
+            slope = slope * (kept.detach() / kept).sqrt()
         return grad, grad * slope, None
 
 
