@@ -88,7 +88,7 @@ class LocalReparameterization(Messenger):
         if weight_variance is None:  # the weights were drawn
             variance = layer.affine(torch.zeros_like(x), weight, bias_variance)
         else:
-            variance = layer.affine(x.square(), weight_variance, bias_variance)
+            variance = layer.affine(x * x, weight_variance, bias_variance)  # x.square() takes one array more backwards
         msg["value"], msg["done"] = noisy(mean, variance, torch.randn_like(mean)), True
 
 
