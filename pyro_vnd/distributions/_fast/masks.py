@@ -1,7 +1,6 @@
 """Hard ordered masks from one uniform number each, with a straight-through gradient."""
 
 import math
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -69,9 +68,6 @@ def _bounds(dtype: torch.dtype) -> tuple[float, float, float]:
     return tiny**0.7, -0.92 * math.log(tiny), tiny
 
 
-_FEW_UNITS, _FEW_PROBS = 64, 2048
-
-
 class _LogisticMask(torch.autograd.Function):
     r"""The soft mask is never formed in the forward pass.
 
@@ -82,8 +78,7 @@ class _LogisticMask(torch.autograd.Function):
 
     two cumulative sums, and $p_j g_j$ with respect to logits, because keep logits do not depend on the scale of p.
     S and F are sums of positive terms, each from its own end, so that nothing cancels. The first unit is always kept
-    and has no gradient: the arrays below hold the units 2..K. Few units take one product with a matrix of ones and
-    zeros, in place of half a dozen small operations.
+    and has no gradient: the arrays below hold the units 2..K.
     """
 
     @staticmethod
@@ -123,24 +118,12 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | No
     if ctx.needs_input_grad[0]:
         if weight.shape != above.shape:  # one law for many masks
             weight = weight.sum_to_size(above.shape)
-        if probs.shape[-1] <= _FEW_UNITS and probs.numel() <= _FEW_PROBS:
-            ends = torch.cat([weight / above, weight.div_(below)], -1)
-            param_grad = ends @ _sums_of_ends(probs.shape[-1], probs.dtype, probs.device)
-        else:
-            param_grad = torch.constant_pad_nd((weight / above).cumsum(-1), (1, 0))
-            del above
-            param_grad[..., :-1].sub_(tail_sum(weight.div_(below)))
+        param_grad = torch.constant_pad_nd((weight / above).cumsum(-1), (1, 0))
+        del above
+        param_grad[..., :-1].sub_(tail_sum(weight.div_(below)))
         if ctx.is_logits:
             param_grad.mul_(probs)
     return param_grad, None, temperature_grad, None
-
-
-@lru_cache(maxsize=64)
-def _sums_of_ends(num_units: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    r"""Return what takes units 2..K of a and b to $\sum_{i \le j} a_i - \sum_{i > j} b_i$, shape (2 K - 2, K)."""
-    with torch.inference_mode(False):
-        ones = torch.ones(num_units, num_units, dtype=dtype, device=device)
-        return torch.cat([ones.triu()[1:], -ones.tril(-1)[1:]])
 
 
 _gradients_once = once_differentiable(_gradients)
