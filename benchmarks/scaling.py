@@ -115,8 +115,8 @@ def posterior(num_rows: int) -> Callable[[], object]:
 
 
 WORK = (
-    Work("mask: draw and gradient, 64 masks", "units", (10_000, 50_000, 200_000), partial(draw, 64)),
-    Work("mask: draw and gradient, 64 units", "masks", (10_000, 50_000, 200_000), lambda n: draw(n, 64)),
+    Work("mask: draw and gradient, 64 masks", "units", (15_000, 150_000, 600_000), partial(draw, 64)),
+    Work("mask: draw and gradient, 64 units", "masks", (15_000, 150_000, 600_000), lambda n: draw(n, 64)),
     Work("KL of a law of lengths and its gradient", "units", (10_000, 100_000, 1_000_000), divergence),
     Work("`fit`, an epoch in batches of 128", "rows", (2_000, 8_000, 32_000), whole_fit),
     Work("objective and its gradient", "rows of a batch", (128, 4_096, 32_768), evaluation),
