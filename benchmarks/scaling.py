@@ -109,20 +109,20 @@ def scores(num_rows: int) -> Callable[[], object]:
 
 
 def posterior(num_rows: int) -> Callable[[], object]:
-    """Draw fifty times, with predictions and likelihoods of all rows."""
+    """Draw twenty times, with predictions and likelihoods of all rows."""
     model, data = perceptron(), rows(num_rows)
-    return partial(to_arviz, model, model.guide, data, num_samples=50)
+    return partial(to_arviz, model, model.guide, data, num_samples=20)
 
 
 WORK = (
     Work("mask: draw and gradient, 64 masks", "units", (15_000, 150_000, 600_000), partial(draw, 64)),
     Work("mask: draw and gradient, 64 units", "masks", (15_000, 150_000, 600_000), lambda n: draw(n, 64)),
-    Work("KL of a law of lengths and its gradient", "units", (10_000, 100_000, 1_000_000), divergence),
+    Work("KL of a law of lengths and its gradient", "units", (10_000, 10_000_000, 30_000_000), divergence),
     Work("`fit`, an epoch in batches of 128", "rows", (2_000, 8_000, 32_000), whole_fit),
     Work("objective and its gradient", "rows of a batch", (128, 4_096, 32_768), evaluation),
     Work("`fit`, eight steps", "particles", (1, 4, 16), steps),
     Work("`evaluate_widths`, two widths, ten draws", "rows", (2_000, 16_000, 128_000), scores),
-    Work("`to_arviz`, fifty draws", "rows", (1_000, 4_000, 16_000), posterior),
+    Work("`to_arviz`, twenty draws", "rows", (1_000, 8_000, 64_000), posterior),
 )
 
 
