@@ -163,11 +163,7 @@ def markdown(result: Mapping[str, Any], nest_cost: Mapping[str, Any]) -> str:
             [
                 row["work"],
                 row["size"],
-<<<<<<< HEAD
-                "; ".join(f"{int(size):,}: {1e3 * time:.3g}" for size, time in row["seconds"].items()),
-=======
                 "; ".join(f"{int(size):,}: {float(f'{1e3 * time:.3g}'):,g}" for size, time in row["seconds"].items()),
->>>>>>> machines
                 f"{row['exponent']:.2f}",
             ]
             for row in grown
