@@ -19,12 +19,22 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from pyro_vnd._data import Data, as_arguments, check_rows, map_parts, named_parts, shapes, split_rows
+from pyro_vnd._data import (
+    Data,
+    as_arguments,
+    as_batch,
+    check_rows,
+    is_tensors,
+    map_parts,
+    named_parts,
+    shapes,
+    split_rows,
+)
 from pyro_vnd._data import num_rows as rows_in
 from pyro_vnd.infer._fit.checks import whole_number
 from pyro_vnd.infer._fit.parallel import Ranks
 
-__all__ = ["Source", "as_source", "batches_of", "check_validation", "is_tensors", "move"]
+__all__ = ["Source", "as_source", "check_validation", "move"]
 
 
 class Source:
@@ -178,7 +188,7 @@ class Batches(Source):
             raise ValueError("fit: argument `data` must have at least one batch; got none")
         if not self.can_repeat:
             self.data = chain([first], batches)
-        return _batch(first)
+        return as_batch(first)
 
     def _first(self) -> Data:
         return self._begin
@@ -199,7 +209,7 @@ class Batches(Source):
             )
         seen = 0
         for each in self.data:
-            batch = _batch(each)
+            batch = as_batch(each)
             yield batch
             seen += rows_in(batch)
             if num_rows is not None and seen >= num_rows:
@@ -215,13 +225,6 @@ class Batches(Source):
         self.data.load_state_dict(state)  # type: ignore[attr-defined]
 
 
-def _batch(batch: Any) -> Data:
-    """Return a batch as data: what is not among the forms of data is one argument."""
-    if isinstance(batch, Mapping):
-        return dict(batch)
-    return tuple(batch) if isinstance(batch, tuple | list) else batch
-
-
 def _has_length(data: Any) -> bool:
     try:
         len(data)
@@ -233,7 +236,7 @@ def _has_length(data: Any) -> bool:
 def _length(data: Any) -> int | None:
     """Return how many rows a thing has that yields batches, if it knows."""
     if isinstance(data, tuple | list):
-        return sum(rows_in(_batch(batch)) for batch in data)
+        return sum(rows_in(as_batch(batch)) for batch in data)
     if not isinstance(data, DataLoader):
         return None
     for each in (data.sampler if data.batch_size is not None else None, data.dataset):
@@ -319,25 +322,6 @@ def as_source(
             f"fit: argument `batch_size` is for data that do not come in batches; {type(data).__name__} has its own"
         )
     return Batches(data, num_data, ranks, device)
-
-
-def is_tensors(data: Any) -> bool:
-    """Say whether data are meant to be tensors, not batches."""
-    if isinstance(data, tuple | list):
-        return not any(isinstance(each, tuple | list | Mapping) for each in data)
-    return isinstance(data, Tensor | Mapping)
-
-
-def batches_of(data: Any, batch_size: int) -> Iterator[Data]:
-    """Yield the batches of data in any of their forms, in order; tensors and data sets in batches of so many rows."""
-    if isinstance(data, TensorDataset):
-        data = data.tensors
-    if is_tensors(data):
-        yield from split_rows(data, batch_size)
-        return
-    if isinstance(data, Dataset) and not isinstance(data, DataLoader):
-        data = DataLoader(data, batch_size=batch_size)
-    yield from map(_batch, data)
 
 
 def check_validation(validation: Any, first: Data) -> None:
