@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -113,13 +113,14 @@ def split_rows(data: Data, batch_size: int) -> Iterator[Data]:
         yield map_parts(itemgetter(slice(start, start + batch_size)), data)
 
 
-def check_rows(caller: str, data: Data, name: str = "data") -> None:
+def check_rows(caller: str, data: Data, name: str = "data", *, values: Literal["all", "cpu"] = "all") -> None:
     """Check that data are tensors with the same number of rows, all of them finite, but for masks of 0 and -inf.
 
     Args:
         caller: The function that was given the data.
         data: The data; anything else is refused before it is read.
         name: Name of the argument.
+        values: Which numbers to look at; "cpu" leaves those of accelerators, which would have to be waited for.
 
     Raises:
         ValueError: If they are no such data.
@@ -134,7 +135,7 @@ def check_rows(caller: str, data: Data, name: str = "data") -> None:
         if not isinstance(rows, Tensor) or rows.dim() == 0:
             got = "a tensor without rows" if isinstance(rows, Tensor) else _kind(rows)
             raise ValueError(f"{caller}: argument `{part}` must be a tensor with rows; got {got}")
-        if not _is_finite(rows):
+        if (values == "all" or rows.device.type == "cpu") and not _is_finite(rows):
             raise ValueError(
                 f"{caller}: argument `{part}` of shape {tuple(rows.shape)} must be finite; got NaN or inf (-inf only "
                 "in a mask to be added, with 0 for all that is seen). For missing values give zeros, and say in "

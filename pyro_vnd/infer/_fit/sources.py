@@ -1,6 +1,7 @@
 """Where the batches of a fit come from: tensors, data sets, loaders, or anything that can be iterated again."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -56,6 +57,7 @@ class Source:
     num_batches: int
     whole: Data | None = None
     can_repeat = True
+    generators: Sequence[torch.Generator] = ()  # beside torch's global one
 
     def __init__(self, ranks: Ranks, device: torch.device | None) -> None:
         self.ranks, self.device = ranks, device
@@ -65,7 +67,7 @@ class Source:
         return self._moved(self._first())
 
     def epoch(self, number: int) -> Iterator[Data]:
-        """Yield this process's share of the batches of an epoch, shuffled if they are to be."""
+        """Begin an epoch, and yield this process's share of its batches, shuffled if they are to be."""
         return map(self._moved, self._epoch(number))
 
     def in_order(self, num_rows: int | None = None) -> Iterator[Data]:
@@ -122,11 +124,13 @@ class RowsOfTensors(Source):
         return map_parts(lambda x: x[: len(share)], data)
 
     def _epoch(self, number: int) -> Iterator[Data]:
-        data: Any = self.whole
         if self.batch_size == self.num_data and self.ranks.size == 1:
-            yield data  # as they are
-            return
-        order = self.ranks.same(torch.randperm(self.num_data))
+            data: Any = self.whole
+            return iter([data])  # as they are
+        return self._batches(self.ranks.same(torch.randperm(self.num_data)))
+
+    def _batches(self, order: Tensor) -> Iterator[Data]:
+        data: Any = self.whole
         orders = {x.device: order.to(x.device) for x in named_parts(data).values()}
         for start, stop in self._bounds:
             rows = {device: self.ranks.share(each[start:stop]) for device, each in orders.items()}
@@ -167,28 +171,22 @@ class Batches(Source):
         self.data, split = _shared(data, ranks)
         self.can_repeat, self._ended = not isinstance(data, Iterator), False
         self._begin = self._peek()
-        check_rows("fit", self._begin)
         full: Any = getattr(data, "batch_size", None)
         self.batch_size = (full or rows_in(self._begin)) * (1 if split else ranks.size)
-        known = _length(data)
-        if num_data is None and known is None:
-            raise ValueError(
-                "fit: argument `num_data` must say how many rows there are in all, where `data` does not know it; got "
-                f"None with {type(data).__name__}. Likelihoods of batches are scaled to it"
-            )
-        self.num_data = whole_number("num_data", known if num_data is None else num_data)
+        self.num_data, self._is_sure = _all_rows(data, num_data)
         sized: Any = self.data
         length = len(sized) if _has_length(sized) else None
         self.num_batches = -(-self.num_data // self.batch_size) if length is None else max(length, 1)
 
     def _peek(self) -> Data:
-        batches = iter(self.data)
-        first = next(batches, None)
+        with torch.random.fork_rng([]):  # so that what is drawn next is the same for all forms of data
+            batches = iter(self.data)
+            first = next(batches, None)
         if first is None:
             raise ValueError("fit: argument `data` must have at least one batch; got none")
         if not self.can_repeat:
             self.data = chain([first], batches)
-        return as_batch(first)
+        return next(self._checked(iter([first])))
 
     def _first(self) -> Data:
         return self._begin
@@ -199,7 +197,7 @@ class Batches(Source):
         for each in [*parts, *(getattr(self.data, name, None) for name in ("sampler", "dataset"))]:
             if hasattr(each, "set_epoch"):
                 each.set_epoch(number)
-        yield from self._in_order(None)
+        return self._in_order(None)
 
     def _in_order(self, num_rows: int | None) -> Iterator[Data]:
         if self._ended:
@@ -207,14 +205,38 @@ class Batches(Source):
                 "fit: argument `data` is an iterator that has ended, and each epoch needs the batches anew: give a "
                 "DataLoader, a list, or an object whose __iter__ begins again; or num_epochs=1"
             )
+        self._ended = not self.can_repeat
+        return self._checked(iter(self.data), num_rows)
+
+    def _checked(self, batches: Iterator[Any], num_rows: int | None = None) -> Iterator[Data]:
+        """Yield batches, up to a number of rows, each looked at where that does not wait for a device."""
         seen = 0
-        for each in self.data:
+        for number, each in enumerate(batches):
             batch = as_batch(each)
+            try:
+                check_rows("fit", batch, values="cpu")
+            except ValueError as error:
+                error.add_note(f"fit: in batch {number} of an epoch, counted from 0")
+                raise
             yield batch
             seen += rows_in(batch)
             if num_rows is not None and seen >= num_rows:
                 return
-        self._ended = not self.can_repeat
+        if num_rows is None and not self._is_sure and seen > self.num_data and self.ranks.size == 1:
+            self._is_sure = True  # enough said
+            warnings.warn(
+                f"fit: an epoch has {seen} rows, but argument `num_data` is {self.num_data}, to which likelihoods of "
+                "batches are scaled. Of an IterableDataset each worker reads all rows, unless its __iter__ asks "
+                "torch.utils.data.get_worker_info() which are its own",
+                stacklevel=2,
+            )
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """Generators of random numbers that a loader and its sampler have of their own."""
+        sampler = _sampler_of(self.data)
+        found = [getattr(each, "generator", None) for each in (self.data, sampler)]
+        return [*{id(each): each for each in found if isinstance(each, torch.Generator)}.values()]
 
     def state_dict(self) -> Any:
         """Return the state of a loader that has one, such as torchdata's StatefulDataLoader."""
@@ -233,16 +255,52 @@ def _has_length(data: Any) -> bool:
     return True
 
 
-def _length(data: Any) -> int | None:
-    """Return how many rows a thing has that yields batches, if it knows."""
+def _sampler_of(data: Any) -> Any:
+    """Return what says in which order a loader takes the rows of its data set."""
+    sampler = getattr(data, "sampler", None)
+    return getattr(getattr(data, "batch_sampler", None), "sampler", sampler)
+
+
+def _all_rows(data: Any, num_data: int | None) -> tuple[int, bool]:
+    """Return how many rows all data have that come in batches, and whether that is beyond doubt.
+
+    A sampler of one's own may draw some of the rows, or draw some more than once: then `num_data` has the last word.
+
+    Raises:
+        ValueError: If nobody knows, or if `num_data` is wrong.
+    """
+    known, is_sure = _known_rows(data)
+    if num_data is None and known is None:
+        raise ValueError(
+            "fit: argument `num_data` must say how many rows there are in all, where `data` does not know it; got "
+            f"None with {type(data).__name__}. Likelihoods of batches are scaled to it"
+        )
+    count = whole_number("num_data", known if num_data is None else num_data)
+    if is_sure and count != known:
+        raise ValueError(
+            f"fit: argument `num_data` is {count}, but `data` has {known} rows; leave it out, as it is for data that "
+            "do not know"
+        )
+    return count, is_sure
+
+
+def _known_rows(data: Any) -> tuple[int | None, bool]:
+    """Return how many rows all data have, as far as they know it, and whether that is beyond doubt."""
     if isinstance(data, tuple | list):
-        return sum(rows_in(as_batch(batch)) for batch in data)
-    if not isinstance(data, DataLoader):
-        return None
-    for each in (data.sampler if data.batch_size is not None else None, data.dataset):
-        if each is not None and not isinstance(data.dataset, IterableDataset) and _has_length(each):
-            return len(each)  # type: ignore[arg-type]
-    return len(data.dataset) if _has_length(data.dataset) else None  # type: ignore[arg-type]
+        for i, batch in enumerate(data):
+            check_rows("fit", as_batch(batch), f"data[{i}]")
+        return sum(rows_in(as_batch(batch)) for batch in data), True
+    if not isinstance(data, DataLoader) or data.batch_sampler is None:  # whose data set has batches itself
+        return None, False
+    dataset: Any = data.dataset
+    if isinstance(dataset, IterableDataset):
+        return (len(dataset) if _has_length(dataset) else None), False
+    sampler = _sampler_of(data)
+    is_sure = isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler)
+    for each in (dataset,) if is_sure else (sampler, dataset):
+        if _has_length(each):
+            return len(each), is_sure
+    return None, False
 
 
 class _SharedBatches(Sampler[list[int]]):
@@ -311,7 +369,10 @@ def as_source(
         return RowsOfTensors(data, batch_size, ranks, device)
     if isinstance(data, Dataset) and not isinstance(data, DataLoader):
         if batch_size is None:
-            raise ValueError("fit: argument `batch_size` must be given where `data` is a Dataset; got None")
+            raise ValueError(
+                "fit: argument `batch_size` must be given where `data` is a Dataset of rows; got None. Of one that has "
+                "batches make a loader, DataLoader(dataset, batch_size=None)"
+            )
         size, shuffle = whole_number("batch_size", batch_size), not isinstance(data, IterableDataset)
         loader: DataLoader[Any] = DataLoader(data, batch_size=size, shuffle=shuffle)
         return Batches(loader, num_data, ranks, device)
