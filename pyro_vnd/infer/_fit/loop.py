@@ -233,10 +233,11 @@ class _Place:
     def sums(self) -> Tensor:
         """Return the parts times rows, and the rows, added up."""
         if self._parts:
-            counts = torch.tensor(self._counts, dtype=torch.float64)
+            counts = torch.tensor(self._counts, dtype=torch.float64).unsqueeze(1)
             parts = torch.stack(self._parts).cpu().double()
-            # What is not known in one step is not known of the epoch.
-            self._sums = self._sums + torch.cat([counts @ parts, counts.sum().unsqueeze(0)])
+            for terms in torch.cat([counts * parts, counts], 1):  # in order: the same however often it is asked for
+                # What is not known in one step is not known of the epoch.
+                self._sums = self._sums + terms
             self._parts, self._counts = [], []
         return self._sums
 

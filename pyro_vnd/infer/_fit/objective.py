@@ -272,8 +272,8 @@ def _size_of(batch: Data) -> str:
     if num_rows(batch) > 1:
         return f"a batch of {num_rows(batch)} rows"
     return (
-        "a batch of 1 row: BatchNorm needs more of them in training; if this was the last one of an epoch, give another "
-        "`batch_size`, or drop_last=True to the DataLoader"
+        "a batch of 1 row: BatchNorm needs more of them in training; if this was the last batch of an epoch, give "
+        "another `batch_size`, or drop_last=True to the DataLoader"
     )
 
 
