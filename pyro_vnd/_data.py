@@ -16,7 +16,9 @@ __all__ = [
     "as_batch",
     "batches",
     "batches_of",
+    "check_repeatable",
     "check_rows",
+    "check_whole",
     "input_batches",
     "is_tensors",
     "map_parts",
@@ -225,6 +227,21 @@ def batches_of(data: Any, batch_size: int) -> Iterator[Data]:
     if not isinstance(data, Iterable):
         _check_batch([data])
     yield from map(as_batch, data)
+
+
+def check_repeatable(caller: str, data: Any, name: str = "data") -> None:
+    """Raise a ValueError if data can be gone through only once, as a generator can."""
+    if isinstance(data, Iterator):
+        raise ValueError(
+            f"{caller}: argument `{name}` is read more than once, and a {type(data).__name__} ends: give tensors, a "
+            "Dataset, a DataLoader, a list of batches, or an object whose __iter__ begins again"
+        )
+
+
+def check_whole(caller: str, data: Any, why: str, name: str = "data") -> None:
+    """Raise a ValueError if data come in batches, and say why a function needs all of them at once."""
+    if isinstance(data, Dataset | DataLoader | Iterator):
+        raise ValueError(f"{caller}: argument `{name}` must be tensors, all rows at once, {why}; got {_kind(data)}")
 
 
 def as_batch(batch: Any) -> Data:

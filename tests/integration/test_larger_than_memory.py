@@ -44,7 +44,7 @@ class FileRows(Dataset):
 
     def __getitems__(self, rows):
         whole = self.open() if self.kept is None else self.kept
-        return torch.from_numpy(whole[np.sort(rows)])  # the batch, which needs no collating
+        return torch.from_numpy(whole[np.sort(rows)])  # the batch, ready as it is
 
 
 class LinearFactor(PyroModule):
@@ -113,7 +113,8 @@ def test_resident_memory_is_flat_over_the_epochs(size, tmp_path):
     write(tmp_path / "rows.bin", size)
     seen = resident_over_a_fit(tmp_path / "rows.bin")
     assert len(seen) >= 7
-    assert max(seen) < 1.1 * min(seen)
+    assert max(seen[1:]) < 1.1 * min(seen[1:])
+    assert max(seen) - seen[0] < 0.1 * size  # torch's sampler has the order of the rows in a list, 40 bytes a row
     if size < 1024 * MEGABYTE:  # an array that is kept would be found
         kept = resident_over_a_fit(tmp_path / "rows.bin", "keep")
         assert max(kept) > max(seen) + 0.8 * size

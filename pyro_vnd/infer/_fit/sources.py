@@ -1,7 +1,7 @@
 """Where the batches of a fit come from: tensors, data sets, loaders, or anything that can be iterated again."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -57,7 +57,6 @@ class Source:
     num_batches: int
     whole: Data | None = None
     can_repeat = True
-    generators: Sequence[torch.Generator] = ()  # beside torch's global one
 
     def __init__(self, ranks: Ranks, device: torch.device | None) -> None:
         self.ranks, self.device = ranks, device
@@ -85,6 +84,11 @@ class Source:
 
     def _in_order(self, num_rows: int | None) -> Iterator[Data]:
         raise NotImplementedError
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """Generators of random numbers that it has beside torch's global one."""
+        return []
 
     def state_dict(self) -> Any:
         """Return where in the epoch the source is, if it can go on from there; else None."""
@@ -233,7 +237,7 @@ class Batches(Source):
 
     @property
     def generators(self) -> list[torch.Generator]:
-        """Generators of random numbers that a loader and its sampler have of their own."""
+        """Those of a loader and its sampler."""
         sampler = _sampler_of(self.data)
         found = [getattr(each, "generator", None) for each in (self.data, sampler)]
         return [*{id(each): each for each in found if isinstance(each, torch.Generator)}.values()]
@@ -293,11 +297,9 @@ def _known_rows(data: Any) -> tuple[int | None, bool]:
     if not isinstance(data, DataLoader) or data.batch_sampler is None:  # whose data set has batches itself
         return None, False
     dataset: Any = data.dataset
-    if isinstance(dataset, IterableDataset):
-        return (len(dataset) if _has_length(dataset) else None), False
-    sampler = _sampler_of(data)
-    is_sure = isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler)
-    for each in (dataset,) if is_sure else (sampler, dataset):
+    is_stream, sampler = isinstance(dataset, IterableDataset), _sampler_of(data)
+    is_sure = not is_stream and isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler)
+    for each in (dataset,) if is_sure or is_stream else (sampler, dataset):
         if _has_length(each):
             return len(each), is_sure
     return None, False
