@@ -268,7 +268,8 @@ def _sampler_of(data: Any) -> Any:
 def _all_rows(data: Any, num_data: int | None) -> tuple[int, bool]:
     """Return how many rows all data have that come in batches, and whether that is beyond doubt.
 
-    A sampler of one's own may draw some of the rows, or draw some more than once: then `num_data` has the last word.
+    Batches may be a part of all data, and a sampler of one's own may draw some rows more than once: `num_data` has the
+    last word.
 
     Raises:
         ValueError: If nobody knows, or if `num_data` is wrong.
@@ -280,10 +281,10 @@ def _all_rows(data: Any, num_data: int | None) -> tuple[int, bool]:
             f"None with {type(data).__name__}. Likelihoods of batches are scaled to it"
         )
     count = whole_number("num_data", known if num_data is None else num_data)
-    if is_sure and count != known:
+    if is_sure and known is not None and count < known:
         raise ValueError(
-            f"fit: argument `num_data` is {count}, but `data` has {known} rows; leave it out, as it is for data that "
-            "do not know"
+            f"fit: argument `num_data` is {count}, but `data` has {known} rows: it is how many there are in all, of which "
+            "`data` may be a part; leave it out if they are all"
         )
     return count, is_sure
 

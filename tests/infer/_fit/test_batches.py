@@ -245,6 +245,12 @@ def test_what_is_known_of_the_number_of_rows(make, count, rows):
     assert source.num_batches == len(make(rows))
 
 
+def test_batches_may_be_a_part_of_all_data(rows):
+    _, _, gradients = train(split(rows), num_epochs=1, num_data=2 * N, optimizer=Still)
+    _, _, (whole,) = train(tuple(torch.cat([part, part]) for part in rows), num_epochs=1, optimizer=Still)
+    assert gradients.sum(0) * B == pytest.approx(whole * N, rel=1e-10)  # as of half an epoch of twice the rows
+
+
 def test_drop_last_leaves_out_the_last_batch(rows):
     _, _, gradients = train(DataLoader(Rows(*rows), B, drop_last=True), num_epochs=1, optimizer=Still)
     _, _, expected = train(split(rows), num_epochs=1, optimizer=Still)
@@ -321,9 +327,13 @@ BAD = {
     "batches": (DataLoader([(X, Y)] * 3, batch_size=None), {}, "`num_data` must say how many rows there are"),
     "no integer": (Again([(X, Y)]), {"num_data": 40.5}, "`num_data` must be an integer at least 1; got 40.5"),
     "zero": (Again([(X, Y)]), {"num_data": 0}, "`num_data` must be an integer at least 1; got 0"),
-    "another number": ([(X, Y)], {"num_data": 50}, "`num_data` is 50, but `data` has 40 rows; leave it out"),
+    "too few": (
+        [(X, Y)],
+        {"num_data": 30},
+        "`num_data` is 30, but `data` has 40 rows: it is how many there are in all",
+    ),
     "of a loader": (DataLoader(Rows(X, Y), 3), {"num_data": 14}, "`num_data` is 14, but `data` has 40 rows"),
-    "of tensors": ((X, Y), {"num_data": 41}, "`num_data` is for data in batches; these have 40 rows; got 41"),
+    "of tensors": ((X, Y), {"num_data": 41}, "`num_data` is for data in batches; these are tensors with 40 rows"),
     "size": (DataLoader(Rows(X, Y), 3), {"batch_size": 3}, "`batch_size` is for data that do not come in batches"),
     "no size": (Rows(X, Y), {}, "`batch_size` must be given where `data` is a Dataset of rows; got None"),
 }
