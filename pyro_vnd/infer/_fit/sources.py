@@ -283,8 +283,8 @@ def _all_rows(data: Any, num_data: int | None) -> tuple[int, bool]:
     count = whole_number("num_data", known if num_data is None else num_data)
     if is_sure and known is not None and count < known:
         raise ValueError(
-            f"fit: argument `num_data` is {count}, but `data` has {known} rows: it is how many there are in all, of which "
-            "`data` may be a part; leave it out if they are all"
+            f"fit: argument `num_data` is {count}, but `data` has {known} rows: it is how many there are in all, of "
+            "which `data` may be a part; leave it out if they are all"
         )
     return count, is_sure
 
