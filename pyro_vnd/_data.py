@@ -229,13 +229,15 @@ def batches_of(data: Any, batch_size: int) -> Iterator[Data]:
     yield from map(as_batch, data)
 
 
-def check_repeatable(caller: str, data: Any, name: str = "data") -> None:
-    """Raise a ValueError if data can be gone through only once, as a generator can."""
-    if isinstance(data, Iterator):
-        raise ValueError(
-            f"{caller}: argument `{name}` is read more than once, and a {type(data).__name__} ends: give tensors, a "
-            "Dataset, a DataLoader, a list of batches, or an object whose __iter__ begins again"
-        )
+def check_repeatable(caller: str, **given: Any) -> None:
+    """Raise a ValueError if some of the data given, or of a mapping of them, can be gone through only once."""
+    for argument, value in given.items():
+        for name, data in named_parts(value, argument).items() if isinstance(value, Mapping) else [(argument, value)]:
+            if isinstance(data, Iterator):
+                raise ValueError(
+                    f"{caller}: argument `{name}` is read more than once, and a {type(data).__name__} ends: give "
+                    "tensors, a Dataset, a DataLoader, a list of batches, or an object whose __iter__ begins again"
+                )
 
 
 def check_whole(caller: str, data: Any, why: str, name: str = "data") -> None:
