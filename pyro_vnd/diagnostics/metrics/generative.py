@@ -200,18 +200,18 @@ def nearest_distances(images: Tensor, train: Rows, batch_size: int = 10_000) -> 
         >>> nearest_distances(torch.tensor([[3.0, 4.0], [9.0, 0.0]]), torch.tensor([[0.0, 0.0], [9.0, 0.0]]))
         tensor([5., 0.])
     """
-    flat, nearest, seen = images.flatten(1), images.new_full((len(images),), math.inf), 0
+    flat = images.flatten(1)
+    nearest: Tensor | None = None
     for rows, *_ in batches(train, batch_size):
-        if images.shape[1:] != rows.shape[1:]:
+        if not len(rows) or images.shape[1:] != rows.shape[1:]:
             raise ValueError(
                 f"nearest_distances: `train` must have images of the shape {tuple(images.shape[1:])} of those in "
                 f"`images`; got shape {tuple(rows.shape)}"
             )
-        seen += len(rows)
-        if len(rows):
-            nearest = torch.minimum(nearest, _nearest_of(flat, rows.flatten(1).to(images)))
-    if not seen:
-        raise ValueError("nearest_distances: `train` must have images; got none")
+        found = _nearest_of(flat, rows.flatten(1).to(images))
+        nearest = found if nearest is None else torch.minimum(nearest, found)
+    if nearest is None:
+        raise ValueError(f"nearest_distances: `train` must have images; got shape {tuple(getattr(train, 'shape', ()))}")
     return nearest
 
 
