@@ -178,7 +178,7 @@ def cost(image_size: int, recipe: Recipe) -> dict[str, float]:
         vaes = {method: build(method, image_size, recipe) for method in ("fixed_uniform", "vnd", "priced")}
 
         def steps(method: str) -> None:
-            arguments = fit_arguments(method, recipe) | {"num_epochs": 1, "lr_schedule": None}
+            arguments = fit_arguments(method, recipe) | {"num_epochs": 1, "optimizer": None}
             fit(vaes[method], vaes[method].guide, x, **arguments, progress=False)
 
         def encode(method: str, **price: Any) -> None:

@@ -42,7 +42,15 @@ from models.datasets import Dataset, Split, load
 from models.matryoshka import MatryoshkaEmbedding, octaves
 from models.ood import Part
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import MaskSchedule, cosine_to_zero, distil_lengths, fit, module_local_params
+from pyro_vnd.infer import (
+    KLWeights,
+    MaskSchedule,
+    OptimizerSettings,
+    cosine_to_zero,
+    distil_lengths,
+    fit,
+    module_local_params,
+)
 
 RESULTS = Path(__file__).parent / "results" / "matryoshka.json"
 PARTS = Path("results") / "matryoshka"
@@ -117,9 +125,8 @@ def train(method: str, seed: int, data: Dataset, recipe: Recipe) -> tuple[Matryo
         num_epochs=recipe.epochs,
         batch_size=recipe.batch_size,
         lr=recipe.lr,
-        lr_schedule=cosine_to_zero(),
-        optimizer=partial(torch.optim.Adam, fused=True),
-        length_weight=recipe.length_weight,
+        optimizer=OptimizerSettings(lr_schedule=cosine_to_zero()),
+        weights=KLWeights(lengths=recipe.length_weight),
         schedule=MaskSchedule(law="log-uniform") if method == "vnd_schedule" else None,
         seed=seed,
         progress=sys.stderr.isatty(),

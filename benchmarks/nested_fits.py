@@ -17,7 +17,7 @@ from models.nets import mlp, vit
 from models.ood import Part, ood_sets
 from pyro_vnd.diagnostics import net_cost
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import FitResult, MaskSchedule, cosine_to_zero, fit
+from pyro_vnd.infer import FitResult, KLWeights, MaskSchedule, NestedELBO, OptimizerSettings, cosine_to_zero, fit
 from pyro_vnd.nn import CategoricalLabels, NestedModel, NestedNet, NetLikelihood, nest
 
 __all__ = ["RECIPES", "Data", "Ensemble", "Recipe", "build", "fit_nested", "fit_plain", "member_width", "nested"]
@@ -229,8 +229,7 @@ def prior(recipe: Recipe) -> dict[str, Any]:
 
 def fit_plain(net: nn.Module, seed: int, data: Data, recipe: Recipe) -> FitResult:
     """Fit a net without anything random, or several at once."""
-    optimizer = partial(torch.optim.Adam, fused=True)
-    return fit(PlainModel(net, data.likelihood), NoLatents(), data.train, optimizer=optimizer, **_shared(recipe, seed))
+    return fit(PlainModel(net, data.likelihood), NoLatents(), data.train, lr=recipe.lr, **_shared(recipe, seed))
 
 
 def nested(plain: nn.Module, data: Data, recipe: Recipe, *, bayesian: bool = True, **options: Any) -> NestedNet:
@@ -251,28 +250,18 @@ def fit_nested(
     arguments = _shared(recipe, seed) | {"schedule": schedule}
     if bayesian:
         arguments |= {
-            "local_reparam": recipe.local_reparam,
-            "kl_weight": recipe.kl_weight,
-            "length_weight": recipe.length_weight,
+            "elbo": NestedELBO(local_reparam=recipe.local_reparam),
+            "weights": KLWeights(latents=recipe.kl_weight, lengths=recipe.length_weight),
         }
-    laws = {id(group.logits) for group in net.widths.values()}
-
-    def adam(parameters: list[Tensor], lr: float) -> torch.optim.Adam:
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in parameters if id(p) not in laws]},
-            {"params": [p for p in parameters if id(p) in laws], "lr": recipe.law_lr * lr},
-        ]
-        return torch.optim.Adam([group for group in groups if group["params"]], lr=lr, fused=True)
-
-    return fit(NestedModel(net, data.likelihood), net.guide, data.train, **arguments | {"optimizer": adam})
+    rates = {"laws": recipe.law_lr * recipe.lr, "*": recipe.lr}
+    return fit(NestedModel(net, data.likelihood), net.guide, data.train, lr=rates, **arguments)
 
 
 def _shared(recipe: Recipe, seed: int) -> dict[str, Any]:
     return {
         "num_epochs": recipe.epochs,
         "batch_size": recipe.batch_size,
-        "lr": recipe.lr,
-        "lr_schedule": cosine_to_zero(),
+        "optimizer": OptimizerSettings(lr_schedule=cosine_to_zero()),
         "seed": seed,
         "progress": sys.stderr.isatty(),
     }

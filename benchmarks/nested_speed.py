@@ -5,9 +5,9 @@ to the deterministic dense net's step, with the same fused Adam; "by hand" is a 
 """
 
 import argparse
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.by_hand import BayesianNet, adam_step
 from benchmarks.record import header, markdown_table, rounded, write_json
 from benchmarks.timing import interleaved_medians, peak_bytes
 from models.nets import mlp
@@ -54,14 +55,7 @@ def plain_net(hidden: int = HIDDEN) -> nn.Sequential:
 def plain_step(x: Tensor, y: Tensor) -> Step:
     """Make a step of the deterministic net."""
     net = plain_net()
-    optimizer = torch.optim.Adam(net.parameters(), fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(net(x), y).backward()
-        optimizer.step()
-
-    return step
+    return partial(adam_step(net.parameters(), lambda x, y: F.cross_entropy(net(x), y)), x, y)
 
 
 def nested_step(x: Tensor, y: Tensor, *, local: bool, sliced: bool = False) -> Step:
@@ -89,42 +83,8 @@ def nested_step(x: Tensor, y: Tensor, *, local: bool, sliced: bool = False) -> S
 
 def step_by_hand(x: Tensor, y: Tensor, *, local: bool) -> Step:
     """Make a step of the same objective in bare torch: local reparameterisation, masks, both KLs."""
-    means = list(plain_net().parameters())
-    log_scales = [nn.Parameter(torch.full_like(mean, -5.0)) for mean in means]
-    lengths = [nn.Parameter(torch.zeros(BLOCKS)) for _ in range(2)]
-    optimizer = torch.optim.Adam([*means, *log_scales, *lengths], fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        units, kl = x.flatten(1), torch.zeros(())
-        for layer in range(3):
-            mean, bias = means[2 * layer : 2 * layer + 2]
-            scale, bias_scale = (log_scale.exp() for log_scale in log_scales[2 * layer : 2 * layer + 2])
-            for mu, sigma, variance in ((mean, scale, 2 / mean.shape[1]), (bias, bias_scale, 1.0)):
-                squares = (mu.square().sum() + sigma.square().sum()) / (2 * variance)
-                kl = kl + squares - sigma.log().sum() + mu.numel() * (0.5 * math.log(variance) - 0.5)
-            if local:
-                spread = F.linear(units.square(), scale.square(), bias_scale.square())
-                outputs = F.linear(units, mean, bias)
-                outputs = outputs + spread.clamp_min(1e-16).sqrt() * torch.randn_like(outputs)
-            else:
-                weight = mean + scale * torch.randn_like(scale)
-                outputs = F.linear(units, weight, bias + bias_scale * torch.randn_like(bias_scale))
-            if layer < 2:
-                probs = lengths[layer].softmax(-1)
-                above = probs.flip(-1).cumsum(-1).flip(-1)
-                below = (probs.cumsum(-1) - probs).clamp_min(1e-20)
-                noise = torch.rand(len(x), 1)
-                hard = (noise < above).to(probs.dtype)
-                soft = torch.sigmoid((above.log() - below.log() - torch.logit(noise, eps=1e-7)) / 0.2)
-                mask = hard + (soft - soft.detach())
-                units = outputs.relu() * mask.unsqueeze(-1).expand(*mask.shape, HIDDEN // BLOCKS).flatten(-2)
-                kl = kl + len(x) * (probs * (probs.clamp_min(1e-20).log() + math.log(BLOCKS))).sum()
-        loss = (F.cross_entropy(outputs, y, reduction="sum") + kl) / NUM_DATA
-        loss.backward()
-        optimizer.step()
-
-    return step
+    net = BayesianNet(plain_net(), local=local, num_blocks=BLOCKS, num_data=NUM_DATA)
+    return partial(adam_step(net.parameters(), net.loss), x, y)
 
 
 def forward_of(net: nn.Module, x: Tensor) -> Step:

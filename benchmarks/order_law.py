@@ -24,7 +24,15 @@ from torch import Tensor
 from benchmarks.record import header, markdown_table, rounded, write_json
 from models.order_selection import OrderedRegression
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import AutoNested, LengthCollapseWarning, NestedELBO, cosine_to_zero, fit
+from pyro_vnd.infer import (
+    AutoNested,
+    LengthCollapseWarning,
+    NestedELBO,
+    OptimizerSettings,
+    PoorFitWarning,
+    cosine_to_zero,
+    fit,
+)
 
 __all__ = [
     "METHODS",
@@ -122,8 +130,8 @@ def learned_law(
 ) -> OrderedMask:
     """Fit a guide by one of `METHODS` and return its law of the order; `changes` are arguments of `fit`."""
     # "conditional" needs none of this, which is what `fit` does for it: epochs, optimiser, and draws of each length.
-    same: dict[str, Any] = {"num_epochs": 500, "lr": 0.1, "lr_schedule": cosine_to_zero()}
-    same["optimizer"] = partial(torch.optim.Adam, betas=(0.9, 0.95))
+    optimizer = OptimizerSettings(partial(torch.optim.Adam, betas=(0.9, 0.95)), lr_schedule=cosine_to_zero())
+    same: dict[str, Any] = {"num_epochs": 500, "lr": 0.1, "optimizer": optimizer}
     draws: dict[str, Any] = {"num_particles": 4, "vectorize_particles": True, "max_plate_nesting": 1}
     choices: dict[str, tuple[Callable[[], AutoNested], dict[str, Any]]] = {
         "conditional": (partial(AutoNested, model), {}),
@@ -137,8 +145,9 @@ def learned_law(
     make, arguments = choices[method]
     guide = make()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LengthCollapseWarning)  # how far off the law then is, is what is measured
-        fit(model, guide, (features, y), seed=seed, **arguments | {"khat": False, "progress": False} | changes)
+        for far_off in (LengthCollapseWarning, PoorFitWarning):  # how far the law then is, is what is measured
+            warnings.simplefilter("ignore", far_off)
+        fit(model, guide, (features, y), seed=seed, **arguments | {"progress": False} | changes)
     return guide.laws["mask"]
 
 

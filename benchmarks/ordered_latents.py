@@ -51,7 +51,7 @@ from pyro_vnd.autoencoders.vqvae import Ordered
 from pyro_vnd.diagnostics import evaluate_prefixes
 from pyro_vnd.diagnostics.metrics.generative import weights_hash
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit, linear
+from pyro_vnd.infer import KLWeights, MaskSchedule, OptimizerSettings, cosine_to_zero, fit, linear
 
 RESULTS = Path(__file__).parent / "results" / "ordered_latents.json"
 PARTS = Path("results") / "ordered_latents"
@@ -157,10 +157,11 @@ def fit_arguments(model: str, method: str, recipe: Recipe) -> dict[str, Any]:
         "num_epochs": recipe.epochs,
         "batch_size": recipe.batch_size,
         "lr": recipe.lr,
-        "lr_schedule": cosine_to_zero(),
-        "optimizer": partial(torch.optim.Adam, fused=True),
-        "local_kl_weight": linear(0.0, recipe.beta if model == "beta_vae" else 1.0, warmup=recipe.kl_warmup),
-        "length_weight": recipe.length_weight,
+        "optimizer": OptimizerSettings(lr_schedule=cosine_to_zero()),
+        "weights": KLWeights(
+            local=linear(0.0, recipe.beta if model == "beta_vae" else 1.0, warmup=recipe.kl_warmup),
+            lengths=recipe.length_weight,
+        ),
     }
     if method == "vnd":
         budgets = (torch.arange(1.0, recipe.num_latents + 1) + recipe.budget_offset) ** -recipe.budget_power

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from benchmarks.by_hand import Step, adam_step
 from benchmarks.ordered_latents import RECIPE, build, fit_arguments
 from benchmarks.record import header, markdown_table, rounded, write_json
 from benchmarks.timing import interleaved_medians, peak_bytes
@@ -47,7 +48,7 @@ def steps_of(name: str, x: Tensor) -> Callable[[int], object]:
     """Return a function that takes a number of steps of a VAE."""
     method, prior = OTHER_PRIORS.get(name, (name, None))
     vae = build("vae", method, x.shape[-1], RECIPE, prior)
-    arguments = fit_arguments("vae", method, RECIPE) | {"num_epochs": 1, "lr_schedule": None}
+    arguments = fit_arguments("vae", method, RECIPE) | {"num_epochs": 1, "optimizer": None}
     guide = vae.guide
 
     def take(num_steps: int) -> None:
@@ -56,22 +57,28 @@ def steps_of(name: str, x: Tensor) -> Callable[[int], object]:
     return take
 
 
-def steps_by_hand(x: Tensor) -> Callable[[int], object]:
-    """Return a function that takes a number of steps of the plain VAE in bare torch."""
-    vae = build("vae", "plain", x.shape[-1], RECIPE)
-    parameters = list(vae.parameters())
+def step_by_hand(image_size: int) -> Step:
+    """Make a step of the plain VAE in bare torch, which takes a batch of images."""
+    vae = build("vae", "plain", image_size, RECIPE)
     whole = torch.ones(vae.num_latents)
 
+    def loss(x: Tensor) -> Tensor:
+        loc, raw_scale = vae.encoder.heads(vae.encoder.body(x)).chunk(2, -1)
+        q = Normal(loc, torch.nn.functional.softplus(raw_scale) + 1e-4, validate_args=False)
+        pixels = vae.likelihood_given(q.rsample(), whole)
+        prior = Normal(torch.zeros_like(loc), 1.0, validate_args=False)
+        return kl_divergence(q, prior).sum() - pixels.log_prob(x).sum()
+
+    return adam_step(vae.parameters(), loss, RECIPE.lr)
+
+
+def steps_by_hand(x: Tensor) -> Callable[[int], object]:
+    """Return a function that takes a number of steps of the plain VAE in bare torch."""
+    step = step_by_hand(x.shape[-1])
+
     def take(num_steps: int) -> None:
-        optimizer = torch.optim.Adam(parameters, lr=RECIPE.lr, fused=True)
         for batch in x[: num_steps * RECIPE.batch_size].split(RECIPE.batch_size):
-            optimizer.zero_grad()
-            loc, raw_scale = vae.encoder.heads(vae.encoder.body(batch)).chunk(2, -1)
-            q = Normal(loc, torch.nn.functional.softplus(raw_scale) + 1e-4, validate_args=False)
-            pixels = vae.likelihood_given(q.rsample(), whole)
-            prior = Normal(torch.zeros_like(loc), 1.0, validate_args=False)
-            (kl_divergence(q, prior).sum() - pixels.log_prob(batch).sum()).backward()
-            optimizer.step()
+            step(batch)
 
     return take
 

@@ -32,6 +32,7 @@ from benchmarks import (
     order_law,
     ordered_latents_report,
     ordered_speed,
+    peers,
 )
 from benchmarks.record import measured
 from models.nets import coverage
@@ -96,6 +97,7 @@ PAGES = {
         "ordered_speed", "ordered_speed", "ordered_speed_two_threads", tables=ordered_speed.markdown
     ),
     "fast_paths": _page("fast_paths", tables=fast_paths.markdown),
+    "peers": _page("peers", "peers", "nest_cost", tables=peers.markdown),
     "matryoshka": _page("matryoshka", tables=matryoshka.markdown),
     "demo": _page("demo", "demo_digits", tables=demo_report.markdown),
     "coverage": _page("coverage", tables=coverage.markdown),

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 
 from pyro_vnd.autoencoders import GaussianLikelihood, OrderedVAE, mlp_bodies
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit, linear
+from pyro_vnd.infer import KLWeights, MaskSchedule, OptimizerSettings, cosine_to_zero, fit, linear
 
 FIGURE = Path(__file__).parent / "images" / "mask_and_cut.png"
 UNITS, DRAWS, SHOWN = 16, 7, (0, 2, 3, 4, 9)
@@ -52,8 +52,8 @@ def draw_codes(figure: SubFigure) -> None:
         num_epochs=400,
         batch_size=128,
         lr=0.002,
-        lr_schedule=cosine_to_zero(),
-        local_kl_weight=linear(0.0, 1.0, warmup=0.7),
+        optimizer=OptimizerSettings(lr_schedule=cosine_to_zero()),
+        weights=KLWeights(local=linear(0.0, 1.0, warmup=0.7)),
         schedule=MaskSchedule(learned=0.1, budget=0.75, full=0.15, law="log-uniform"),
     )
     images = others[[int((labels == digit).nonzero()[0][0]) for digit in SHOWN]]

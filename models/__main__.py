@@ -22,7 +22,6 @@ MODELS = {
     "Autoregression": "autoregression whose order is learned (models/autoregression.py)",
     "FactorModel": "Bayesian principal components whose rank is learned (models/factor_model.py)",
     "MatryoshkaEmbedding": "embedding of images that can be cut anywhere (models/matryoshka.py)",
-    "data_parallel": "a nested net trained by several processes (models/data_parallel.py)",
 }
 
 

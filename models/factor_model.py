@@ -40,7 +40,7 @@ class FactorModel:
         >>> x = torch.randn(60, 2) @ torch.randn(2, 8) + 0.3 * torch.randn(60, 8)
         >>> model = FactorModel(3)
         >>> guide = AutoNested(model)
-        >>> result = fit(model, guide, x, num_epochs=150, khat=False, progress=False)
+        >>> result = fit(model, guide, x, num_epochs=150, progress=False)
         >>> int(guide.laws["mask"].mode.sum())
         2
     """

@@ -47,8 +47,8 @@ class MatryoshkaEmbedding(PyroModule):
       y_n \sim \mathrm{Categorical}(\mathrm{logits} = e^{a^\top m_{vn}} \, W (m_{vn} \odot f(x_n))),$$
 
     with a proxy of each class in W and a temperature of each length. Laws that are learned tend to
-    $q_v(k) \propto p_v(k) e^{-\ell_k / w}$, with the loss $\ell_k$ at length k and the `length_weight` w of `fit`. With
-    a view for each octave they cannot collapse: what is learned is which lengths of an octave to train.
+    $q_v(k) \propto p_v(k) e^{-\ell_k / w}$, with the loss $\ell_k$ at length k and the weight w of lengths in
+    `fit`. With a view for each octave they cannot collapse: what is learned is which lengths of an octave to train.
 
     After the fit `distil_lengths(net, (images, labels))` teaches it what each length is worth to an image whose label
     nobody knows, $v_L(x) = E[\log p(y \mid x, L) \mid x]$, and so how long its embedding should be, at any price:

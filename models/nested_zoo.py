@@ -18,7 +18,7 @@ from models.datasets import Dataset, Split, load
 from models.nets import build
 from models.nets.build import Size
 from models.ood import ood_sets
-from models.output import atomic_folder, print_table, versions
+from models.output import atomic_folder, is_first_process, print_table, versions
 from pyro_vnd.diagnostics import (
     evaluate,
     evaluate_learned,
@@ -29,7 +29,7 @@ from pyro_vnd.diagnostics import (
     plot_reliability,
     plot_widths,
 )
-from pyro_vnd.infer import FitResult, MaskSchedule, cosine_to_zero, fit
+from pyro_vnd.infer import FitResult, KLWeights, MaskSchedule, NestedELBO, OptimizerSettings, cosine_to_zero, fit
 from pyro_vnd.nn import NestedClassifier, NestedNet, narrow, nest, recalibrate_batchnorm
 
 WIDTHS = (0.125, 0.25, 0.5, 1.0)
@@ -94,7 +94,7 @@ def run(
         seed: Seed of the initial weights, the training and the draws.
 
     Returns:
-        The content of metrics.json.
+        The content of metrics.json; of other processes than the first, which only train with it, nothing.
 
     Raises:
         ValueError: If the net, the data set or a width is unknown, data are corrupt, or there is no GPU.
@@ -111,6 +111,9 @@ def run(
     for width in widths:  # before an hour goes into the fit
         with net.cut(width, rounding="nearest"):
             pass
+    if not is_first_process():
+        train(net, data, recipe, seed)
+        return {}
     with atomic_folder(out) as folder:
         groups = ", ".join(f"{name} ({width.num_units})" for name, width in net.widths.items())
         print(f"{net_name}, {size}, on {data.name}: {len(data.train.labels)} images; groups (units): {groups}")
@@ -188,11 +191,10 @@ def train(net: NestedNet, data: Dataset, recipe: Recipe, seed: int = 0) -> FitRe
         num_epochs=recipe.epochs,
         batch_size=recipe.batch_size,
         lr=recipe.lr,
-        lr_schedule=cosine_to_zero(),
-        kl_weight=recipe.kl_weight,
-        length_weight=recipe.kl_weight,
+        optimizer=OptimizerSettings(lr_schedule=cosine_to_zero()),
+        weights=KLWeights(latents=recipe.kl_weight, lengths=recipe.kl_weight),
         schedule=MaskSchedule(),
-        local_reparam=True,
+        elbo=NestedELBO(local_reparam=True),
         seed=seed,
     )
 

@@ -14,6 +14,11 @@ import torch
 import pyro_vnd
 
 
+def is_first_process() -> bool:
+    """Say whether this is the process that prints and writes files, of those that torchrun has started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `out`, whose files move there at the end, or vanish if anything fails."""

@@ -20,7 +20,6 @@
 # checkout, and start Jupyter in its root, by `PYTHONPATH=$PWD jupyter lab`.
 
 # %%
-from collections.abc import Callable
 
 import matplotlib.pyplot as plt
 import pyro
@@ -38,8 +37,16 @@ from pyro_vnd.diagnostics import (
     plot_widths,
 )
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit, module_local_params
-from pyro_vnd.nn import NestedClassifier, NestedNet, narrow, nest
+from pyro_vnd.infer import (
+    KLWeights,
+    MaskSchedule,
+    NestedELBO,
+    OptimizerSettings,
+    cosine_to_zero,
+    fit,
+    module_local_params,
+)
+from pyro_vnd.nn import NestedClassifier, narrow, nest
 
 name, num_epochs, num_draws = "fashion-mnist", 16, 10
 _ = torch.manual_seed(0)
@@ -103,29 +110,19 @@ print(net.widths)
 #   budgets that favour narrow nets, or are full. Without it the law would settle on the widths
 #   that do best at the moment, and the others would no longer be trained. `sliced=True,
 #   num_particles=2`: a step takes two widths for the whole batch and computes only what they keep.
-# - `local_reparam=True`: outputs of layers are drawn in place of weights, which has less noise.
-# - `kl_weight=0.05`: at weight one, mean-field posteriors of nets underfit. The posterior is
-#   colder than Bayes'. `length_weight=0.01`, likewise: widths differ by hundredths of a nat, too
+# - `NestedELBO(local_reparam=True)`: outputs of layers are drawn in place of weights, which has
+#   less noise.
+# - `KLWeights(latents=0.05)`: at weight one, mean-field posteriors of nets underfit. The posterior
+#   is colder than Bayes'. `lengths=0.01`, likewise: widths differ by hundredths of a nat, too
 #   little to move a law at weight one.
-# - Laws have few parameters and small gradients: they get ten times the learning rate.
+# - `lr={"laws": 0.03, "*": 0.003}`: laws have few parameters and small gradients, and get ten
+#   times the learning rate.
 #
 # The baseline is nested dropout: the same net, steps and widths in a step, a prescribed law
 # (geometric), and no posterior. The one between has the posterior, but not the learned law.
 
 
 # %%
-def adam(net: NestedNet) -> Callable[..., torch.optim.Optimizer]:
-    """Make an optimiser with larger steps for the laws of lengths."""
-    laws = [width.logits for width in net.widths.values()]
-
-    def make(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        found = [p for p in parameters if any(p is law for law in laws)]
-        others = [p for p in parameters if not any(p is law for law in laws)]
-        return torch.optim.Adam([{"params": others}, {"params": found, "lr": 10 * lr}], lr=lr)
-
-    return make
-
-
 geometric = OrderedMask.geometric(0.85, 16)
 point = nest(plain, data.train.images[:1], num_blocks=16, prior=None)
 prescribed = nest(plain, data.train.images[:1], num_blocks=16)
@@ -144,7 +141,10 @@ for method, (nested, schedule) in methods.items():
     bayesian = (
         {}
         if nested is point
-        else {"kl_weight": 0.05, "length_weight": 0.01, "local_reparam": True}
+        else {
+            "weights": KLWeights(latents=0.05, lengths=0.01),
+            "elbo": NestedELBO(local_reparam=True),
+        }
     )
     result = fit(
         NestedClassifier(nested),
@@ -152,9 +152,8 @@ for method, (nested, schedule) in methods.items():
         [part[:10_000] for part in data.train],
         num_epochs=num_epochs,
         batch_size=256,
-        lr=0.003,
-        lr_schedule=cosine_to_zero(),
-        optimizer=adam(nested),
+        lr={"laws": 0.03, "*": 0.003},
+        optimizer=OptimizerSettings(lr_schedule=cosine_to_zero()),
         schedule=schedule,
         progress=False,
         **bayesian,
@@ -165,10 +164,10 @@ for method, (nested, schedule) in methods.items():
 # ## The learned law
 #
 # For a fixed net the best law is the prior reweighed by $e^{-\mathrm{loss}_k / \lambda}$, where
-# $\lambda$ is `length_weight`: units stay as long as they still pay. Here seven masks in ten or
-# more keep the first half of a layer, and the first layer is kept longer than the second; past
-# that, more units hardly change the loss, and all lengths are about equally likely, as they were
-# before.
+# $\lambda$ is the weight of the lengths: units stay as long as they still pay. Here seven masks in
+# ten or more keep the first half of a layer, and the first layer is kept longer than the second;
+# past that, more units hardly change the loss, and all lengths are about equally likely, as they
+# were before.
 
 # %%
 priors = {site: OrderedMask.uniform(16) for site in net.laws}

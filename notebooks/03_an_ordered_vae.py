@@ -33,7 +33,15 @@ from pyro_vnd.diagnostics import (
     plot_samples,
     plot_traversals,
 )
-from pyro_vnd.infer import PriceSchedule, cosine_to_zero, distil_lengths, fit, linear
+from pyro_vnd.infer import (
+    KLWeights,
+    OptimizerSettings,
+    PriceSchedule,
+    cosine_to_zero,
+    distil_lengths,
+    fit,
+    linear,
+)
 
 name, num_epochs, num_rows = "fashion-mnist", 10, 20_000
 _ = torch.manual_seed(0)
@@ -92,8 +100,8 @@ def train(method: str, vae: OrderedVAE, schedule: PriceSchedule | None) -> None:
         num_epochs=num_epochs,
         batch_size=128,
         lr=0.003,
-        lr_schedule=cosine_to_zero(),
-        local_kl_weight=linear(0, 1),
+        optimizer=OptimizerSettings(lr_schedule=cosine_to_zero()),
+        weights=KLWeights(local=linear(0, 1)),
         schedule=schedule,
         progress=False,
     )

@@ -31,7 +31,15 @@ from torch import nn
 
 from pyro_vnd import diagnostics as diag
 from pyro_vnd.distributions import NestedNormal, OrderedMask
-from pyro_vnd.infer import AutoNested, MaskSchedule, NestedELBO, Plateau, PoorFitWarning, fit
+from pyro_vnd.infer import (
+    AutoNested,
+    KLWeights,
+    MaskSchedule,
+    NestedELBO,
+    Plateau,
+    PoorFitWarning,
+    fit,
+)
 from pyro_vnd.nn import NestedClassifier, nest
 
 num_epochs, num_draws, num_simulations = 500, 1000, 300
@@ -127,7 +135,7 @@ plt.show()
 
 # %%
 options = {"num_epochs": 6 * num_epochs, "lr": 0.02, "progress": False}
-options |= {"stop": Plateau(window=200, tolerance=0.02)}
+options |= {"callbacks": [Plateau(window=200, tolerance=0.02)]}
 options |= {"elbo": NestedELBO(16, vectorize_particles=True, max_plate_nesting=1)}
 poor_guides = [AutoNested(model, latents="mean_field") for _ in range(4)]
 stopped = [fit(model, poor_guides[i], (features, y), seed=i, **options) for i in range(4)]
@@ -234,7 +242,12 @@ plain = nn.Sequential(
     nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
 )
 net = nest(plain, digits[0][:1], num_blocks=16)
-options = {"batch_size": 128, "kl_weight": 0.05, "local_reparam": True, "progress": False}
+options = {
+    "batch_size": 128,
+    "weights": KLWeights(latents=0.05),
+    "elbo": NestedELBO(local_reparam=True),
+    "progress": False,
+}
 classifier, schedule = NestedClassifier(net), MaskSchedule()
 result = fit(classifier, classifier.guide, digits, num_epochs=40, schedule=schedule, **options)
 diag.plot_elbo(result, figsize=(5, 2.8))

@@ -14,13 +14,8 @@
 # Long masks, much data, many draws, interrupted runs, half precision, several processes: what to
 # write for each, and a small check that it does what it should. Everything here runs on a CPU;
 # tensors go to a GPU if there is one.
-#
-# Training in several processes is an example, `models/data_parallel.py`, no part of the package:
-# run this in a checkout, and start Jupyter in its root, by `PYTHONPATH=$PWD jupyter lab`.
 
 # %%
-import inspect
-import json
 import os
 import subprocess
 import sys
@@ -37,10 +32,10 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from models import data_parallel
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
 from pyro_vnd.infer import (
     AutoNested,
+    KLWeights,
     LengthCollapseWarning,
     MaskSchedule,
     NestedELBO,
@@ -196,7 +191,12 @@ class CutOff(NestedClassifier):
         return super().forward(x, y)
 
 
-arguments = {"num_epochs": num_epochs, "batch_size": 64, "kl_weight": 0.02, "progress": False}
+arguments = {
+    "num_epochs": num_epochs,
+    "batch_size": 64,
+    "weights": KLWeights(latents=0.02),
+    "progress": False,
+}
 arguments["schedule"] = MaskSchedule()
 uninterrupted, cut_off, resumed = fresh(), fresh(), fresh()
 fit(NestedClassifier(uninterrupted), uninterrupted.guide, train, **arguments)
@@ -212,67 +212,68 @@ print(f"the very same: {all(torch.equal(a, b) for a, b in pairs)}")
 # %% [markdown]
 # ## Half precision
 #
-# Let matrix products run in bfloat16, and give the likelihood logits in float32: divergences and
-# sums of log-probabilities want the digits. Parameters and their optimiser stay in float32 as
-# well. The likelihood after five epochs is the same to three digits; the speed comes with hardware
-# that has fast bfloat16.
-
+# `fit(precision="bf16")` lets products of matrices run in bfloat16. Laws get what nets give in
+# float32: divergences and sums of log-probabilities want the digits. Parameters and their
+# optimiser stay in float32 as well. The likelihood after five epochs is the same to three digits;
+# the speed comes with hardware that has fast bfloat16.
 
 # %%
-class HalfPrecision(NestedClassifier):
-    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        rows = pyro.plate("data", len(x), dim=-1)
-        with torch.autocast(x.device.type, torch.bfloat16):
-            logits = self.net(x, plate=rows)
-        with rows:
-            pyro.sample("label", dist.Categorical(logits=logits.float()), obs=y)
-        return logits
-
-
 del arguments["checkpoint"]
-for model_class in (NestedClassifier, HalfPrecision):
+for precision in ("32", "bf16"):
     net = fresh()
-    result = fit(model_class(net), net.guide, train, **arguments)
-    print(
-        f"{model_class.__name__:17} log-likelihood {result.log_likelihood[-1]:.3f} nats per image"
-    )
+    result = fit(NestedClassifier(net), net.guide, train, precision=precision, **arguments)
+    print(f"{precision:4} log-likelihood {result.log_likelihood[-1]:.3f} nats per image")
 
 # %% [markdown]
 # ## Several processes
 #
-# `torchrun` starts the processes, and `DistributedDataParallel` averages their gradients. The
-# module that it wraps is the ELBO, an `nn.Module` under module-local parameters. What to see to,
-# in `models/data_parallel.py`:
+# Under `torchrun` the same `fit` is data-parallel: each process takes its share of the rows of
+# every batch, gradients are averaged by torch's `DistributedDataParallel`, and all end with the
+# same parameters. `batch_size` is that of all of them together, so that nothing else changes.
+# Processes start alike and draw apart; the first one writes checkpoints and shows how far it is.
+# On GPUs give `device="cuda"`: each process takes its own.
 #
-# - one seed for all until the net is built, then another for each process, or all draw the same
-#   masks;
-# - a first call of the ELBO before the optimiser and DDP look for parameters: autoguides are made
-#   by it;
-# - a plate with the size of the whole data, and a `DistributedSampler` in place of the plate's own
-#   subsampling;
-# - `find_unused_parameters=True` if a step leaves layers out.
-#
-# On GPUs the process group is "nccl", and each process takes the device of its local rank. Here
-# two processes on a CPU end with the very same net, which is about as good as that of one process:
+# Here two processes on a CPU end with the very same net, which is about as good as that of one:
 # their draws differ.
 
 # %%
-source = inspect.getsource(data_parallel.train)
-print(source[source.index("    torch.manual_seed") : source.index("        with torch.no_grad")])
-command = (
-    "torch.distributed.run --standalone --nproc_per_node 2 -m models.data_parallel --epochs 30"
+program = Path(folder.name) / "train.py"
+program.write_text("""
+import os
+import sys
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from pyro_vnd.infer import KLWeights, MaskSchedule, fit
+from pyro_vnd.nn import NestedClassifier, nest
+
+pixels, labels = load_digits(return_X_y=True)
+x, y = torch.tensor(pixels / 16, dtype=torch.float), torch.tensor(labels)
+torch.manual_seed(0)
+plain = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+net = nest(plain, x[:1], num_blocks=16)
+weights, schedule = KLWeights(latents=0.02), MaskSchedule()
+result = fit(
+    NestedClassifier(net), net.guide, (x, y), num_epochs=20, batch_size=64,
+    weights=weights, schedule=schedule, progress=False,
 )
-subprocess.run(  # in a shell: torchrun --standalone ...
-    [sys.executable, "-m", *command.split(), "--out", folder.name],
-    env=os.environ | {"OMP_NUM_THREADS": "1"},
-    check=True,
-    capture_output=True,
-)
-first, second = (torch.load(Path(folder.name) / f"rank{rank}.pt") for rank in range(2))
+rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+torch.save(net.state_dict(), f"{sys.argv[1]}/{rank}_of_{size}.pt")
+if rank == "0":
+    print(f"{size} process(es): ELBO {result.elbo[-1]:.3f} nats per image")
+""")
+torchrun = "torch.distributed.run --standalone --nproc_per_node"  # in a shell: torchrun
+for size in (1, 2):
+    ran = subprocess.run(
+        [sys.executable, "-m", *torchrun.split(), str(size), str(program), folder.name],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    print(ran.stdout.strip())
+first, second = (torch.load(Path(folder.name) / f"{rank}_of_2.pt") for rank in range(2))
 print(f"both end with the same net: {all(torch.equal(first[key], second[key]) for key in first)}")
-elbo = json.loads((Path(folder.name) / "elbo.json").read_text())
-print(f"ELBO, 2 processes: {elbo:.3f} nats per row")
-print(f"ELBO, 1 process:   {data_parallel.train(30)[1]:.3f} nats per row")
 
 # %% [markdown]
 # ## Out of the door

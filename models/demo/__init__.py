@@ -9,7 +9,7 @@ from typing import Any
 from models.datasets import load
 from models.demo import autoencoder, classifier
 from models.demo.settings import SETTINGS
-from models.output import atomic_folder, versions
+from models.output import atomic_folder, is_first_process, versions
 from models.report import Report
 
 __all__ = ["SETTINGS", "run"]
@@ -18,6 +18,8 @@ __all__ = ["SETTINGS", "run"]
 def run(data_name: str, out: Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any]:
     """Train both models, print their tables, and write report.html, metrics.json, posterior.nc and the figures.
 
+    Of several processes, as torchrun starts them, all train, and the first one does the rest.
+
     Args:
         data_name: A data set that `SETTINGS` has.
         out: Folder for the results; it is made, and changed only once everything is there.
@@ -25,7 +27,7 @@ def run(data_name: str, out: Path, *, seed: int = 0, quick: bool = False) -> dic
         quick: Whether to train for a few steps only.
 
     Returns:
-        The content of metrics.json.
+        The content of metrics.json; of other processes than the first, nothing.
 
     Raises:
         ValueError: If the demo has no settings for the data set, or it is corrupt.
@@ -36,6 +38,10 @@ def run(data_name: str, out: Path, *, seed: int = 0, quick: bool = False) -> dic
     started = time.perf_counter()
     data = load(data_name, flatten=True)
     settings = SETTINGS[data_name].quick() if quick else SETTINGS[data_name]
+    if not is_first_process():
+        classifier.train(data, settings, seed)
+        autoencoder.train(data, settings, seed)
+        return {}
     with atomic_folder(out) as folder:
         report = Report(f"Learned order on {data.name}", folder)
         metrics: dict[str, Any] = {"header": {}}

@@ -17,7 +17,35 @@ from models.report import Report
 from pyro_vnd.autoencoders import GaussianLikelihood, OrderedVAE, mlp_bodies
 from pyro_vnd.diagnostics import plot_prefixes, to_arviz
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit, linear
+from pyro_vnd.infer import FitResult, KLWeights, MaskSchedule, OptimizerSettings, cosine_to_zero, fit, linear
+
+
+def train(data: Dataset, settings: Settings, seed: int) -> tuple[OrderedVAE, FitResult]:
+    """Make the autoencoder, and fit it."""
+    num_latents = settings.num_latents
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        num_pixels = data.train.images.shape[-1]
+        model = OrderedVAE(
+            (num_pixels,),
+            num_latents,
+            bodies=mlp_bodies((num_pixels,), hidden=(128, 128)),
+            likelihood=GaussianLikelihood(num_latents, noise="by_length"),
+            prior_lengths=OrderedMask.uniform(num_latents),
+            tail="completion",
+        )
+    return model, fit(
+        model,
+        model.guide,
+        data.train.images,
+        num_epochs=settings.vae_epochs,
+        batch_size=settings.batch_size,
+        lr=0.002,
+        optimizer=OptimizerSettings(lr_schedule=cosine_to_zero()),
+        weights=KLWeights(local=linear(0.0, 1.0, warmup=0.7)),
+        schedule=MaskSchedule(learned=0.1, budget=0.75, full=0.15, law="log-uniform"),
+        seed=seed,
+    )
 
 
 def run(data: Dataset, settings: Settings, seed: int, report: Report) -> dict[str, Any]:
@@ -28,31 +56,8 @@ def run(data: Dataset, settings: Settings, seed: int, report: Report) -> dict[st
     """
     num_latents = settings.num_latents
     print(f"\nOrdered-latent VAE on {data.name}: {num_latents} latents")
-    prior = OrderedMask.uniform(num_latents)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        num_pixels = data.train.images.shape[-1]
-        model = OrderedVAE(
-            (num_pixels,),
-            num_latents,
-            bodies=mlp_bodies((num_pixels,), hidden=(128, 128)),
-            likelihood=GaussianLikelihood(num_latents, noise="by_length"),
-            prior_lengths=prior,
-            tail="completion",
-        )
-    guide = model.guide
-    result = fit(
-        model,
-        guide,
-        data.train.images,
-        num_epochs=settings.vae_epochs,
-        batch_size=settings.batch_size,
-        lr=0.002,
-        lr_schedule=cosine_to_zero(),
-        local_kl_weight=linear(0.0, 1.0, warmup=0.7),
-        schedule=MaskSchedule(learned=0.1, budget=0.75, full=0.15, law="log-uniform"),
-        seed=seed,
-    )
+    model, result = train(data, settings, seed)
+    guide, prior = model.guide, OrderedMask.uniform(num_latents)
     print(result)
     images = data.test.images
     lengths = [k for k in (1, 2, 3, 4, 6, 8, 12, 16) if k <= num_latents]

@@ -16,10 +16,24 @@ from models.output import print_table
 from models.report import Report
 from pyro_vnd.diagnostics import classification_metrics, plot_widths, summary, to_arviz
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import fit
+from pyro_vnd.infer import FitResult, KLWeights, fit
 
 Methods = Mapping[str, list[dict[str, float]]]  # rows by width, of each method
 MEASURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
+
+
+def train(data: Dataset, settings: Settings, seed: int) -> tuple[MaskedPerceptron, FitResult]:
+    """Make the classifier, and fit it."""
+    model = MaskedPerceptron(data.train.images.shape[-1], len(data.class_names), settings.hidden)
+    return model, fit(
+        model,
+        model.guide,
+        data.train,
+        num_epochs=settings.classifier_epochs,
+        batch_size=settings.batch_size,
+        weights=KLWeights(latents=settings.kl_weight),
+        seed=seed,
+    )
 
 
 def run(data: Dataset, settings: Settings, seed: int, report: Report) -> dict[str, Any]:
@@ -28,19 +42,9 @@ def run(data: Dataset, settings: Settings, seed: int, report: Report) -> dict[st
     Returns:
         What metrics.json has of them.
     """
-    num_classes = len(data.class_names)
     print(f"Bayesian nested classifier on {data.name}: {len(data.train.labels)} images, hidden units {settings.hidden}")
-    model = MaskedPerceptron(data.train.images.shape[-1], num_classes, settings.hidden)
+    model, result = train(data, settings, seed)
     guide = model.guide
-    result = fit(
-        model,
-        guide,
-        data.train,
-        num_epochs=settings.classifier_epochs,
-        batch_size=settings.batch_size,
-        kl_weight=settings.kl_weight,
-        seed=seed,
-    )
     print(result)
     torch.manual_seed(seed)
     probs = model.predict(data.test.images, WIDTHS, settings.num_samples).mean(1)

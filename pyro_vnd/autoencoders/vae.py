@@ -34,7 +34,7 @@ class OrderedVAE(OrderedAutoencoder):
 
     The objective of training is one of Pyro's or `NestedELBO`, the default of `fit`; in both of `NestedELBO` and
     `TraceMeanField_ELBO` the divergences are exact. `RenyiELBO` under `pyro.infer.SVI` trains importance-weighted. For
-    a beta-VAE give `fit` a `local_kl_weight`; for prefixes that are all useful, `schedule=MaskSchedule(...)`.
+    a beta-VAE give `fit` `KLWeights(local=beta)`; for prefixes that are all useful, `schedule=MaskSchedule(...)`.
 
     The latents may have a prior that is learned with the rest, in which each depends on those before it:
 

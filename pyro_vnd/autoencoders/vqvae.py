@@ -41,7 +41,7 @@ class OrderedVQVAE(OrderedAutoencoder):
     Sites are "mask" and "code" in the plate "data", and "quantiser" in the guide: the penalty of `Quantiser`, which is
     in the gradient but not in the value of the objective, so that this stays a bound of log p(x). All is exact but the
     straight-through gradients: train with `fit` and its `NestedELBO`, or with `TraceMeanField_ELBO` or `Trace_ELBO`.
-    `local_kl_weight` of `fit` weighs the rate, `length_weight` the KL of the lengths, and `schedule=MaskSchedule(...)`
+    Of the `KLWeights` of `fit`, `local` weighs the rate, `lengths` the KL of the lengths; `schedule=MaskSchedule(...)`
     trains all prefixes. One codebook serves all places.
 
     Args:

@@ -139,7 +139,7 @@ class AggregateMMD(Trace_MMD):
       has one length.
     - Lengths have their exact KL, of a `NestedNormal` or a mask that is a site of its own. The discrepancy sees them
       only through zeros in the codes, and charges nothing for a longer code that fits the prior.
-    - Under `fit`, `local_kl_weight` weighs the discrepancy, and lengths of a `NestedNormal` with it; `length_weight`
+    - Under `fit`, `KLWeights(local=)` weighs the discrepancy, and lengths of a `NestedNormal` with it; `lengths=`
       weighs masks that are sites. It is no bound of the likelihood, and the "kl" of the result is both penalties.
 
     The gradient is that of reparameterised draws, straight through the masks.
@@ -235,7 +235,7 @@ class OrderedWAE(OrderedAutoencoder):
     `fit(..., schedule=MaskSchedule(...))`.
 
     A discrepancy that weighs much from the start keeps codes at the prior, where they say nothing of the image: let it
-    rise, `fit(..., local_kl_weight=linear(0, 1, warmup=0.5))`.
+    rise, `fit(..., weights=KLWeights(local=linear(0, 1, warmup=0.5)))`.
 
     Args:
         image_shape: As in `OrderedAutoencoder`.

@@ -62,7 +62,8 @@ class Validation(Callback):
         data: Data like those of the fit, in any of their forms; they must bear being read again in every epoch.
         metrics: Functions of `data` that return a number, by name, such as
             `{"accuracy": lambda data: evaluate_learned(net, data).accuracy}`. They are called in evaluation mode,
-            and the random numbers that they take are given back.
+            and the random numbers that they take are given back. Of several processes each calls them with all data,
+            and the metric is the mean over processes, which have drawn other random numbers.
 
     Raises:
         ValueError: If a metric is no function.
@@ -87,7 +88,7 @@ class Validation(Callback):
         for name, metric in self.metrics.items():
             with run.evaluating():
                 value = metric(self.data)
-            run.log(name, value.item() if isinstance(value, torch.Tensor) else value)
+            run.log(name, run.mean(value.item() if isinstance(value, torch.Tensor) else value))
 
 
 class _Monitor(Callback):

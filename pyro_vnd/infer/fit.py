@@ -12,6 +12,7 @@ from pyro_vnd.infer._fit.assembly import devices_of, make_loop, move_modules, se
 from pyro_vnd.infer._fit.checks import LearningRate, check_arguments, device_of
 from pyro_vnd.infer._fit.objective import NonFiniteLossError
 from pyro_vnd.infer._fit.parallel import Ranks
+from pyro_vnd.infer._fit.precision import computing_in
 from pyro_vnd.infer._fit.short_forms import ShortForms, all_callbacks
 from pyro_vnd.infer._fit.sources import as_source
 from pyro_vnd.infer.callbacks import Callback
@@ -97,8 +98,9 @@ def fit(
             order, but `Validation` first and `Checkpoint` last.
         plate: Name of the plate over the rows of the data.
         device: Where model and guide are moved to, and each batch; None leaves all where they are.
-        precision: "32", or "bf16" for torch's autocast to bfloat16: products of matrices are taken in it, while
-            parameters, laws and divergences stay as they are.
+        precision: "32", or "bf16": torch modules inside model and guide, such as what was nested or the bodies of an
+            autoencoder, run under torch's autocast to bfloat16, and what they return is float32 again. Parameters,
+            gradients, laws and divergences are float32. Modules of Pyro's own kind stay as they are.
         seed: Seed of shuffling, initialisation and draws; None goes on with the caller's random numbers.
         **short_forms: Short forms of callbacks. `validation`, data like `data`, whose log-likelihood is reported after
             every epoch: `Validation(validation)`. `checkpoint` and `resume`, a file and whether to go on from it:
@@ -149,9 +151,11 @@ def fit(
     move_modules(both, target)
     devices = devices_of(both, data, target)
     with module_local_params(*both), random_numbers(asked.seed, devices), module_mode(both, training=True):
-        source = as_source(data, batch_size, num_data, Ranks(target), target)
+        ranks = Ranks.join(target if target is not None or not devices else devices[0])
+        source = as_source(data, batch_size, num_data, ranks, target)
         loop = make_loop(model, guide, source, asked, called, devices, started)
-        if loop.train():
-            settle(loop)
+        with computing_in(asked.precision, both):
+            if loop.train():
+                settle(loop)
     warn(loop)
     return loop.result

@@ -181,7 +181,7 @@ class AutoNested(LengthsByRow, AutoGuideList):
         if self._base is not None and (weighted := [name for name in others if self._weights[name]]):
             raise ValueError(
                 f"AutoNested: sites {weighted} have weights of KLs in `infer`, which cannot be told apart in the guide "
-                "that `base` makes: leave `base` out, or give `kl_weight` to fit"
+                "that `base` makes: leave `base` out, or give `weights` to fit"
             )
         for make, group in groupby(run.sites, key=parts.get):
             names = list(group)

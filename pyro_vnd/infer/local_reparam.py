@@ -24,7 +24,7 @@ class LocalReparameterization(Messenger):
     independently, as is usual.
 
     Weights are not drawn: their value in a trace is their mean. Use the handler with an objective that has the KL of
-    the weights in closed form, `fit(..., local_reparam=True)` or `NestedELBO`; `Trace_ELBO` would score the mean.
+    the weights in closed form, `NestedELBO(local_reparam=True)`; `Trace_ELBO` would score the mean.
     Weights whose prior has no closed-form KL from a Normal are drawn as ever.
 
     Args:

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 
+from pyro_vnd._sizes import is_integer
 from pyro_vnd.infer.schedules import LRSchedule
 
 __all__ = ["OptimizerSettings"]
@@ -41,12 +43,12 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         norm: Any = self.clip_norm
-        if norm is not None and not (isinstance(norm, int | float) and norm is not True and 0 < norm < math.inf):
+        if norm is not None and not (isinstance(norm, Real) and norm is not True and 0 < float(norm) < math.inf):
             raise ValueError(
                 f"OptimizerSettings: argument `clip_norm` must be a finite number > 0, or None; got {norm!r}"
             )
         count: Any = self.accumulate
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if not is_integer(count) or count < 1:
             raise ValueError(f"OptimizerSettings: argument `accumulate` must be an integer at least 1; got {count!r}")
 
     @classmethod

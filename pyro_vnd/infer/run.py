@@ -74,7 +74,11 @@ class Run:
 
     def agreed(self, flag: bool) -> bool:
         """Return what the first process says, in all of them."""
-        return flag if self._ranks.size == 1 else bool(self._ranks.same(torch.tensor(float(flag))))
+        return bool(self._ranks.same(torch.tensor(flag)))
+
+    def mean(self, value: float) -> float:
+        """Return the mean of a number over the processes of the fit, which must all ask for it."""
+        return float(self._ranks.sum(torch.tensor(float(value), dtype=torch.float64))) / self._ranks.size
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -119,7 +123,7 @@ class Run:
         self.result.metrics.setdefault(name, []).append(float(value))
 
     def stop(self) -> None:
-        """End training after this epoch."""
+        """End training after this epoch; of several processes one is enough to ask for it."""
         self.stopped = True
 
     def last_step(self) -> dict[str, float]:

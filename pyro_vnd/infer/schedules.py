@@ -72,10 +72,10 @@ def linear(start: float, end: float, warmup: float = 1.0) -> Callable[[float], f
         ValueError: If `warmup` is not in (0, 1].
 
     Example:
-        >>> kl_weight = linear(0.0, 1.0, warmup=0.5)
-        >>> [kl_weight(t) for t in (0.0, 0.25, 0.5, 1.0)]
+        >>> weight = linear(0.0, 1.0, warmup=0.5)
+        >>> [weight(t) for t in (0.0, 0.25, 0.5, 1.0)]
         [0.0, 0.5, 1.0, 1.0]
-        >>> kl_weight
+        >>> weight
         linear(0.0, 1.0, warmup=0.5)
     """
     return _Transition("linear", start, end, warmup)

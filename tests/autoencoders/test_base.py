@@ -26,7 +26,7 @@ from pyro_vnd.autoencoders import (
     mlp_bodies,
 )
 from pyro_vnd.distributions import NestedNormal
-from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit
+from pyro_vnd.infer import MaskSchedule, OptimizerSettings, cosine_to_zero, fit
 
 K, N, SHAPE = 4, 3, (1, 8, 8)
 
@@ -261,7 +261,12 @@ def test_training_orders_the_code_of_digits(images: Tensor):
     images = images.flatten(1)
     torch.manual_seed(0)
     vae = OrderedVAE((64,), num_latents=8, bodies=mlp_bodies((64,), hidden=(128,)))
-    kwargs = {"batch_size": 180, "lr": 0.005, "lr_schedule": cosine_to_zero(), "schedule": MaskSchedule(0.1, 0.9, 0)}
+    kwargs = {
+        "batch_size": 180,
+        "lr": 0.005,
+        "optimizer": OptimizerSettings(lr_schedule=cosine_to_zero()),
+        "schedule": MaskSchedule(0.1, 0.9, 0),
+    }
     fit(vae, vae.guide, images, num_epochs=120, progress=False, **kwargs)
     errors = [(vae.reconstruct(images, k) - images).square().sum(-1).mean().item() for k in range(1, 9)]
     spectrum = torch.linalg.eigvalsh(torch.cov(images.T, correction=0)).flip(0)

@@ -8,7 +8,7 @@ from models.datasets import Dataset
 from pyro_vnd.autoencoders import GaussianLikelihood, OrderedVAE, mlp_bodies
 from pyro_vnd.autoencoders.codes import Completion
 from pyro_vnd.distributions import NestedNormal, OrderedMaskStraightThrough
-from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit, linear
+from pyro_vnd.infer import KLWeights, MaskSchedule, OptimizerSettings, cosine_to_zero, fit, linear
 
 K = 4
 
@@ -108,7 +108,12 @@ def trained(digits: Dataset) -> tuple[OrderedVAE, OrderedVAE, Tensor]:
         vae = OrderedVAE(
             (1, 8, 8), 8, bodies=mlp_bodies((1, 8, 8), hidden=(128, 64)), likelihood=likelihood, tail=tail
         ).float()
-        arguments = {"lr": 0.004, "lr_schedule": cosine_to_zero(), "local_kl_weight": linear(0, 1), "progress": False}
+        arguments = {
+            "lr": 0.004,
+            "optimizer": OptimizerSettings(lr_schedule=cosine_to_zero()),
+            "weights": KLWeights(local=linear(0, 1)),
+            "progress": False,
+        }
         images = digits.train.images.float()
         fit(vae, vae.guide, images, num_epochs=40, batch_size=64, schedule=MaskSchedule(0.1, 0.6, 0.3), **arguments)
         vaes.append(vae)

@@ -13,7 +13,7 @@ from torch.distributions import MultivariateNormal
 from models.datasets import load
 from pyro_vnd.autoencoders import LinearGaussianVAE, full_length
 from pyro_vnd.distributions import NestedNormal, OrderedMask
-from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit
+from pyro_vnd.infer import KLWeights, MaskSchedule, OptimizerSettings, cosine_to_zero, fit
 
 K = 8
 # A first fit finds the order. In a step of the second one nearly every image has each of the K budgets once, so that
@@ -52,7 +52,11 @@ def make_vae(x: Tensor, **kwargs: Any) -> LinearGaussianVAE:
 
 
 def train(vae: LinearGaussianVAE, x: Tensor, num_epochs: int, lr: float, masks: MaskSchedule | None = None) -> None:
-    kwargs = {"lr_schedule": cosine_to_zero(), "length_weight": 100, "progress": False}
+    kwargs = {
+        "optimizer": OptimizerSettings(lr_schedule=cosine_to_zero()),
+        "weights": KLWeights(lengths=100),
+        "progress": False,
+    }
     fit(vae, vae.guide, x, num_epochs=num_epochs, lr=lr, schedule=masks, **kwargs)
 
 

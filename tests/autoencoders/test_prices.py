@@ -21,7 +21,7 @@ from pyro_vnd.autoencoders import (
     mlp_bodies,
 )
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import PriceSchedule, distil_lengths, fit
+from pyro_vnd.infer import Callback, PriceSchedule, distil_lengths, fit
 
 D, K, N, V = 6, 4, 10, 7
 PRIOR = OrderedMask(probs=torch.tensor([0.4, 0.3, 0.2, 0.1]))
@@ -331,13 +331,13 @@ def test_a_fit_that_was_interrupted_ends_at_the_very_same_model(name: str, tmp_p
     class Interrupted(Exception):
         pass
 
-    def stop(elbo):
-        if len(elbo) == 4:
-            raise Interrupted
-        return False
+    class Interrupt(Callback):
+        def on_epoch(self, run):
+            if run.epoch == 4:
+                raise Interrupted
 
     with pytest.raises(Interrupted):
-        fitted(num_epochs=6, checkpoint=path, stop=stop)
+        fitted(num_epochs=6, checkpoint=path, callbacks=[Interrupt()])
     assert path.exists()
     resumed, result = fitted(num_epochs=6, checkpoint=path, resume=True)
     assert result.elbo == expected.elbo

@@ -15,7 +15,7 @@ from pyro_vnd.autoencoders import GaussianLikelihood, LinearGaussianVAE, Ordered
 from pyro_vnd.diagnostics import evaluate_prefixes
 from pyro_vnd.diagnostics.metrics.generative import generative_metrics
 from pyro_vnd.distributions import NestedAutoregressive, NestedNormal
-from pyro_vnd.infer import MaskSchedule, NestedELBO, cosine_to_zero, fit, linear
+from pyro_vnd.infer import KLWeights, MaskSchedule, NestedELBO, OptimizerSettings, cosine_to_zero, fit, linear
 
 K, N, SHAPE = 4, 3, (1, 4, 4)
 
@@ -155,12 +155,12 @@ def test_on_digits_the_bound_is_higher_and_samples_are_nearer(digits: Dataset):
             prior_latents=prior,
         )
         options = {
-            "local_kl_weight": linear(0, 1),
+            "weights": KLWeights(local=linear(0, 1)),
             "schedule": MaskSchedule(0.1, 0.5, 0.4),
             "batch_size": 64,
             "lr": 0.004,
         }
-        options |= {"lr_schedule": cosine_to_zero(), "progress": False}
+        options |= {"optimizer": OptimizerSettings(lr_schedule=cosine_to_zero()), "progress": False}
         fit(vae, vae.guide, digits.train.images, num_epochs=35, **options)
         with torch.no_grad():
             elbo[prior] = vae.elbo(held, 8, num_samples=50).elbo.mean()

@@ -15,7 +15,7 @@ from torch.distributions import kl_divergence
 from pyro_vnd.autoencoders import OrderedVQVAE, full_length, mlp_bodies
 from pyro_vnd.autoencoders.quantiser import TokenPrior
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import LengthCollapseWarning, MaskSchedule, NestedELBO, fit, module_local_params
+from pyro_vnd.infer import KLWeights, LengthCollapseWarning, MaskSchedule, NestedELBO, fit, module_local_params
 
 T, D, V, N = 4, 3, 10, 20
 collapses = pytest.mark.filterwarnings(f"ignore::{LengthCollapseWarning.__module__}.LengthCollapseWarning")
@@ -138,7 +138,7 @@ def test_mini_batches_and_weights_scale_the_rate(x):
     for batch_size in (5, N):
         model = small(posterior_lengths="prior", prior_lengths=full_length(T))
         arguments = {"batch_size": batch_size, "num_epochs": 1, "optimizer": still, "progress": False}
-        result = fit(model, model.guide, x, local_kl_weight=0.5, **arguments)
+        result = fit(model, model.guide, x, weights=KLWeights(local=0.5), **arguments)
         assert result.kl_latents == pytest.approx([T * math.log(V)])
         assert result.kl == pytest.approx([0.5 * T * math.log(V)])
 
@@ -147,7 +147,7 @@ def test_a_rate_that_does_not_pay_shortens_codes(x):
     lengths = []
     for weight in (0.0, 20.0):
         model = small(posterior_lengths="global")
-        fit(model, model.guide, x, num_epochs=150, lr=0.02, local_kl_weight=weight, progress=False)
+        fit(model, model.guide, x, num_epochs=150, lr=0.02, weights=KLWeights(local=weight), progress=False)
         lengths.append(model.encode(x).mean_length.mean().item())
     assert lengths[1] < 1.3 < 1.6 < lengths[0]
 
@@ -251,7 +251,7 @@ def test_orders_tokens_of_real_digits(images):
     model = OrderedVQVAE((1, 8, 8), 5, 4, 32, bodies=mlp_bodies((1, 8, 8), (64,)))
     masks = MaskSchedule(0.2, 0.5, 0.3)
     arguments = {"num_epochs": 25, "batch_size": 64, "lr": 0.005, "progress": False}
-    result = fit(model, model.guide, images, schedule=masks, local_kl_weight=0.1, **arguments)
+    result = fit(model, model.guide, images, schedule=masks, weights=KLWeights(local=0.1), **arguments)
     errors = [(model.reconstruct(images, k) - images).square().mean().item() for k in range(1, 6)]
     assert errors[0] < images.var(0).mean()
     assert all(longer < shorter for shorter, longer in pairwise(errors))

@@ -7,7 +7,7 @@ from linear_vae import linear_vae
 from torch import nn
 
 from models.datasets import load
-from pyro_vnd.infer import fit
+from pyro_vnd.infer import KLWeights, fit
 from pyro_vnd.nn import NestedClassifier, nest
 
 
@@ -23,7 +23,13 @@ def trained(digits):
         torch.manual_seed(0)
         plain = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
         net = nest(plain, torch.zeros(1, 64), num_blocks=8)
-        options = {"num_epochs": 20, "batch_size": 256, "lr": 0.03, "kl_weight": 0.05, "progress": False}
+        options = {
+            "num_epochs": 20,
+            "batch_size": 256,
+            "lr": 0.03,
+            "weights": KLWeights(latents=0.05),
+            "progress": False,
+        }
         fit(NestedClassifier(net), net.guide, digits.train, **options)
     return net
 

@@ -14,7 +14,15 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_e
 from torch.distributions import kl_divergence
 
 from pyro_vnd.distributions import NestedAutoregressive, NestedNormal, OrderedMask, RelaxedOrderedMask
-from pyro_vnd.infer import AutoNested, NestedELBO, cosine_to_zero, fit, module_local_params
+from pyro_vnd.infer import (
+    AutoNested,
+    MaskSchedule,
+    NestedELBO,
+    OptimizerSettings,
+    cosine_to_zero,
+    fit,
+    module_local_params,
+)
 
 mean_field = partial(AutoNested, latents="mean_field")
 
@@ -62,7 +70,16 @@ def test_weights_that_know_their_length_end_at_the_best_bound(num_inputs):
     best = bound(x, y, free[0], free[1].exp(), free[2]).item()
     guide = mean_field(weights)
     elbo = NestedELBO(num_particles=10, vectorize_particles=True, max_plate_nesting=1)
-    fit(weights, guide, (x, y), num_epochs=800, lr=0.1, lr_schedule=cosine_to_zero(), elbo=elbo, progress=False)
+    fit(
+        weights,
+        guide,
+        (x, y),
+        num_epochs=800,
+        lr=0.1,
+        optimizer=OptimizerSettings(lr_schedule=cosine_to_zero()),
+        elbo=elbo,
+        progress=False,
+    )
     part = guide[0]
     found = bound(x, y, part.loc.detach(), part.scale.detach(), part.logits.detach()).item()
     assert best - 0.15 < found < best + 1e-3
@@ -198,14 +215,15 @@ def test_a_soft_mask_is_soft_in_the_guide(elbo):
 
 
 def test_temperature_and_noise_are_for_straight_through_masks_alone():
+    cooler = MaskSchedule(1, 0, 0, temperature=0.3)
     with pytest.raises(ValueError, match=r"`temperature` names \['mask'\]; mask sites of the model: \[\]"):
         mean_field(soft, temperature={"mask": 0.1})(torch.ones(3))
-    with pytest.raises(ValueError, match="argument `temperature` is for masks of AutoNested or a nested net"):
-        fit(soft, mean_field(soft), torch.ones(3), temperature=0.3, progress=False)
+    with pytest.raises(ValueError, match="`schedule` has a temperature, which is for masks of AutoNested"):
+        fit(soft, mean_field(soft), torch.ones(3), schedule=cooler, progress=False)
     guide, data = mean_field(weights, noise="gumbel", temperature={"w": 0.6}), regression(3)
     guide(*data)
     assert (guide[0]._law().mask_law.noise, guide[0]._law().mask_law.temperature) == ("gumbel", 0.6)
-    fit(weights, guide, data, num_epochs=1, temperature=0.3, progress=False)
+    fit(weights, guide, data, num_epochs=1, schedule=cooler, progress=False)
     assert guide[0].temperature == 0.3
 
 
@@ -302,7 +320,13 @@ def test_rows_that_a_plate_draws_itself_start_at_their_own_prior():
 def test_rows_with_other_supports_are_fitted_in_batches(create_plates, elbo):
     model = config_enumerate(numbered) if elbo is TraceEnum_ELBO else numbered
     guide = mean_field(model, create_plates=create_plates)
-    how = {"num_epochs": 300, "batch_size": 3, "lr": 0.05, "lr_schedule": cosine_to_zero(), "progress": False}
+    how = {
+        "num_epochs": 300,
+        "batch_size": 3,
+        "lr": 0.05,
+        "optimizer": OptimizerSettings(lr_schedule=cosine_to_zero()),
+        "progress": False,
+    }
     result = fit(model, guide, torch.arange(ROWS), elbo=elbo(max_plate_nesting=1), **how)
     assert torch.tensor(result.elbo).isfinite().all()
     exact = (BY_ROW.log() + dist.Normal(torch.arange(1.0, 5.0), 1.0).log_prob(torch.tensor(2.0))).softmax(-1)

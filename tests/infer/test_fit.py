@@ -7,13 +7,21 @@ import pyro.distributions as dist
 import pytest
 import torch
 from masked_mean import K, MaskedMeanGuide, lengths, masked_mean, normal_mean
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from torch import nn
 
 from pyro_vnd.distributions import NestedNormal, OrderedMask
-from pyro_vnd.infer import AutoNested, LengthCollapseWarning, MaskSchedule, cosine_to_zero, fit
+from pyro_vnd.infer import (
+    AutoNested,
+    KLWeights,
+    LengthCollapseWarning,
+    MaskSchedule,
+    OptimizerSettings,
+    cosine_to_zero,
+    fit,
+)
 
 N = 60
 
@@ -27,7 +35,12 @@ def y():
 def test_recovers_the_conjugate_posterior(batch_size, y):
     guide = AutoNormal(normal_mean)
     epochs = 600 if batch_size is None else 100
-    arguments = {"num_epochs": epochs, "batch_size": batch_size, "lr": 0.05, "lr_schedule": cosine_to_zero()}
+    arguments = {
+        "num_epochs": epochs,
+        "batch_size": batch_size,
+        "lr": 0.05,
+        "optimizer": OptimizerSettings(lr_schedule=cosine_to_zero()),
+    }
     fit(normal_mean, guide, y, **arguments, progress=False)
     loc, scale = guide.locs.mu.item(), guide.scales.mu.item()
     exact_sd = (N + 1) ** -0.5
@@ -136,18 +149,19 @@ def test_a_law_that_is_given_does_not_collapse(y):
     [
         ({"batch_size": N + 1}, "`batch_size` must be an integer from 1 to 60"),
         ({"num_epochs": 0}, "`num_epochs` must be an integer at least 1; got 0"),
-        ({"kl_weight": -1.0}, "`kl_weight` must be finite and >= 0"),
+        ({"weights": KLWeights(latents=-1.0)}, "`weights.latents` must be finite and >= 0"),
         ({"plate": "rows", "batch_size": 10}, r"no site of the model is in a plate named 'rows'.*\{'data': 10\}"),
-        ({"length_weight": math.nan}, "`length_weight` must be finite and >= 0; got nan"),
-        ({"kl_weight": lambda t: -t}, "`kl_weight` must be finite and >= 0; got -0.1"),
-        ({"temperature": 0.0}, "`temperature` must be finite and > 0"),
-        ({"clip_norm": 0.0}, "`clip_norm` must be a finite number > 0, or None; got 0.0"),
+        ({"weights": KLWeights(lengths=math.nan)}, "`weights.lengths` must be finite and >= 0; got nan"),
+        ({"weights": KLWeights(latents=lambda t: -t)}, "`weights.latents` must be finite and >= 0; got -0.1"),
+        ({"schedule": MaskSchedule(1, 0, 0, temperature=0.0)}, "`schedule.temperature` must be finite and > 0"),
         (
             {"schedule": MaskSchedule()},
             r"`schedule` needs a NestedNet in model or guide, or a NestedNormal or an OrderedMask in the plate .data.",
         ),
-        ({"temperature": 0.5}, "`temperature` is for masks of AutoNested or a nested net; there are none"),
-        ({"local_reparam": True, "elbo": Trace_ELBO()}, "needs a NestedELBO; Trace_ELBO scores weights"),
+        (
+            {"schedule": MaskSchedule(1, 0, 0, temperature=0.5)},
+            "`schedule` has a temperature, which is for masks of AutoNested or a nested net; there are none",
+        ),
         ({"resume": True}, "`resume` needs the `checkpoint`"),
         ({"checkpoint": "/nowhere/at/all.pt"}, "`checkpoint` is '/nowhere/at/all.pt', whose folder does not exist"),
     ],

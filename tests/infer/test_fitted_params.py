@@ -16,7 +16,7 @@ from torch import nn
 from pyro_vnd.autoencoders import OrderedVAE, OrderedVQVAE, OrderedWAE, mlp_bodies
 from pyro_vnd.diagnostics import to_arviz
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import AutoNested, NestedELBO, fit, module_local_params
+from pyro_vnd.infer import AutoNested, KLWeights, NestedELBO, fit, module_local_params
 from pyro_vnd.nn import NestedClassifier, nest
 
 QUICK = {"num_epochs": 25, "lr": 0.1, "progress": False}
@@ -191,7 +191,7 @@ def make_net():
 def test_two_nets_keep_apart():
     nets, labels = (make_net(), make_net()), (Y > 0).long()
     for net, target in zip(nets, (labels, 1 - labels), strict=True):
-        fit(NestedClassifier(net), net.guide, (X, target), kl_weight=0.01, **QUICK)
+        fit(NestedClassifier(net), net.guide, (X, target), weights=KLWeights(latents=0.01), **QUICK)
     before = [values(net) for net in nets]
     for net, target in zip(nets, (labels, 1 - labels), strict=True):
         drawn = Predictive(NestedClassifier(net), guide=net.guide, num_samples=50)(X)["label"]

@@ -11,7 +11,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
-from pyro_vnd.infer import AutoNested, cosine_to_zero, fit, module_local_params
+from pyro_vnd.infer import AutoNested, OptimizerSettings, cosine_to_zero, fit, module_local_params
 
 K = 4
 
@@ -85,7 +85,16 @@ def test_every_parameter_gets_a_gradient(noise, regression):
 def test_a_law_for_each_row_of_a_plate():
     y = torch.tensor([1.0, 2.0, 3.0, 4.0])
     guide = AutoNested(groups, latents="mean_field")
-    fit(groups, guide, y, plate="groups", num_epochs=500, lr=0.05, lr_schedule=cosine_to_zero(), progress=False)
+    fit(
+        groups,
+        guide,
+        y,
+        plate="groups",
+        num_epochs=500,
+        lr=0.05,
+        optimizer=OptimizerSettings(lr_schedule=cosine_to_zero()),
+        progress=False,
+    )
     law = guide.laws["mask"]
     assert law.batch_shape == (4,)
     # Exact posterior of each row: p_k proportional to N(y; k, .5).

@@ -9,7 +9,7 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 from torch import Tensor
 
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
-from pyro_vnd.infer import AutoNested, cosine_to_zero, fit
+from pyro_vnd.infer import AutoNested, OptimizerSettings, cosine_to_zero, fit
 
 K, NUM_GROUPS, NUM_ROWS = 6, 5, 40
 ORDERS = [1, 4, 2, 6, 3]
@@ -56,7 +56,15 @@ def lengths(guide: AutoNested) -> list[int]:
 )
 def test_each_group_has_its_order(model, shared: list[str], orders: list[int]):
     guide = AutoNested(model, shared_plates=shared)
-    fit(model, guide, simulate(orders), num_epochs=400, lr=0.05, lr_schedule=cosine_to_zero(), progress=False)
+    fit(
+        model,
+        guide,
+        simulate(orders),
+        num_epochs=400,
+        lr=0.05,
+        optimizer=OptimizerSettings(lr_schedule=cosine_to_zero()),
+        progress=False,
+    )
     assert guide.laws["mask"].batch_shape == (NUM_GROUPS, 1)
     assert lengths(guide) == orders
 
@@ -69,7 +77,14 @@ def test_enumerated_in_a_plate(orders: list[int]):
     guide = AutoNested(model)
     elbo = TraceEnum_ELBO(max_plate_nesting=2)
     fit(
-        model, guide, simulate(orders), num_epochs=250, lr=0.05, lr_schedule=cosine_to_zero(), elbo=elbo, progress=False
+        model,
+        guide,
+        simulate(orders),
+        num_epochs=250,
+        lr=0.05,
+        optimizer=OptimizerSettings(lr_schedule=cosine_to_zero()),
+        elbo=elbo,
+        progress=False,
     )
     assert lengths(guide) == orders
 
@@ -93,7 +108,12 @@ def test_an_enumerated_law_is_exact(mark: str):
     y = 0.3 * x[:, :3].sum(-1) + torch.randn(25)
     exact = exact_law(x, y)
     assert (exact > 0.05).sum() >= 3
-    settings = {"num_epochs": 100, "lr": 0.1, "lr_schedule": cosine_to_zero(), "progress": False}
+    settings = {
+        "num_epochs": 100,
+        "lr": 0.1,
+        "optimizer": OptimizerSettings(lr_schedule=cosine_to_zero()),
+        "progress": False,
+    }
     model = config_enumerate(one_order_for_all_groups, mark)
     guide = AutoNested(model)
     fit(model, guide, [x, y], elbo=TraceEnum_ELBO(max_plate_nesting=1), **settings)

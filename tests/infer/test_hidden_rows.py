@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch.distributions import kl_divergence
 
 from pyro_vnd.distributions import NestedNormal, OrderedMask
-from pyro_vnd.infer import AutoNested, NestedELBO, cosine_to_zero, fit, module_local_params
+from pyro_vnd.infer import AutoNested, NestedELBO, OptimizerSettings, cosine_to_zero, fit, module_local_params
 
 mean_field = partial(AutoNested, latents="mean_field")
 
@@ -190,7 +190,12 @@ def test_a_shared_law_is_that_of_the_visible_rows(elbo, nested):
         model = config_enumerate(model)
     guide = mean_field(model, shared_plates=["data"])
     objective = elbo(max_plate_nesting=2 if nested else 1)
-    how = {"num_epochs": 600, "lr": 0.05, "lr_schedule": cosine_to_zero(), "progress": False}
+    how = {
+        "num_epochs": 600,
+        "lr": 0.05,
+        "optimizer": OptimizerSettings(lr_schedule=cosine_to_zero()),
+        "progress": False,
+    }
     result = fit(model, guide, (y, keep), elbo=objective, **how)
     off = (guide.laws["mask"].probs - right).abs().sum(-1).max() / 2
     assert off < (1e-3 if elbo is TraceEnum_ELBO else 0.04)

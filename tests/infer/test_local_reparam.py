@@ -240,7 +240,15 @@ def test_fit_on_digits_with_local_noise():
     data = datasets.load("digits", flatten=True)
     x, y = data.train.images.double(), data.train.labels
     net = nest(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), x[:1], num_blocks=8)
-    fit(NestedClassifier(net), net.guide, (x, y), num_epochs=15, batch_size=128, local_reparam=True, progress=False)
+    fit(
+        NestedClassifier(net),
+        net.guide,
+        (x, y),
+        num_epochs=15,
+        batch_size=128,
+        elbo=NestedELBO(local_reparam=True),
+        progress=False,
+    )
     test = data.test.images.double()
     assert (net.predict(test, width=1.0)[0].argmax(-1) == data.test.labels).double().mean() > 0.85
 

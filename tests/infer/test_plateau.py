@@ -12,8 +12,8 @@ from pyro.infer.autoguide import AutoNormal
 from scipy import stats
 
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import AutoNested, MaskSchedule, Plateau, fit, linear
-from pyro_vnd.infer.callbacks import _student_quantile
+from pyro_vnd.infer import AutoNested, Callback, KLWeights, MaskSchedule, Plateau, fit, linear
+from pyro_vnd.infer.plateau import _student_quantile
 from pyro_vnd.nn import NestedClassifier, nest
 
 RULE = Plateau(window=50, tolerance=0.01, alpha=0.05)
@@ -136,7 +136,7 @@ def evidence(y):
 
 
 def test_a_fit_stops_near_its_optimum_and_nothing_else_changes(y):
-    result, long = train(y, stop=RULE), train(y)
+    result, long = train(y, callbacks=[RULE]), train(y)
     stopped = len(result.elbo)
     assert (result.converged, long.converged) == (True, False)
     assert len(long.elbo) == 600
@@ -151,26 +151,32 @@ def test_a_fit_stops_near_its_optimum_and_nothing_else_changes(y):
     assert np.mean(result.elbo[stopped // 2 - 50 : stopped // 2]) < optimum - 5 * RULE.tolerance
 
 
-def test_epochs_in_which_weights_still_change_do_not_count(y):
-    seen = []
+class Watched(Plateau):
+    """A rule that keeps what it is asked about, and never holds."""
 
-    def watch(elbo):
-        seen.append(list(elbo))
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __call__(self, elbo):
+        self.seen += [[*elbo]] if elbo else []
         return False
 
+
+def test_epochs_in_which_weights_still_change_do_not_count(y):
     # With steps 0 to 19 the weight is one from t = 10 / 19 >= 1/2 on.
-    result = train(y, num_epochs=20, kl_weight=linear(0.0, 1.0, warmup=0.5), stop=watch)
-    assert seen == [result.elbo[10 : 10 + n] for n in range(1, 11)]
-    seen.clear()
+    weights = KLWeights(latents=linear(0.0, 1.0, warmup=0.5))
+    result = train(y, num_epochs=20, weights=weights, callbacks=[watch := Watched()])
+    assert watch.seen == [result.elbo[10 : 10 + n] for n in range(1, 11)]
     # Of steps 0 to 39 from 20 on, with which epoch 5 begins; from 21 on it would be epoch 6.
-    result = train(y, num_epochs=10, batch_size=25, length_weight=linear(0, 1, 0.5), stop=watch)
-    assert seen == [result.elbo[5 : 5 + n] for n in range(1, 6)]
-    seen.clear()
-    result = train(y, num_epochs=10, batch_size=25, length_weight=linear(0, 1, 0.53), stop=watch)
-    assert len(seen) == 4
-    seen.clear()
-    result = train(y, num_epochs=20, local_kl_weight=linear(0.0, 1.0), stop=watch)
-    assert seen == [result.elbo[-1:]]
+    how = {"num_epochs": 10, "batch_size": 25, "callbacks": [watch := Watched()]}
+    result = train(y, weights=KLWeights(lengths=linear(0, 1, 0.5)), **how)
+    assert watch.seen == [result.elbo[5 : 5 + n] for n in range(1, 6)]
+    watch.seen.clear()
+    train(y, weights=KLWeights(lengths=linear(0, 1, 0.53)), **how)
+    assert len(watch.seen) == 4
+    result = train(y, num_epochs=20, weights=KLWeights(local=linear(0.0, 1.0)), callbacks=[watch := Watched()])
+    assert watch.seen == [result.elbo[-1:]]
 
 
 def test_masks_and_temperatures_count_too(y):
@@ -179,27 +185,33 @@ def test_masks_and_temperatures_count_too(y):
         with pyro.plate("data", len(rows)):
             pyro.sample("y", dist.Normal(mask.sum(-1), 1.0), obs=rows)
 
-    lengths = []
-    watch = lambda elbo: lengths.append(len(elbo))  # noqa: E731
     guide = AutoNested(model, latents="mean_field")
-    fit(model, guide, y, num_epochs=20, temperature=linear(1, 0.2, 0.5), stop=watch, progress=False)
-    assert max(lengths) == 10
-    lengths.clear()
+    masks = MaskSchedule(1, 0, 0, temperature=linear(1, 0.2, 0.5))
+    fit(model, guide, y, num_epochs=20, schedule=masks, callbacks=[watch := Watched()], progress=False)
+    assert len(watch.seen[-1]) == 10
     net = nest(torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)), torch.zeros(1, 1))
     data, masks = (y[:, None], (y > 5).long()), MaskSchedule(anneal=0.75)
-    fit(NestedClassifier(net), net.guide, data, num_epochs=21, schedule=masks, stop=watch, progress=False)
-    assert max(lengths) == 6
+    fit(
+        NestedClassifier(net),
+        net.guide,
+        data,
+        num_epochs=21,
+        schedule=masks,
+        callbacks=[watch := Watched()],
+        progress=False,
+    )
+    assert len(watch.seen[-1]) == 6
 
 
 def test_a_stopped_fit_is_finished_for_its_checkpoint(y, tmp_path):
     path = tmp_path / "fit.pt"
     arguments = {"num_epochs": 60, "checkpoint": path}
     stop = Plateau(window=10, tolerance=10.0)
-    first = train(y, stop=stop, **arguments)
+    first = train(y, callbacks=[stop], **arguments)
     assert first.converged
     assert len(first.elbo) < 60
     written = path.stat().st_mtime_ns
-    second = train(y, stop=stop, resume=True, **arguments)
+    second = train(y, callbacks=[stop], resume=True, **arguments)
     assert second == first
     assert path.stat().st_mtime_ns == written
     # Without the rule it goes on to the end.
@@ -210,18 +222,18 @@ def test_a_stopped_fit_is_finished_for_its_checkpoint(y, tmp_path):
 
 def test_an_interrupted_fit_stops_where_an_uninterrupted_one_does(y, tmp_path):
     rule, path = Plateau(window=10, tolerance=10.0), tmp_path / "fit.pt"
-    whole = train(y, stop=rule)
+    whole = train(y, callbacks=[rule])
 
     class Interrupted(Exception):
         pass
 
-    def interrupt(elbo):
-        if len(elbo) == len(whole.elbo) - 5:
-            raise Interrupted
-        return rule(elbo)
+    class Interrupt(Callback):
+        def on_epoch(self, run):
+            if run.epoch == len(whole.elbo) - 5:
+                raise Interrupted
 
     with pytest.raises(Interrupted):
-        train(y, stop=interrupt, checkpoint=path)
-    result = train(y, stop=rule, checkpoint=path, resume=True)
+        train(y, callbacks=[rule, Interrupt()], checkpoint=path)
+    result = train(y, callbacks=[rule], checkpoint=path, resume=True)
     assert result.elbo == whole.elbo
     assert result.converged

@@ -44,23 +44,23 @@ def test_a_cosine_is_level_at_both_ends():
 
 
 def test_the_first_step_is_at_zero_and_the_last_at_one():
-    assert schedule_values("kl_weight", lambda t: t, 5) == [0, 0.25, 0.5, 0.75, 1]
-    assert schedule_values("kl_weight", lambda t: t, 1) == [0]
-    assert schedule_values("kl_weight", 0.3, 3) == [0.3] * 3
+    assert schedule_values("weights.latents", lambda t: t, 5) == [0, 0.25, 0.5, 0.75, 1]
+    assert schedule_values("weights.latents", lambda t: t, 1) == [0]
+    assert schedule_values("weights.latents", 0.3, 3) == [0.3] * 3
 
 
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        (math.nan, "`kl_weight` must be finite and >= 0; got nan"),
-        (lambda t: 0.5 - t, r"`kl_weight` must be finite and >= 0; got -0.25 at t = 0.75"),
+        (math.nan, "`weights.latents` must be finite and >= 0; got nan"),
+        (lambda t: 0.5 - t, r"`weights.latents` must be finite and >= 0; got -0.25 at t = 0.75"),
         (lambda t: math.nan if t == 0.5 else 1.0, "got nan at t = 0.5"),
         (lambda t: math.inf, "got inf at t = 0"),
     ],
 )
 def test_invalid_values_are_refused_before_the_fit(schedule, message):
     with pytest.raises(ValueError, match=message):
-        schedule_values("kl_weight", schedule, 5)
+        schedule_values("weights.latents", schedule, 5)
 
 
 def test_a_temperature_must_be_positive():

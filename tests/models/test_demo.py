@@ -1,8 +1,11 @@
 """What the demo compares itself with, and what it says about its laws."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from processes import torchrun
 from sklearn.decomposition import PCA
 
 from models.datasets import load
@@ -88,3 +91,14 @@ def test_a_law_for_each_image_is_described_by_means():
     learned = LawBesidePrior.of(law, OrderedMask.uniform(2))
     assert (learned.mean, learned.stddev_between, learned.entropy) == (1.5, 0.5, 0.0)
     assert learned.total_variation == pytest.approx(0.5)
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_one_of_them_reports(tmp_path):
+    result = torchrun("-m", "models", "demo", "--quick", "--out", tmp_path / "demo")
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
+    assert metrics["vae"]["num_steps"] > 0
+    assert result.stdout.count("Ordered-latent VAE on digits") == result.stdout.count("report: ") == 1
+    assert result.stderr.count("fit:   0%") == 2  # a bar of each model

@@ -24,7 +24,7 @@ def simulate(rank: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def learned(x: Tensor, model: FactorModel, num_epochs: int = 200, **kwargs) -> AutoNested:
     guide = AutoNested(model)
-    fit(model, guide, x, num_epochs=num_epochs, khat=False, progress=False, **kwargs)
+    fit(model, guide, x, num_epochs=num_epochs, progress=False, **kwargs)
     return guide
 
 

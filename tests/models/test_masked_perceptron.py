@@ -8,7 +8,7 @@ from torch.nn.functional import relu
 from models.datasets import load
 from models.masked_perceptron import MaskedPerceptron
 from pyro_vnd.diagnostics import classification_metrics
-from pyro_vnd.infer import fit, module_local_params
+from pyro_vnd.infer import KLWeights, fit, module_local_params
 
 
 @pytest.fixture
@@ -49,7 +49,9 @@ def test_learns_real_digits_at_every_width():
     train, test = ([split.images.double(), split.labels] for split in (data.train, data.validation))
     model = MaskedPerceptron(64, 10, hidden=(32, 32))
     guide = model.guide
-    result = fit(model, guide, train, num_epochs=40, batch_size=128, lr=0.02, kl_weight=0.05, progress=False)
+    result = fit(
+        model, guide, train, num_epochs=40, batch_size=128, lr=0.02, weights=KLWeights(latents=0.05), progress=False
+    )
     assert result.elbo[-1] > result.elbo[0]
     torch.manual_seed(0)
     probs = model.predict(test[0], [0.25, 1.0], num_samples=10).mean(1)

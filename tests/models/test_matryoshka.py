@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from models.matryoshka import MatryoshkaEmbedding, octaves
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import MaskSchedule, NestedELBO, distil_lengths, fit, module_local_params
+from pyro_vnd.infer import KLWeights, MaskSchedule, NestedELBO, distil_lengths, fit, module_local_params
 
 K, N, SHAPE = 8, 20, (1, 2, 3)
 
@@ -159,7 +159,17 @@ def fitted(x, y, num_classes, masks):
         (16,), num_classes, 16, lengths=OrderedMask.geometric(0.1, 16), body=nn.Identity(), num_features=16
     )
     guide = net.guide
-    fit(net, guide, [x, y], num_epochs=40, batch_size=128, lr=0.02, length_weight=0.05, schedule=masks, progress=False)
+    fit(
+        net,
+        guide,
+        [x, y],
+        num_epochs=40,
+        batch_size=128,
+        lr=0.02,
+        weights=KLWeights(lengths=0.05),
+        schedule=masks,
+        progress=False,
+    )
     return net, net.length_law
 
 

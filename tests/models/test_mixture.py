@@ -25,7 +25,7 @@ def train(x: Tensor, start: int) -> tuple[AutoNested, float]:
     """Return the guide of a fit with the defaults, in 200 epochs, and its ELBO."""
     model = GaussianMixture(K)
     guide = model.guide_from(x, start)
-    result = fit(model, guide, x, num_epochs=200, seed=start, khat=False, progress=False)
+    result = fit(model, guide, x, num_epochs=200, seed=start, progress=False)
     return guide, result.elbo[-1]
 
 

@@ -121,7 +121,7 @@ def test_nuts(name: str, num_samples: int, bar: float):
 def learned(model: Callable, features: Tensor, y: Tensor, **kwargs) -> OrderedMask:
     """The law that a guide has after a fit with the defaults; a `NestedNormal` has it at its site of weights."""
     guide = AutoNested(model, **kwargs)
-    fit(model, guide, (features, y), khat=False, progress=False)
+    fit(model, guide, (features, y), progress=False)
     (law,) = guide.laws.values()
     return law
 

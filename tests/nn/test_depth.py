@@ -16,7 +16,7 @@ from written_nets import FusedAttention, Net
 
 from pyro_vnd.diagnostics import evaluate_widths, net_cost
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import MaskSchedule, NestedELBO, fit, module_local_params
+from pyro_vnd.infer import KLWeights, MaskSchedule, NestedELBO, fit, module_local_params
 from pyro_vnd.nn import CascadeNet, NestedClassifier, narrow, nest, widths_for
 from pyro_vnd.nn.table import multiply_adds, num_parameters
 from pyro_vnd.nn.tracing.tape import tensors_in
@@ -388,9 +388,9 @@ def test_every_depth_of_a_trained_net_is_of_use(digits):
         num_epochs=12,
         batch_size=100,
         lr=0.02,
-        kl_weight=0.02,
+        weights=KLWeights(latents=0.02),
         schedule=MaskSchedule(),
-        local_reparam=True,
+        elbo=NestedELBO(local_reparam=True),
         progress=False,
     )
     held_out = digits.validation.images.double(), digits.validation.labels

@@ -13,7 +13,7 @@ from scipy import stats
 from torch import nn
 
 from pyro_vnd.diagnostics import to_arviz
-from pyro_vnd.infer import fit
+from pyro_vnd.infer import KLWeights, fit
 from pyro_vnd.nn import (
     BernoulliLabels,
     CategoricalLabels,
@@ -179,7 +179,7 @@ def test_it_is_fitted_with_everything_that_it_learns(case):
     net = nest(Given(outputs), X[:1], num_blocks=4)
     model = NestedModel(net, likelihood)
     before = {name: value.clone() for name, value in model.named_parameters()}
-    result = fit(model, model.guide, (X, y), num_epochs=40, lr=0.05, kl_weight=0.01, progress=False)
+    result = fit(model, model.guide, (X, y), num_epochs=40, lr=0.05, weights=KLWeights(latents=0.01), progress=False)
     assert result.elbo[-1] > result.elbo[0]
     unchanged = [name for name, value in model.named_parameters() if torch.equal(value, before[name])]
     assert unchanged == []
@@ -241,7 +241,7 @@ def test_noise_is_learned(name, factor):
     outputs = 2 if likelihood.log_scale is None else 1
     net = nest(nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, outputs)), x[:1], num_blocks=4)
     model = NestedModel(net, likelihood)
-    fit(model, model.guide, (x, y), num_epochs=250, lr=0.05, kl_weight=0.02, progress=False)
+    fit(model, model.guide, (x, y), num_epochs=250, lr=0.05, weights=KLWeights(latents=0.02), progress=False)
     scale = likelihood.entries(net.predict(x, width=1.0, num_samples=20), 2).scale.mean(0).detach().expand(600)
     for side, expected in ((x[:, 0] < -0.3, 0.3), (x[:, 0] > 0.3, 0.3 * factor)):
         assert scale[side].mean().item() == pytest.approx(expected, rel=0.15)

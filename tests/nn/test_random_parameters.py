@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributions import Laplace, Normal, kl_divergence
 from torch.nn import functional as F
 
-from pyro_vnd.infer import NestedELBO, cosine_to_zero, fit, module_local_params
+from pyro_vnd.infer import NestedELBO, OptimizerSettings, cosine_to_zero, fit, module_local_params
 from pyro_vnd.nn import narrow, nest
 
 IDS = torch.arange(15).reshape(3, 5) * 4 % 7
@@ -196,7 +196,15 @@ def test_a_posterior_that_is_known_is_found():
         with rows:
             pyro.sample("y", dist.Normal(outputs, noise).to_event(1), obs=y)
 
-    fit(model, net.guide, (x, y), num_epochs=600, lr=0.02, lr_schedule=cosine_to_zero(), progress=False)
+    fit(
+        model,
+        net.guide,
+        (x, y),
+        num_epochs=600,
+        lr=0.02,
+        optimizer=OptimizerSettings(lr_schedule=cosine_to_zero()),
+        progress=False,
+    )
     precision = 1 / 0.7**2 + len(x) / noise**2
     mean = (y - plain(x)).sum(0) / noise**2 / precision
     law = net.random_parameters["offset"].law("posterior")

@@ -9,7 +9,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyro_vnd.infer import AutoNested, MaskSchedule, NestedELBO, fit, module_local_params
+from pyro_vnd.infer import AutoNested, KLWeights, MaskSchedule, NestedELBO, fit, module_local_params
 from pyro_vnd.nn import NestedClassifier, NestedNet, nest
 
 MASK_PER = pytest.mark.parametrize("mask_per", ["example", "batch"])
@@ -167,7 +167,7 @@ def test_digits_are_learned_at_every_width(digits):
         digits.train,
         num_epochs=25,
         batch_size=128,
-        kl_weight=0.1,  # at 1, underfitting leaves the order of accuracies to chance
+        weights=KLWeights(latents=0.1),
         schedule=MaskSchedule(),
         progress=False,
     )

@@ -1,7 +1,6 @@
 """How a fit is put together from what `fit` was asked for, and what is left to do when it is over."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -89,7 +88,7 @@ def make_loop(
     settings = Settings(num_steps, asked.weights, schedule)
     check_schedule(guide, schedule)
     ranks.draw_apart()
-    objective.share(ranks, source.device)
+    objective.share(ranks)
     cut = schedule is not None and schedule.cuts
     heated = isinstance(schedule, MaskSchedule) and schedule.temperature is not None
     rates: LearningRate = recipe.lr if asked.lr is None else asked.lr
@@ -104,7 +103,6 @@ def make_loop(
         parts_with_temperature(both) if heated else [],
         asked.optimizer.clip_norm,
         value_sites(both, elbo, schedule, plate),
-        nullcontext if asked.precision == "32" else partial(_autocast, objective.parameters),
     )
     return Loop(
         step=step,
@@ -153,10 +151,6 @@ def _recipe(guide: Any, asked: Asked) -> Recipe:
     )
 
 
-def _autocast(parameters: Sequence[Tensor]) -> torch.autocast:
-    return torch.autocast(parameters[0].device.type, dtype=torch.bfloat16)
-
-
 def _description(
     source: Source, asked: Asked, recipe: Recipe, groups: Sequence[Any], num_steps: int
 ) -> Callable[[int], dict[str, Any]]:
@@ -192,7 +186,9 @@ def settle(loop: Loop) -> None:
 
 
 def warn(loop: Loop) -> None:
-    """Warn of a guide that is far from the posterior, and of laws that have collapsed."""
+    """Warn, in the first process, of a guide that is far from the posterior, and of laws that have collapsed."""
+    if not loop.is_first:
+        return
     conditional, record = conditional_laws(loop.guide), loop.objective.record
     loop.result.warn_of_poor_fit(knows_lengths=bool(conditional))
     given = {name for name, (law, _) in record.laws.items() if _is_given(law)} | record.by_values

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vnd._compat import QuietModule
 from pyro_vnd._data import Data, as_arguments, named_parts
+from pyro_vnd.infer._fit.parallel import local_device
 from pyro_vnd.infer.elbo import NestedELBO, conditional_part
 from pyro_vnd.infer.guides import AutoNested
 from pyro_vnd.infer.optimizer_settings import OptimizerSettings
@@ -201,7 +202,7 @@ def device_of(device: Any) -> torch.device | None:
     if device is None:
         return None
     try:
-        found = torch.device(device)
+        found = local_device(torch.device(device))
         torch.empty(0, device=found)
     except (RuntimeError, TypeError, AssertionError) as error:  # the last is a torch without CUDA
         said = str(error).partition("\n")[0]

@@ -40,14 +40,15 @@ def describe_schedules(weights: KLWeights, masks: MaskSchedule | PriceSchedule |
     """Describe schedules by their values at times t that do not depend on the number of steps.
 
     Example:
-        >>> describe_schedules(KLWeights(0.5), MaskSchedule())["latents"]
+        >>> describe_schedules(KLWeights(0.5), MaskSchedule())["weights.latents"]
         0.5
         >>> describe_schedules(KLWeights(), MaskSchedule())["schedule"]
         'MaskSchedule(learned=0.5, budget=0.4, full=0.1)'
     """
     temperature = masks.temperature if isinstance(masks, MaskSchedule) else None
     described: dict[str, Any] = {}
-    for name, schedule in (weights._asdict() | {"temperature": temperature}).items():
+    named = {f"weights.{name}": weight for name, weight in weights._asdict().items()}
+    for name, schedule in (named | {"schedule.temperature": temperature}).items():
         if callable(schedule):
             values = [float(schedule(i / 64)) for i in range(65)]
             described[name] = f"{values[0]:g} to {values[-1]:g}, {_hash(values)}"

@@ -98,8 +98,10 @@ def settle_laws(
                 by_row: list[Any] = [each.logits_by_row for _, each in found]
                 rows.append(sum(n / total * logits for (n, _), logits in zip(found, by_row, strict=True)))
             weights.append(found[0][1].log_weights)
-            if len(shared) >= 4 and _is_accurate(shared) and (not rows or _is_accurate(rows)):
-                break
+            if len(shared) >= 4:
+                accurate = _is_accurate(shared) and (not rows or _is_accurate(rows))
+                if source.ranks.all(accurate):  # as processes may have rows of their own
+                    break
     mean: Any = torch.stack(shared).mean(0)
     if guide.plan.separate:  # each is the best for the others as they are: they go there together, step by step
         for logits in shared:

@@ -33,7 +33,7 @@ def mean_log_likelihood(
         model: A Pyro model.
         guide: Its guide.
         data: Data in any of the forms that `fit` takes.
-        batch_size: Rows of a batch of tensors; the last one may have fewer.
+        batch_size: Rows of a batch of tensors, on all processes together; the last one may have fewer.
         plate: Name of the plate over the rows: observed sites in it count, or all of them if none is in it.
         device: Where batches are moved to, or None.
         ranks: The processes, which take the batches in turns.
@@ -46,7 +46,7 @@ def mean_log_likelihood(
     """
     ranks = Ranks() if ranks is None else ranks
     total, count = 0.0, 0
-    for i, batch in enumerate(batches_of(data, batch_size)):
+    for i, batch in enumerate(batches_of(data, -(-batch_size // ranks.size))):
         if i % ranks.size != ranks.rank:
             continue
         args, kwargs = as_arguments(move(batch, device))
@@ -58,7 +58,7 @@ def mean_log_likelihood(
             # Without the scale of a plate that is for more rows.
             total += float(scale_and_mask(site["fn"].log_prob(site["value"]), 1.0, site["mask"]).sum())
         count += num_rows(batch)
-    both = ranks.sum(torch.tensor([total, count], dtype=torch.float64, device=ranks.device)).tolist()
+    both = ranks.sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
     if both[1] == 0:
         raise ValueError("fit: `validation` must have rows each time it is read; got none: is it an iterator?")
     return both[0] / both[1]

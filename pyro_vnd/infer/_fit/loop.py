@@ -84,9 +84,11 @@ class Loop(Run):
                 stack.callback(callback.close)
                 if isinstance(callback, Checkpoint) and (state := callback.read()) is not None:
                     self._go_on(state, callback.path, extend=callback.resume == "extend")
+            self._check_together()
             self._settings[max(self.step - 1, 0)].set_temperature(self._step.with_temperature)
             for callback in self.callbacks:
                 callback.on_fit_start(self)
+            self.stopped = self._ranks.any(self.stopped)
             if self.stopped or self.epoch >= self.num_epochs:
                 return False
             while self.epoch < self.num_epochs and not self.stopped:
@@ -95,6 +97,14 @@ class Loop(Run):
                 if not isinstance(callback, Checkpoint):
                     callback.on_fit_end(self)
             return True
+
+    def _check_together(self) -> None:
+        steps = self._ranks.gather(self.step)
+        if len(set(steps)) > 1:
+            raise ValueError(
+                "fit: argument `checkpoint` must be a file that all processes read, on a disk that their machines "
+                f"share; they go on from steps {steps}"
+            )
 
     def save(self) -> None:
         """Write checkpoints at the very end."""
@@ -113,6 +123,7 @@ class Loop(Run):
                 self._place.add(parts, sum(map(num_rows, batches)))
                 for callback in self.callbacks:
                     callback.on_step(self)
+        self.objective.share_buffers()
         means = self._place.means(self._ranks, self.source.num_data)
         record, both = self._step.objective.record, (self.model, self.guide)
         laws = record.laws | nested_laws(both) | conditional_laws(self.guide)
@@ -121,6 +132,7 @@ class Loop(Run):
         for callback in self.callbacks:
             self.result.seconds = self.seconds()
             callback.on_epoch(self)
+        self.stopped = self._ranks.any(self.stopped)
 
     def _batches(self) -> Iterator[list[Data]]:
         """Yield the batches of each step of an epoch, or of its rest where a checkpoint was written within it."""
@@ -136,7 +148,7 @@ class Loop(Run):
             skipped = 0 if place.loader is not None else place.num_steps * self._accumulate
             deque(islice(batches, skipped), maxlen=0)
             self._set_random(now)
-        while group := [*islice(batches, self._accumulate)]:
+        while self.source.goes_on(group := [*islice(batches, self._accumulate)]):
             yield group
 
     def _random(self) -> dict[str, Any]:
@@ -154,6 +166,7 @@ class Loop(Run):
     def state_dict(self) -> State:
         """Return all that the fit needs to go on from here."""
         step, place = self._step, self._place
+        self.result.seconds = self.seconds()
         within = place.num_steps > 0
         return {
             "arguments": self._arguments(self.num_epochs),
@@ -165,10 +178,10 @@ class Loop(Run):
                 "num_steps": place.num_steps,
                 "random": self._ranks.gather(place.random) if within else None,
                 "loader": self.source.state_dict() if within else None,
-                "sums": place.sums().tolist() if within else None,
+                "sums": self._ranks.gather(place.sums().tolist()) if within else None,
             },
             "callbacks": [[type(each).__name__, each.state_dict()] for each in self.callbacks],
-            "result": asdict(self.result) | {"seconds": self.seconds()},
+            "result": asdict(self.result),
         }
 
     def _arguments(self, num_epochs: int) -> dict[str, Any]:
@@ -200,15 +213,18 @@ class Loop(Run):
                 kept.remove(mine)
                 callback.load_state_dict(mine[1])
         lengths = {name: LengthSummary(**summary) for name, summary in state["result"].pop("lengths").items()}
-        self.result = FitResult(**state["result"], lengths=lengths)
+        self.result = FitResult(**state["result"] | {"converged": False}, lengths=lengths)  # which a rule says anew
         self._seconds_before = self.result.seconds
         rank = self._ranks.rank
         if rank < len(state["random"]):  # another process draws what it would in a new fit
             self._set_random(state["random"][rank])
         within = state["epoch"]
         if within["num_steps"]:
-            random = within["random"][min(rank, len(within["random"]) - 1)]
-            self._place = _Place(within["num_steps"], random, within["loader"], within["sums"] if rank == 0 else None)
+            random, sums = within["random"], within["sums"]
+            if len(sums) != self._ranks.size:
+                sums = [torch.tensor(sums, dtype=torch.float64).sum(0).tolist()] + [None] * (self._ranks.size - 1)
+            random = random[min(rank, len(random) - 1)]
+            self._place = _Place(within["num_steps"], random, within["loader"], sums[rank])
 
 
 class _Place:

@@ -126,7 +126,10 @@ def parts_with_temperature(objects: Iterable[Any]) -> list[Any]:
     """
     parts = _parts(objects, AutoMask | AutoNestedNormal | Width)
     if not parts:
-        raise ValueError("fit: argument `temperature` is for masks of AutoNested or a nested net; there are none")
+        raise ValueError(
+            "fit: argument `schedule` has a temperature, which is for masks of AutoNested or a nested "
+            "net; there are none"
+        )
     return parts
 
 

@@ -1,7 +1,6 @@
 """The objective of a fit: the ELBO of a mini-batch, its parts, and what makes them infinite."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from traceback import walk_tb
 from typing import Any
@@ -17,7 +16,7 @@ from pyro_vnd._compat import stray_params
 from pyro_vnd._data import Data, as_arguments, num_rows
 from pyro_vnd.infer._fit.checks import check_elbo, foreign_dtype
 from pyro_vnd.infer._fit.handlers import EvaluationRecord, ScaleToDataset
-from pyro_vnd.infer._fit.parallel import Ranks, touched
+from pyro_vnd.infer._fit.parallel import Averaged, Ranks
 from pyro_vnd.infer._fit.settings import KLWeights
 from pyro_vnd.infer.elbo import NestedELBO, conditional_part
 from pyro_vnd.infer.result import ElboParts
@@ -44,7 +43,7 @@ class Objective:
     Attributes:
         module: Model, guide and ELBO, whose parameters are trained.
         parameters: These parameters.
-        shared: The module, or what averages its gradients over processes.
+        averaged: What evaluates it such that gradients are averaged over processes.
         record: What was seen in the last evaluation.
 
     Raises:
@@ -60,7 +59,6 @@ class Objective:
         first_batch: Data,
     ) -> None:
         self.module: Any = elbo(model, guide)
-        self.shared = self.module
         self.scale = scale
         self.keeps_parts = isinstance(elbo, NestedELBO)
         self.record = EvaluationRecord(score=not self.keeps_parts)
@@ -86,6 +84,7 @@ class Objective:
                 raise ValueError(_of_no_module(name))
         if not self.parameters:
             raise ValueError("fit: neither model nor guide has parameters; is the guide an nn.Module?")
+        self.share(Ranks())
 
     def __call__(self, batch: Data, weights: KLWeights) -> Tensor:
         """Evaluate the negative ELBO.
@@ -101,10 +100,9 @@ class Objective:
             NonFiniteLossError: If torch or Pyro refuse a law or a value that is not finite. Any other error stays what
                 it is, and has a note that names the last site before it.
         """
-        loss = self._evaluate(batch, self.scale(num_rows(batch), weights), self.shared)
-        return loss if self.shared is self.module else touched(loss, self.parameters)
+        return self._evaluate(batch, self.scale(num_rows(batch), weights), self.module)
 
-    def share(self, ranks: Ranks, device: torch.device | None) -> None:
+    def share(self, ranks: Ranks) -> None:
         """From here on, average gradients over processes.
 
         Raises:
@@ -116,7 +114,12 @@ class Objective:
                 "fit: a guide with a law of lengths for each row learns on one process; let the rows share it "
                 "(`shared_plates`), or start one process"
             )
-        self.ranks, self.shared = ranks, ranks.wrap(self.module, device)
+        self.ranks, self.averaged = ranks, Averaged(self.module, ranks)
+
+    def share_buffers(self) -> None:
+        """Give all processes the first one's buffers, such as running means of norms."""
+        for buffer in self.module.buffers() if self.ranks.size > 1 else ():
+            buffer.copy_(self.ranks.same(buffer))
 
     def row_scale(self, batch: Data) -> float:
         """Return by how much the rows of a batch are scaled."""
@@ -128,14 +131,10 @@ class Objective:
         if part is not None:
             part.batch_weight = min(weight, 1.0)
 
-    def together(self, last: bool) -> AbstractContextManager[Any]:
-        """Return a context for a backward pass, of which the last of a step averages gradients over processes."""
-        return nullcontext() if last or self.shared is self.module else self.shared.no_sync()
-
     def agree(self) -> None:
         """Let processes have the same laws where these are learned in closed form, not by gradients."""
-        part = None if self.shared is self.module else conditional_part(self.module.guide)
-        if part is not None:
+        part = conditional_part(self.module.guide)
+        if self.ranks.size > 1 and part is not None:
             mean = self.ranks.sum(part.logits.detach().clone()) / self.ranks.size
             part.learn(mean, None, share=1.0)
 
@@ -193,6 +192,8 @@ class Objective:
         except Exception as error:  # what is to be explained is another error
             what = f"{type(error).__name__}: {error}".partition("\n")[0]  # without the shapes that Pyro adds
             return f"evaluating the model once more, to find the site, raised {what}; {last}"
+        if self.ranks.size > 1:  # whose gradients are all the same by now
+            return f"on a new draw each site of process {self.ranks.rank} is finite: the others' errors may say more"
         gradients = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
         bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
         return f"the gradient of {bad} is not finite; {last}" if bad else f"on a new draw each site is finite; {last}"

@@ -1,7 +1,7 @@
 """One step of stochastic variational inference."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,7 +34,6 @@ class Step:
         with_temperature: Parts of model and guide whose masks have a temperature.
         clip_norm: Largest norm of the gradient, or None.
         values: Lets value heads learn from each evaluation, or None.
-        evaluating: Makes one more context for each evaluation, of the precision of torch.
     """
 
     def __init__(
@@ -47,11 +46,9 @@ class Step:
         with_temperature: Sequence[Any] = (),
         clip_norm: float | None = None,
         values: ValueSites | None = None,
-        evaluating: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.objective, self.optimizer, self.lr_schedule, self.num_rows = objective, optimizer, lr_schedule, num_rows
         self.cuts, self.with_temperature, self.clip_norm, self.values = cuts, with_temperature, clip_norm, values
-        self.evaluating = evaluating
 
     def __call__(self, batches: Sequence[Data], setting: Setting) -> ElboParts:
         """Take a step.
@@ -97,17 +94,21 @@ class Step:
 
         The last one of a step is that in which processes add up their gradients.
         """
-        with ExitStack() as stack:
-            for context in (particle, self.evaluating(), self.objective.together(last)):
-                stack.enter_context(context)
-            if self.values is not None:
-                self.values.row_scale = self.objective.row_scale(batch)
-                stack.enter_context(self.values)  # within: it sees laws before they are cut
-            loss = self.objective(batch, setting.weights)
-            if self.values is not None and (error := self.values.loss()) is not None:
-                loss = loss + (error - error.detach())  # in the gradient of the heads, which have no other
+        values = self.values
+
+        def evaluate() -> Tensor:
+            with nullcontext() if values is None else values:  # within: it sees laws before they are cut
+                loss = self.objective(batch, setting.weights)
+                error = None if values is None else values.loss()
+            # In the gradient of the heads, which have no other.
+            return loss if error is None else loss + (error - error.detach())
+
+        if values is not None:
+            values.row_scale = self.objective.row_scale(batch)
+        with particle:
+            loss = self.objective.averaged(evaluate, last=last)
             (loss if weight == 1 else loss * weight).backward()
-            return self.objective.parts(loss)
+        return self.objective.parts(loss)
 
     def _clip(self) -> Tensor:
         parameters = self.objective.parameters

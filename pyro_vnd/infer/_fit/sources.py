@@ -1,23 +1,14 @@
 """Where the batches of a fit come from: tensors, data sets, loaders, or anything that can be iterated again."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-    TensorDataset,
-)
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from pyro_vnd._data import (
@@ -34,6 +25,7 @@ from pyro_vnd._data import (
 from pyro_vnd._data import num_rows as rows_in
 from pyro_vnd.infer._fit.checks import whole_number
 from pyro_vnd.infer._fit.parallel import Ranks
+from pyro_vnd.infer._fit.shares import bounds, shared
 
 __all__ = ["Source", "as_source", "check_validation", "move"]
 
@@ -72,6 +64,10 @@ class Source:
     def in_order(self, num_rows: int | None = None) -> Iterator[Data]:
         """Yield batches of all rows, or of about so many from all over the data, for what is found out of them."""
         return map(self._moved, self._in_order(num_rows))
+
+    def goes_on(self, batches: Sequence[Data]) -> bool:
+        """Return whether there are batches for another step, in all processes."""
+        return bool(batches)
 
     def _moved(self, batch: Data) -> Data:
         return move(batch, self.device)
@@ -119,7 +115,7 @@ class RowsOfTensors(Source):
         self.whole = data
         self.num_data = rows_in(data)
         self.batch_size = self.num_data if batch_size is None else whole_number("batch_size", batch_size, self.num_data)
-        self._bounds = _bounds(self.num_data, self.batch_size, ranks)
+        self._bounds = bounds(self.num_data, self.batch_size, ranks)
         self.num_batches = len(self._bounds)
 
     def _first(self) -> Data:
@@ -131,7 +127,8 @@ class RowsOfTensors(Source):
         if self.batch_size == self.num_data and self.ranks.size == 1:
             data: Any = self.whole
             return iter([data])  # as they are
-        return self._batches(self.ranks.same(torch.randperm(self.num_data)))
+        with self.ranks.alike():
+            return self._batches(torch.randperm(self.num_data))
 
     def _batches(self, order: Tensor) -> Iterator[Data]:
         data: Any = self.whole
@@ -147,13 +144,6 @@ class RowsOfTensors(Source):
         else:
             few = torch.linspace(0, self.num_data - 1, min(self.num_data, num_rows)).round().long()
             yield map_parts(lambda x: x.index_select(0, few.to(x.device)), data)
-
-
-def _bounds(num_rows: int, batch_size: int, ranks: Ranks) -> list[tuple[int, int]]:
-    """Return where batches begin and end; a last one in which some process would have no row is left out."""
-    ends = [*range(batch_size, num_rows, batch_size), num_rows]
-    pairs = [*zip([0, *ends], ends, strict=False)]
-    return pairs if len(pairs) == 1 or pairs[-1][1] - pairs[-1][0] >= ranks.size else pairs[:-1]
 
 
 def _rows_of(rows: Mapping[torch.device, Tensor], x: Tensor) -> Tensor:
@@ -172,11 +162,12 @@ class Batches(Source):
 
     def __init__(self, data: Iterable[Any], num_data: int | None, ranks: Ranks, device: torch.device | None) -> None:
         super().__init__(ranks, device)
-        self.data, split = _shared(data, ranks)
+        self.data, split, self._is_even = shared(data, ranks)
         self.can_repeat, self._ended = not isinstance(data, Iterator), False
         self._begin = self._peek()
         full: Any = getattr(data, "batch_size", None)
-        self.batch_size = (full or rows_in(self._begin)) * (1 if split else ranks.size)
+        begun = torch.tensor(rows_in(self._begin))
+        self.batch_size = int(ranks.sum(begun)) if full is None else full * (1 if split else ranks.size)
         self.num_data, self._is_sure = _all_rows(data, num_data)
         sized: Any = self.data
         length = len(sized) if _has_length(sized) else None
@@ -242,6 +233,10 @@ class Batches(Source):
         found = [getattr(each, "generator", None) for each in (self.data, sampler)]
         return [*{id(each): each for each in found if isinstance(each, torch.Generator)}.values()]
 
+    def goes_on(self, batches: Sequence[Data]) -> bool:
+        """Return whether there are batches for another step, in all processes: none takes a step alone."""
+        return bool(batches) if self._is_even else self.ranks.all(bool(batches))
+
     def state_dict(self) -> Any:
         """Return the state of a loader that has one, such as torchdata's StatefulDataLoader."""
         return self.data.state_dict() if hasattr(self.data, "state_dict") else None
@@ -306,44 +301,6 @@ def _known_rows(data: Any) -> tuple[int | None, bool]:
     return None, False
 
 
-class _SharedBatches(Sampler[list[int]]):
-    """The batches of rows of a data set, of which each process takes its share."""
-
-    def __init__(self, num_rows: int, batch_size: int, shuffle: bool, drop_last: bool, ranks: Ranks) -> None:
-        self.num_rows, self.shuffle, self.ranks = num_rows, shuffle, ranks
-        kept = num_rows - num_rows % batch_size if drop_last else num_rows
-        self.bounds = _bounds(kept, min(batch_size, kept), ranks)
-
-    def __len__(self) -> int:
-        return len(self.bounds)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = self.ranks.same(torch.randperm(self.num_rows)) if self.shuffle else torch.arange(self.num_rows)
-        for start, stop in self.bounds:
-            yield self.ranks.share(order[start:stop]).tolist()
-
-
-def _shared(data: Iterable[Any], ranks: Ranks) -> tuple[Iterable[Any], bool]:
-    """Return a loader with which processes share batches, and whether its `batch_size` is for all of them together."""
-    if ranks.size == 1 or not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
-        return data, ranks.size == 1
-    sampler: Any = data.sampler
-    if type(data.batch_sampler) is not BatchSampler or type(sampler) not in (RandomSampler, SequentialSampler):
-        if not isinstance(sampler, DistributedSampler):
-            raise ValueError(
-                "fit: argument `data` is a DataLoader with a sampler of its own, which several processes cannot share: "
-                f"give torch's DistributedSampler, or shuffle=True; got {type(sampler).__name__}"
-            )
-        return data, False
-    size: Any = data.batch_size
-    rows = _SharedBatches(len(sampler), size, isinstance(sampler, RandomSampler), data.drop_last, ranks)
-    kept = {
-        name: getattr(data, name)
-        for name in ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "prefetch_factor")
-    }
-    return DataLoader(data.dataset, batch_sampler=rows, persistent_workers=data.persistent_workers, **kept), True
-
-
 def as_source(
     data: Any, batch_size: int | None, num_data: int | None, ranks: Ranks, device: torch.device | None
 ) -> Source:
@@ -379,7 +336,7 @@ def as_source(
         size, shuffle = whole_number("batch_size", batch_size), not isinstance(data, IterableDataset)
         loader: DataLoader[Any] = DataLoader(data, batch_size=size, shuffle=shuffle)
         return Batches(loader, num_data, ranks, device)
-    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
+    if isinstance(data, str | bytes) or hasattr(data, "__array__") or not isinstance(data, Iterable):  # or a table
         check_rows("fit", data)
     if batch_size is not None:
         raise ValueError(
@@ -398,11 +355,11 @@ def check_validation(validation: Any, first: Data) -> None:
         check_rows("fit", validation, "validation")
         if _shapes_of_a_row(validation) != _shapes_of_a_row(first):
             raise ValueError(
-                f"fit: argument `validation` must be like `data`, with rows of shapes {_shapes_of_a_row(first)}; got "
+                f"fit: argument `validation` must be like `data`, in batches of shapes {shapes(first)}; got "
                 f"{shapes(validation)}"
             )
 
 
 def _shapes_of_a_row(data: Data) -> Any:
-    args, kwargs = as_arguments(map_parts(lambda x: tuple(x.shape[1:]), data))
-    return kwargs or [*args]
+    args, kwargs = as_arguments(data)
+    return [x.shape[1:] for x in args], {name: x.shape[1:] for name, x in kwargs.items()}

@@ -25,7 +25,7 @@ from pyro_vnd.diagnostics import (
 )
 from pyro_vnd.diagnostics.metrics.calibration import fit_temperature, scale_temperature
 from pyro_vnd.diagnostics.metrics.regression import LEVELS, normal_mixture_crps
-from pyro_vnd.infer import MaskSchedule, fit, module_local_params
+from pyro_vnd.infer import KLWeights, MaskSchedule, fit, module_local_params
 from pyro_vnd.nn import (
     BernoulliLabels,
     NestedModel,
@@ -405,7 +405,7 @@ def test_a_model_of_the_next_token_learns_it_at_every_width():
     plain = nn.Sequential(nn.Embedding(6, 8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 6))
     net = nest(plain, x[:1], num_blocks=4, exclude=["0"])
     model = NestedModel(net, TokenLabels(ignore_index=0))
-    how = {"num_epochs": 60, "lr": 0.05, "kl_weight": 0.01, "schedule": MaskSchedule()}
+    how = {"num_epochs": 60, "lr": 0.05, "weights": KLWeights(latents=0.01), "schedule": MaskSchedule()}
     fit(model, model.guide, (x, y), **how, **QUIET)
     noise = torch.randint(1, 6, x.shape, generator=generator)
     found = evaluate_widths(model, (x, y), [0.25, 0.5, 1.0], 5, ood={"noise": (noise, y)}, **QUIET)

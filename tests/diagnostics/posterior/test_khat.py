@@ -13,7 +13,7 @@ from pyro_vnd.diagnostics import to_arviz
 from pyro_vnd.diagnostics.posterior._arviz import dataset, from_groups, psis
 from pyro_vnd.diagnostics.posterior.khat import khat, khat_by_row, resample
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import AutoNested, cosine_to_zero, fit, module_local_params
+from pyro_vnd.infer import AutoNested, OptimizerSettings, cosine_to_zero, fit, module_local_params
 
 D, N = 5, 20
 Y = torch.linspace(-1, 1, N * D, dtype=torch.float64).sin().reshape(N, D)
@@ -62,7 +62,15 @@ def as_tree(data):
 
 def test_a_fit_is_good_and_broken_ones_are_not():
     guide = AutoNormal(means)
-    fit(means, guide, Y, num_epochs=300, lr=0.1, lr_schedule=cosine_to_zero(), progress=False)
+    fit(
+        means,
+        guide,
+        Y,
+        num_epochs=300,
+        lr=0.1,
+        optimizer=OptimizerSettings(lr_schedule=cosine_to_zero()),
+        progress=False,
+    )
     values = khat(drawn([guide, guide_at(shift=2.0)]))
     assert values.dims == ("chain",)
     assert values[0] < 0.5
@@ -243,7 +251,15 @@ def test_rows_of_an_autoguide_with_a_constrained_latent():
 
     counts = torch.tensor([0.0, 3.0, 10.0])
     guide = AutoNormal(model)
-    fit(model, guide, counts, num_epochs=300, lr=0.1, lr_schedule=cosine_to_zero(), progress=False)
+    fit(
+        model,
+        guide,
+        counts,
+        num_epochs=300,
+        lr=0.1,
+        optimizer=OptimizerSettings(lr_schedule=cosine_to_zero()),
+        progress=False,
+    )
     assert (khat_by_row(model, guide, counts) < 0.7).all()
     with module_local_params(guide), torch.no_grad():
         guide.locs.rate += torch.tensor([0.0, 2.0, 0.0])

@@ -13,7 +13,7 @@ from scipy import stats
 
 from pyro_vnd.diagnostics.posterior.sbc import rank_uniformity, sbc
 from pyro_vnd.distributions import NestedNormal, OrderedMask
-from pyro_vnd.infer import cosine_to_zero, fit
+from pyro_vnd.infer import OptimizerSettings, cosine_to_zero, fit
 
 D, N, L = 2, 3, 39
 UNIFORM, BROKEN = 0.01, 1e-4
@@ -100,8 +100,7 @@ def fitted_law(data):
         data["y"],
         num_epochs=12,
         lr=4.0,
-        optimizer=torch.optim.SGD,
-        lr_schedule=cosine_to_zero(),
+        optimizer=OptimizerSettings(torch.optim.SGD, lr_schedule=cosine_to_zero()),
         elbo=TraceEnum_ELBO(max_plate_nesting=1),
         progress=False,
     )

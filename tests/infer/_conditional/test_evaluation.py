@@ -12,7 +12,7 @@ from pyro.infer import TraceEnum_ELBO
 from torch import Tensor, nn
 
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import AutoNested, NestedELBO, fit, module_local_params
+from pyro_vnd.infer import AutoNested, KLWeights, NestedELBO, fit, module_local_params
 from pyro_vnd.infer._conditional.evaluation import evaluate
 from pyro_vnd.infer._conditional.guide import AutoConditional
 
@@ -227,7 +227,7 @@ def test_a_weight_of_the_lengths_is_a_temperature_of_their_law(length_weight: fl
             pyro.sample("y", dist.Normal(mask.sum(-1), 1.0), obs=y)
 
     guide = AutoNested(model)
-    fit(model, guide, y, num_epochs=1, length_weight=length_weight, progress=False)
+    fit(model, guide, y, num_epochs=1, weights=KLWeights(lengths=length_weight), progress=False)
     values = dist.Normal(torch.arange(1.0, 4.0).unsqueeze(-1), 1.0).log_prob(y).sum(-1)
     expected = (torch.tensor([0.5, 0.25, 0.25]).log() + values / length_weight).softmax(-1)
     torch.testing.assert_close(guide.laws["mask"].probs, expected)

@@ -95,7 +95,7 @@ def test_a_length_that_the_prior_rules_out_stays_so(elbo):
     prior = torch.tensor([0.5, 0.0, 0.5])
     model = lambda x, y: regression(x, y, prior)  # noqa: E731
     guide = AutoNested(model)
-    fit(model, guide, (x, y), num_epochs=300, elbo=elbo, khat=False, progress=False)
+    fit(model, guide, (x, y), num_epochs=300, elbo=elbo, progress=False)
     assert distance(guide, exact(x, y, prior)) < 0.02
     assert guide.laws["mask"].probs[1] == 0
 
@@ -145,7 +145,7 @@ def test_a_latent_that_is_summed_out_by_enumeration():
 
     guide = AutoNested(poutine.block(model, hide=["z"]))
     elbo = TraceEnum_ELBO(max_plate_nesting=1)
-    fit(model, guide, (x, y), num_epochs=300, elbo=elbo, khat=False, progress=False)
+    fit(model, guide, (x, y), num_epochs=300, elbo=elbo, progress=False)
     written = lambda x, y: model(x, y, summed=True)  # noqa: E731
     other = AutoNested(written)
     fit(written, other, (x, y), num_epochs=300, progress=False)

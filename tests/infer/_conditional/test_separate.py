@@ -39,7 +39,7 @@ def test_each_of_several_masks_finds_its_order():
     distances = {}
     for latents in ("conditional", "mean_field"):
         guide = AutoNested(model, latents=latents)
-        result = fit(model, guide, y, num_epochs=400, khat=False, progress=False)
+        result = fit(model, guide, y, num_epochs=400, progress=False)
         laws = [guide.laws[f"mask{i}"].probs for i in range(3)]
         distances[latents] = [0.5 * (q - p).abs().sum().item() for q, p in zip(laws, marginals, strict=True)]
         if latents == "conditional":

@@ -16,7 +16,17 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import FitResult, MaskSchedule, cosine_to_zero, fit, linear
+from pyro_vnd.infer import (
+    Callback,
+    FitResult,
+    KLWeights,
+    MaskSchedule,
+    NestedELBO,
+    OptimizerSettings,
+    cosine_to_zero,
+    fit,
+    linear,
+)
 from pyro_vnd.nn import NestedClassifier, NestedLayer, NestedNet, Width
 
 N = 40
@@ -79,12 +89,29 @@ class NestedBatch(Nested):
     masks = "batch"
 
 
+def settings(optimizer=torch.optim.SGD, **options):
+    return OptimizerSettings(optimizer, clip_norm=1.0, **options)
+
+
+class Counting(Callback):
+    """A callback with a state of a number of numpy's."""
+
+    def state_dict(self):
+        return {"seen": np.int64(3)}
+
+    def load_state_dict(self, state):
+        assert state == {"seen": 3}
+
+
 ARGUMENTS = {"num_epochs": 6, "batch_size": 10, "lr": 0.05, "progress": False}
 OPTIONS = {
-    Regression: {"kl_weight": linear(0.0, 1.0), "optimizer": torch.optim.SGD, "clip_norm": 1.0},
-    Nested: {"schedule": MaskSchedule(), "temperature": linear(1.0, 0.2), "lr_schedule": cosine_to_zero(0.2)},
+    Regression: {"weights": KLWeights(linear(0.0, 1.0)), "optimizer": settings()},
+    Nested: {
+        "schedule": MaskSchedule(temperature=linear(1.0, 0.2)),
+        "optimizer": OptimizerSettings(lr_schedule=cosine_to_zero(0.2)),
+    },
 }
-OPTIONS[NestedBatch] = {"schedule": MaskSchedule(0.2, 0.6, 0.2, sliced=True), "local_reparam": True}
+OPTIONS[NestedBatch] = {"schedule": MaskSchedule(0.2, 0.6, 0.2, sliced=True), "elbo": NestedELBO(local_reparam=True)}
 
 
 @pytest.fixture
@@ -201,21 +228,30 @@ OTHER = [
     ),
     ({"num_epochs": 5}, "`num_epochs` was 6, now 5$"),
     ({"batch_size": 20}, "`batch_size` was 10, now 20$"),
-    ({"optimizer": torch.optim.AdamW}, r"`optimizer` was SGD\(.*\), now AdamW\(.*\)$"),
+    ({"optimizer": settings(torch.optim.AdamW)}, r"`optimizer` was SGD\(.*\), now AdamW\(.*\)$"),
     (
-        {"optimizer": partial(torch.optim.SGD, momentum=0.5)},
+        {"optimizer": settings(partial(torch.optim.SGD, momentum=0.5))},
         r"`optimizer` was SGD\(momentum=0, .*, now SGD\(momentum=0.5",
     ),
     ({"lr": 0.5}, "`lr` was 0.05, now 0.5$"),
-    ({"lr_schedule": cosine_to_zero()}, "`lr_schedule` was None, now SequentialLR, 0.0005 at first, hash .{8}$"),
-    ({"kl_weight": 0.5}, "`kl_weight` was 0 to 1, hash .{8}, now 0.5$"),
-    ({"kl_weight": linear(0.0, 1.0, warmup=0.5)}, "`kl_weight` was 0 to 1, hash (.{8}), now 0 to 1, hash (?!\\1).{8}$"),
-    ({"local_kl_weight": 0.0}, "`local_kl_weight` was 1.0, now 0.0$"),
-    ({"length_weight": lambda t: t}, "`length_weight` was 1.0, now 0 to 1, hash .{8}$"),
-    ({"clip_norm": None}, "`clip_norm` was 1.0, now None$"),
+    (
+        {"optimizer": settings(lr_schedule=cosine_to_zero())},
+        "`lr_schedule` was None, now SequentialLR, 0.0005 at first, hash .{8}$",
+    ),
+    ({"weights": KLWeights(latents=0.5)}, "`weights.latents` was 0 to 1, hash .{8}, now 0.5$"),
+    (
+        {"weights": KLWeights(linear(0.0, 1.0, warmup=0.5))},
+        "`weights.latents` was 0 to 1, hash (.{8}), now 0 to 1, hash (?!\\1).{8}$",
+    ),
+    ({"weights": KLWeights(linear(0.0, 1.0), local=0.0)}, "another fit: `weights.local` was 1.0, now 0.0$"),
+    (
+        {"weights": KLWeights(linear(0.0, 1.0), lengths=lambda t: t)},
+        "another fit: `weights.lengths` was 1.0, now 0 to 1, hash .{8}$",
+    ),
+    ({"optimizer": torch.optim.SGD}, "`clip_norm` was 1.0, now None$"),
     ({"seed": 1}, "`seed` was 0, now 1$"),
     ({"seed": None}, "`seed` was 0, now None$"),
-    ({"local_reparam": "linear"}, "`local_reparam` was False, now linear$"),
+    ({"elbo": NestedELBO(local_reparam="linear")}, "`local_reparam` was False, now linear$"),
     (
         {"elbo": pyro.infer.Trace_ELBO(num_particles=2)},
         "`elbo` was NestedELBO of 1 particles, now Trace_ELBO of 2 particles$",
@@ -232,12 +268,21 @@ def test_resume_with_other_arguments_says_what_differs(arguments, message, data,
 
 
 OTHER_MASKS = [
-    ({"schedule": MaskSchedule(0.2, 0.7, 0.1)}, r"`schedule` was MaskSchedule\(.*, now MaskSchedule\(learned=0.2"),
-    ({"schedule": None}, r"`schedule` was MaskSchedule\(learned=0.5, budget=0.4, full=0.1\), now None$"),
-    ({"temperature": 0.1}, "`temperature` was 1 to 0.2, hash .{8}, now 0.1$"),
-    ({"lr_schedule": cosine_to_zero(0.3)}, "`lr_schedule` was SequentialLR, .*, now SequentialLR, .*$"),
     (
-        {"lr_schedule": lambda optimizer, _: lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)},
+        {"schedule": MaskSchedule(0.2, 0.7, 0.1, temperature=linear(1.0, 0.2))},
+        r"`schedule` was MaskSchedule\(.*, now MaskSchedule\(learned=0.2",
+    ),
+    (
+        {"schedule": None},
+        r"`schedule.temperature` was .*, now None; `schedule` was MaskSchedule\(learned=0.5, bud.*, now None$",
+    ),
+    ({"schedule": MaskSchedule(temperature=0.1)}, "`schedule.temperature` was 1 to 0.2, hash .{8}, now 0.1$"),
+    (
+        {"optimizer": OptimizerSettings(lr_schedule=cosine_to_zero(0.3))},
+        "`lr_schedule` was SequentialLR, .*, now SequentialLR, .*$",
+    ),
+    (
+        {"optimizer": OptimizerSettings(lr_schedule=lambda o, _: lr_scheduler.LambdaLR(o, lambda step: 0.5**step))},
         "`lr_schedule` was SequentialLR, 0.0005 at first, hash .{8}, now LambdaLR, 0.05 at first, hash .{8}$",
     ),
 ]
@@ -262,14 +307,14 @@ def test_learning_rates_are_told_apart_by_their_values(data, tmp_path):
     """Also where they are made by functions, which have no values of their own."""
 
     def falling(rate):
-        return lambda optimizer, _: lr_scheduler.LambdaLR(optimizer, lambda step: rate**step)
+        return settings(lr_schedule=lambda optimizer, _: lr_scheduler.LambdaLR(optimizer, lambda step: rate**step))
 
     path = tmp_path / "fit.pt"
-    _, first = train(Regression, data, checkpoint=path, lr_schedule=falling(0.9))
-    _, again = train(Regression, data, checkpoint=path, resume=True, lr_schedule=falling(0.9))
+    _, first = train(Regression, data, checkpoint=path, optimizer=falling(0.9))
+    _, again = train(Regression, data, checkpoint=path, resume=True, optimizer=falling(0.9))
     assert first == again
     with pytest.raises(ValueError, match=r"`lr_schedule` was LambdaLR, 0.05 at first, hash .{8}, now LambdaLR"):
-        train(Regression, data, checkpoint=path, resume=True, lr_schedule=falling(0.8))
+        train(Regression, data, checkpoint=path, resume=True, optimizer=falling(0.8))
 
 
 def test_resume_with_other_data_or_parameters_says_what_differs(data, tmp_path, monkeypatch):
@@ -366,15 +411,18 @@ NUMPY = {
     "num_epochs": np.int64(6),
     "batch_size": np.int64(10),
     "lr": np.logspace(-3, -1, 3)[1],
-    "clip_norm": np.float32(1),
 }
 
 
 def test_numbers_of_numpy_are_read_again(data, tmp_path, monkeypatch):
-    monkeypatch.setitem(OPTIONS, WithExtra, {"optimizer": partial(torch.optim.SGD, momentum=np.float64(0.5))})
+    monkeypatch.setitem(OPTIONS, WithExtra, {})
     path = tmp_path / "fit.pt"
-    how = NUMPY | {"kl_weight": np.float64(0.5), "stop": lambda elbo: np.bool_(False), "checkpoint": path}
-    how["lr_schedule"] = lambda o, n: lr_scheduler.StepLR(o, 3, gamma=np.float64(0.5))
+    how = NUMPY | {"weights": KLWeights(np.float64(0.5)), "callbacks": [Counting()], "checkpoint": path}
+    how["optimizer"] = OptimizerSettings(
+        partial(torch.optim.SGD, momentum=np.float64(0.5)),
+        lr_schedule=lambda o, n: lr_scheduler.StepLR(o, 3, gamma=np.float64(0.5)),
+        clip_norm=np.float32(1),
+    )
     expected, whole = train(WithExtra, data, **how)
     path.unlink()
     train(WithExtra, data, **how, stop_at=12)
@@ -394,20 +442,20 @@ class Warm:
 
 
 def test_what_could_not_be_read_again_is_not_written(data, tmp_path):
-    message = r"`checkpoint` cannot hold \[.*numpy.*\], which are in the state of modules, optimiser or `lr_schedule`"
+    message = r"`checkpoint` cannot hold \[.*numpy.*\], which are in the state of modules, optimiser, `lr_schedule`, "
     with pytest.raises(ValueError, match=message):
         train(
             Regression,
             data,
             checkpoint=tmp_path / "fit.pt",
-            lr_schedule=lambda optimizer, _: lr_scheduler.LambdaLR(optimizer, Warm()),
+            optimizer=OptimizerSettings(lr_schedule=lambda optimizer, _: lr_scheduler.LambdaLR(optimizer, Warm())),
         )
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("stop_at", [None, 11])
 def test_extended_without_schedules_is_as_if_it_had_been_as_long(stop_at, data, tmp_path):
-    path, constant = tmp_path / "fit.pt", {"kl_weight": 0.5}
+    path, constant = tmp_path / "fit.pt", {"weights": KLWeights(0.5)}
     expected, whole = train(Regression, data, **constant)
     train(Regression, data, num_epochs=3, checkpoint=path, stop_at=stop_at, **constant)
     state, result = train(Regression, data, checkpoint=path, resume="extend", **constant)
@@ -433,7 +481,8 @@ def test_extended_schedules_are_those_of_the_longer_fit(lr_schedule, data, tmp_p
             seen.append((self.param_groups[0]["lr"], self.param_groups[0]["momentum"]))
             return super().step(closure)
 
-    how = {"optimizer": partial(Recorded, momentum=0.5), "lr_schedule": lr_schedule, "checkpoint": tmp_path / "fit.pt"}
+    optimizer = settings(partial(Recorded, momentum=0.5), lr_schedule=lr_schedule)
+    how = {"optimizer": optimizer, "checkpoint": tmp_path / "fit.pt"}
     train(Regression, data, **how)
     whole = [*seen]
     seen.clear()
@@ -452,8 +501,8 @@ def test_weights_of_an_extended_fit_go_on_from_where_the_longer_schedule_stands(
         return t
 
     path = tmp_path / "fit.pt"
-    train(Regression, data, num_epochs=3, kl_weight=rising, checkpoint=path)
-    _, result = train(Regression, data, kl_weight=rising, checkpoint=path, resume="extend")
+    train(Regression, data, num_epochs=3, weights=KLWeights(rising), checkpoint=path)
+    _, result = train(Regression, data, weights=KLWeights(rising), checkpoint=path, resume="extend")
     weighted = [kl / latents for kl, latents in zip(result.kl, result.kl_latents, strict=True)]
     # Means of t over the four steps of an epoch, first of twelve, then of twenty-four.
     assert weighted[:3] == pytest.approx([1.5 / 11, 5.5 / 11, 9.5 / 11], abs=0.05)

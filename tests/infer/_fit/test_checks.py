@@ -18,7 +18,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_vnd.autoencoders import OrderedVAE, OrderedVQVAE, mlp_bodies
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import AutoNested, MaskSchedule, NestedELBO, Plateau, cosine_to_zero, fit, linear
+from pyro_vnd.infer import (
+    AutoNested,
+    KLWeights,
+    MaskSchedule,
+    NestedELBO,
+    OptimizerSettings,
+    Plateau,
+    cosine_to_zero,
+    fit,
+    linear,
+)
 from pyro_vnd.nn import NestedClassifier, nest
 
 N = 24
@@ -53,12 +63,8 @@ WRONG = [
     ("lr", -0.1, "a finite number > 0; got -0.1"),
     ("lr", torch.nan, "a finite number > 0; got nan"),
     ("lr", True, "a finite number > 0; got True"),
-    ("clip_norm", "1", "a finite number > 0, or None; got '1'"),
-    ("kl_weight", "1", "a number or a function of t, finite and >= 0; got '1'"),
-    ("kl_weight", None, "a number or a function of t, finite and >= 0; got None"),
-    ("kl_weight", lambda t: "1", "a number or a function of t, finite and >= 0; got '1' at t = 0"),
-    ("local_kl_weight", float, "a number or a function of t, finite and >= 0; got <class 'float'>"),
-    ("length_weight", MaskSchedule(), "a number or a function of t, finite and >= 0; got MaskSchedule"),
+    ("weights", 0.5, r"KLWeights\(latents=, local=, lengths=\); got 0.5"),
+    ("weights", KLWeights, "got the class KLWeights"),
     ("elbo", NestedELBO, r"NestedELBO\(\), .*; got the class NestedELBO"),
     ("elbo", 3, r"an objective, NestedELBO\(\)"),
     ("elbo", pyro.infer.RenyiELBO(), r"TraceEnum_ELBO\(\); got RenyiELBO, which goes with pyro.infer.SVI"),
@@ -67,21 +73,27 @@ WRONG = [
     ("elbo", pyro.infer.JitTraceMeanField_ELBO(), "got JitTraceMeanField_ELBO, which goes with"),
     ("elbo", pyro.infer.ReweightedWakeSleep(), "got ReweightedWakeSleep, which goes with"),
     ("schedule", MaskSchedule, r"a MaskSchedule\(\), a PriceSchedule\(\) or None; .*; got the class MaskSchedule"),
-    ("schedule", linear(0, 1), r"a PriceSchedule\(\) or None; schedules of weights go to `kl_weight`"),
+    ("schedule", linear(0, 1), r"a PriceSchedule\(\) or None; weights of KLs go to `weights`"),
     ("schedule", "uniform", r"a MaskSchedule\(\), a PriceSchedule\(\) or None"),
-    ("stop", 5, r"a function of the ELBO by epoch, such as Plateau\(\), or None; got 5"),
-    ("stop", Plateau, "got the class Plateau"),
+    ("callbacks", Plateau(), r"a list of Callback objects; got Plateau\("),
+    ("callbacks", [Plateau], "a list of Callback objects; got .<class"),
+    ("progress", 1, "True or False; got 1"),
+    ("precision", "16", "'32' or 'bf16'; got '16'"),
+    ("device", "nowhere", "a device that torch has here; got 'nowhere'"),
     ("plate", 3, "the name of a plate; got 3"),
     ("seed", 1.5, r"an integer from 0 to 2\*\*63 - 1, or None; got 1.5"),
     ("seed", "s", "an integer from 0"),
-    ("local_reparam", "conv", "True, False or 'linear'; got 'conv'"),
     ("resume", "more", "True, False or 'extend'; got 'more'"),
     ("checkpoint", 3, "the path of a file; got 3"),
     ("checkpoint", "", "the path of a file; got ''"),
     ("optimizer", pyro.optim.Adam({"lr": 0.1}), "not one of pyro.optim, which is for pyro.infer.SVI; got <pyro"),
     ("optimizer", pyro.optim.Adam, "not one of pyro.optim"),
     ("optimizer", SGD, "what makes one, not one that is made; got SGD"),
-    ("optimizer", "adam", "a class of torch.optim or a function of parameters and `lr`.*; got 'adam'"),
+    (
+        "optimizer",
+        "adam",
+        "a class of torch.optim, a function of parameters and `lr`, or OptimizerSettings; got 'adam'",
+    ),
     ("optimizer", lambda params, lr: 3, "what makes a torch optimiser .*; got the class int"),
     ("optimizer", lambda params, lr: torch.optim.LBFGS(params, lr=lr), "whose step needs no closure; got the class L"),
     ("lr_schedule", cosine_to_zero, r"such as cosine_to_zero\(\), or None; got <function cosine_to_zero"),
@@ -95,10 +107,32 @@ WRONG = [
 ]
 
 
+WRONG_WEIGHTS = [
+    ("latents", "1", "a number or a function of t, finite and >= 0; got '1'"),
+    ("latents", None, "a number or a function of t, finite and >= 0; got None"),
+    ("latents", lambda t: "1", "a number or a function of t, finite and >= 0; got '1' at t = 0"),
+    ("local", float, "a number or a function of t, finite and >= 0; got <class 'float'>"),
+    ("lengths", MaskSchedule(), "a number or a function of t, finite and >= 0; got MaskSchedule"),
+]
+
+
+@pytest.mark.parametrize(("argument", "value", "message"), WRONG_WEIGHTS)
+def test_wrong_weights(argument, value, message, rows):
+    refused(
+        f"`weights.{argument}` must be {message}",
+        model,
+        AutoNested(model),
+        rows,
+        weights=KLWeights(**{argument: value}),
+    )
+
+
 @pytest.mark.parametrize(("argument", "value", "message"), WRONG)
 def test_wrong_arguments(argument, value, message, rows):
     guide = value if argument == "guide" else AutoNested(model)
     arguments = {} if argument == "guide" else {argument: value}
+    if argument == "lr_schedule":
+        arguments = {"optimizer": OptimizerSettings(lr_schedule=value)}
     if argument == "resume":
         arguments["checkpoint"] = "file.pt"
     refused(rf"`{argument}` must be .*{message}|`{argument}` must be {message}", model, guide, rows, **arguments)
@@ -113,11 +147,12 @@ def test_numbers_of_numpy_and_torch_are_numbers(rows):
         "num_epochs": np.int64(2),
         "batch_size": torch.tensor(12),
         "lr": np.float32(0.25),
-        "clip_norm": np.float64(9),
+        "optimizer": OptimizerSettings(clip_norm=np.float32(9), accumulate=np.int64(2)),
+        "weights": KLWeights(np.float64(0.5), lengths=lambda t: torch.tensor(t + 1)),
+        "seed": np.int64(3),
     }
-    how |= {"kl_weight": np.float64(0.5), "length_weight": lambda t: torch.tensor(t + 1), "seed": np.int64(3)}
-    plain = {"num_epochs": 2, "batch_size": 12, "lr": 0.25, "clip_norm": 9.0, "kl_weight": 0.5, "seed": 3}
-    plain["length_weight"] = lambda t: t + 1
+    plain = {"num_epochs": 2, "batch_size": 12, "lr": 0.25, "weights": KLWeights(0.5, lengths=lambda t: t + 1)}
+    plain |= {"optimizer": OptimizerSettings(clip_norm=9.0, accumulate=2), "seed": 3}
     found, expected = (fit(model, AutoNested(model), rows, progress=False, **each).elbo for each in (how, plain))
     assert found == expected
 
@@ -125,13 +160,8 @@ def test_numbers_of_numpy_and_torch_are_numbers(rows):
 def test_what_makes_torch_optimisers_and_schedulers_is_taken(rows):
     for optimizer in (torch.optim.SGD, pyro.optim.clipped_adam.ClippedAdam, lambda p, lr: torch.optim.Adam(p, lr=lr)):
         for schedule in (lr_scheduler.CosineAnnealingLR, lambda o, n: lr_scheduler.StepLR(o, n), cosine_to_zero()):
-            how = {"optimizer": optimizer, "lr_schedule": schedule, "num_epochs": 2, "progress": False}
+            how = {"optimizer": OptimizerSettings(optimizer, schedule), "num_epochs": 2, "progress": False}
             assert len(fit(model, AutoNested(model), rows, **how).elbo) == 2
-
-
-class Unread(TensorDataset):
-    def __getitem__(self, index):
-        raise AssertionError("read")
 
 
 X, Y = torch.randn(N, 4), torch.randn(N)
@@ -143,14 +173,11 @@ DATA = {
     "one array": (X.numpy(), r"`data` must be .*; got ndarray: give tensors, torch.as_tensor\(x\)"),
     "DataFrame": (pd.DataFrame(X.numpy()), r"got DataFrame: give tensors, torch.as_tensor\(x.to_numpy\(\)\)"),
     "Series": ((X, pd.Series(Y.numpy())), r"`data\[1\]` .*; got Series: give tensors, .*to_numpy"),
-    "TensorDataset": (TensorDataset(X, Y), "got TensorDataset: give tensors, dataset.tensors"),
-    "DataLoader": (
-        DataLoader(Unread(X, Y)),
-        r"got DataLoader: give tensors, .*default_collate\(\[\*loader.dataset\]\)",
-    ),
+    "TensorDataset": (TensorDataset(X, Y, Y), r"the arguments of `model`, \(x, y=None\); got 3 by place"),
+    "DataLoader": (DataLoader(TensorDataset(X, Y, Y)), r"the arguments of `model`, \(x, y=None\); got 3 by place"),
     "names": ({"images": X, "y": Y}, r"the arguments of `model`, \(x, y=None\); got \['images', 'y'\]"),
     "too many": ((X, Y, Y), r"the arguments of `model`, \(x, y=None\); got 3 by place"),
-    "lists": ([[1.0], [2.0]], r"`data\[0\]` must be a tensor with rows; got list"),
+    "lists": ([[1.0], [2.0]], r"`data\[0\]` must be a tensor with rows; got float"),
     "None": (None, "`data` must be a tensor, .*; got NoneType"),
 }
 

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import AutoNested, MaskSchedule, PoorFitWarning, fit
+from pyro_vnd.infer import AutoNested, KLWeights, MaskSchedule, PoorFitWarning, fit
 from pyro_vnd.infer._fit.finish import estimate_khat
 from pyro_vnd.infer.result import FitResult, LearnedLaw, LengthSummary
 
@@ -64,7 +64,7 @@ def test_a_new_fit_of_conditional_latents_has_500_epochs_and_others_100():
     x, y = correlated_data(10)
     assert len(fit(regression, AutoNested(regression), (x, y), progress=False).elbo) == 500
     mean_field = AutoNested(regression, latents="mean_field")
-    assert len(fit(regression, mean_field, (x, y), khat=False, progress=False).elbo) == 100
+    assert len(fit(regression, mean_field, (x, y), progress=False).elbo) == 100
 
 
 def test_khat_says_which_guide_is_near_the_posterior():
@@ -83,7 +83,7 @@ def test_khat_says_which_guide_is_near_the_posterior():
 @pytest.mark.filterwarnings("error")
 def test_khat_is_left_out_where_it_is_not_to_be_had():
     x, y = correlated_data(20)
-    for arguments in ({"khat": False}, {"batch_size": 5}, {"kl_weight": 0.5}):
+    for arguments in ({"batch_size": 5}, {"weights": KLWeights(latents=0.5)}):
         guide = AutoNested(regression, latents="mean_field")
         assert fit(regression, guide, (x, y), num_epochs=2, progress=False, **arguments).khat is None
     assert fit(local, AutoNested(local, latents="mean_field"), y, num_epochs=2, progress=False).khat is None
@@ -130,18 +130,17 @@ def test_objectives_that_cannot_train_conditional_latents(elbo):
         fit(regression, AutoNested(regression, latents="conditional"), (x, y), num_epochs=1, elbo=elbo, progress=False)
     open_guide = AutoNested(regression)
     with pytest.warns(UserWarning, match=f"mean field, as {type(elbo).__name__} draws lengths"):
-        fit(regression, open_guide, (x, y), num_epochs=1, elbo=elbo, khat=False, progress=False)
+        fit(regression, open_guide, (x, y), num_epochs=1, elbo=elbo, progress=False)
     assert open_guide.conditional is None
     mean_field = AutoNested(regression, latents="mean_field")
-    fit(regression, mean_field, (x, y), num_epochs=1, elbo=elbo, khat=False, progress=False)
+    fit(regression, mean_field, (x, y), num_epochs=1, elbo=elbo, progress=False)
 
 
-@pytest.mark.parametrize("arguments", [{"schedule": MaskSchedule()}, {"temperature": 0.5}])
-def test_masks_that_are_not_drawn_have_neither_a_schedule_nor_a_temperature(arguments):
+@pytest.mark.parametrize("schedule", [MaskSchedule(), MaskSchedule(1, 0, 0, temperature=0.5)])
+def test_masks_that_are_not_drawn_have_neither_a_schedule_nor_a_temperature(schedule):
     x, y = correlated_data(10)
-    (name,) = arguments
-    with pytest.raises(ValueError, match=f"argument `{name}` is for masks that are drawn"):
-        fit(regression, AutoNested(regression), (x, y), num_epochs=1, progress=False, **arguments)
+    with pytest.raises(ValueError, match="argument `schedule` is for masks that are drawn"):
+        fit(regression, AutoNested(regression), (x, y), num_epochs=1, schedule=schedule, progress=False)
 
 
 @pytest.mark.filterwarnings("error")

@@ -15,7 +15,7 @@ from torch import nn
 from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough
 from pyro_vnd.infer import AutoNested, fit
 from pyro_vnd.infer._fit.handlers import EvaluationRecord, ScaleToDataset
-from pyro_vnd.infer._fit.settings import KLWeights
+from pyro_vnd.infer.schedules import KLWeights
 
 
 def test_mini_batch_losses_average_to_the_full_loss(y):
@@ -47,7 +47,7 @@ def test_a_plate_that_knows_the_full_size_is_not_scaled_twice(y):
     assert trace.nodes["y"]["scale"] == N / 10
 
 
-def test_kl_weight_scales_latents_outside_the_plate_only(y):
+def test_the_weight_of_latents_scales_those_outside_the_plate_only(y):
     with ScaleToDataset("data", N, N, KLWeights(0.25)):
         trace = pyro.poutine.trace(normal_mean).get_trace(y)
     assert trace.nodes["mu"]["scale"] == 0.25
@@ -71,7 +71,7 @@ def test_parts_of_the_elbo(y):
     assert min(abs(record.log_likelihood - c) for c in candidates) < 1e-9
 
 
-def test_length_weight_holds_for_masks_inside_the_plate_and_out_and_kl_weight_for_other_latents_outside(y):
+def test_the_weight_of_lengths_holds_for_masks_inside_the_plate_and_out_and_that_of_latents_outside(y):
     def model(rows):
         pyro.sample("global_mask", OrderedMask.uniform(K))
         pyro.sample("w", dist.Normal(0.0, 1.0))
@@ -80,7 +80,7 @@ def test_length_weight_holds_for_masks_inside_the_plate_and_out_and_kl_weight_fo
             pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("y", dist.Normal(0.0, 1.0), obs=rows)
 
-    with ScaleToDataset("data", 2 * N, N, KLWeights(outside=0.5, lengths=3.0)):
+    with ScaleToDataset("data", 2 * N, N, KLWeights(latents=0.5, lengths=3.0)):
         trace = pyro.poutine.trace(model).get_trace(y)
     scales = {name: trace.nodes[name]["scale"] for name in ("global_mask", "w", "mask", "z", "y")}
     assert scales == {"global_mask": 3.0, "w": 0.5, "mask": 6.0, "z": 2.0, "y": 2.0}
@@ -135,10 +135,10 @@ def test_weights_of_a_site_multiply_those_of_the_fit(batch_size, y):
         assert min(*(values[epoch] for values in extra.values()), lengths[epoch]) > 1e-3
         assert sum(values[epoch] for values in extra.values()) == pytest.approx(plain[epoch])
         code = extra["code"][epoch] - lengths[epoch]
-        weights = {"kl_weight": 0.5, "local_kl_weight": 0.25, "length_weight": 0.125}
+        weights = KLWeights(latents=0.5, local=0.25, lengths=0.125)
         expected = 0.125 * (2 * extra["mask"][epoch] + 7 * lengths[epoch]) + 0.5 * 3 * extra["w"][epoch]
         expected += 0.25 * (5 * code + 11 * extra["z"][epoch])
-        assert kl(OWN, **weights)[epoch] == pytest.approx(expected)
+        assert kl(OWN, weights=weights)[epoch] == pytest.approx(expected)
     assert OWN["w"] == {"kl_weight": 3.0}  # the user's dict is left alone, step by step
 
 
@@ -150,7 +150,12 @@ def test_weights_of_a_site_hold_under_other_elbos(y):
             pyro.sample("mask", OrderedMaskStraightThrough(0.2, logits=self.logits), infer=own["mask"])
             pyro.sample("w", dist.Normal(self.loc, 0.3).to_event(1), infer=own["w"])
 
-    arguments = {"num_epochs": 3, "kl_weight": 0.5, "length_weight": 0.25, "optimizer": still, "progress": False}
+    arguments = {
+        "num_epochs": 3,
+        "weights": KLWeights(latents=0.5, lengths=0.25),
+        "optimizer": still,
+        "progress": False,
+    }
     ours = fit(masked_mean, Guide(), y, **arguments)
     assert fit(masked_mean, Guide(), y, elbo=TraceMeanField_ELBO(), **arguments).elbo == pytest.approx(ours.elbo)
     expected = [0.25 * 2 * a + 0.5 * 3 * b for a, b in zip(ours.kl_lengths, ours.kl_latents, strict=True)]

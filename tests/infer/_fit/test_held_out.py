@@ -57,7 +57,7 @@ def test_validation_disturbs_nothing():
         torch.manual_seed(1)
         model = Normalised()
         guide = AutoNormal(model)
-        arguments = {"num_epochs": 4, "batch_size": 10, "validation": validation, "khat": False, "progress": False}
+        arguments = {"num_epochs": 4, "batch_size": 10, "validation": validation, "progress": False}
         result = fit(model, guide, x, **arguments)
         states.append({**model.state_dict(), **guide.state_dict()})
         assert len(result.validation_log_likelihood) == (0 if validation is None else 4)
@@ -69,7 +69,7 @@ def test_validation_disturbs_nothing():
 def test_modes_are_those_of_before_after_a_fit():
     model = Normalised()
     model.norm.eval()
-    fit(model, AutoNormal(model), torch.randn(N, 4), num_epochs=1, khat=False, progress=False)
+    fit(model, AutoNormal(model), torch.randn(N, 4), num_epochs=1, batch_size=N // 2, progress=False)
     assert all(model.modes[1:])
     assert model.training
     assert not model.norm.training

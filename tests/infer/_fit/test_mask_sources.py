@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
-from pyro_vnd.infer import MaskSchedule, fit
+from pyro_vnd.infer import KLWeights, MaskSchedule, NestedELBO, fit
 from pyro_vnd.infer._fit.held_out import mean_log_likelihood
 from pyro_vnd.infer._fit.mask_sources import _CutCodes
 from pyro_vnd.nn import NestedClassifier, Width
@@ -59,7 +59,7 @@ def test_sliced_particles_estimate_the_elbo_averaged_over_widths(mask_per, num_p
     net = make_net(mask_per)
     model, guide, probs = NestedClassifier(net), net.guide, torch.tensor([0.4, 0.3, 0.2, 0.1])
     schedule = MaskSchedule(0.0, 1.0, 0.0, OrderedMask(probs=probs), num_particles, sliced=True)
-    arguments = {"schedule": schedule, "optimizer": still, "local_reparam": True, "progress": False}
+    arguments = {"schedule": schedule, "optimizer": still, "elbo": NestedELBO(local_reparam=True), "progress": False}
     result = fit(model, guide, labelled, num_epochs=200, **arguments)
     expected = {"elbo": 0.0, "kl_latents": 0.0}
     for width, prob in zip((0.25, 0.5, 0.75, 1.0), probs, strict=True):
@@ -80,7 +80,12 @@ def test_systematic_particles_have_less_variance(labelled):
     net, variances = make_net(), {}
     for num_particles in (1, 4):
         schedule = MaskSchedule(0.0, 1.0, 0.0, num_particles=num_particles, sliced=True)
-        arguments = {"schedule": schedule, "optimizer": still, "local_reparam": True, "progress": False}
+        arguments = {
+            "schedule": schedule,
+            "optimizer": still,
+            "elbo": NestedELBO(local_reparam=True),
+            "progress": False,
+        }
         result = fit(NestedClassifier(net), net.guide, labelled, num_epochs=100, **arguments)
         variances[num_particles] = torch.tensor(result.kl_latents).var().item()
     assert variances[4] < 1e-3 * variances[1]  # each step has every width once; independent draws would give a quarter
@@ -94,7 +99,16 @@ def test_a_mask_schedule_makes_narrow_widths_useful(labelled):
         with torch.no_grad():
             net.widths["hidden"].logits.copy_(torch.tensor([-6.0, -6.0, -6.0, 0.0]))
         model = NestedClassifier(net)
-        fit(model, net.guide, labelled, num_epochs=100, lr=0.05, kl_weight=0.1, schedule=masks, progress=False)
+        fit(
+            model,
+            net.guide,
+            labelled,
+            num_epochs=100,
+            lr=0.05,
+            weights=KLWeights(latents=0.1),
+            schedule=masks,
+            progress=False,
+        )
         with net.cut(0.25):
             narrow[masks] = mean_log_likelihood(model, net.guide, list(labelled), N)
     assert narrow[MaskSchedule()] > narrow[None] + 0.1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from masked_mean import MaskedMeanGuide, make_net, masked_mean, still
 
-from pyro_vnd.infer import MaskSchedule, cosine_to_zero, fit, linear
+from pyro_vnd.infer import KLWeights, MaskSchedule, NestedELBO, OptimizerSettings, cosine_to_zero, fit, linear
 from pyro_vnd.nn import NestedClassifier
 
 
@@ -14,7 +14,15 @@ def test_clip_norm_bounds_the_step(y):
     def step_length(clip_norm):
         guide = MaskedMeanGuide()
         before = torch.cat([p.detach().clone() for p in guide.parameters()])
-        fit(masked_mean, guide, y, num_epochs=1, lr=1.0, optimizer=torch.optim.SGD, clip_norm=clip_norm, progress=False)
+        fit(
+            masked_mean,
+            guide,
+            y,
+            num_epochs=1,
+            lr=1.0,
+            optimizer=OptimizerSettings(torch.optim.SGD, clip_norm=clip_norm),
+            progress=False,
+        )
         return (torch.cat([p.detach() for p in guide.parameters()]) - before).norm().item()
 
     assert step_length(None) > 1
@@ -29,7 +37,11 @@ def test_the_learning_rate_is_scheduled_over_all_steps(y):
         made.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
         return made
 
-    arguments = {"lr": 1e-3, "optimizer": optimizer, "lr_schedule": cosine_to_zero(0.25), "progress": False}
+    arguments = {
+        "lr": 1e-3,
+        "optimizer": OptimizerSettings(optimizer, lr_schedule=cosine_to_zero(0.25)),
+        "progress": False,
+    }
     fit(masked_mean, MaskedMeanGuide(), y, num_epochs=4, batch_size=10, **arguments)
     assert len(seen) == 16
     assert seen[:5] == pytest.approx([1e-3 * (0.01 + 0.99 * i / 4) for i in range(5)])
@@ -40,7 +52,7 @@ def test_local_reparam_trains_with_the_same_kl(labelled):
     results = []
     for local_reparam in (False, True):
         net = make_net()
-        arguments = {"local_reparam": local_reparam, "optimizer": still, "progress": False}
+        arguments = {"elbo": NestedELBO(local_reparam=local_reparam), "optimizer": still, "progress": False}
         results.append(fit(NestedClassifier(net), net.guide, labelled, num_epochs=50, **arguments))
     plain, local = results
     assert local.kl_latents == pytest.approx(plain.kl_latents)
@@ -58,12 +70,10 @@ def test_all_options_together_learn(labelled):
         num_epochs=60,
         batch_size=20,
         lr=0.03,
-        lr_schedule=cosine_to_zero(),
-        clip_norm=100.0,
-        kl_weight=linear(0.0, 0.1, warmup=0.5),
-        temperature=linear(0.5, 0.2),
-        schedule=MaskSchedule(),
-        local_reparam=True,
+        optimizer=OptimizerSettings(lr_schedule=cosine_to_zero(), clip_norm=100.0),
+        weights=KLWeights(latents=linear(0.0, 0.1, warmup=0.5)),
+        schedule=MaskSchedule(temperature=linear(0.5, 0.2)),
+        elbo=NestedELBO(local_reparam=True),
         validation=labelled,
         progress=False,
     )

@@ -8,7 +8,7 @@ from pyro.infer import TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 
 from pyro_vnd.distributions import NestedNormal, OrderedMask
-from pyro_vnd.infer import AutoNested, cosine_to_zero, fit
+from pyro_vnd.infer import AutoNested, OptimizerSettings, cosine_to_zero, fit
 
 N = 40
 Y = torch.tensor([1.0, 4.0], dtype=torch.float64).repeat(N // 2)
@@ -98,7 +98,13 @@ def test_numbers_beside_them_are_about_these_rows_too():
             pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 0.3), obs=Y[i])
 
     guide = AutoNested(model, latents="mean_field")
-    how = {"num_epochs": 200, "batch_size": 10, "lr": 0.05, "lr_schedule": cosine_to_zero(), "progress": False}
+    how = {
+        "num_epochs": 200,
+        "batch_size": 10,
+        "lr": 0.05,
+        "optimizer": OptimizerSettings(lr_schedule=cosine_to_zero()),
+        "progress": False,
+    }
     fit(model, guide, torch.arange(N), **how)
     assert (guide[1].locs.z - Y / 1.09).abs().max() < 0.15
 

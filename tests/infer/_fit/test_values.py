@@ -18,8 +18,8 @@ from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
 from pyro_vnd.infer import MaskSchedule, NestedELBO, PriceSchedule, fit
 from pyro_vnd.infer._fit.handlers import EvaluationRecord, ScaleToDataset
 from pyro_vnd.infer._fit.mask_sources import MaskCuts
-from pyro_vnd.infer._fit.settings import KLWeights
 from pyro_vnd.infer._fit.values import ValueSites
+from pyro_vnd.infer.schedules import KLWeights
 from pyro_vnd.nn import ValueHead
 
 D, K, B, N = 5, 4, 12, 36
@@ -52,7 +52,7 @@ def evaluate(model, x, schedule=None, num_particles=1, outer=None):
     elbo = objective_of(model, num_particles=num_particles)
     guides = []
     values = ValueSites("data", N / B, not isinstance(model, OrderedWAE), schedule)
-    scale = ScaleToDataset("data", N, B, KLWeights(inside=0.5, lengths=2.0), mark=isinstance(elbo, NestedELBO))
+    scale = ScaleToDataset("data", N, B, KLWeights(local=0.5, lengths=2.0), mark=isinstance(elbo, NestedELBO))
 
     def guide(x):
         with poutine.trace() as trace:

@@ -7,12 +7,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from masked_mean import N, make_net
-from pyro_vnd.infer._fit.data import shuffled_batches
 from torch import nn
 
 from models import datasets
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import AutoNested, MaskSchedule, fit
+from pyro_vnd.infer._fit.parallel import Ranks
+from pyro_vnd.infer._fit.sources import as_source
 from pyro_vnd.nn import NestedClassifier, nest
 
 
@@ -97,12 +98,14 @@ def test_a_split_of_the_data_sets_is_data():
 @pytest.mark.parametrize("form", [tuple, by_name], ids=["tuple", "mapping"])
 def test_batches_are_a_shuffled_partition(form, rows):
     data = form((torch.arange(N), torch.arange(N) + 100))
-    batches = [batch.values() if isinstance(batch, dict) else batch for batch in shuffled_batches(data, 12)]
+    source = as_source(data, 12, None, Ranks(), None)
+    batches = [batch.values() if isinstance(batch, dict) else batch for batch in source.epoch(0)]
+    assert [len(next(iter(batch))) for batch in batches] == [12, 12, 12, 4]
     first, second = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert (first - second).abs().unique().tolist() == [100]  # rows stay together
-    assert len(first) == len(first.unique()) == 36  # and four wait for the next shuffle
+    assert len(first) == len(first.unique()) == N
     assert not torch.equal(first, first.sort().values)
-    (whole,) = shuffled_batches(data, N)
+    (whole,) = as_source(data, N, None, Ranks(), None).epoch(0)
     assert whole is data
 
 
@@ -128,7 +131,7 @@ TWO = (torch.ones(N, 3), torch.ones(N))
 @pytest.mark.parametrize(
     ("data", "validation", "message"),
     [
-        (TWO[1], torch.ones(3, 2), r"must be like `data` of shapes \[\(40,\)\]; got \[\(3, 2\)\]"),
+        (TWO[1], torch.ones(3, 2), r"must be like `data`, in batches of shapes \[\(40,\)\]; got \[\(3, 2\)\]"),
         (TWO[1], torch.tensor([math.nan]), r"`validation` of shape \(1,\) must be finite"),
         (TWO[1], [torch.tensor([math.nan])], r"`validation\[0\]` of shape \(1,\) must be finite"),
         (TWO, TWO[:1], r"of shapes \[\(40, 3\), \(40,\)\]; got \[\(40, 3\)\]"),
