@@ -7,7 +7,7 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
-from pyro_vnd._data import Rows, input_batches
+from pyro_vnd._data import Rows, check_repeatable, input_batches
 from pyro_vnd.diagnostics.metrics.evaluation import evaluate
 from pyro_vnd.diagnostics.metrics.variables import stacked
 from pyro_vnd.nn import CascadeNet
@@ -68,6 +68,7 @@ def evaluate_cascade(
             f"evaluate_cascade: argument `cascade` must be a CascadeNet; got {type(cascade).__name__}: make one, "
             "CascadeNet(net, widths)"
         )
+    check_repeatable("evaluate_cascade", data=data, validation=validation, ood=ood, calibrate=calibrate)
     if not len(mean_costs):
         raise ValueError("evaluate_cascade: argument `mean_costs` must have one mean cost at least; got none")
     before, results = (cascade.mean_cost, cascade.thresholds.clone()), []

@@ -97,9 +97,9 @@ def evaluate(
             `net.draws(S).narrow(width)`. An `nn.Module` is one draw, whose outputs have the shape (N, ...), and is run
             in evaluation mode and then put back, as the net of draws is. Of classes, outputs of the shape (N, C) are
             one draw, too.
-        data: Test data, inputs x and y: a pair (x, y), a mapping of the two, or an iterable of batches (x, y, ...) such
-            as a `DataLoader`. In a mapping they are called "x" and "y", or are in this order. For nets of several
-            inputs, or of inputs by name, that `evaluate_widths` is given, they are those of `NestedModel`.
+        data: Test data, inputs x and y: a pair (x, y), a mapping of the two, a `Dataset`, or an iterable of batches
+            (x, y, ...) such as a `DataLoader`. In a mapping they are called "x" and "y", or are in this order. For nets
+            of several inputs, or of inputs by name, that `evaluate_widths` is given, they are those of `NestedModel`.
         likelihood: Of y given the outputs; classes by default. With parameters of its own it is `model.likelihood`.
         ood: Test data from outside the domain, by name: as `data`, or inputs alone. Only these are used, and of labels
             of tokens and pixels which of them are to be ignored.

@@ -10,7 +10,7 @@ import xarray as xr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vnd._data import Batch, Rows, input_batches
+from pyro_vnd._data import Batch, Rows, check_repeatable, input_batches
 from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._state import module_mode
 from pyro_vnd.diagnostics.metrics.evaluation import evaluate, net_cost, scorer_of
@@ -82,6 +82,7 @@ def evaluate_widths(
         (('seed', 'width'), [[19, 35, 67]], [1, 2, 4])
     """
     net, likelihood, outputs_of = taken_apart("evaluate_widths", model)
+    check_repeatable("evaluate_widths", data=data, ood=ood, calibrate=calibrate, recalibrate=recalibrate)
     distinct = _distinct("evaluate_widths", net, widths, rounding, (Mapping, Integral, Real))
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"evaluate_widths: `num_samples` must be at least 1; got {num_samples}")
@@ -299,6 +300,7 @@ def loo_widths(
         ([0.25, 1.0], 50)
     """
     net, likelihood, outputs_of = taken_apart("loo_widths", model)
+    check_repeatable("loo_widths", data=data)
     distinct = _distinct("loo_widths", net, widths, rounding)
     if num_samples < _arviz.MIN_DRAWS:
         raise ValueError(f"loo_widths: `num_samples` must be at least {_arviz.MIN_DRAWS}; got {num_samples}")

@@ -1,6 +1,5 @@
 """The state of a fit on disk, and whether it is that of the same fit."""
 
-import os
 import zipfile
 from copy import copy
 from dataclasses import fields
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyro_vnd._files import replaced
 from pyro_vnd.infer.result import FitResult
 
 __all__ = ["State", "check_same_fit", "read_state", "write_state"]
@@ -25,26 +25,13 @@ def write_state(path: Path, state: State) -> None:
     Raises:
         ValueError: If the state has objects that could not be read again.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            torch.save(_plain(state), file)
-            file.flush()
-            os.fsync(file.fileno())
+    with replaced(path) as unfinished:
+        torch.save(_plain(state), unfinished)
         if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(unfinished):
             raise ValueError(
                 f"fit: argument `checkpoint` cannot hold {unsafe}, which are in the state of modules, optimiser, "
                 "`lr_schedule`, callbacks or loader, and would not be read again: keep tensors and numbers there"
             )
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    if os.name == "posix":  # so that the new name outlives a power cut, too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def read_state(path: Path) -> State:
