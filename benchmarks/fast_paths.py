@@ -20,7 +20,7 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import kl_divergence
 from tqdm import tqdm
 
 from benchmarks.ordered_latents import RECIPE, fit_arguments
@@ -29,10 +29,9 @@ from benchmarks.timing import interleaved_medians
 from pyro_vnd._compat import QuietModule, quiet_lookups
 from pyro_vnd.autoencoders.codes import Completion
 from pyro_vnd.autoencoders.likelihoods import IsotropicNormal
-from pyro_vnd.distributions import Gated, OrderedMask, OrderedMaskStraightThrough
-from pyro_vnd.distributions._fast import arrays, broadcast, gated_kl, log_uniform, masks, normals
+from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
+from pyro_vnd.distributions._fast import arrays, broadcast, log_uniform, masks, mixtures, normals
 from pyro_vnd.distributions.masks import Cut
-from pyro_vnd.distributions.weights import LogScaleNormal
 from pyro_vnd.infer import MaskSchedule
 from pyro_vnd.nn import Width
 
@@ -82,21 +81,18 @@ def normal_kl(*shape: int) -> Pair:
     return both(normals.normal_kl, normals.plain_normal_kl, leaf(*shape), positive(*shape), *prior)
 
 
-def variance_and_sums(*shape: int) -> Pair:
-    return both(normals.variance_and_sums, normals.plain_variance_and_sums, leaf(*shape))
+def variance_and_kl(*shape: int) -> Pair:
+    return both(normals.variance_and_kl, normals.plain_variance_and_kl, leaf(*shape), leaf(*shape), (0.0, 0.5))
 
 
-def squared_distance(*shape: int) -> Pair:
-    return both(normals.squared_distance, normals.plain_squared_distance, leaf(*shape), torch.tensor(0.0))
+def draw_and_kl(*shape: int) -> Pair:
+    inputs = leaf(*shape), leaf(*shape), torch.randn(shape), (0.0, 0.5)
+    return both(normals.draw_and_kl, normals.plain_draw_and_kl, *inputs)
 
 
-def gated_normal_kl(*shape: int) -> Pair:
-    prior = Normal(torch.tensor(0.0), torch.tensor(0.5))
-
-    def by(divergence: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda loc, log_scale: divergence(Gated(LogScaleNormal(loc, log_scale), shape), prior)
-
-    return both(by(gated_kl.gated_normal_kl), by(gated_kl.plain_gated_normal_kl), leaf(*shape), leaf(*shape))
+def mixture_terms(*shape: int) -> Pair:
+    inputs = leaf(*shape[:-1]), leaf(*shape), positive(*shape), leaf(*shape)
+    return both(mixtures.mixture_terms, mixtures.plain_mixture_terms, *inputs)
 
 
 def log_uniform_kl(*shape: int) -> Pair:
@@ -113,8 +109,8 @@ def leading_block(*shape: int) -> Pair:
 
 
 def broadcast_shapes(*shape: int) -> Pair:
-    batch = torch.Size(shape)
-    return partial(broadcast.broadcast_shapes, batch, batch), partial(torch.broadcast_shapes, batch, batch)
+    batch, one = torch.Size(shape), torch.Size()
+    return partial(broadcast.broadcast_shapes, batch, one), partial(torch.broadcast_shapes, batch, one)
 
 
 def _lengths(rows: int, num_units: int) -> Tensor:
@@ -215,13 +211,13 @@ PATHS: dict[str, tuple[Callable[..., Pair], str, tuple[tuple[int, ...], ...]]] =
     "logistic_mask": (logistic_mask, "a straight-through draw, forward and backward", ((1, 32), (4096, 128), CODES)),
     "hard_mask": (hard_mask, "masks of keep probabilities and noise", ((1, 32), (4096, 128), CODES)),
     "normal_kl": (normal_kl, "KL of Normals, forward and backward", (CODES,)),
-    "variance_and_sums": (variance_and_sums, "variances and sums, forward and backward", (SMALL_LAYER, LAYER)),
-    "squared_distance": (squared_distance, "sum of squares, forward and backward", (SMALL_LAYER, LAYER)),
-    "gated_normal_kl": (gated_normal_kl, "KL of a layer's weights, forward and backward", (SMALL_LAYER, LAYER)),
+    "variance_and_kl": (variance_and_kl, "variances of weights and KL, forward and backward", (SMALL_LAYER, LAYER)),
+    "draw_and_kl": (draw_and_kl, "a draw of weights and KL, forward and backward", (SMALL_LAYER, LAYER)),
+    "mixture_terms": (mixture_terms, "moments and density of mixtures, forward and backward", ((*CODES, 10),)),
     "log_uniform_kl": (log_uniform_kl, "KL from the log-uniform prior, forward and backward", (SMALL_LAYER, LAYER)),
     "noisy": (noisy, "mean plus noise of a variance, forward and backward", (SMALL_ACTIVATIONS, ACTIVATIONS)),
     "leading_block": (leading_block, "half the rows and columns, forward and backward", (SMALL_LAYER, LAYER)),
-    "broadcast_shapes": (broadcast_shapes, "of two equal batch shapes", ((256,),)),
+    "broadcast_shapes": (broadcast_shapes, "of a batch shape and none", ((256,),)),
     "Cut.put": (put, "rows into a batch without sample shape, forward and backward", (CODES,)),
     "KL of laws cut alike": (kl_of_cut_laws, "random rows alone, forward and backward", (CODES,)),
     "MaskSchedule.draw": (draw_schedule, "numpy rather than torch", (CODES,)),

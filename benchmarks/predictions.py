@@ -41,7 +41,8 @@ def draws_of_inputs() -> Functions:
     net, x = perceptron(), torch.rand(ROWS, INPUTS)
 
     def ours() -> Tensor:
-        return torch.cat([net.predict(rows, num_samples=DRAWS) for rows in x.split(BATCH)], 1)
+        draws = net.draws(DRAWS)
+        return torch.cat([draws.predict(rows) for rows in x.split(BATCH)], 1)
 
     @torch.no_grad()
     def by_hand() -> Tensor:
@@ -69,15 +70,16 @@ def scores_at_a_width() -> Functions:
 
 
 def one_input_at_a_width() -> Functions:
-    """Return the outputs of a net that is cut, and those of a plain net that was built so, for one input."""
-    net, plain, x = perceptron(), mlp(INPUTS, CLASSES, (round(WIDTH * HIDDEN),) * 2).eval(), torch.rand(1, INPUTS)
+    """Return the outputs of a kept draw that is cut, and those of a plain net that was built so, for one input."""
+    draws, x = perceptron().draws(1), torch.rand(1, INPUTS)
+    plain = mlp(INPUTS, CLASSES, (round(WIDTH * HIDDEN),) * 2).eval()
 
     @torch.no_grad()
     def built() -> Tensor:
         outputs: Tensor = plain(x)
         return outputs
 
-    return {"ours": lambda: net.predict(x, width=WIDTH), "built so": built}
+    return {"ours": lambda: draws.predict(x, width=WIDTH), "built so": built}
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from benchmarks import (
     ordered_latents_report,
     ordered_speed,
     peers,
+    scaling,
 )
 from benchmarks.record import measured
 from models.nets import coverage
@@ -86,6 +87,7 @@ PAGES = {
     "net_law": _page("net_law", "net_law", "net_law_tries", tables=net_law.markdown),
     "nested_speed": _page("nested_speed", tables=nested_speed.markdown),
     "nest_cost": _page("nest_cost", tables=nest_cost.markdown),
+    "scaling": _page("scaling", "scaling", "nest_cost", tables=scaling.markdown),
     "order_law": _page("order_law", tables=order_law.markdown),
     "ordered_latents": _page(
         "ordered_latents", tables=ordered_latents_report.markdown, figures=ordered_latents_report.figures

@@ -242,12 +242,8 @@ plain = nn.Sequential(
     nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
 )
 net = nest(plain, digits[0][:1], num_blocks=16)
-options = {
-    "batch_size": 128,
-    "weights": KLWeights(latents=0.05),
-    "elbo": NestedELBO(local_reparam=True),
-    "progress": False,
-}
+options = {"batch_size": 128, "weights": KLWeights(latents=0.05), "progress": False}
+options |= {"elbo": NestedELBO(local_reparam=True)}
 classifier, schedule = NestedClassifier(net), MaskSchedule()
 result = fit(classifier, classifier.guide, digits, num_epochs=40, schedule=schedule, **options)
 diag.plot_elbo(result, figsize=(5, 2.8))

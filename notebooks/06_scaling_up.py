@@ -191,13 +191,8 @@ class CutOff(NestedClassifier):
         return super().forward(x, y)
 
 
-arguments = {
-    "num_epochs": num_epochs,
-    "batch_size": 64,
-    "weights": KLWeights(latents=0.02),
-    "progress": False,
-}
-arguments["schedule"] = MaskSchedule()
+arguments = {"num_epochs": num_epochs, "batch_size": 64, "progress": False}
+arguments |= {"weights": KLWeights(latents=0.02), "schedule": MaskSchedule()}
 uninterrupted, cut_off, resumed = fresh(), fresh(), fresh()
 fit(NestedClassifier(uninterrupted), uninterrupted.guide, train, **arguments)
 arguments["checkpoint"] = Path(folder.name) / "fit.pt"

@@ -33,6 +33,7 @@ Of Pyro. Objectives, guides and handlers are extended by the methods that its ow
 - `pyro.nn.PyroModule._pyro_context.param_state`: where a module keeps them under `module_local_params`.
 - `pyro.nn.module._Context`: what a module and its parts are called in, which of a fitted one has a store of its own.
 - `pyro.nn.PyroModule._pyro_set_supermodule`: hands a part the context of the whole.
+- `pyro.nn.PyroModule._pyro_name`: whether a part has been given a name in the whole.
 - `pyro.distributions.MaskedDistribution._mask`: the rows that count.
 - `pyro.distributions.distribution.COERCIONS`: asked before a law of Pyro is made, which `TransformedDistribution` of a
   nested law must not be; torch's own class does not ask.
@@ -262,8 +263,15 @@ class QuietModule(PyroModule):
 
     Breaks if a `PyroModule` keeps plain modules elsewhere than in `_modules`.
 
-    One that owns its parameters does so as a part of another module, too.
+    One that owns its parameters does so as a part of another module, too. While it keeps quiet, a call does not look
+    through all parameters for stray ones either, as Pyro's does, which walks through the whole module each time.
     """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not _quiet.get():
+            return super().__call__(*args, **kwargs)
+        with self._pyro_context:
+            return nn.Module.__call__(self, *args, **kwargs)
 
     def _pyro_set_supermodule(self, name: str, context: _Context) -> None:
         owns = isinstance(self._pyro_context, OwnContext)
@@ -274,7 +282,7 @@ class QuietModule(PyroModule):
     def __getattr__(self, name: str) -> Any:
         if _quiet.get():
             module = self.__dict__.get("_modules", {}).get(name)
-            if module is not None and not isinstance(module, PyroModule):
+            if module is not None and (not isinstance(module, PyroModule) or module._pyro_name):
                 return module
         return super().__getattr__(name)
 

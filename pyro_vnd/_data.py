@@ -1,23 +1,26 @@
-"""Data as every function of the library takes them: a tensor, a tuple of tensors, or a mapping of keyword arguments."""
+"""Data as every function of the library takes them: tensors, data sets of torch, or what comes in batches."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-
-from pyro_vnd._inputs import not_finite
 
 __all__ = [
     "Batch",
     "Data",
     "Rows",
     "as_arguments",
+    "as_batch",
     "batches",
+    "batches_of",
+    "check_repeatable",
     "check_rows",
+    "check_whole",
     "input_batches",
+    "is_tensors",
     "map_parts",
     "named_parts",
     "num_rows",
@@ -28,7 +31,10 @@ __all__ = [
 ]
 
 Data: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
-Rows: TypeAlias = Tensor | Iterable[Any] | Mapping[str, Tensor]  # inputs, and labels if there are any
+# Inputs, and labels if there are any: tensors, a data set, a loader, or another iterable of batches.
+Rows: TypeAlias = Tensor | Iterable[Any] | Mapping[str, Tensor] | Dataset[Any]
+
+_LOOK = 2**22  # numbers that are looked at together, so that of a file that is mapped only a part is in memory
 
 
 def as_arguments(data: Data) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -109,13 +115,14 @@ def split_rows(data: Data, batch_size: int) -> Iterator[Data]:
         yield map_parts(itemgetter(slice(start, start + batch_size)), data)
 
 
-def check_rows(caller: str, data: Data, name: str = "data") -> None:
+def check_rows(caller: str, data: Data, name: str = "data", *, values: Literal["all", "cpu"] = "all") -> None:
     """Check that data are tensors with the same number of rows, all of them finite, but for masks of 0 and -inf.
 
     Args:
         caller: The function that was given the data.
         data: The data; anything else is refused before it is read.
         name: Name of the argument.
+        values: Which numbers to look at; "cpu" leaves those of accelerators, which would have to be waited for.
 
     Raises:
         ValueError: If they are no such data.
@@ -125,20 +132,21 @@ def check_rows(caller: str, data: Data, name: str = "data") -> None:
         raise ValueError(f"{caller}: argument `{name}` must be {expected}; got {_kind(data)}")
     if isinstance(data, Mapping) and not all(isinstance(key, str) for key in data):
         raise ValueError(f"{caller}: argument `{name}` must be {expected}; got the keys {list(data)}")
-    for part, rows in named_parts(data, name).items():
+    parts = named_parts(data, name)
+    for part, rows in parts.items():
         if not isinstance(rows, Tensor) or rows.dim() == 0:
             got = "a tensor without rows" if isinstance(rows, Tensor) else _kind(rows)
             raise ValueError(f"{caller}: argument `{part}` must be a tensor with rows; got {got}")
         if said := _without_values(rows):
             raise ValueError(f"{caller}: argument `{part}` must be a dense tensor; got {said}")
-        if rows.is_floating_point() and bool(not_finite(rows).any()):
+        if (values == "all" or rows.device.type == "cpu") and not _is_finite(rows):
             raise ValueError(
                 f"{caller}: argument `{part}` of shape {tuple(rows.shape)} must be finite; got NaN or inf (-inf only "
                 "in a mask to be added, with 0 for all that is seen). For missing values give zeros, and say in "
                 "another tensor of the data, `observed`, which are none, for the model to hide the rest by "
                 'poutine.mask(mask=observed): "Missing values" in docs/guides/other_models.md'
             )
-    counts = {len(rows) for rows in named_parts(data).values()}
+    counts = {len(rows) for rows in parts.values()}
     if len(counts) != 1 or 0 in counts:
         raise ValueError(
             f"{caller}: argument `{name}` must be tensors with the same number of rows, at least 1; got {shapes(data)}"
@@ -156,6 +164,18 @@ def _without_values(x: Tensor) -> str:
     return "a quantised tensor: give x.dequantize()" if x.is_quantized else ""
 
 
+@torch.no_grad()
+def _is_finite(x: Tensor) -> bool:
+    """Say whether all numbers are finite, or all are those of a mask, 0 and -inf; without a copy of them."""
+    if not x.is_floating_point() or not x.numel():
+        return True
+    rows = x.split(max(1, _LOOK * len(x) // x.numel()))
+    # A sum is finite only if all terms are; and where terms are, but not their sum, there is another look at them.
+    if all(bool(each.sum().isfinite()) or bool(each.isfinite().all()) for each in rows):
+        return True
+    return all(bool(((each == 0) | each.isneginf()).all()) for each in rows)
+
+
 def _kind(thing: Any) -> str:
     """Name a thing that is no tensor, and say how to make tensors of it."""
     advice = ""
@@ -171,17 +191,87 @@ def _kind(thing: Any) -> str:
     return f"{type(thing).__name__}{': give tensors, ' * bool(advice)}{advice}"
 
 
+def is_tensors(data: Any) -> bool:
+    """Say whether data are meant to be tensors, not batches.
+
+    Example:
+        >>> import torch
+        >>> x = torch.zeros(3)
+        >>> is_tensors(x), is_tensors([x, x]), is_tensors({"x": x}), is_tensors([(x, x), (x, x)])
+        (True, True, True, False)
+    """
+    if isinstance(data, tuple | list):
+        return not any(isinstance(each, tuple | list | Mapping) for each in data)
+    return isinstance(data, Tensor | Mapping)
+
+
+def batches_of(data: Any, batch_size: int) -> Iterator[Data]:
+    """Yield the batches of data in any of their forms, in their order, one at a time.
+
+    Args:
+        data: Tensors; a data set of torch; or batches, each of tensors: a list of tuples, a `DataLoader`, a generator.
+        batch_size: Rows of a batch, where data do not come in batches.
+
+    Raises:
+        ValueError: If data are none of these, or tensors have different numbers of rows.
+
+    Example:
+        >>> import torch
+        >>> x = torch.arange(3)
+        >>> [[*map(len, batch)] for batch in batches_of(torch.utils.data.TensorDataset(x, x), 2)]
+        [[2, 2], [1, 1]]
+        >>> list(batches_of(iter([x]), 2))
+        [tensor([0, 1, 2])]
+    """
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if is_tensors(data):
+        parts = [*named_parts(data).values()]
+        _check_batch(parts)
+        if len({len(rows) for rows in parts}) > 1:
+            raise ValueError(
+                "argument `data`: tensors of one data set must have the same rows, and batches come from a DataLoader "
+                f"or a generator; got {[*map(len, parts)]} rows"
+            )
+        yield from split_rows(data, batch_size) if parts else ()
+        return
+    if isinstance(data, Dataset):
+        data = DataLoader(data, batch_size=batch_size)
+    if not isinstance(data, Iterable):
+        _check_batch([data])
+    yield from map(as_batch, data)
+
+
+def check_repeatable(caller: str, **given: Any) -> None:
+    """Raise a ValueError if some of the data given, or of a mapping of them, can be gone through only once."""
+    for argument, value in given.items():
+        for name, data in named_parts(value, argument).items() if isinstance(value, Mapping) else [(argument, value)]:
+            if isinstance(data, Iterator):
+                raise ValueError(
+                    f"{caller}: argument `{name}` is read more than once, and a {type(data).__name__} ends: give "
+                    "tensors, a Dataset, a DataLoader, a list of batches, or an object whose __iter__ begins again"
+                )
+
+
+def check_whole(caller: str, data: Any, why: str, name: str = "data") -> None:
+    """Raise a ValueError if data come in batches, and say why a function needs all of them at once."""
+    if isinstance(data, Dataset | DataLoader | Iterator):
+        raise ValueError(f"{caller}: argument `{name}` must be tensors, all rows at once, {why}; got {_kind(data)}")
+
+
+def as_batch(batch: Any) -> Data:
+    """Return what came as a batch as data: named tuples and lists as tuples, mappings as dicts."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    return tuple(batch) if isinstance(batch, tuple | list) else batch
+
+
 def batches(data: Rows, batch_size: int) -> Iterator[Sequence[Tensor]]:
     """Yield the batches of data, each a sequence of tensors that begins with the inputs.
 
     Args:
-        data: Data as of `fit`: a tensor, a tuple or list of tensors with a row for each example, or a mapping of them,
-            of which "x" comes first and "y" second, where there are such names. Or batches: any other iterable, such
-            as a `DataLoader` or a generator.
-        batch_size: Rows of a batch, where data are tensors.
-
-    Yields:
-        Batches.
+        data: As in `batches_of`. Of parts with names "x" comes first and "y" second, where there are such names.
+        batch_size: Rows of a batch, where data do not come in batches.
 
     Raises:
         ValueError: If tensors have different numbers of rows, or a batch is none.
@@ -191,31 +281,12 @@ def batches(data: Rows, batch_size: int) -> Iterator[Sequence[Tensor]]:
         >>> [len(inputs) for inputs, labels in batches((torch.zeros(5, 2), torch.zeros(5)), 2)]
         [2, 2, 1]
     """
-    if isinstance(data, Mapping):
-        data = tuple(data[name] for name in sorted(data, key=lambda name: {"x": 0, "y": 1}.get(name, 2)))
-    yield from _batches(data, batch_size, (tuple, list))
-
-
-def _batches(data: Tensor | Iterable[Any], batch_size: int, kinds: tuple[type, ...]) -> Iterator[Any]:
-    """Yield the batches of what is no mapping of tensors; batches that it has already may be of some kinds."""
-    parts: Iterable[Any] = (data,) if isinstance(data, Tensor) else data
-    if isinstance(parts, tuple | list) and all(isinstance(rows, Tensor) for rows in parts):
-        if len({len(rows) for rows in parts}) > 1:
-            raise ValueError(
-                "argument `data`: tensors of one data set must have the same rows, and batches come from a DataLoader "
-                f"or a generator; got {[*map(len, parts)]} rows"
-            )
-        yield from zip(*(rows.split(batch_size) for rows in parts), strict=True)
-        return
-    if isinstance(parts, tuple | list):
-        _check_batch([each for each in parts if not isinstance(each, kinds)])
-    for each in parts:
-        batch = (each,) if isinstance(each, Tensor) else each
-        if isinstance(batch, tuple | list):
-            _check_batch(batch[:1])
-        elif not isinstance(batch, kinds):
-            _check_batch([batch])
-        yield batch
+    for batch in batches_of(data, batch_size):
+        if isinstance(batch, Mapping):
+            batch = tuple(batch[name] for name in sorted(batch, key=lambda name: {"x": 0, "y": 1}.get(name, 2)))
+        parts = batch if isinstance(batch, tuple) else (batch,)
+        _check_batch(parts[:1])
+        yield parts
 
 
 class Batch(NamedTuple):
@@ -326,20 +397,17 @@ def input_batches(data: Rows, batch_size: int, num_inputs: int = 1) -> Iterator[
     """Yield the batches of data as a net takes them.
 
     Args:
-        data: As in `batches`; a batch may be a mapping, too.
-        batch_size: Rows of a batch, where data are tensors.
+        data: As in `batches_of`.
+        batch_size: Rows of a batch, where data do not come in batches.
         num_inputs: As in `split_inputs`.
 
     Raises:
         ValueError: If tensors have different numbers of rows, or a batch is none.
     """
-    if isinstance(data, Mapping):
-        for parts in _batches(tuple(data.values()), batch_size, (tuple, list)):
-            yield split_inputs((), dict(zip(data, parts, strict=True)), num_inputs)
-        return
-    for batch in _batches(data, batch_size, (tuple, list, Mapping)):
-        is_named = isinstance(batch, Mapping)
-        yield split_inputs(() if is_named else batch, batch if is_named else {}, num_inputs)
+    for batch in batches_of(data, batch_size):
+        args, named = as_arguments(batch)
+        _check_batch(args[:1])
+        yield split_inputs(args, named, num_inputs)
 
 
 def _check_batch(tensors: Sequence[Any]) -> None:

@@ -18,6 +18,8 @@ import torch
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -31,12 +33,13 @@ from pyro_vnd.infer import (
     EarlyStopping,
     KLWeights,
     MaskSchedule,
+    MiniBatchELBO,
     OptimizerSettings,
     Validation,
     fit,
     linear,
 )
-from pyro_vnd.nn import NestedClassifier, nest
+from pyro_vnd.nn import NestedClassifier, NestedModel, TokenLabels, nest
 
 RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 NUM_ROWS = 41  # in batches of 12: the last one has 5, and two processes have 3 and 2 of them
@@ -357,6 +360,41 @@ def elbos():
     return found
 
 
+def sharded():
+    """A small nested GPT whose parameters, gradients and optimiser are shared out: losses, and shares of them."""
+    from models.language import GPT
+
+    torch.manual_seed(0)
+    x, y = torch.randint(20, (2, 8, 6)).unbind()
+    found = {}
+    for name, prior in (("weights drawn", "normal"), ("points", None)):
+        gpt = GPT(num_symbols=20, context=6, dim=8, depth=2, heads=2)
+        model = NestedModel(nest(gpt, x, num_blocks=4, prior=prior), TokenLabels())
+        objective = MiniBatchELBO(model, model.guide, (x[:2], y[:2]), num_data=len(x))
+        if SIZE > 1:
+            if prior is None:  # what is not drawn before the net runs can be gathered block by block
+                for block in model.net.net.get_submodule("blocks"):
+                    fully_shard(block)
+            fully_shard(objective)
+        optimizer = torch.optim.Adam(objective.parameters(), lr=0.01)
+        torch.manual_seed(1)  # the same draws everywhere, here only, to compare
+        losses = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = objective(x, y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        held = [x for each in optimizer.state.values() for x in each.values() if x.dim()]
+        whole = get_model_state_dict(objective, options=StateDictOptions(full_state_dict=True))
+        found[name] = {
+            "losses": torch.tensor(losses),
+            "held": sum(x.to_local().numel() if SIZE > 1 else x.numel() for x in held),
+            "whole": {key: value.clone() for key, value in whole.items()} if RANK == 0 else {},
+        }
+    return found
+
+
 def error_on_one():
     class Fail(Callback):
         def on_step(self, run):
@@ -382,7 +420,7 @@ def infinite_on_one():
 ONE_FAILS = {"error_on_one": error_on_one, "infinite_on_one": infinite_on_one}
 TOGETHER = [
     *SAME_AS_ALONE, draws, conditional, batch_norm, validation, validation_of_points, stopped_by_one, rows_of_its_own,
-    interrupted_normals, interrupted_points, refused, elbos,
+    interrupted_normals, interrupted_points, refused, elbos, sharded,
 ]  # fmt: skip
 
 

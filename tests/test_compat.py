@@ -211,3 +211,20 @@ def test_what_is_used_is_listed():
     text = "".join(path.read_text().replace(_compat.__doc__, "") for path in files)
     stale = [path for path in LISTED if not re.search(rf"\b{path.rpartition('.')[2]}\b", text)]
     assert not stale, f"listed in pyro_vnd/_compat.py, and used nowhere: {stale}"
+
+
+def test_a_quiet_module_hands_out_parts_and_runs_as_ever():
+    class Holder(QuietModule):
+        def __init__(self):
+            super().__init__()
+            self.part = PyroModule[nn.Linear](2, 2)
+
+        def forward(self, x):
+            return self.part(x)
+
+    with pyro.settings.context(module_local_params=True):
+        holder, x = Holder(), torch.ones(1, 2)
+        expected = holder(x)
+        with quiet_lookups():
+            assert holder.part is dict(holder.named_children())["part"]
+            torch.testing.assert_close(holder(x), expected)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from pyro_vnd._compat import QuietModule
+from pyro_vnd._data import Rows, batches
 from pyro_vnd.autoencoders.conditioner import Conditioner
 from pyro_vnd.autoencoders.lengths import full_length
 from pyro_vnd.autoencoders.vae import OrderedVAE
@@ -13,10 +14,12 @@ from pyro_vnd.infer import FitResult, OptimizerSettings, cosine_to_zero, fit
 
 __all__ = ["fit_prior"]
 
+_ENCODED = 10_000  # images at once
+
 
 def fit_prior(
     vae: OrderedVAE,
-    x: Tensor,
+    x: Rows,
     *,
     num_epochs: int = 20,
     batch_size: int = 512,
@@ -34,7 +37,8 @@ def fit_prior(
 
     Args:
         vae: With prior_latents="autoregressive".
-        x: Images that it was trained on, shape (N, *image_shape).
+        x: Images that it was trained on, shape (N, *image_shape), or data that begin with them: a tuple of tensors, a
+            mapping in which they are "x" or come first, a `Dataset`, or batches, of which one is in memory at a time.
         num_epochs: Passes over their codes.
         batch_size: Codes of a batch; all of them where there are fewer.
         lr: Largest learning rate of Adam, which rises for a twentieth of the steps and falls to zero on a cosine.
@@ -61,14 +65,16 @@ def fit_prior(
         )
     codes = _Codes(vae.conditioner, vae.num_latents)
     with torch.no_grad():
-        laws = [vae.encode(rows, vae.num_latents) for rows in x.split(10_000)]
+        laws = [vae.encode(rows, vae.num_latents) for rows, *_ in batches(x, _ENCODED)]
+    if not laws:
+        raise ValueError("fit_prior: argument `x` has no rows")
     data = tuple(torch.cat([getattr(law, name) for law in laws]) for name in ("loc", "scale"))
     return fit(
         codes,
         codes.guide,
         data,
         num_epochs=num_epochs,
-        batch_size=min(batch_size, len(x)),
+        batch_size=min(batch_size, len(data[0])),
         lr=lr,
         optimizer=OptimizerSettings(lr_schedule=cosine_to_zero()),
         seed=seed,

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["KeepsDerived", "derived"]
+__all__ = ["KeepsDerived", "derived", "keep"]
 
 _KEPT = "_kept"  # where in its __dict__ a law keeps all of it
 
@@ -21,9 +21,17 @@ class derived:
             return self
         kept = law.__dict__.setdefault(_KEPT, {})
         if self._name not in kept:
-            with torch.inference_mode(False), torch.enable_grad():
+            if torch.is_grad_enabled():
                 kept[self._name] = self._compute(law)
+            else:
+                with torch.inference_mode(False), torch.enable_grad():
+                    kept[self._name] = self._compute(law)
         return kept[self._name]
+
+
+def keep(law: Any, name: str, value: Any) -> None:
+    """Keep what was computed beside something else, as the value of an attribute that is `derived`."""
+    law.__dict__.setdefault(_KEPT, {}).setdefault(name, value)
 
 
 class KeepsDerived:

@@ -9,11 +9,11 @@ from torch.distributions import Normal, kl_divergence, register_kl
 
 from pyro_vnd._compat import recall
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
-from pyro_vnd.distributions._fast.gated_kl import gated_normal_kl
 from pyro_vnd.distributions._fast.log_uniform import log_uniform_kl
 from pyro_vnd.distributions._fast.normals import normal_kl
 from pyro_vnd.distributions.lengths import LengthLaw
 from pyro_vnd.distributions.masks import CutMask, OrderedMask, expectation
+from pyro_vnd.distributions.mixtures import NestedMixture
 from pyro_vnd.distributions.nested import NestedLaw, NestedNormal
 from pyro_vnd.distributions.relaxed import RelaxedOrderedMask
 from pyro_vnd.distributions.straight_through import OrderedMaskStraightThrough
@@ -24,8 +24,11 @@ from pyro_vnd.distributions.weights import Gated, LogScaleNormal, LogUniform
 def _kl_ordered_mask(q: OrderedMask, p: OrderedMask) -> Tensor:
     """Return sum_k q_k (log q_k - log p_k): straight-through masks are ordered masks too."""
     _check_units(q, p)
-    # -inf - -inf only arises where q_k = 0, which counts nothing.
-    kl = expectation(q._probs, q._log_probs - p._log_probs)
+    difference = q._log_probs - p._log_probs
+    if q._may_have_zeros or p._may_have_zeros:  # -inf - -inf only arises where q_k = 0, which counts nothing
+        kl = expectation(q._probs, difference)
+    else:
+        kl = (q._probs * difference).sum(-1)
     return kl.expand(broadcast_shapes(q.batch_shape, p.batch_shape))
 
 
@@ -99,11 +102,11 @@ def kl_of_coordinates(q: NestedLaw, p: NestedLaw, dense: Any = None) -> Tensor:
     """
     if not isinstance(q, NestedNormal):
         return q.densities(dense) - p.densities(dense)
-    loc, scale = p.loc, p.scale  # once: a mixture computes them
-    exact = normal_kl(q.loc, q.scale, loc, scale)
     if isinstance(p, NestedNormal):
-        return exact
-    return exact + NestedNormal._of(loc, scale, p.mask_law).densities(dense) - p.densities(dense)
+        return normal_kl(q.loc, q.scale, p.loc, p.scale)
+    assert isinstance(p, NestedMixture)
+    loc, scale, densities = p._terms_at(dense)
+    return normal_kl(q.loc, q.scale, loc, scale) + (Normal(loc, scale, validate_args=False).log_prob(dense) - densities)
 
 
 def _check_units(q: OrderedMask | NestedLaw, p: OrderedMask | NestedLaw) -> None:
@@ -117,12 +120,20 @@ def _kl_gated(q: Gated, p: Gated) -> Tensor:
     if q.event_shape != p.event_shape:
         raise ValueError(f"KL of arrays of different shapes: {tuple(q.event_shape)} and {tuple(p.event_shape)}")
     batch_shape = broadcast_shapes(q.batch_shape, p.batch_shape)
-    if isinstance(q.base, Normal) and isinstance(p.base, Normal):
-        kl = gated_normal_kl(q, p.base)
+    base: Any = q.base
+    if q.gate is None and base.batch_shape == q.event_shape and getattr(base, "prior", None) is p.base:
+        kl = base.kl_from_prior  # computed beside the draw
     else:
-        terms = kl_divergence(q.base, p.base)
+        terms = kl_divergence(base, p.base)
         kl = q.sum_over_event(terms.expand(broadcast_shapes(terms.shape, q.event_shape)), q.gate)
-    return kl.expand(batch_shape)
+    return kl if kl.shape == batch_shape else kl.expand(batch_shape)
+
+
+@register_kl(LogScaleNormal, Normal)
+def _kl_log_scale_normal(q: LogScaleNormal, p: Normal) -> Tensor:
+    r"""Return $(\sigma^2 + (\mu - m)^2) / 2 s^2 - \rho + \log s - 1/2$, entry by entry; ρ is as given, not log σ."""
+    terms = (q.variance + (q.loc - p.loc).square()) * (0.5 / p.scale.square())
+    return terms - q.log_scale + (p.scale.log() - 0.5)
 
 
 @register_kl(Normal, LogUniform)

@@ -1,6 +1,5 @@
 """Mixtures of Normals at ordered coordinates that are zero past a random length."""
 
-import math
 from typing import Self
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 from torch.types import _size
 
 from pyro_vnd._compat import remember
+from pyro_vnd.distributions._fast.mixtures import mixture_terms
 from pyro_vnd.distributions.lengths import gumbel_like
 from pyro_vnd.distributions.masks import OrderedMask
 from pyro_vnd.distributions.nested import NestedLaw
@@ -48,21 +48,22 @@ class NestedMixture(NestedLaw):
         super().__init__(shape[:-1], shape[-1:], validate_args=False)
         self._validate_args = mask_law._validate_args
         self.mask_law = mask_law if mask_law.batch_shape == shape[:-1] else mask_law.expand(shape[:-1])
-        self._parts = loc, scale, normalised(logits)
+        self._parts = loc, scale, logits
 
     @property
     def loc(self) -> Tensor:
         """Means of the uncut coordinates, shape batch_shape + (K,)."""
-        loc, _, log_weights = self._parts
-        return (log_weights.exp() * loc).sum(-1)
+        return self._terms_at(self._parts[0][..., 0])[0]
 
     @property
     def scale(self) -> Tensor:
         """Standard deviations of the uncut coordinates, shape batch_shape + (K,)."""
-        loc, scale, log_weights = self._parts
-        weights = log_weights.exp()
-        mean = (weights * loc).sum(-1, keepdim=True)
-        return (weights * ((loc - mean).square() + scale.square())).sum(-1).sqrt()
+        return self._terms_at(self._parts[0][..., 0])[1]
+
+    def _terms_at(self, dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return means, standard deviations and log-densities of uncut coordinates; the first two are of the law."""
+        mean, variance, densities = mixture_terms(dense, *self._parts)
+        return mean, variance.sqrt(), densities
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Draw vectors with zeros past a random length, shape sample_shape + batch_shape + (K,)."""
@@ -72,7 +73,7 @@ class NestedMixture(NestedLaw):
 
     def densities(self, dense: Tensor) -> Tensor:
         """Return the log-density of each uncut coordinate, shape (..., K)."""
-        return log_density(dense, *self._parts)
+        return mixture_terms(dense, *self._parts)[2]
 
     def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
         """Return the same law with a larger batch shape."""
@@ -80,17 +81,6 @@ class NestedMixture(NestedLaw):
         loc, scale, logits = (part.expand(*batch_shape, *part.shape[-2:]) for part in self._parts)
         new._parts = loc, scale, logits
         return new
-
-
-def normalised(logits: Tensor) -> Tensor:
-    """Do what `log_softmax` does over the last dimension, at once where that has a few entries only."""
-    return logits - logits.logsumexp(-1, keepdim=True)
-
-
-def log_density(value: Tensor, loc: Tensor, scale: Tensor, log_weights: Tensor) -> Tensor:
-    """Return the log-density of mixtures of Normals, over the last dimension of their parameters."""
-    distance = (value.unsqueeze(-1) - loc) / scale
-    return (log_weights - scale.log() - 0.5 * distance.square()).logsumexp(-1) - 0.5 * math.log(2 * math.pi)
 
 
 def draw(noise: Tensor, loc: Tensor, scale: Tensor, logits: Tensor | None = None) -> Tensor:
@@ -103,6 +93,6 @@ def draw(noise: Tensor, loc: Tensor, scale: Tensor, logits: Tensor | None = None
     drawn = torch.addcmul(picked_loc, picked_scale, noise)
     if not any(part.requires_grad for part in (loc, scale, logits)):
         return drawn
-    drawn, log_weights = drawn.detach(), normalised(logits)
-    below = (log_weights.exp() * torch.special.ndtr((drawn.unsqueeze(-1) - loc) / scale)).sum(-1)
-    return drawn - (below - below.detach()) / log_density(drawn, loc, scale, log_weights).detach().exp()
+    drawn, weights = drawn.detach(), (logits - logits.logsumexp(-1, keepdim=True)).exp()
+    below = (weights * torch.special.ndtr((drawn.unsqueeze(-1) - loc) / scale)).sum(-1)
+    return drawn - (below - below.detach()) / mixture_terms(drawn, loc, scale, logits)[2].detach().exp()

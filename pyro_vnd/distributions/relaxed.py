@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.types import _size
 
 from pyro_vnd._compat import recall, remember
+from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions.constraints import ordered_mask, tail_difference, tail_sum
 from pyro_vnd.distributions.lengths import LengthLaw, gumbel_like
 
@@ -98,4 +99,4 @@ class RelaxedOrderedMask(LengthLaw):
         scaled = temperature.unsqueeze(-1) * log_one_hot
         density = (log_probs - scaled - log_one_hot).sum(-1) - k * (log_probs - scaled).logsumexp(-1)
         density = density + math.lgamma(k) + (k - 1) * temperature.log()
-        return density.expand(torch.broadcast_shapes(density.shape, self.batch_shape))
+        return density.expand(broadcast_shapes(density.shape, self.batch_shape))

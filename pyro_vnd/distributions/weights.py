@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 import pyro.distributions as dist
@@ -12,28 +13,67 @@ from torch.distributions import Distribution, constraints
 from torch.distributions.utils import broadcast_all
 from torch.types import _size
 
-from pyro_vnd._compat import all_true
+from pyro_vnd._compat import all_true, only_plain_code
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
-from pyro_vnd.distributions._fast.normals import variance_and_sums
+from pyro_vnd.distributions._fast.normals import draw_and_kl, variance_and_kl
 from pyro_vnd.distributions.constraints import check_expandable, counted, got
-from pyro_vnd.distributions.derived import KeepsDerived, derived
+from pyro_vnd.distributions.derived import KeepsDerived, derived, keep
 from pyro_vnd.distributions.lengths import batch_facts, span
 
-__all__ = ["Gated", "LogScaleNormal", "LogUniform"]
+__all__ = ["FixedNormal", "Gated", "LogScaleNormal", "LogUniform", "fixed_normal"]
+
+
+class FixedNormal(dist.Normal):
+    """A Normal law whose parameters are numbers, which `fixed_normal` makes: nothing of it ever changes.
+
+    Attributes:
+        numbers: Location and scale; None where it was made in another way.
+    """
+
+    numbers: tuple[float, float] | None = None
+
+
+def fixed_normal(loc: float, scale: float, like: Tensor) -> FixedNormal:
+    """Return a Normal law of numbers, the same object each time.
+
+    Args:
+        loc: Location.
+        scale: Standard deviation.
+        like: A tensor with the type and the device of its samples.
+
+    Example:
+        >>> fixed_normal(0.0, 2.0, torch.zeros(3)) is fixed_normal(0.0, 2.0, torch.ones(1))
+        True
+    """
+    make = _fixed_normal.__wrapped__ if only_plain_code() else _fixed_normal  # what is traced must not stay
+    return make(float(loc), float(scale), like.dtype, like.device)
+
+
+@lru_cache(maxsize=1024)
+def _fixed_normal(loc: float, scale: float, dtype: torch.dtype, device: torch.device) -> FixedNormal:
+    with torch.inference_mode(False):  # for use in training, too
+        law = FixedNormal(
+            torch.tensor(loc, dtype=dtype, device=device),
+            torch.tensor(scale, dtype=dtype, device=device),
+            validate_args=False,
+        )
+    law.numbers = loc, scale
+    return law
 
 
 class LogScaleNormal(KeepsDerived, dist.Normal):
     r"""Normal law $N(\mu, e^{2\rho})$ with the parameter that weights of nets have.
 
-    It is Pyro's `Normal`, and what holds for that holds here. But σ, σ² and the sums in a divergence are each computed
-    once, on demand, from ρ: for nets of millions of weights a training step consists of such arrays, and Σ ρ is exact
-    where the logarithm of a rounded σ is not.
+    It is Pyro's `Normal`, and what holds for that holds here. But what a training step needs, draws or variances and
+    the divergence from the prior, is computed once and together: for nets of millions of weights such a step consists
+    of passes over arrays, and Σ ρ is exact where the logarithm of a rounded σ is not.
 
     Shapes: loc and log_scale broadcast to batch_shape; a scalar event.
 
     Args:
         loc: Mean μ.
         log_scale: ρ, the logarithm of the standard deviation.
+        prior: One law for all entries, if `kl_from_prior` is to be asked for.
         validate_args: Whether arguments and samples are checked.
 
     Raises:
@@ -41,8 +81,11 @@ class LogScaleNormal(KeepsDerived, dist.Normal):
 
     Example:
         >>> q = LogScaleNormal(torch.tensor([1.0, 2.0]), torch.tensor([0.0, -80.0]))
-        >>> q.scale, q.variance, q.variance_and_sums[2]
-        (tensor([1.0000e+00, 1.8049e-35]), tensor([1., 0.]), tensor(-80.))
+        >>> q.scale, q.variance
+        (tensor([1.0000e+00, 1.8049e-35]), tensor([1., 0.]))
+        >>> prior = fixed_normal(0.0, 1.0, q.loc)
+        >>> LogScaleNormal(q.loc, q.log_scale, prior=prior).kl_from_prior  # 1/2 and 2 - 1/2 + 80
+        tensor(82.)
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {  # type: ignore[misc]
@@ -50,14 +93,24 @@ class LogScaleNormal(KeepsDerived, dist.Normal):
         "log_scale": constraints.real,
     }
 
-    def __init__(self, loc: Tensor, log_scale: Tensor, *, validate_args: bool | None = None) -> None:
+    def __init__(
+        self,
+        loc: Tensor,
+        log_scale: Tensor,
+        *,
+        prior: FixedNormal | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         try:
-            self.loc, self.log_scale = broadcast_all(loc, log_scale)
+            self.loc, self.log_scale = (
+                (loc, log_scale) if loc.shape == log_scale.shape else broadcast_all(loc, log_scale)
+            )
         except RuntimeError:
             raise ValueError(
                 "LogScaleNormal: arguments `loc` and `log_scale` must broadcast; got shapes "
                 f"{tuple(loc.shape)} and {tuple(log_scale.shape)}"
             ) from None
+        self.prior = prior
         Distribution.__init__(self, self.loc.shape, validate_args=validate_args)
 
     @derived
@@ -68,29 +121,48 @@ class LogScaleNormal(KeepsDerived, dist.Normal):
     @property
     def variance(self) -> Tensor:
         """Variance σ², shape batch_shape."""
-        return self.variance_and_sums[0]
+        return self.mean_and_variance[1]
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Draw weights with gradients, shape sample_shape + batch_shape."""
         # torch.randn works under vmap, unlike the noise of torch's Normal.
         shape = self._extended_shape(sample_shape)
-        return self.loc + self.scale * torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        if self._numbers is None or sample_shape or not torch.is_grad_enabled():
+            return self.loc + self.scale * noise
+        draw, kl = draw_and_kl(self.loc, self.log_scale, noise, self._numbers)
+        keep(self, "kl_from_prior", kl)
+        return draw
 
     def sample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Draw weights, shape sample_shape + batch_shape."""
         with torch.no_grad():
             return self.rsample(sample_shape)
 
+    @property
+    def _numbers(self) -> tuple[float, float] | None:
+        return None if self.prior is None else self.prior.numbers
+
     @derived
-    def variance_and_sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """σ², shape batch_shape, and the sums Σ σ² and Σ ρ, with a gradient in one array for all three."""
-        return variance_and_sums(self.log_scale)
+    def mean_and_variance(self) -> tuple[Tensor, Tensor]:
+        """μ and σ², each of shape batch_shape; the first is a tensor of its own, which belongs to no other law."""
+        if self._numbers is None:
+            return self.loc.view_as(self.loc), (2 * self.log_scale).exp()
+        mean, variance, kl = variance_and_kl(self.loc, self.log_scale, self._numbers)
+        keep(self, "kl_from_prior", kl)
+        return mean, variance
+
+    @derived
+    def kl_from_prior(self) -> Tensor:
+        """Divergence from the prior, summed over all entries, shape (); what was computed beside draws or variances."""
+        assert self._numbers is not None, "the law has no prior"
+        return variance_and_kl(self.loc, self.log_scale, self._numbers)[2]
 
     def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
         """Return the same law with a larger batch shape; parameters are shared, not copied."""
-        new = self._get_checked_instance(type(self), _instance)
         batch_shape = torch.Size(batch_shape)
-        new.loc, new.log_scale = self.loc.expand(batch_shape), self.log_scale.expand(batch_shape)
+        new = self._get_checked_instance(type(self), _instance)
+        new.loc, new.log_scale, new.prior = self.loc.expand(batch_shape), self.log_scale.expand(batch_shape), self.prior
         Distribution.__init__(new, batch_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -181,7 +253,7 @@ class LogUniform(TorchDistribution):
         if self._validate_args and not torch.compiler.is_compiling():
             self._validate_sample(value)
         log_prob = -value.abs().clamp_min(torch.finfo(value.dtype).tiny).log() - _CONSTANT
-        return log_prob.expand(torch.broadcast_shapes(value.shape, self.batch_shape))
+        return log_prob.expand(broadcast_shapes(value.shape, self.batch_shape))
 
     def __repr__(self) -> str:
         return f"LogUniform({tuple(self.batch_shape)})"
@@ -260,6 +332,16 @@ class Gated(TorchDistribution):
                 f"Gated: argument `gate` of shape {tuple(gate.shape)} must have values in [0, 1]; got {got(gate)}"
             )
 
+    @classmethod
+    def _of(
+        cls, base: Distribution, event_shape: _size, gate: Tensor | None = None, rest: Distribution | None = None
+    ) -> Self:
+        """Return the law of parts that are known to fit; its values are not checked either."""
+        law = cls.__new__(cls)
+        law.base, law.gate, law.rest = base, gate, rest
+        TorchDistribution.__init__(law, torch.Size(), torch.Size(event_shape), validate_args=False)
+        return law
+
     @property
     def has_rsample(self) -> bool:  # type: ignore[override]
         """Whether samples carry gradients: as in the base."""
@@ -281,7 +363,8 @@ class Gated(TorchDistribution):
         return self.base.variance.expand(self.batch_shape + self.event_shape)
 
     def _whole(self) -> Distribution:
-        return self.base.expand(self.batch_shape + self.event_shape)
+        shape = self.batch_shape + self.event_shape
+        return self.base if self.base.batch_shape == shape else self.base.expand(shape)
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Draw arrays with gradients, shape sample_shape + batch_shape + event_shape."""
@@ -296,7 +379,7 @@ class Gated(TorchDistribution):
         # Torch's check of independent entries fails where there are none, and where values are not known.
         if self._validate_args and value.numel() and not torch.compiler.is_compiling():
             self._validate_sample(value)
-        shape = torch.broadcast_shapes(value.shape, self._extended_shape())
+        shape = broadcast_shapes(value.shape, self._extended_shape())
         log_prob = self.sum_over_event(self.base.log_prob(value).expand(shape), self.gate)
         if self.gate is None or self.rest is None:
             return log_prob

@@ -145,6 +145,8 @@ def masked_like(q: Any, p: Any) -> Any:
 
     The log-density of a point is that of the transform to the support of p, entry by entry, as autoguides have it.
     """
+    if not hasattr(p, "base_dist") and not hasattr(q, "base_dist"):  # as most are
+        return q
     if isinstance(q, MaskedDistribution):
         return masked_like(q.base_dist, p)
     if isinstance(p, MaskedDistribution):
@@ -173,7 +175,7 @@ def _by_entry(q: Delta, support: Any, ndims: int) -> Any:
 def split_mask(site: Any) -> tuple[Any, Mask]:
     """Return the law of a site without masks of whole events, and these together with the mask of the site."""
     fn, mask = site["fn"], site["mask"]
-    while isinstance(fn, MaskedDistribution):
+    while hasattr(fn, "base_dist") and isinstance(fn, MaskedDistribution):
         fn, mask = fn.base_dist, _both(mask, mask_of_rows(fn))
     return fn, mask
 

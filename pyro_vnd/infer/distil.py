@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from numbers import Real
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vnd._data import Data, as_arguments, check_rows, map_parts, num_rows, split_rows
+from pyro_vnd._data import Data, as_arguments, batches_of, check_rows, is_tensors, map_parts, num_rows
 from pyro_vnd._sizes import check_sizes
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
 from pyro_vnd.distributions import OrderedMask
@@ -77,7 +77,7 @@ class DistilReport:
 
 def distil_lengths(
     model: ValuedModel,
-    data: Data,
+    data: Any,
     *,
     prices: tuple[float, float] | None = None,
     num_lengths: int = 12,
@@ -101,13 +101,14 @@ def distil_lengths(
 
     Args:
         model: An autoencoder of the library, an `AutoNested` with `amortise`, or another `ValuedModel`.
-        data: Rows as those of `fit`, such as its training data.
+        data: Rows as those of `fit`, such as its training data, in any of its forms. Of what comes in batches the first
+            rows are looked at.
         prices: Lowest and highest price for a unit, in nats, > 0, from which prices are drawn log-uniformly. By default
             they are those of mean lengths from 1.1 units to nine tenths of K, log-uniform in the mean length.
         num_lengths: Lengths that are decoded.
         num_rows_used: Rows that are looked at, at most.
         num_steps: Steps of Adam.
-        batch_size: Rows of a step.
+        batch_size: Rows of a step, and of a batch, where data do not come in batches.
         lr: Learning rate, which falls to zero on half a cosine.
         seed: Seed of a new head, the choice of rows and the prices; None goes on with the caller's random numbers.
         progress: Whether to show progress bars.
@@ -133,39 +134,43 @@ def distil_lengths(
             f"{name}: argument `model` must be an nn.Module with the methods of `ValuedModel`; {type(model).__name__} "
             f"lacks {', '.join(missing) or 'those of an nn.Module'}"
         )
-    check_rows(name, data)
     check_sizes(name, num_lengths=num_lengths, num_rows_used=num_rows_used, num_steps=num_steps, batch_size=batch_size)
-    _check_arguments(model, data)
     if prices is not None and not (_are_numbers(prices, 2) and 0 < prices[0] < prices[1] < math.inf):
         raise ValueError(f"{name}: argument `prices` must be two prices, 0 < low < high; got {prices!r}")
     if not (_are_numbers([lr], 1) and 0 < lr < math.inf):
         raise ValueError(f"{name}: argument `lr` must be finite and > 0; got {lr!r}")
     if torch.is_inference_mode_enabled():
         raise ValueError(f"{name}: the head is trained, which torch.inference_mode does not allow: call it outside")
-    if min(num_rows(data), num_rows_used) < FEWEST_ROWS:
-        raise ValueError(
-            f"{name}: arguments `data` and `num_rows_used` must have {FEWEST_ROWS} rows at least; got {num_rows(data)} "
-            f"and {num_rows_used}"
-        )
+    if is_tensors(data):
+        check_rows(name, data)
+        _check_arguments(model, data)
+        _check_enough(num_rows(data), num_rows_used)
     started = time.perf_counter()
     with random_numbers(seed, cuda_devices([model])):
         head = model.add_value_head()
         with module_mode([model], training=False):
-            chosen = torch.randperm(num_rows(data))[:num_rows_used]
-            num_held_out = min(math.ceil(HELD_OUT * len(chosen)), MOST_HELD_OUT)
-            held_out, seen = _rows(data, chosen[:num_held_out]), _rows(data, chosen[num_held_out:])
-            lengths = spaced_lengths(head.num_units, num_lengths)
-            inputs, curves = _look(model, head, seen, lengths, batch_size, progress)
+            lengths = {False: spaced_lengths(head.num_units, num_lengths), True: spaced_lengths(head.num_units, FINE)}
+            parts = (
+                _of_tensors(data, num_rows_used, batch_size)
+                if is_tensors(data)
+                else _of_batches(model, data, num_rows_used, batch_size)
+            )
+            (inputs, curves), (held_inputs, held_curves) = _look(model, head, parts, lengths, progress)
+            _check_enough(len(curves) + len(held_curves), num_rows_used)
             _train(head, inputs, curves, prices, num_steps, batch_size, lr, progress)
             with torch.no_grad():
                 head.calibrate(head(inputs[: MOST_HELD_OUT * 2]))
-                fine = spaced_lengths(head.num_units, FINE)
-                inputs, curves = _look(model, head, held_out, fine, batch_size, progress)
-                scores = _scores(head, head(inputs), curves)
+                scores = _scores(head, head(held_inputs), held_curves)
     means, at, shares, correlation = scores
-    return DistilReport(
-        means, at, shares, correlation, len(chosen) - num_held_out, num_held_out, time.perf_counter() - started
-    )
+    return DistilReport(means, at, shares, correlation, len(curves), len(held_curves), time.perf_counter() - started)
+
+
+def _check_enough(count: int, num_rows_used: int) -> None:
+    if min(count, num_rows_used) < FEWEST_ROWS:
+        raise ValueError(
+            f"distil_lengths: arguments `data` and `num_rows_used` must have {FEWEST_ROWS} rows at least; got {count} "
+            f"and {num_rows_used}"
+        )
 
 
 def _check_arguments(model: ValuedModel, data: Data) -> None:
@@ -191,20 +196,53 @@ def _rows(data: Data, rows: Tensor) -> Data:
     return map_parts(lambda part: part[rows.to(part.device)], data)
 
 
+def _of_tensors(data: Data, num_rows_used: int, batch_size: int) -> Iterator[tuple[Data, bool]]:
+    """Yield batches of rows at random, each with whether it is held back."""
+    chosen = torch.randperm(num_rows(data))[:num_rows_used]
+    num_held_out = min(math.ceil(HELD_OUT * len(chosen)), MOST_HELD_OUT)
+    for rows, held_out in ((chosen[num_held_out:], False), (chosen[:num_held_out], True)):
+        for some in rows.split(batch_size):
+            yield _rows(data, some), held_out
+
+
+def _of_batches(model: ValuedModel, data: Any, num_rows_used: int, batch_size: int) -> Iterator[tuple[Data, bool]]:
+    """Yield the first rows of batches, of each of which some at random are held back."""
+    seen = num_held_out = 0
+    for batch in batches_of(data, batch_size):
+        check_rows("distil_lengths", batch)
+        if not seen:
+            _check_arguments(model, batch)
+        order = torch.randperm(num_rows(batch))[: num_rows_used - seen]
+        seen += len(order)
+        more = min(math.ceil(HELD_OUT * seen), MOST_HELD_OUT) - num_held_out
+        num_held_out += more
+        for rows, held_out in ((order[more:], False), (order[:more], True)):
+            if len(rows):
+                yield _rows(batch, rows), held_out
+        if seen == num_rows_used:
+            return
+
+
 @torch.no_grad()
 def _look(
-    model: ValuedModel, head: ValueHead, data: Data, lengths: Sequence[int], batch_size: int, progress: bool
-) -> tuple[Tensor, Tensor]:
-    """Return what the head is given of rows, and their value curves."""
-    inputs, curves = [], []
-    with tqdm(total=num_rows(data), desc="values", unit="row", disable=not progress) as bar:
-        for batch in split_rows(data, batch_size):
+    model: ValuedModel,
+    head: ValueHead,
+    parts: Iterable[tuple[Data, bool]],
+    lengths: Mapping[bool, Sequence[int]],
+    progress: bool,
+) -> list[tuple[Tensor, Tensor]]:
+    """Return what the head is given of rows, and their value curves, of those to learn from and of those held back."""
+    found: dict[bool, list[tuple[Tensor, Tensor]]] = {False: [], True: []}
+    with tqdm(desc="values", unit="row", disable=not progress) as bar:
+        for batch, held_out in parts:
             args, kwargs = as_arguments(batch)
-            inputs.append(model.value_inputs(*args, **kwargs))
-            values = model.value_curve(*args, lengths=lengths, **kwargs)
-            curves.append(interpolate_values(values, lengths, head.num_units))
+            inputs = model.value_inputs(*args, **kwargs)
+            values = model.value_curve(*args, lengths=lengths[held_out], **kwargs)
+            found[held_out].append((inputs, interpolate_values(values, lengths[held_out], head.num_units)))
             bar.update(num_rows(batch))
-    return torch.cat(inputs), torch.cat(curves)
+    empty = (torch.empty(0), torch.empty(0))
+    columns = (zip(*(each or [empty]), strict=True) for each in found.values())
+    return [(torch.cat(inputs), torch.cat(curves)) for inputs, curves in columns]
 
 
 def _train(

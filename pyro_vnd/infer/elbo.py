@@ -12,6 +12,8 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
 from pyro.infer.util import check_fully_reparametrized, is_validation_enabled, torch_item
 from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.replay_messenger import ReplayMessenger
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape
 from torch import Tensor
@@ -92,6 +94,7 @@ class NestedELBO(TraceMeanField_ELBO):
         self.log_likelihood: Tensor | float = 0.0
         self.kl: dict[str, Tensor] = {}
         self.kl_lengths: dict[str, Tensor] = {}
+        self._layout: Any = None  # of the sites that were checked
 
     def __repr__(self) -> str:
         vectorized = ", vectorize_particles=True" if self.vectorize_particles else ""
@@ -156,25 +159,30 @@ class NestedELBO(TraceMeanField_ELBO):
             guide(*args, **kwargs)
             model_trace, guide_trace = messenger.get_traces()
         else:
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+            guide_trace = _traced(guide, args, kwargs)
+            model_trace = _traced(ReplayMessenger(trace=guide_trace)(model), args, kwargs)
         _check_sites(model_trace, guide_trace)
-        if is_validation_enabled():
+        layout = (_layout(model_trace), _layout(guide_trace)) if is_validation_enabled() else self._layout
+        is_new = layout != self._layout  # what the checks look at is nearly always as in the last evaluation
+        if is_new:
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
         guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
         _hide_as_in_model(model_trace, guide_trace)
         _keep_exact_kl(model_trace, guide_trace)
-        # The nodes of these traces are those of the whole ones: what is computed here is found there.
-        scored_guide = guide_trace.copy()
-        for name in [name for name, site in guide_trace.nodes.items() if "kl" in site]:
-            scored_guide.remove_node(name)
-        scored_guide.compute_score_parts()
-        model_trace.compute_log_prob(lambda name, site: "kl" not in guide_trace.nodes.get(name, ()))
-        if is_validation_enabled():
+        exact = {name for name, site in guide_trace.nodes.items() if "kl" in site}
+        if any(site["type"] == "sample" and name not in exact for name, site in guide_trace.nodes.items()):
+            # The nodes of this trace are those of the whole one: what is computed here is found there.
+            scored_guide = guide_trace.copy()
+            for name in exact:
+                scored_guide.remove_node(name)
+            scored_guide.compute_score_parts()
+        model_trace.compute_log_prob(lambda name, site: name not in exact)
+        if is_new:
             for trace in (model_trace, guide_trace):
                 self._check_shapes(trace)
             check_if_enumerated(guide_trace)
             check_mean_field_requirement(model_trace, guide_trace)
+            self._layout = layout
         return model_trace, guide_trace
 
     def _check_shapes(self, trace: Any) -> None:
@@ -219,6 +227,31 @@ class NestedELBO(TraceMeanField_ELBO):
         pairs = zip(weights, parts.values(), strict=True)
         weighted: Any = sum(part if weight == 1 else weight * part for weight, part in pairs)
         return weighted
+
+
+def _traced(program: Any, args: Any, kwargs: Any) -> Any:
+    """Run a program and return its trace, which is no copy."""
+    messenger = TraceMessenger()
+    messenger(program)(*args, **kwargs)
+    return messenger.trace
+
+
+def _layout(trace: Any) -> list[Any]:
+    """Return what Pyro's checks of names, shapes, plates and kinds of sites look at."""
+    return [
+        (
+            name,
+            site["is_observed"],
+            site["cond_indep_stack"],
+            type(site["fn"]),
+            getattr(site["fn"], "batch_shape", None),
+            getattr(site["fn"], "event_shape", None),
+            getattr(site["value"], "shape", None),
+            [site["infer"].get(key) for key in ("enumerate", "_enumerate_dim", "is_auxiliary")],
+        )
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+    ]
 
 
 def _check_sites(model_trace: Any, guide_trace: Any) -> None:
@@ -294,7 +327,8 @@ def _keep_exact_kl(model_trace: Any, guide_trace: Any) -> None:
             if not isinstance(kl, Tensor):  # Pyro's KL between equal uniform laws is the number zero
                 kl = torch.as_tensor(kl, device=getattr(site["value"], "device", None)).expand(batch_shape)
             assert kl.shape == batch_shape, f"KL at site {name!r} has shape {kl.shape}, its guide {batch_shape}"
-            site["kl"][weight] = scale_and_mask(kl, site["scale"], mask).sum()
+            kl = scale_and_mask(kl, site["scale"], mask)
+            site["kl"][weight] = kl.sum() if kl.dim() else kl
 
 
 def conditional_part(guide: Any, args: Any = (), kwargs: Any = MappingProxyType({})) -> AutoConditional | None:

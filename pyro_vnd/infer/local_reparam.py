@@ -9,6 +9,7 @@ from torch.distributions import Normal
 
 from pyro_vnd.distributions import Gated
 from pyro_vnd.distributions._fast.arrays import noisy
+from pyro_vnd.distributions.weights import LogScaleNormal
 
 __all__ = ["LocalReparameterization"]
 
@@ -58,11 +59,11 @@ class LocalReparameterization(Messenger):
         return f"LocalReparameterization(layers={self.layers!r})"
 
     def __enter__(self) -> Any:
-        self._laws: dict[int, tuple[Tensor, Normal]] = {}
+        self._variances: dict[int, tuple[Tensor, Tensor]] = {}  # with the mean, so that its number stays its own
         return super().__enter__()
 
     def __exit__(self, *args: Any) -> None:
-        self._laws = {}
+        self._variances = {}
         super().__exit__(*args)
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -71,14 +72,12 @@ class LocalReparameterization(Messenger):
             return
         if msg["infer"].get("local_reparam") in self._kinds and isinstance(law, Gated) and isinstance(law.base, Normal):
             # A new tensor for each site and call, so that its identity says whose mean it is.
-            mean = law.base.loc.expand(law.event_shape).view(law.event_shape)
-            self._laws[id(mean)] = (mean, law.base)
+            mean, variance = _mean_and_variance(law)
+            self._variances[id(mean)] = mean, variance
             msg["value"], msg["done"] = mean, True
 
     def _variance(self, mean: Tensor | None) -> Tensor | None:
-        if mean is None or id(mean) not in self._laws:
-            return None
-        return self._laws[id(mean)][1].variance.expand_as(mean)
+        return None if mean is None or id(mean) not in self._variances else self._variances[id(mean)][1]
 
     def _pyro_affine(self, msg: Any) -> None:
         layer, x, weight, bias = msg["args"]
@@ -89,5 +88,13 @@ class LocalReparameterization(Messenger):
         if weight_variance is None:  # the weights were drawn
             variance = layer.affine(torch.zeros_like(x), weight, bias_variance)
         else:
-            variance = layer.affine(x.square(), weight_variance, bias_variance)
+            variance = layer.affine(x * x, weight_variance, bias_variance)  # x.square() takes one array more backwards
         msg["value"], msg["done"] = noisy(mean, variance, torch.randn_like(mean)), True
+
+
+def _mean_and_variance(law: Gated) -> tuple[Tensor, Tensor]:
+    """Return the moments of an array of Normals; the first is a tensor that belongs to no other law."""
+    base: Any = law.base
+    if isinstance(base, LogScaleNormal) and base.batch_shape == law.event_shape:
+        return base.mean_and_variance
+    return base.loc.expand(law.event_shape).view(law.event_shape), law.variance

@@ -3,10 +3,12 @@
 from pyro_vnd.nn.budgets import widths_for
 from pyro_vnd.nn.cascade import CascadeNet
 from pyro_vnd.nn.dense_likelihoods import PixelLabels, TokenLabels
+from pyro_vnd.nn.draws import NetDraws
 from pyro_vnd.nn.layers import NestedLayer
 from pyro_vnd.nn.likelihoods import BernoulliLabels, CategoricalLabels, NormalTargets, OrdinalLabels, PoissonCounts
 from pyro_vnd.nn.model import NestedClassifier, NestedModel
 from pyro_vnd.nn.narrow import narrow, recalibrate_batchnorm
+from pyro_vnd.nn.narrow_draws import NarrowDraws
 from pyro_vnd.nn.nest import nest
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.net_likelihood import NetLikelihood
@@ -18,11 +20,13 @@ __all__ = [
     "BernoulliLabels",
     "CascadeNet",
     "CategoricalLabels",
+    "NarrowDraws",
     "NestedClassifier",
     "NestedLayer",
     "NestedModel",
     "NestedNet",
     "NestedNorm",
+    "NetDraws",
     "NetLikelihood",
     "NormalTargets",
     "OrdinalLabels",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vnd.distributions._fast.arrays import leading_block
+from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.nn.width import Width
 
 __all__ = ["Axis", "Channels", "Index", "Rows", "Run", "joint_keep_probs", "kept_channels", "take"]
@@ -79,6 +80,9 @@ class Axis:
         size: Number of channels.
         runs: A width whose units share them evenly, runs in order, or None if all are left whole.
 
+    Attributes:
+        widths: The widths along the axis.
+
     Raises:
         ValueError: If the runs do not add up to the channels, or units do not share them evenly.
     """
@@ -91,11 +95,7 @@ class Axis:
                 raise ValueError(f"width {width.name!r} of {width.num_units} units cannot share {length} channels")
         if sum(length for _, length in self.runs) != size:
             raise ValueError(f"the layer has {size} channels, but runs of {[length for _, length in self.runs]}")
-
-    @property
-    def widths(self) -> list[Width]:
-        """The widths along the axis."""
-        return [run.owner for run in self.runs if run.owner is not None]
+        self.widths = [run.owner for run in self.runs if run.owner is not None]
 
     @property
     def is_sliced(self) -> bool:
@@ -121,7 +121,7 @@ class Axis:
         if not known:
             return None
         # One width may be fixed for the batch where another one has a row for each example.
-        rows, joined = torch.broadcast_shapes(*(values.shape[:-1] for values in known)), []
+        rows, joined = broadcast_shapes(*(values.shape[:-1] for values in known)), []
         for values, (width, length) in zip(values_of, self.runs, strict=True):
             if values is None:
                 values = known[0].new_ones(length)
@@ -137,6 +137,8 @@ class Axis:
             kept: Number of kept units by name of width; that of this forward pass by default.
         """
         if kept is None:
+            if not self.is_sliced:
+                return None
             kept = {width.name: width.kept for width in self.widths if width.kept is not None}
         lengths = [
             length if width is None or width.name not in kept else kept[width.name] * (length // width.num_units)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from numbers import Real
 from typing import Any, Literal, get_args
@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pyro_vnd._data import Batch, Rows, input_batches
+from pyro_vnd._data import Batch, Rows, check_repeatable, input_batches
 from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._sizes import is_integer
 from pyro_vnd._state import module_mode
@@ -88,14 +88,12 @@ def widths_for(
     """
     net, likelihood, outputs_of = taken_apart("widths_for", model)
     _check(budget, cost, max_tries)
-    rows = None if data is None else list(input_batches(data, batch_size, net.num_inputs))
-    for batch in rows or ():
-        batch.check("widths_for", net.num_inputs)
+    check_repeatable("widths_for", data=data, recalibrate=recalibrate)
     with module_mode([net], training=False):
-        search = _Search(net, likelihood, outputs_of, cost, rows, recalibrate, batch_size)
+        search = _Search(net, likelihood, outputs_of, cost, data, recalibrate, batch_size)
         limit = float(budget) if is_integer(budget) else float(budget) * search.cost(search.whole)
         start = _uniform(search, limit, budget)
-        return start if rows is None else _refine(search, start, limit, max_tries)
+        return start if data is None else _refine(search, start, limit, max_tries)
 
 
 def _check(budget: Any, cost: Any, max_tries: Any) -> None:
@@ -120,13 +118,13 @@ class _Search:
         likelihood: NetLikelihood,
         outputs_of: Callable[[Any], Tensor],
         cost: Cost,
-        rows: Sequence[Batch] | None,
+        data: Rows | None,
         recalibrate: Rows | None,
         batch_size: int,
     ) -> None:
         self.net, self.likelihood, self.outputs_of, self.kind = net, likelihood, outputs_of, cost
         self.device = next(net.parameters()).device
-        self.rows, self.recalibrate, self.batch_size = rows, recalibrate, batch_size
+        self.data, self.recalibrate, self.batch_size = data, recalibrate, batch_size
         self.whole = {name: width.num_blocks for name, width in net.widths.items()}
         self.least = {name: width.always_kept for name, width in net.widths.items()}
         self.inputs = self._inputs()
@@ -153,9 +151,16 @@ class _Search:
             narrowed = narrow_to_blocks(self.net, blocks)
             if self.recalibrate is not None:
                 recalibrated(narrowed, input_batches(self.recalibrate, self.batch_size, self.net.num_inputs))
-            terms = [self._log_likelihood(narrowed, batch) for batch in self.rows or ()]
+            terms = [self._log_likelihood(narrowed, batch) for batch in self._batches()]
             self._values[key] = torch.cat(terms).mean().item()
         return self._values[key]
+
+    def _batches(self) -> Iterator[Batch]:
+        """Yield the batches of the data; a loader that shuffles leaves the caller's random state as it was."""
+        with torch.random.fork_rng():
+            for batch in () if self.data is None else input_batches(self.data, self.batch_size, self.net.num_inputs):
+                batch.check("widths_for", self.net.num_inputs)
+                yield batch
 
     def _log_likelihood(self, narrowed: nn.Module, batch: Batch) -> Tensor:
         if batch.y is None:
@@ -178,10 +183,10 @@ class _Search:
 
     def _inputs(self) -> Batch:
         """Return an example: the first row of the data, or that of the example that was nested."""
-        if self.rows is not None:
-            if not self.rows:
-                raise ValueError("widths_for: argument `data` has no rows")
-            return self.rows[0].to(self.device).map_inputs(lambda x: x[:1])
+        if self.data is not None:
+            for batch in self._batches():
+                return batch.to(self.device).map_inputs(lambda x: x[:1])
+            raise ValueError("widths_for: argument `data` has no rows")
         if self.kind == "parameters":
             return Batch((), {})
         if inputs := example_of(self.net):

@@ -10,14 +10,13 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple, Self, cast, get_args
 
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vnd._data import Batch, Rows, input_batches, take_rows
 from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._sizes import is_integer
-from pyro_vnd._state import cuda_devices, module_mode, random_numbers
-from pyro_vnd.nn.cost import example_of
+from pyro_vnd._state import module_mode
+from pyro_vnd.nn.draws import NetDraws
 from pyro_vnd.nn.likelihoods import CategoricalLabels
 from pyro_vnd.nn.model import NestedModel
 from pyro_vnd.nn.narrow import narrow, recalibrated
@@ -128,7 +127,7 @@ class CascadeNet(nn.Module):
         self.input_shapes, self.whole_cost = net.input_shapes, multiply_adds(net, {})
         self.num_inputs, self.input_names = net.num_inputs, _names(net)
         with module_mode([net], training=False):
-            draws = _draws(net, num_samples, seed)
+            draws = [None] if num_samples is None else net.draws(num_samples, seed)
             self._add_stages(net, draws, recalibrate, output)
         self.mean_cost = None if mean_cost is None else self._check_cost(mean_cost)
         self.register_buffer("thresholds", self._check_threshold(threshold).to(next(net.parameters()).device))
@@ -137,7 +136,7 @@ class CascadeNet(nn.Module):
     def _add_stages(
         self,
         net: NestedNet,
-        draws: Sequence[Mapping[str, Tensor] | None],
+        draws: Sequence[None] | NetDraws,
         recalibrate: Rows | None,
         output: Output,
     ) -> None:
@@ -392,12 +391,3 @@ def _check_widths(net: NestedNet, widths: Any, rounding: Rounding | None) -> lis
                 f"{after!r}, which keep the blocks {narrower} and {wider}"
             )
     return kept
-
-
-def _draws(net: NestedNet, num_samples: int | None, seed: int) -> list[Mapping[str, Tensor] | None]:
-    """Draw whole weights; a single None stands for the posterior mean."""
-    if num_samples is None:
-        return [None]
-    example = example_of(net)
-    with torch.no_grad(), random_numbers(seed, cuda_devices([net])), poutine.block(), net.cut(1.0):
-        return [net.guide(*example) for _ in range(num_samples)]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pyro_vnd._compat import has_hooks
 from pyro_vnd.distributions import Gated
-from pyro_vnd.distributions.weights import LogScaleNormal
+from pyro_vnd.distributions.weights import FixedNormal, LogScaleNormal, fixed_normal
 from pyro_vnd.nn.axis import Axis, Channels, Index, Rows, joint_keep_probs, kept_channels, take
 from pyro_vnd.nn.reads import MaskedReads, Read, apply_mask, on_its_own, substituted
 from pyro_vnd.nn.width import Width
@@ -171,8 +171,8 @@ class NestedLayer(nn.Module):
             x: The array.
             index: Kept outputs and inputs; those of this forward pass by default.
         """
-        index = (self.output_axis.index(), self.input_axis.index()) if index is None else index
-        return take(x, self._along(name, index))
+        rows, columns = (self.output_axis.index(), self.input_axis.index()) if index is None else index
+        return x if rows is None and columns is None else take(x, self._along(name, (rows, columns)))
 
     def num_parameters(self, name: str, kept: Mapping[str, int]) -> int:
         """Return how many entries of "weight" or "bias" are left when groups keep a number of units."""
@@ -194,6 +194,8 @@ class NestedLayer(nn.Module):
     def gate(self, name: str) -> Tensor | None:
         """Return P(both units and the block around them kept) for each entry of a parameter; None if all count."""
         ends = (self.input_axis, self.output_axis) if self.transposed else (self.output_axis, self.input_axis)
+        if all(width.keep_probs is None for axis in ends for width in axis.widths):
+            return in_block(None, self.block)
         # The two ends of a grouped convolution are the same width.
         axes = (self.output_axis,) if name == "bias" else ends[:1] if self.groups > 1 else ends
         gate = joint_keep_probs(dict(enumerate(axes)), self.plain.get_parameter(name).dim())
@@ -204,12 +206,10 @@ class NestedLayer(nn.Module):
 
         The posterior counts in so far as both units are kept, and is the prior where they are dropped.
         """
-        mean = self.take(name, self.plain.get_parameter(name))
+        mean, prior = self.take(name, getattr(self.plain, name)), self._kept_prior(name)
         if which == "prior":
-            return Gated(self._kept_prior(name), mean.shape, validate_args=False)
-        log_scale, gate = self.take(name, self.log_scales[name]), self.gate(name)
-        rest = None if gate is None else self._kept_prior(name)
-        return Gated(LogScaleNormal(mean, log_scale, validate_args=False), mean.shape, gate, rest, validate_args=False)
+            return Gated._of(prior, mean.shape)
+        return posterior_law(mean, self.take(name, self.log_scales[name]), prior, self.gate(name))
 
     def _kept_prior(self, name: str) -> Distribution:
         law = self.prior_of(name)
@@ -219,13 +219,11 @@ class NestedLayer(nn.Module):
 
     def draw(self, which: Literal["prior", "posterior"], site: str) -> dict[str, Tensor]:
         """Draw the weights for the coming pass, at the Pyro sites `site.weight` and `site.bias`."""
-        if not self.log_scales:
-            return {}
-        for name in self.log_scales:
-            kind = "linear" if self.channel_dim == -1 else "convolution"
-            infer: Any = {"local_reparam": kind if self.draws_outputs[name] else None}
+        kind = "linear" if self.channel_dim == -1 else "convolution"
+        for name, draws_outputs in self.draws_outputs.items():
+            infer: Any = {"local_reparam": kind if draws_outputs else None}
             law = self.law(name, which)
-            self.values[name] = drawn_entries(f"{site}.{name}", law, self.plain.get_parameter(name), infer)
+            self.values[name] = drawn_entries(f"{site}.{name}", law, getattr(self.plain, name), infer)
         return {f"{site}.{name}": value for name, value in self.values.items()}
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (as torch's layers name it)
@@ -321,11 +319,10 @@ def _padding_of_ends(plain: Any) -> list[int]:
 def fan_in_normal(name: str, layer: nn.Module) -> Normal:
     """Return N(0, 2 / fan_in) for weights, which keeps the scale of rectified units, and N(0, 1) for biases."""
     weight: Any = layer.weight
-    fan_in = weight[0].numel()
+    fan_in = math.prod(weight.shape[1:])
     if "Transpose" in type(layer).__name__:
         fan_in = weight.numel() // weight.shape[1] // layer.groups
-    scale = math.sqrt(2 / max(1, fan_in)) if name == "weight" else 1.0
-    return Normal(weight.new_tensor(0.0), weight.new_tensor(scale), validate_args=False)
+    return fixed_normal(0.0, math.sqrt(2 / max(1, fan_in)) if name == "weight" else 1.0, weight)
 
 
 def entry_law(caller: str, prior: Any, name: str, module: nn.Module) -> Distribution:
@@ -336,12 +333,27 @@ def entry_law(caller: str, prior: Any, name: str, module: nn.Module) -> Distribu
             f"scale and None, too; got {prior!r}"
         )
     law = prior if isinstance(prior, Distribution) else prior(name, module)
+    if isinstance(law, FixedNormal) and not law.batch_shape:  # one entry
+        return law
     shape = module.get_parameter(name).shape
     if law.event_shape or law.batch_shape.numel() not in (1, shape.numel()):
         raise ValueError(
             f"{caller}: the prior of {name!r} must have one entry, or those of the array {tuple(shape)}; got {law}"
         )
     return law
+
+
+def posterior_law(mean: Tensor, log_scale: Tensor, prior: Any, gate: Tensor | None) -> Gated:
+    """Return the law of an array of Normals, which is the prior in so far as the gate leaves entries out.
+
+    Args:
+        mean: Means.
+        log_scale: Logarithms of the standard deviations.
+        prior: The law of each entry a priori.
+        gate: Probability that each entry counts; None if all do.
+    """
+    base = LogScaleNormal(mean, log_scale, prior=prior if isinstance(prior, FixedNormal) else None, validate_args=False)
+    return Gated._of(base, mean.shape, gate, None if gate is None else prior)
 
 
 def in_block(gate: Tensor | None, block: NestedBlock | None) -> Tensor | None:
@@ -363,7 +375,7 @@ def drawn_entries(site: str, law: Any, like: Tensor, infer: Any = None) -> Tenso
     """
     value = pyro.sample(site, law, infer=infer)
     extra = value.dim() - like.dim()
-    if value.shape[:extra].numel() > 1:
+    if extra and value.shape[:extra].numel() > 1:
         raise ValueError(
             f"site {site}: weights were drawn in a plate, shape {tuple(value.shape)}; call the net outside of plates, "
             "and use several particles without vectorize_particles"

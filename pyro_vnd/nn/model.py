@@ -1,8 +1,10 @@
 """A nested net with a likelihood: the Pyro model of labels, numbers, counts, pixels or tokens."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pyro
 from torch import Tensor
@@ -15,6 +17,9 @@ from pyro_vnd.nn.likelihoods import CategoricalLabels
 from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.net_likelihood import NetLikelihood
 from pyro_vnd.nn.outputs import Output, picked
+
+if TYPE_CHECKING:
+    from pyro_vnd.nn.draws import NetDraws
 
 __all__ = ["NestedClassifier", "NestedModel", "taken_apart"]
 
@@ -124,6 +129,10 @@ class NestedModel(QuietModule):
         with plate:
             pyro.sample(self.likelihood.site, self.likelihood.law(outputs), obs=y)
         return outputs
+
+    def draws(self, num_samples: int, seed: int | None = None, *, keep: bool = True) -> NetDraws:
+        """Return draws of the net, whose predictions are what the likelihood takes; arguments as in `net.draws`."""
+        return self.net.draws(num_samples, seed, keep=keep).picking(self.outputs_of)
 
     def outputs_of(self, returned: Any) -> Tensor:
         """Return what the likelihood takes of what the net returned; raise a ValueError if there is no such tensor."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -24,7 +24,15 @@ from pyro_vnd.nn.tracing.attention import Attention, as_graph
 from pyro_vnd.nn.tracing.recurrent import Cell, Recurrent
 from pyro_vnd.nn.width import Rounding
 
-__all__ = ["narrow", "narrow_layer", "narrow_to_blocks", "recalibrate_batchnorm", "recalibrated"]
+__all__ = [
+    "drawn_parts",
+    "narrow",
+    "narrow_layer",
+    "narrow_to_blocks",
+    "narrowed_parts",
+    "recalibrate_batchnorm",
+    "recalibrated",
+]
 
 
 @torch.no_grad()
@@ -94,8 +102,15 @@ def narrow(
 @torch.no_grad()
 def narrow_to_blocks(net: NestedNet, blocks: Mapping[str, int], draw: Mapping[str, Tensor] | None = None) -> nn.Module:
     """Narrow a nested net to numbers of blocks that fit it, one for each group; `narrow` without its checks."""
+    return narrowed_parts(net, blocks, draw)[0]
+
+
+def narrowed_parts(
+    net: NestedNet, blocks: Mapping[str, int], draw: Mapping[str, Tensor] | None
+) -> tuple[nn.Module, dict[int, Any]]:
+    """Do what `narrow_to_blocks` does; say also what took the place of modules and tensors, by their ids."""
     kept = {name: each.kept_units(blocks[name]) for name, each in net.widths.items()}
-    narrowed: dict[int, Any] = {}  # what takes the place of modules and tensors, by their ids
+    narrowed: dict[int, Any] = {}
     dropped = [block for block in net.blocks if block.is_dropped(kept)]
     narrowed.update((id(block.module), stand_in(block)) for block in dropped)
     gone = {part for block in dropped for part in block.module.modules()}
@@ -114,9 +129,8 @@ def narrow_to_blocks(net: NestedNet, blocks: Mapping[str, int], draw: Mapping[st
         if module in gone:
             continue
         if isinstance(module, NestedLayer):
-            site = f"{net.prefix}{name}" if name else f"{net.prefix}layer"
             index = module.output_axis.index(kept), module.input_axis.index(kept)
-            narrowed[id(module)] = narrow_layer(module, index, site, draw, narrowed)
+            narrowed[id(module)] = narrow_layer(module, index, net.site_of(name), draw, narrowed)
         elif isinstance(module, NestedNorm):
             narrowed[id(module)] = _narrow_norm(module, kept)
     # A copy takes what the memo has in place of copying it: wide weights are never copied.
@@ -132,7 +146,23 @@ def narrow_to_blocks(net: NestedNet, blocks: Mapping[str, int], draw: Mapping[st
         vars(plain.get_submodule(own.path)).update(own.counts(kept))
     take_out(plain, [block.path for block in dropped if block.can_go])
     _say_what_is_left(plain, net, blocks, kept)
-    return plain
+    return plain, narrowed
+
+
+def drawn_parts(net: NestedNet, blocks: Mapping[str, int]) -> Iterator[tuple[str, Tensor, Callable[[Tensor], Tensor]]]:
+    """Yield the site of each random parameter, its mean, and what returns the part of a draw that is kept.
+
+    Args:
+        net: The nested net.
+        blocks: As in `narrow_to_blocks`.
+    """
+    kept = {name: each.kept_units(blocks[name]) for name, each in net.widths.items()}
+    for name, each in net.random_parameters.items():
+        yield f"{net.prefix}{name}", each.mean, partial(each.take, kept=kept)
+    for name, layer in net.layers.items():
+        index = layer.output_axis.index(kept), layer.input_axis.index(kept)
+        for key in layer.log_scales:
+            yield f"{net.site_of(name)}.{key}", layer.plain.get_parameter(key), partial(layer.take, key, index=index)
 
 
 def _copied(value: Tensor, like: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyro
 import torch
@@ -27,6 +27,9 @@ from pyro_vnd.nn.reads import MaskedReads, OwnChannels, Read
 from pyro_vnd.nn.state import keep_groups_in_state
 from pyro_vnd.nn.table import as_html, as_text
 from pyro_vnd.nn.width import Rounding, Width, kept_blocks
+
+if TYPE_CHECKING:
+    from pyro_vnd.nn.draws import NetDraws
 
 __all__ = ["NestedNet", "WidthLike"]
 
@@ -158,6 +161,10 @@ class NestedNet(QuietModule):
         """The nested layers by name, in the order of the net."""
         return {name: module for name, module in self.net.named_modules() if isinstance(module, NestedLayer)}
 
+    def site_of(self, name: str) -> str:
+        """Return the Pyro site of a layer by its name, to which that of the parameter is added."""
+        return f"{self.prefix}{name or 'layer'}"
+
     @property
     def random_parameters(self) -> dict[str, RandomParameter]:
         """The laws of parameters of modules that are no nested layers, by name of the parameter."""
@@ -194,13 +201,17 @@ class NestedNet(QuietModule):
             return self._run(inputs, named)
 
     def _run(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-        dtype = next((parameter.dtype for parameter in self.parameters()), None)
-        given, caller = (*inputs, *named.values()), f"NestedNet({type(self.net).__name__})"
-        with (
-            explain_inputs(caller, given, dtype, self.input_shapes),
-            explain_arguments(caller, self.net, inputs, named),
-        ):
-            return self.net(*inputs, **named)
+        net = self.net
+        try:
+            return net(*inputs, **named)
+        except (RuntimeError, TypeError):
+            dtype = next((parameter.dtype for parameter in self.parameters()), None)
+            given, caller = (*inputs, *named.values()), f"NestedNet({type(net).__name__})"
+            with (
+                explain_inputs(caller, given, dtype, self.input_shapes),
+                explain_arguments(caller, net, inputs, named),
+            ):
+                raise
 
     @contextmanager
     def _drawn(
@@ -212,22 +223,26 @@ class NestedNet(QuietModule):
         weights: bool = True,
     ) -> Iterator[dict[str, Tensor]]:
         """Draw masks and weights, or compute with the mean weights, in the passes inside the block."""
+        widths, layers = self.widths, self.layers
         try:
-            values = self._draw_masks(which, num_rows, plate)
-            values |= self._draw_weights(which) if weights else {}
+            values = self._draw_masks(which, num_rows, plate, widths)
+            values |= self._draw_weights(which, layers) if weights else {}
             with self._in_place(), plain_checkpoints():
                 yield values
         finally:
-            for width in self.widths.values():
+            for width in widths.values():
                 width.release()
-            for layer in self.layers.values():
-                layer.values = {}
+            for layer in layers.values():
+                layer.values.clear()
             for each in self.random_parameters.values():
                 each.value = None
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
         """Let modules that are no nested layers find and read what is kept, and blocks be dropped."""
+        if not (self.blocks or self.own_channels or self.reads or len(self._random_parameters)):
+            yield
+            return
         with ExitStack() as stack:
             for block in self.blocks:
                 stack.enter_context(block.masked())
@@ -241,45 +256,46 @@ class NestedNet(QuietModule):
             yield
 
     def _draw_masks(
-        self, which: Literal["prior", "posterior"], num_rows: int, plate: pyro.plate | None
+        self,
+        which: Literal["prior", "posterior"],
+        num_rows: int,
+        plate: pyro.plate | None,
+        widths: Mapping[str, Width],
     ) -> dict[str, Tensor]:
         cut, values = self._cut, {}
         by_example = self.mask_per == "example"
         fractions = None if cut is None else cut.fractions
-        if fractions is not None and by_example and fractions.shape != (num_rows,):
-            raise ValueError(
-                f"cut: argument `width` has one fraction for each of {len(fractions)} rows; the batch has {num_rows}"
-            )
-        drawn = [name for name in self.widths if cut is None or fractions is not None or name not in cut.blocks]
+        self._check_fits(num_rows)
+        drawn = [name for name in widths if cut is None or fractions is not None or name not in cut.blocks]
         in_plate: Any = nullcontext()
         if drawn and by_example:
             in_plate = pyro.plate("data", num_rows, dim=-1) if plate is None else plate
         # Rows whose width is given have no latent mask, and no KL.
         is_free: Any = None if fractions is None else fractions == 0
         latent: Any = nullcontext() if fractions is None else poutine.mask(mask=is_free)
-        for name, width in self.widths.items():
-            site = f"{self.prefix}{name}.mask"
-            if name not in drawn:
-                assert cut is not None
-                self._hold_fixed(width, cut.blocks[name], cut.sliced)
-                continue
-            law = width.prior if which == "prior" else width.posterior
-            if cut is not None and cut.sliced and not by_example:
-                # What is not computed has no straight-through gradient: the exact law, for score functions.
-                mask = values[site] = pyro.sample(site, OrderedMask(logits=law.logits, validate_args=False))
-                self._hold_fixed(width, int(mask.sum().item()) + width.always_kept - 1, sliced=True)
-                continue
-            with in_plate, latent:
+        with in_plate, latent:
+            for name, width in widths.items():
+                site = f"{self.prefix}{name}.mask"
+                if name not in drawn:
+                    assert cut is not None
+                    self._hold_fixed(width, cut.blocks[name], cut.sliced)
+                    continue
+                law = width.prior if which == "prior" else width.posterior
+                if cut is not None and cut.sliced and not by_example:
+                    # What is not computed has no straight-through gradient: the exact law, for score functions.
+                    mask = values[site] = pyro.sample(site, OrderedMask(logits=law.logits, validate_args=False))
+                    self._hold_fixed(width, int(mask.sum().item()) + width.always_kept - 1, sliced=True)
+                    continue
                 mask = values[site] = pyro.sample(site, law)
-            keep_probs = width.posterior.keep_probs if self.gated else None
-            if fractions is not None:
-                given = width.prefix(fractions)
-                free = is_free.unsqueeze(-1)
-                mask = torch.where(free, mask, given)
-                keep_probs = None if keep_probs is None else torch.where(free, keep_probs, given)
-            if keep_probs is not None and keep_probs.dim() > 1:
-                keep_probs = keep_probs.mean(0)
-            width.hold(mask, keep_probs)
+                keep_probs = width.posterior.keep_probs if self.gated else None
+                if fractions is not None:
+                    given = width.prefix(fractions)
+                    free = is_free.unsqueeze(-1)
+                    mask = torch.where(free, mask, given)
+                    keep_probs = None if keep_probs is None else torch.where(free, keep_probs, given)
+                if keep_probs is not None and keep_probs.dim() > 1:
+                    keep_probs = keep_probs.mean(0)
+                width.hold(mask, keep_probs)
         return values
 
     def _hold_fixed(self, width: Width, num_blocks: int, sliced: bool) -> None:
@@ -289,12 +305,14 @@ class NestedNet(QuietModule):
         mask = width.prefix(width.logits.new_tensor(num_blocks / width.num_blocks))
         width.hold(mask, keep_probs=mask)  # as if sliced: what is dropped costs nothing
 
-    def _draw_weights(self, which: Literal["prior", "posterior"]) -> dict[str, Tensor]:
+    def _draw_weights(
+        self, which: Literal["prior", "posterior"], layers: Mapping[str, NestedLayer]
+    ) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
-        for name, layer in self.layers.items():
+        for name, layer in layers.items():
             if layer.block is not None and layer.block.is_sliced_away:
                 continue
-            values |= layer.draw(which, f"{self.prefix}{name}" if name else f"{self.prefix}layer")
+            values |= layer.draw(which, self.site_of(name))
         for each in self.random_parameters.values():
             if each.block is not None and each.block.is_sliced_away:
                 continue
@@ -359,6 +377,16 @@ class NestedNet(QuietModule):
         """Whether the net is cut so that only what is kept is computed."""
         return self._cut is not None and self._cut.sliced
 
+    @property
+    def cut_blocks(self) -> Mapping[str, int]:
+        """Numbers of blocks that the net is cut to, by group."""
+        return {} if self._cut is None else self._cut.blocks
+
+    @property
+    def cut_fractions(self) -> Tensor | None:
+        """Fractions that the net is cut to, by row; None if it is not."""
+        return None if self._cut is None else self._cut.fractions
+
     def describe_cut(self) -> str:
         """Say what the net is cut to at the moment, "" if it is not."""
         if self._cut is None:
@@ -385,6 +413,32 @@ class NestedNet(QuietModule):
             )
         return width
 
+    def _check_fits(self, num_rows: int) -> None:
+        """Check that a cut is of as many rows as there are."""
+        fractions = self.cut_fractions
+        if fractions is not None and self.mask_per == "example" and fractions.shape != (num_rows,):
+            raise ValueError(
+                f"cut: argument `width` has one fraction for each of {len(fractions)} rows; the batch has {num_rows}"
+            )
+
+    def draws(self, num_samples: int, seed: int | None = None, *, keep: bool = True) -> NetDraws:
+        """Draw weights, and lengths if there is one mask a batch, to predict with again and again.
+
+        Args:
+            num_samples: Number of draws S.
+            seed: Seed of the draws; by default it is drawn from torch's random numbers.
+            keep: Whether they stay in memory, or are made again whenever they are used, see `NetDraws`.
+
+        Returns:
+            The draws.
+
+        Raises:
+            ValueError: If the number of draws is not positive.
+        """
+        from pyro_vnd.nn import NetDraws  # which narrows nets
+
+        return NetDraws(self, num_samples, seed, keep=keep)
+
     def predict(
         self,
         *inputs: Any,
@@ -393,7 +447,7 @@ class NestedNet(QuietModule):
         num_samples: int = 1,
         **named: Any,
     ) -> Tensor:
-        """Return the outputs of posterior draws.
+        """Return the outputs of new posterior draws; `draws` keeps them for further inputs.
 
         Args:
             *inputs: What the net takes.
@@ -410,18 +464,12 @@ class NestedNet(QuietModule):
                 in a call of the net.
         """
         refuse_nan("predict", "inputs", (*inputs, *named.values()))
-        draws = self._draws(Batch(inputs, named), width, rounding, num_samples)
-        return torch.stack([picked("NestedNet.predict", drawn) for drawn in draws])
-
-    @torch.no_grad()
-    def _draws(self, batch: Batch, width: WidthLike | None, rounding: Rounding | None, num_samples: int) -> list[Any]:
-        """Return what the net returns at posterior draws; arguments as in `predict`."""
         if num_samples < 1:
             raise ValueError(f"predict: argument `num_samples` must be at least 1; got {num_samples}")
-        sliced = width is not None and not isinstance(width, Tensor)
-        draws = []
-        with nullcontext() if width is None else self.cut(width, sliced=sliced, rounding=rounding), poutine.block():
+        sliced, outputs = width is not None and not isinstance(width, Tensor), []
+        cut = nullcontext() if width is None else self.cut(width, sliced=sliced, rounding=rounding)
+        with torch.no_grad(), cut, poutine.block():
             for _ in range(num_samples):
-                with self._drawn("posterior", batch.num_rows):
-                    draws.append(self._run(batch.args, batch.kwargs))
-        return draws
+                with self._drawn("posterior", Batch(inputs, named).num_rows):
+                    outputs.append(picked("NestedNet.predict", self._run(inputs, named)))
+        return torch.stack(outputs)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
 from pyro_vnd.distributions import Gated
-from pyro_vnd.distributions.weights import LogScaleNormal
+from pyro_vnd.distributions.weights import fixed_normal
 from pyro_vnd.nn.axis import Axis, Index, joint_keep_probs, take
-from pyro_vnd.nn.layers import cut_law, drawn_entries, entry_law, in_block, spread_of
+from pyro_vnd.nn.layers import cut_law, drawn_entries, entry_law, in_block, posterior_law, spread_of
 from pyro_vnd.nn.reads import substituted
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ class ZeroMeanNormal:
 
     def __call__(self, name: str, module: nn.Module) -> Normal:
         """Return the law, of the type and on the device of the parameter."""
-        parameter = module.get_parameter(name)
-        return Normal(parameter.new_tensor(0.0), parameter.new_tensor(self.scale), validate_args=False)
+        return fixed_normal(0.0, self.scale, module.get_parameter(name))
 
 
 class RandomParameter(nn.Module):
@@ -96,10 +95,9 @@ class RandomParameter(nn.Module):
         if prior.batch_shape.numel() != 1 and any(axis.is_sliced for axis in self.axes.values()):
             prior = cut_law(prior, self.take)
         if which == "prior":
-            return Gated(prior, mean.shape, validate_args=False)
-        base = LogScaleNormal(mean, self.take(self.log_scale), validate_args=False)
+            return Gated._of(prior, mean.shape)
         gate = in_block(joint_keep_probs(self.axes, mean.dim()), self.block)
-        return Gated(base, mean.shape, gate, None if gate is None else prior, validate_args=False)
+        return posterior_law(mean, self.take(self.log_scale), prior, gate)
 
     def draw(self, which: Literal["prior", "posterior"], prefix: str) -> dict[str, Tensor]:
         """Draw the parameter for the coming pass, at the Pyro site of its name."""

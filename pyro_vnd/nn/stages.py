@@ -269,8 +269,7 @@ def continued(
         layer = plain.get_submodule(name)
         widened: WidenedLayer | None = None
         if before is not None:
-            site = f"{net.prefix}{name}" if name else f"{net.prefix}layer"
-            widened = _widened(net.layers[name], before, after, site, draw)
+            widened = _widened(net.layers[name], before, after, net.site_of(name), draw)
         replacements[layer] = SharedLayer(layer, widened, place)
     num_inputs = net.num_inputs or len(net.input_names)
     return ContinuedNet(replace_modules(plain, replacements), len(shared), num_inputs, net.input_names, output)

@@ -210,13 +210,13 @@ class Width(nn.Module):
 
     def hold(self, mask: Tensor | None = None, keep_probs: Tensor | None = None, kept_units: int | None = None) -> None:
         """Keep the mask of a forward pass, or the number of units that it computes."""
-        self.mask = None if mask is None else self.spread(mask)
-        self.keep_probs = None if keep_probs is None else self.spread(keep_probs)
-        self.kept = kept_units
+        mask = None if mask is None else self.spread(mask)
+        keep_probs = None if keep_probs is None else self.spread(keep_probs)
+        vars(self).update(mask=mask, keep_probs=keep_probs, kept=kept_units)  # a module's own way is slow
 
     def release(self) -> None:
         """Forget the forward pass: all units are kept."""
-        self.mask = self.keep_probs = self.kept = None
+        vars(self).update(mask=None, keep_probs=None, kept=None)
 
     def describe_law(self) -> tuple[float, list[int]]:
         """Return the mean and the modes of the number of blocks kept, with frozen ones; NaN is no error here."""

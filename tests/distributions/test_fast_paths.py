@@ -7,14 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Normal
 from torch.func import grad, vmap
 
 from pyro_vnd._compat import only_plain_code
-from pyro_vnd.distributions import Gated
-from pyro_vnd.distributions._fast import arrays, gated_kl, log_uniform, masks, normals
+from pyro_vnd.distributions._fast import arrays, log_uniform, masks, mixtures, normals
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
-from pyro_vnd.distributions.weights import LogScaleNormal
 
 
 def real(*shape: int) -> Tensor:
@@ -23,14 +20,6 @@ def real(*shape: int) -> Tensor:
 
 def positive(*shape: int) -> Tensor:
     return torch.rand(shape) + 0.1
-
-
-def of_a_layer(divergence: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def run(loc: Tensor, log_scale: Tensor, prior_loc: Tensor, prior_scale: Tensor) -> Tensor:
-        q = Gated(LogScaleNormal(loc, log_scale, validate_args=False), validate_args=False)
-        return divergence(q, Normal(prior_loc, prior_scale, validate_args=False))
-
-    return run
 
 
 @dataclass(frozen=True)
@@ -71,12 +60,22 @@ PATHS = {
         normals.plain_normal_kl,
         lambda: [real(5, 3), positive(5, 3), real(5, 3), positive(5, 3)],
     ),
-    "variance_and_sums": Path(normals.variance_and_sums, normals.plain_variance_and_sums, lambda: [real(5, 3)]),
-    "squared_distance": Path(normals.squared_distance, normals.plain_squared_distance, lambda: [real(5, 3), real()]),
-    "gated_normal_kl": Path(
-        of_a_layer(gated_kl.gated_normal_kl),
-        of_a_layer(gated_kl.plain_gated_normal_kl),
-        lambda: [real(5, 3), real(5, 3), real(), positive()],
+    "variance_and_kl": Path(
+        normals.variance_and_kl,
+        normals.plain_variance_and_kl,
+        lambda: [real(5, 3), real(5, 3)],
+        lambda: ((0.3, 0.7),),
+    ),
+    "draw_and_kl": Path(
+        lambda x, y, prior, noise: normals.draw_and_kl(x, y, noise, prior),
+        lambda x, y, prior, noise: normals.plain_draw_and_kl(x, y, noise, prior),
+        lambda: [real(5, 3), real(5, 3)],
+        lambda: ((0.0, 0.7), real(5, 3)),
+    ),
+    "mixture_terms": Path(
+        mixtures.mixture_terms,
+        mixtures.plain_mixture_terms,
+        lambda: [real(4, 3), real(4, 3, 5), positive(4, 3, 5), real(4, 3, 5)],
     ),
     "log_uniform_kl": Path(
         log_uniform.log_uniform_kl, log_uniform.plain_log_uniform_kl, lambda: [real(5, 3), positive(5, 3)]
@@ -214,3 +213,20 @@ def test_plain_code_takes_over_where_torch_traces_operations_and_nowhere_else():
     with torch.inference_mode():
         look(torch.ones(3))
     assert seen == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("value", [0.0, 1e4])
+def test_mixtures_of_extreme_weights_and_values_far_away(value):
+    """Weights that underflow, and densities that do, in float32."""
+    loc = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float32).requires_grad_()
+    logits = torch.tensor([300.0, 0.0, -300.0], dtype=torch.float32).requires_grad_()
+    inputs = (
+        torch.tensor(value, dtype=torch.float32).requires_grad_(),
+        loc,
+        (loc.detach().exp()).requires_grad_(),
+        logits,
+    )
+    found, expected = mixtures.mixture_terms(*inputs), mixtures.plain_mixture_terms(*(x.double() for x in inputs))
+    torch.testing.assert_close(found, tuple(x.float() for x in expected), rtol=1e-5, atol=1e-5)
+    slopes = [torch.autograd.grad(sum(terms), inputs) for terms in (found, expected)]
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-4, atol=1e-5)

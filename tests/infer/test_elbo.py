@@ -325,3 +325,25 @@ def test_a_nested_normal_has_both_parts_of_its_kl_at_every_length():
     # Of narrow laws: about log(1 / scale) for each unit that is kept, and nothing of the lengths at their prior.
     assert elbo.kl_lengths["w"].abs() < 1e-5
     assert elbo.kl["w"] > 3
+
+
+def test_sites_are_checked_whenever_they_change():
+    """Not only in the first evaluation, and again after one that failed."""
+    rows = [3]
+
+    def model():
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("y", dist.Normal(w, 1.0), obs=torch.zeros(*rows))
+
+    def guide():
+        pyro.sample("w", dist.Normal(torch.tensor(0.5), 1.0))
+
+    elbo = NestedELBO()
+    elbo.differentiable_loss(model, guide)
+    rows[:] = [2, 3]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="invalid log_prob shape"):
+            elbo.differentiable_loss(model, guide)
+    rows[:] = [3]
+    elbo.differentiable_loss(model, guide)

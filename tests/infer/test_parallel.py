@@ -109,6 +109,16 @@ def test_errors_say_what_processes_cannot_share(ranks):
         assert "a law for each row" in said["by_row"]
 
 
+@pytest.mark.parametrize("name", ["weights drawn", "points"])
+def test_a_transformer_whose_parameters_are_shared_out_is_that_of_one_process(name, ranks):
+    alone, parts = parallel_fits.sharded()[name], [each["sharded"][name] for each in ranks]
+    for part in parts:
+        torch.testing.assert_close(part["losses"], alone["losses"])
+    assert sum(part["held"] for part in parts) == alone["held"]
+    assert max(part["held"] for part in parts) < 0.6 * alone["held"]
+    agree(parts[0]["whole"], alone["whole"], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["net", "autoencoder"])
 def test_the_elbo_of_two_processes_is_within_the_noise_of_one(name, ranks, alone):
     """Four seeds each: z of the difference of the means; nets with other draws differ."""

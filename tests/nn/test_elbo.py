@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributions import Normal, StudentT, kl_divergence
 
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import NestedELBO
-from pyro_vnd.nn import NestedLayer, NestedNet, Width, nest
+from pyro_vnd.infer import LocalReparameterization, NestedELBO
+from pyro_vnd.nn import NestedClassifier, NestedLayer, NestedNet, Width, nest
 
 OBJECTIVES = [Trace_ELBO, TraceMeanField_ELBO, NestedELBO]
 N, K = 4, 3
@@ -221,3 +221,20 @@ def test_priors_without_a_kl_have_an_elbo_too(data):
         loss.backward()
         assert torch.isfinite(loss)
         assert (last.log_scales["weight"].grad != 0).all()
+
+
+@pytest.mark.parametrize("local_reparam", [False, True])
+@pytest.mark.parametrize("mask_per", ["example", "batch"])
+def test_a_prior_of_numbers_costs_what_a_law_with_these_numbers_costs(mask_per, local_reparam):
+    """The first is computed beside the draws of the weights, the second entry by entry: value and all gradients."""
+    x, y, found = torch.randn(5, 4), torch.randint(3, (5,)), []
+    for prior in (0.7, Normal(0.0, 0.7)):
+        torch.manual_seed(3)
+        plain = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+        net = nest(plain, x, num_blocks=3, prior=prior, mask_per=mask_per)
+        with LocalReparameterization() if local_reparam else nullcontext():
+            torch.manual_seed(4)
+            loss = NestedELBO().differentiable_loss(NestedClassifier(net), net.guide, x, y)
+        found.append([loss.detach(), *torch.autograd.grad(loss, list(net.parameters()))])
+    assert all(gradient.abs().sum() > 0 for gradient in found[0][1:])
+    torch.testing.assert_close(found[0], found[1])

@@ -7,13 +7,12 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
-from pyro_vnd._data import Rows, input_batches
+from pyro_vnd._data import Rows, check_repeatable, input_batches
 from pyro_vnd.diagnostics.metrics.evaluation import evaluate
+from pyro_vnd.diagnostics.metrics.variables import stacked
 from pyro_vnd.nn import CascadeNet
 
 __all__ = ["evaluate_cascade"]
-
-_WITHOUT_COST = ["prevalence", "score_limit"]
 
 
 def evaluate_cascade(
@@ -69,6 +68,7 @@ def evaluate_cascade(
             f"evaluate_cascade: argument `cascade` must be a CascadeNet; got {type(cascade).__name__}: make one, "
             "CascadeNet(net, widths)"
         )
+    check_repeatable("evaluate_cascade", data=data, validation=validation, ood=ood, calibrate=calibrate)
     if not len(mean_costs):
         raise ValueError("evaluate_cascade: argument `mean_costs` must have one mean cost at least; got none")
     before, results = (cascade.mean_cost, cascade.thresholds.clone()), []
@@ -82,11 +82,8 @@ def evaluate_cascade(
     finally:
         cascade.mean_cost = before[0]
         cascade.thresholds.copy_(before[1])
-    fixed = [name for name in _WITHOUT_COST if name in results[0]]
-    joined = xr.concat([result.drop_vars(fixed) for result in results], "mean_cost", data_vars="all")
     about = {"long_name": "mean cost", "units": "multiply-adds, or share of the whole net's"}
-    joined = joined.assign(results[0][fixed]).assign_coords(mean_cost=("mean_cost", list(mean_costs), about))
-    return joined.transpose("seed", "mean_cost", ...)
+    return stacked(results, "mean_cost").assign_coords(mean_cost=("mean_cost", list(mean_costs), about))
 
 
 def _costs(cascade: CascadeNet, data: Rows, ood: Mapping[str, Rows], batch_size: int) -> dict[str, xr.Variable]:

@@ -21,6 +21,8 @@ from pyro_vnd.diagnostics.metrics.scorer import Columns, Scorer, join, named_var
 from pyro_vnd.nn import (
     BernoulliLabels,
     CategoricalLabels,
+    NarrowDraws,
+    NetDraws,
     NetLikelihood,
     NormalTargets,
     OrdinalLabels,
@@ -74,8 +76,9 @@ def evaluate(
 
     Draws are mixed, entry by entry (label, number, token or pixel), before anything is computed from them. Batches are
     reduced one by one, so that memory holds the S draws of the outputs of a single batch. Before each batch torch's
-    random state is set to `seed`: the weights that `predict` draws are the same for all batches, sets and widths. The
-    caller's random state is left as it was.
+    random state is set to `seed`: the weights that `predict` draws are the same for all batches, sets and widths. Where
+    it is `net.draws(S)`, which has its weights, this is done before each set only. The caller's random state is left as
+    it was.
 
     | likelihood | metrics |
     |---|---|
@@ -90,12 +93,13 @@ def evaluate(
     Of arrays of numbers, tokens and pixels `nll` is the mean over entries.
 
     Args:
-        predict: Returns outputs of draws for a batch of inputs, shape (S, N, ...). An `nn.Module` is one draw, whose
-            outputs have the shape (N, ...), and is run in evaluation mode and then put back. Of classes, outputs of the
-            shape (N, C) are one draw, too.
-        data: Test data, inputs x and y: a pair (x, y), a mapping of the two, or an iterable of batches (x, y, ...) such
-            as a `DataLoader`. In a mapping they are called "x" and "y", or are in this order. For nets of several
-            inputs, or of inputs by name, that `evaluate_widths` is given, they are those of `NestedModel`.
+        predict: Returns outputs of draws for a batch of inputs, shape (S, N, ...), as `net.draws(S)` does, or
+            `net.draws(S).narrow(width)`. An `nn.Module` is one draw, whose outputs have the shape (N, ...), and is run
+            in evaluation mode and then put back, as the net of draws is. Of classes, outputs of the shape (N, C) are
+            one draw, too.
+        data: Test data, inputs x and y: a pair (x, y), a mapping of the two, a `Dataset`, or an iterable of batches
+            (x, y, ...) such as a `DataLoader`. In a mapping they are called "x" and "y", or are in this order. For nets
+            of several inputs, or of inputs by name, that `evaluate_widths` is given, they are those of `NestedModel`.
         likelihood: Of y given the outputs; classes by default. With parameters of its own it is `model.likelihood`.
         ood: Test data from outside the domain, by name: as `data`, or inputs alone. Only these are used, and of labels
             of tokens and pixels which of them are to be ignored.
@@ -198,19 +202,20 @@ def _reduce(
     """
     parts: list[Columns] = []
     num_samples = 0
-    own = next(predict.parameters(), None) if isinstance(predict, nn.Module) else None
+    modules = predict.nets if isinstance(predict, NetDraws | NarrowDraws) else [predict]
+    own = next(modules[0].parameters(), None) if isinstance(modules[0], nn.Module) else None
     device = own.device if device is None and own is not None else device
-    is_plain = isinstance(predict, nn.Module) and not getattr(predict, "returns_draws", False)
-    with torch.random.fork_rng(), module_mode([predict], training=False):
+    with torch.random.fork_rng(), module_mode(modules, training=False):
         num_inputs = getattr(predict, "num_inputs", 1)
         for given in input_batches(data, batch_size, num_inputs):
             given.check("evaluate", num_inputs)
-            torch.manual_seed(seed)
+            if not (parts and isinstance(predict, NetDraws | NarrowDraws)):
+                torch.manual_seed(seed)
             batch = given.to(device)
             dtype, shapes = None if own is None else own.dtype, getattr(predict, "input_shapes", ())
             with explain_inputs("evaluate", batch.inputs, dtype, shapes):
                 returned = predict(*batch.args, **batch.kwargs)
-            outputs = scorer.with_draws(picked("evaluate", returned), is_plain)
+            outputs = scorer.with_draws(picked("evaluate", returned), isinstance(predict, nn.Module))
             if outputs.dim() < 2 or outputs.shape[1] != batch.num_rows or not len(outputs):
                 raise ValueError(
                     f"evaluate: `predict` must return outputs of draws, shape (S, N, ...); got {tuple(outputs.shape)} "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from pyro_vnd._data import Rows, batches
 from pyro_vnd._state import module_mode
 
 __all__ = [
@@ -28,8 +29,8 @@ _ROUNDING = 1e-13  # of features in float64, relative to their size
 
 
 def generative_metrics(
-    images: Tensor,
-    reference: Tensor,
+    images: Rows,
+    reference: Rows,
     features: nn.Module,
     *,
     num_subsets: int = KID_SUBSETS,
@@ -48,8 +49,9 @@ def generative_metrics(
     unbiased for sets that are drawn independently, so that it may be negative; for a set and itself it is.
 
     Args:
-        images: What was generated, shape (N, ...), N at least 2.
-        reference: Real images, shape (M, ...), M at least 2.
+        images: What was generated, shape (N, ...), N at least 2; or data that begin with it, in any of the forms of
+            `fit`, of which one batch is in memory at a time, and the features of all.
+        reference: Real images, M at least 2, likewise.
         features: Maps images, as they are, to features of shape (N, D), D being its attribute `num_features`. It is run
             in evaluation mode and then put back.
         num_subsets: Number of random subsets that KID is the mean over; one suffices, and is taken, where each would
@@ -142,12 +144,12 @@ def _frechet(found: Tensor, real: Tensor) -> float:
 
 
 @torch.no_grad()
-def image_features(features: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+def image_features(features: nn.Module, images: Rows, batch_size: int = 256) -> Tensor:
     """Return the features of images.
 
     Args:
         features: As in `generative_metrics`.
-        images: Shape (N, ...).
+        images: Shape (N, ...), or data that begin with them.
         batch_size: Rows of a batch.
 
     Returns:
@@ -162,29 +164,31 @@ def image_features(features: nn.Module, images: Tensor, batch_size: int = 256) -
             f"image_features: `features` must be a module with an integer attribute `num_features`; got "
             f"{type(features).__name__} with {width!r}"
         )
-    device = next((parameter.device for parameter in features.parameters()), images.device)
+    device = next((parameter.device for parameter in features.parameters()), None)
     parts = []
     with module_mode([features], training=False):
-        for rows in images.split(batch_size):
-            found = features(rows.to(device))
+        for rows, *_ in batches(images, batch_size):
+            found = features(rows if device is None else rows.to(device))
             if found.shape != (len(rows), width) or not torch.isfinite(found).all():
                 raise ValueError(
                     f"image_features: `features` must return finite numbers of shape ({len(rows)}, {width}); got "
                     f"shape {tuple(found.shape)}{'' if torch.isfinite(found).all() else ' with NaN or inf'}"
                 )
             parts.append(found.double().cpu())
-    return torch.cat(parts)
+    return torch.cat(parts) if parts else torch.empty(0, width, dtype=torch.float64)
 
 
 @torch.no_grad()
-def nearest_distances(images: Tensor, train: Tensor) -> Tensor:
+def nearest_distances(images: Tensor, train: Rows, batch_size: int = 10_000) -> Tensor:
     r"""Return how far each image is from its nearest training image, $\min_t \|x - x_t\|_2$.
 
     A model that repeats training images has samples much nearer to them than other real images are.
 
     Args:
         images: Images, shape (N, ...).
-        train: Training images, shape (M, ...), on the same device.
+        train: Training images, shape (M, ...), on the same device; or data that begin with them, in any of the forms of
+            `fit`, of which one batch is in memory at a time.
+        batch_size: Training images that are compared at once.
 
     Returns:
         Euclidean distances over all pixels, shape (N,).
@@ -196,12 +200,22 @@ def nearest_distances(images: Tensor, train: Tensor) -> Tensor:
         >>> nearest_distances(torch.tensor([[3.0, 4.0], [9.0, 0.0]]), torch.tensor([[0.0, 0.0], [9.0, 0.0]]))
         tensor([5., 0.])
     """
-    if not len(train) or images.shape[1:] != train.shape[1:]:
-        raise ValueError(
-            f"nearest_distances: `train` must have images of the shape {tuple(images.shape[1:])} of those in `images`; "
-            f"got shape {tuple(train.shape)}"
-        )
-    flat, others = images.flatten(1), train.flatten(1).to(images.dtype)
+    flat = images.flatten(1)
+    nearest: Tensor | None = None
+    for rows, *_ in batches(train, batch_size):
+        if not len(rows) or images.shape[1:] != rows.shape[1:]:
+            raise ValueError(
+                f"nearest_distances: `train` must have images of the shape {tuple(images.shape[1:])} of those in "
+                f"`images`; got shape {tuple(rows.shape)}"
+            )
+        found = _nearest_of(flat, rows.flatten(1).to(images))
+        nearest = found if nearest is None else torch.minimum(nearest, found)
+    if nearest is None:
+        raise ValueError(f"nearest_distances: `train` must have images; got shape {tuple(getattr(train, 'shape', ()))}")
+    return nearest
+
+
+def _nearest_of(flat: Tensor, others: Tensor) -> Tensor:
     parts = []
     centre = others.mean(0)  # cdist subtracts products, which are small near zero
     centred = others - centre

@@ -102,8 +102,8 @@ def evaluate_lengths(
 
     Args:
         model: An autoencoder of the library. It is run in evaluation mode and then put back.
-        data: Test images x, and labels y if there are any: a tensor x, a pair (x, y), a mapping, or an iterable of
-            batches.
+        data: Test images x, and labels y if there are any: a tensor x, a pair (x, y), a mapping, a `Dataset`, or an
+            iterable of batches.
         mean_lengths: Mean lengths, each from 1 to K; by default those of 2, 4, 8 and 12 that are shorter than K.
         chosen: Whether each image has its best length rather than a random one.
         laws: More laws of the lengths of these images, by name, with batch shape (N,), to tilt and score as well.
@@ -148,16 +148,19 @@ def evaluate_lengths(
             f"{name}: argument `mean_lengths` must be distinct numbers from 1 to {num_latents}; got "
             f"{list(mean_lengths)}"
         )
-    found = [tuple(batch[:2]) for batch in batches(data, batch_size) if len(batch[0])]
-    if not found:
-        raise ValueError(f"{name}: argument `data` has no rows")
-    labels = [check_labels(name, batch[1], len(batch[0])) for batch in found if len(batch) > 1]
     at_price: dict[str, Any] = {}
     with torch.random.fork_rng(), module_mode([model], training=False), torch.no_grad():
-        parts = []
-        for batch in tqdm(found, desc="lengths", unit="batch", disable=not progress):
-            torch.manual_seed(seed)
-            parts.append(_look(model, _to_device(batch[0], model), num_decoded, num_samples))
+        parts, labels = [], []
+        torch.manual_seed(seed)  # a loader that shuffles draws from it
+        for x, *more in tqdm(batches(data, batch_size), desc="lengths", unit="batch", disable=not progress):
+            if not len(x):
+                continue
+            labels += [check_labels(name, y, len(x)) for y in more[:1]]
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                parts.append(_look(model, _to_device(x, model), num_decoded, num_samples))
+        if not parts:
+            raise ValueError(f"{name}: argument `data` has no rows")
         curves = _join(parts)
         for law, given in (laws or {}).items():
             if (

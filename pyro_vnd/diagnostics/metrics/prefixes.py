@@ -78,7 +78,7 @@ def evaluate_prefixes(
             `sample`, and `elbo`, `log_likelihood` and `encode` as far as it has them. It is run in evaluation mode and
             then put back.
         data: Test images x, and labels y if there are any: a tensor x, a pair (x, y), a mapping of the two, called
-            "x" and "y" or in this order, or an iterable of batches.
+            "x" and "y" or in this order, a `Dataset`, or an iterable of batches.
         prefixes: Lengths of the code, distinct and in 1..K.
         num_samples: Draws of the code for the ELBO of an image.
         num_importance: Draws of the code for its importance-weighted bound; 0 leaves the bound out.

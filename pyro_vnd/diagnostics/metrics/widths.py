@@ -1,30 +1,26 @@
 """A nested net scored at many widths."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vnd._data import Batch, Rows, input_batches
-from pyro_vnd._inputs import explain_arguments, explain_inputs
+from pyro_vnd._data import Batch, Rows, check_repeatable, input_batches
+from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._state import module_mode
 from pyro_vnd.diagnostics.metrics.evaluation import evaluate, net_cost, scorer_of
+from pyro_vnd.diagnostics.metrics.variables import stacked
 from pyro_vnd.diagnostics.posterior import _arviz
-from pyro_vnd.infer import module_local_params
-from pyro_vnd.nn import NestedModel, NestedNet, NetLikelihood, narrow
+from pyro_vnd.nn import NarrowDraws, NestedModel, NestedNet, NetDraws, NetLikelihood
 from pyro_vnd.nn.model import taken_apart
-from pyro_vnd.nn.narrow import recalibrated
 from pyro_vnd.nn.width import Rounding
 
 __all__ = ["evaluate_learned", "evaluate_widths", "loo_widths"]
-
-
-_WITHOUT_WIDTH = ["prevalence", "score_limit"]
 
 
 def evaluate_widths(
@@ -34,6 +30,7 @@ def evaluate_widths(
     num_samples: int | None = 20,
     ood: Mapping[str, Rows] | None = None,
     *,
+    draws: NetDraws | None = None,
     rounding: Rounding | None = None,
     calibrate: Rows | None = None,
     recalibrate: Rows | None = None,
@@ -43,7 +40,8 @@ def evaluate_widths(
 ) -> xr.Dataset:
     """Score a nested net at each of several widths, with the same draws of the weights for all of them.
 
-    What is scored are the narrowed nets, one for each draw: memory holds S of them at a time.
+    What is scored are the narrowed nets, one for each draw. Memory holds S of them at a time, and, if there are several
+    widths, S sets of the whole weights, too: where these are too many, give `draws` that are not kept.
 
     Args:
         model: A trained nested net with its likelihood, or a nested net alone, whose outputs are logits of classes.
@@ -53,6 +51,7 @@ def evaluate_widths(
         num_samples: Number of draws S of the weights, each of which costs a pass; None is one pass with their posterior
             mean.
         ood: Test data from outside the domain by name, as in `evaluate`.
+        draws: Draws of the weights of the net, `net.draws(...)`, in place of new ones.
         rounding: As in `Width.kept_blocks`: without it, a fraction that is no number of blocks is an error.
         calibrate: Validation data, as in `evaluate`; each width gets a temperature of its own.
         recalibrate: Training inputs, for nets with BatchNorm: each draw at each width gets statistics of its own from
@@ -83,20 +82,21 @@ def evaluate_widths(
         (('seed', 'width'), [[19, 35, 67]], [1, 2, 4])
     """
     net, likelihood, outputs_of = taken_apart("evaluate_widths", model)
+    check_repeatable("evaluate_widths", data=data, ood=ood, calibrate=calibrate, recalibrate=recalibrate)
     distinct = _distinct("evaluate_widths", net, widths, rounding, (Mapping, Integral, Real))
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"evaluate_widths: `num_samples` must be at least 1; got {num_samples}")
     device = next(net.parameters()).device
-    example = _first_input("evaluate_widths", net, data).to(device)
-    results = []
+    example = _first_input("evaluate_widths", net, data, batch_size).to(device)
+    results, costs = [], []
     with module_mode([net], training=False):
+        drawn: Iterable[Mapping[str, Tensor] | None] = [None]
+        if num_samples is not None or draws is not None:
+            drawn = _draws("evaluate_widths", net, draws, num_samples, seed, keep=len(distinct) > 1)
         for _, blocks in tqdm(distinct, desc="widths", disable=not progress):
-            nets = _narrow_draws(net, blocks, example, num_samples, seed)
-            if recalibrate is not None:
-                for narrowed in nets:
-                    recalibrated(narrowed, input_batches(recalibrate, batch_size, net.num_inputs))
+            narrowed = NarrowDraws(net, blocks, drawn, outputs_of, recalibrate=recalibrate, batch_size=batch_size)
             result = evaluate(
-                _Stacked(nets, net, outputs_of),
+                narrowed,
                 data,
                 likelihood,
                 ood=ood,
@@ -106,12 +106,10 @@ def evaluate_widths(
                 device=device,
                 progress=progress,
             )
-            cost = net_cost(nets[0], *example.args, **example.kwargs)
-            results.append(result.assign({name: ("seed", [value], _LABELS[name]) for name, value in cost.items()}))
-    fixed = [name for name in _WITHOUT_WIDTH if name in results[0]]
-    joined = xr.concat([result.drop_vars(fixed) for result in results], "width", data_vars="all")
-    joined = joined.assign(results[0][fixed]).assign_coords(_coordinates(net, distinct))
-    return joined.transpose("seed", "width", ...)
+            results.append(result)
+            costs.append(net_cost(narrowed.net, *example.args, **example.kwargs))
+    by_width = {name: (("seed", "width"), [[cost[name] for cost in costs]], about) for name, about in _LABELS.items()}
+    return stacked(results, "width").assign(by_width).assign_coords(_coordinates(net, distinct))
 
 
 def evaluate_learned(
@@ -120,6 +118,7 @@ def evaluate_learned(
     num_samples: int = 20,
     ood: Mapping[str, Rows] | None = None,
     *,
+    draws: NetDraws | None = None,
     calibrate: Rows | None = None,
     seed: int = 0,
     batch_size: int = 256,
@@ -127,14 +126,15 @@ def evaluate_learned(
 ) -> xr.Dataset:
     """Score the predictive of a nested net that averages over the learned law of the widths, too.
 
-    Each draw of the weights comes with draws of the masks from their posterior, one for each row or one for the batch
-    as the net has it.
+    Weights are drawn once for all data, and memory holds S sets of them. Each comes with draws of the masks from their
+    posterior, as the net has it: one for each row, or one for all of them.
 
     Args:
         model: A trained nested net with its likelihood, or a nested net alone, whose outputs are logits of classes.
         data: Test data, as in `evaluate`.
         num_samples: Number of draws S of weights and masks.
         ood: Test data from outside the domain by name, as in `evaluate`.
+        draws: Draws of the net, `net.draws(...)`, in place of new ones.
         calibrate: Validation data, as in `evaluate`.
         seed: Seed of the draws, and the coordinate of the result.
         batch_size: Rows of a batch, where data are tensors.
@@ -149,7 +149,7 @@ def evaluate_learned(
     net, likelihood, outputs_of = taken_apart("evaluate_learned", model)
     with module_mode([net], training=False):
         return evaluate(
-            _Drawn(net, outputs_of, num_samples),
+            _draws("evaluate_learned", net, draws, num_samples, seed, keep=True).picking(outputs_of),
             data,
             likelihood,
             ood=ood,
@@ -226,52 +226,27 @@ def _common_fraction(net: NestedNet, kept: Mapping[str, int]) -> float | None:
     return fractions.pop() if len(fractions) == 1 else None
 
 
-def _first_input(name: str, net: NestedNet, data: Rows) -> Batch:
+def _first_input(name: str, net: NestedNet, data: Rows, batch_size: int) -> Batch:
     """Return the first row of the inputs; a loader that shuffles leaves the caller's random state as it was."""
     with torch.random.fork_rng():
-        for batch in input_batches(data, 1, net.num_inputs):
+        for batch in input_batches(data, batch_size, net.num_inputs):
             batch.check(name, net.num_inputs)
             return batch.map_inputs(lambda x: x[:1])
     raise ValueError(f"{name}: `data` has no rows")
 
 
-def _narrow_draws(
-    net: NestedNet, blocks: Mapping[str, int], example: Batch, num_samples: int | None, seed: int
-) -> list[nn.Module]:
-    """Draw whole weights, the same whatever the width, and cut the net with each draw of them, or with their mean."""
-    if num_samples is None:
-        return [narrow(net, blocks)]
-    nets = []
-    with torch.random.fork_rng(), module_local_params(net), net.cut(1.0):
-        torch.manual_seed(seed)
-        for _ in range(num_samples):
-            nets.append(narrow(net, blocks, net.guide(*example.args, **example.kwargs)))
-    return nets
-
-
-class _Stacked(nn.ModuleList):
-    """Draws of a net, narrowed, with one more dimension of their outputs, (S, N, ...)."""
-
-    returns_draws = True
-
-    def __init__(self, nets: Sequence[nn.Module], net: NestedNet, outputs_of: Callable[[Any], Tensor]) -> None:
-        super().__init__(nets)
-        self.input_shapes, self.num_inputs, self.outputs_of = net.input_shapes, net.num_inputs, outputs_of
-
-    def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        with explain_arguments("evaluate", self[0], inputs, named):
-            return torch.stack([self.outputs_of(net(*inputs, **named)) for net in self])
-
-
-class _Drawn:
-    """Draws of masks and weights of a net, with one more dimension of its outputs."""
-
-    def __init__(self, net: NestedNet, outputs_of: Callable[[Any], Tensor], num_samples: int) -> None:
-        self.net, self.outputs_of, self.num_samples, self.num_inputs = net, outputs_of, num_samples, net.num_inputs
-
-    def __call__(self, *inputs: Any, **named: Any) -> Tensor:
-        drawn = self.net._draws(Batch(inputs, named), None, None, self.num_samples)
-        return torch.stack([self.outputs_of(each) for each in drawn])
+def _draws(
+    name: str, net: NestedNet, draws: NetDraws | None, num_samples: int | None, seed: int, *, keep: bool
+) -> NetDraws:
+    """Return draws of a net that were given, or new ones."""
+    if draws is None:
+        if num_samples is None or num_samples < 1:
+            raise ValueError(f"{name}: `num_samples` must be at least 1; got {num_samples}")
+        return net.draws(num_samples, seed, keep=keep)
+    if not isinstance(draws, NetDraws) or draws.net is not net:
+        got = "those of another net" if isinstance(draws, NetDraws) else type(draws).__name__
+        raise ValueError(f"{name}: argument `draws` must be draws of the net that is scored, net.draws(...); got {got}")
+    return draws
 
 
 @torch.no_grad()
@@ -296,7 +271,7 @@ def loo_widths(
         model: A trained nested net with its likelihood, or a nested net alone, whose outputs are logits of classes.
         data: The rows it was trained on, inputs and labels.
         widths: Fractions or numbers of blocks, as in `evaluate_widths`.
-        num_samples: Number of draws S of the weights; memory holds S numbers a row, and S nets of one width.
+        num_samples: Number of draws S of the weights; memory holds S numbers a row, and nets as in `evaluate_widths`.
         rounding: As in `evaluate_widths`.
         seed: Seed of the draws, which are the same for all widths.
         batch_size: Rows of a batch, where data are tensors.
@@ -325,20 +300,22 @@ def loo_widths(
         ([0.25, 1.0], 50)
     """
     net, likelihood, outputs_of = taken_apart("loo_widths", model)
+    check_repeatable("loo_widths", data=data)
     distinct = _distinct("loo_widths", net, widths, rounding)
     if num_samples < _arviz.MIN_DRAWS:
         raise ValueError(f"loo_widths: `num_samples` must be at least {_arviz.MIN_DRAWS}; got {num_samples}")
     device = next(net.parameters()).device
-    example = _first_input("loo_widths", net, data).to(device)
     scores: dict[float, Any] = {}
     with module_mode([net], training=False):
+        draws = net.draws(num_samples, seed, keep=len(distinct) > 1)
         for (asked, *_), blocks in tqdm(distinct, desc="widths", disable=not progress):
-            nets = _narrow_draws(net, blocks, example, num_samples, seed)
-            stacked = _Stacked(nets, net, outputs_of)
+            narrowed = NarrowDraws(net, blocks, draws, outputs_of)
             terms = [
-                _log_likelihoods(stacked, likelihood, batch, device)
+                _log_likelihoods(narrowed, likelihood, batch, device)
                 for batch in input_batches(data, batch_size, net.num_inputs)
             ]
+            if not terms:
+                raise ValueError("loo_widths: `data` has no rows")
             values = torch.cat(terms, -1)[None].numpy()
             found = _arviz.from_groups({"log_likelihood": {likelihood.site: (["chain", "draw", "row"], values)}}, {})
             common = None if isinstance(asked, Integral) else _common_fraction(net, blocks)
@@ -346,12 +323,13 @@ def loo_widths(
     return scores
 
 
-def _log_likelihoods(nets: _Stacked, likelihood: NetLikelihood, batch: Batch, device: torch.device) -> Tensor:
+def _log_likelihoods(nets: NarrowDraws, likelihood: NetLikelihood, batch: Batch, device: torch.device) -> Tensor:
     """Return the log-likelihood of each row under each net, shape (S, N), on the CPU."""
+    batch.check("loo_widths", nets.num_inputs)
     if batch.y is None:
         raise ValueError("loo_widths: argument `data` must have inputs and labels; got inputs only")
     batch = batch.to(device)
-    with explain_inputs("loo_widths", batch.inputs, next(nets.parameters()).dtype, nets.input_shapes):
+    with explain_inputs("loo_widths", batch.inputs, nets.dtype, nets.input_shapes):
         outputs = nets(*batch.args, **batch.kwargs).double().cpu()
     y = scorer_of(likelihood).targets("loo_widths", outputs, batch.y)
     return likelihood.law(outputs, batch_dim=2).log_prob(y)

@@ -12,7 +12,8 @@ What it uses that ArviZ does not promise, and what breaks it:
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import arviz as az
@@ -28,10 +29,13 @@ __all__ = [
     "datasets",
     "from_datasets",
     "from_groups",
+    "group_dataset",
     "likelihood",
     "loo",
     "psis",
+    "read_groups",
     "summary",
+    "weights_and_khat",
 ]
 
 _stats: Any = arviz_stats  # the same functions in both lines, whose types say nothing of them
@@ -46,10 +50,21 @@ Groups = Mapping[str, Mapping[str, tuple[Any, ...]]]
 
 def from_groups(groups: Groups, coords: Mapping[str, Any], attrs: Mapping[str, Any] | None = None) -> Any:
     """Collect named groups of variables, (dims, values) or (dims, values, attrs) each, into ArviZ's container."""
-    found: dict[str, xr.Dataset] = {}
-    for group, variables in groups.items():
-        data = xr.Dataset(variables, attrs=attrs)
-        found[group] = data.assign_coords({dim: coords.get(str(dim), np.arange(n)) for dim, n in data.sizes.items()})
+    found = {group: group_dataset(variables, coords, attrs) for group, variables in groups.items()}
+    return from_datasets(found, is_tree=not _IS_LEGACY)
+
+
+def group_dataset(
+    variables: Mapping[str, tuple[Any, ...]], coords: Mapping[str, Any], attrs: Mapping[str, Any] | None = None
+) -> xr.Dataset:
+    """Return a group as a dataset, in which dimensions without coordinates are counted from 0."""
+    data = xr.Dataset(variables, attrs=attrs)
+    return data.assign_coords({dim: coords.get(str(dim), np.arange(n)) for dim, n in data.sizes.items()})
+
+
+def read_groups(path: Path, groups: Sequence[str]) -> Any:
+    """Return groups of a file of netCDF, whose values are read where they are used."""
+    found = {group: xr.open_dataset(path, group=group, engine="h5netcdf") for group in groups}
     return from_datasets(found, is_tree=not _IS_LEGACY)
 
 
@@ -97,6 +112,12 @@ def _varies(draws: xr.DataArray) -> np.ndarray:
     values = draws.transpose("chain", "draw", ...).to_numpy()
     values = values.reshape(values.shape[0] * values.shape[1], -1)
     return (values != values[0]).any(0) | (values.shape[1] == 1)
+
+
+def weights_and_khat(scores: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[list[str], np.ndarray, dict[str, Any]]]:
+    """Return the variables that the scores of draws are smoothed to."""
+    log_weights, khat = psis(scores["elbo"][1])
+    return {"weight": (["chain", "draw"], np.exp(log_weights), {}), "khat": (["chain"], khat, {})}
 
 
 def psis(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """Whether draws of a guide can be taken for draws of the posterior, for a whole fit and by row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
-from pyro_vnd._data import Data, as_arguments
+from pyro_vnd._data import Data, as_arguments, batches_of, is_tensors, named_parts
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
 from pyro_vnd.diagnostics.posterior._arviz import MIN_DRAWS, dataset, datasets, from_datasets, psis
 from pyro_vnd.diagnostics.posterior.names import plain
@@ -166,6 +166,7 @@ def khat_by_row(
     *,
     plate: str = "data",
     num_samples: int = 1000,
+    batch_size: int | None = None,
     progress: bool = False,
     seed: int | None = 0,
 ) -> xr.DataArray:
@@ -188,9 +189,11 @@ def khat_by_row(
     Args:
         model: The model.
         guide: Its trained guide; parameters are its own (`module_local_params`).
-        data: Arguments of both, the same as of `fit`: a tensor, a tuple of them in order, or a mapping by name.
+        data: Arguments of both, the same as of `fit`: a tensor, a tuple of them in order, or a mapping by name; or a
+            `Dataset`, or batches, each of which has draws of its own.
         plate: Name of the plate over the rows of the data.
-        num_samples: Draws of all latents, at least 25.
+        num_samples: Draws of all latents, at least 25; memory holds as many numbers for each row of a batch.
+        batch_size: Rows of a batch; by default tensors are taken whole, and data sets in batches of 256.
         progress: Whether to show a progress bar.
         seed: Seed of the draws; None goes on with the caller's random numbers.
 
@@ -216,26 +219,39 @@ def khat_by_row(
     """
     if num_samples < MIN_DRAWS:
         raise ValueError(f"khat_by_row: argument `num_samples` must be at least {MIN_DRAWS}; got {num_samples}")
-    args, kwargs = as_arguments(data)
-    log_ratios: list[torch.Tensor] = []
-    rows = poutine.Trace()  # those of the first draw, if the plate subsamples
+    tensors = [*named_parts(data).values()] if is_tensors(data) else []
+    every: Iterable[Data] = [data] if tensors and batch_size is None else batches_of(data, batch_size or 256)
+    khats = []
     with (
         module_local_params(model, guide),
         module_mode([model, guide], training=False),
-        random_numbers(seed, cuda_devices([model, guide, *args, *kwargs.values()])),
+        random_numbers(seed, cuda_devices([model, guide, *tensors])),
     ):
-        for _ in tqdm(range(num_samples), desc="draws", disable=not progress):
-            guide_trace = poutine.trace(poutine.replay(guide, trace=rows)).get_trace(*args, **kwargs)
-            replayed = poutine.replay(poutine.replay(model, trace=rows), trace=guide_trace)
-            model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-            if not log_ratios:
-                _check_rows(model_trace, guide_trace, plate)
-                keep_rows(rows, model_trace, guide_trace)
-            of_model = {name: _log_prob(site) for name, (site, _) in _in_plate(model_trace, plate).items()}
-            of_guide = log_q_terms("khat_by_row", guide_trace.nodes, model_trace.nodes, scaled=False)
-            log_ratios.append(_by_row(of_model, model_trace, plate) - _by_row(of_guide, guide_trace, plate))
-    khats = psis(torch.stack(log_ratios, -1).cpu().numpy())[1]
-    return xr.DataArray(khats, dims=plain(plate), name="khat", attrs=KHAT_LABELS)
+        for batch in every:
+            draws = tqdm(range(num_samples), desc="draws", disable=not progress)
+            khats.append(psis(_log_ratios_by_row(model, guide, batch, plate, draws))[1])
+    if not khats:
+        raise ValueError("khat_by_row: argument `data` has no rows")
+    return xr.DataArray(np.concatenate(khats), dims=plain(plate), name="khat", attrs=KHAT_LABELS)
+
+
+def _log_ratios_by_row(model: Any, guide: Any, data: Data, plate: str, draws: Iterable[int]) -> np.ndarray:
+    """Return log p - log q of each row of data in each draw, shape (rows, draws)."""
+    args, kwargs = as_arguments(data)
+    log_ratios: list[torch.Tensor] = []
+    rows = poutine.Trace()  # those of the first draw, if the plate subsamples
+    for _ in draws:
+        guide_trace = poutine.trace(poutine.replay(guide, trace=rows)).get_trace(*args, **kwargs)
+        replayed = poutine.replay(poutine.replay(model, trace=rows), trace=guide_trace)
+        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        if not log_ratios:
+            _check_rows(model_trace, guide_trace, plate)
+            keep_rows(rows, model_trace, guide_trace)
+        of_model = {name: _log_prob(site) for name, (site, _) in _in_plate(model_trace, plate).items()}
+        of_guide = log_q_terms("khat_by_row", guide_trace.nodes, model_trace.nodes, scaled=False)
+        log_ratios.append(_by_row(of_model, model_trace, plate) - _by_row(of_guide, guide_trace, plate))
+    found: np.ndarray = torch.stack(log_ratios, -1).cpu().numpy()
+    return found
 
 
 def _in_plate(trace: Any, plate: str) -> dict[str, Any]:

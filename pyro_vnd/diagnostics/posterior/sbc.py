@@ -12,7 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vnd._data import Data, as_arguments
+from pyro_vnd._data import Data, as_arguments, check_whole
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
 from pyro_vnd.diagnostics.posterior.names import plain
 from pyro_vnd.diagnostics.posterior.sites import dim_names, kept_length
@@ -97,6 +97,7 @@ def sbc(
     for argument, value in (("num_simulations", num_simulations), ("num_posterior", num_posterior)):
         if value < 1:
             raise ValueError(f"sbc: argument `{argument}` must be at least 1; got {value}")
+    check_whole("sbc", data, "as each simulation is of all of them")
     observed = [observed] if isinstance(observed, str) else list(observed)
     args, kwargs = as_arguments(data)
     kwargs = {name: value for name, value in kwargs.items() if name not in observed}

@@ -1,7 +1,9 @@
 """Fits as ArviZ data: draws of posterior, prior and predictions, and their scores."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,13 @@ import torch
 from pyro import poutine
 from tqdm.auto import tqdm
 
-from pyro_vnd._data import Data, as_arguments
+from pyro_vnd._data import Data, as_arguments, batches_of, check_whole, is_tensors, named_parts
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
-from pyro_vnd.diagnostics.posterior._arviz import from_groups, psis
+from pyro_vnd.diagnostics.posterior._arviz import from_groups, weights_and_khat
 from pyro_vnd.diagnostics.posterior.draws import Draws
+from pyro_vnd.diagnostics.posterior.draws_file import DrawsFile
 from pyro_vnd.diagnostics.posterior.names import plain
-from pyro_vnd.diagnostics.posterior.runs import Runs
+from pyro_vnd.diagnostics.posterior.runs import Kept, Runs
 from pyro_vnd.infer import module_local_params
 
 __all__ = ["to_arviz"]
@@ -36,6 +39,9 @@ def to_arviz(
     dims: Mapping[str, Sequence[str]] | None = None,
     constant_data: Mapping[str, Any] | None = None,
     sites: Sequence[str] | None = None,
+    path: str | Path | None = None,
+    batch_size: int = 256,
+    plate: str = "data",
     parallel: bool = False,
     progress: bool = False,
     seed: int | None = 0,
@@ -66,20 +72,29 @@ def to_arviz(
     lacks is a prediction, such as the labels of rows without labels, and no part of the scores. Rows of a latent site
     that the model hides by a mask are no part of `log_q` either, and `log_q` has the scale of the site in the model.
 
+    With `path` the data are gone through in batches, each of which is written into a file of netCDF as soon as it is
+    drawn, so that memory does not grow with their number. What is outside the plate of the data, such as weights, is
+    drawn once for all batches, and must not depend on their rows; the scores are those of all rows together.
+
     Modules are in evaluation mode.
 
     Args:
         model: The model, or one for each guide, where models have parameters.
         guide: Its trained guide, or several; parameters are their own (`module_local_params`).
-        data: Arguments of both, the same as of `fit`: a tensor, a tuple of them in order, or a mapping by name.
+        data: Arguments of both, the same as of `fit`: a tensor, a tuple of them in order, or a mapping by name. With
+            `path` also a `Dataset`, a `DataLoader`, which should not shuffle, or another iterable of batches.
         num_samples: Number of draws of each guide.
         num_prior: Number of draws of the prior; by default `num_samples`, or none if the prior is improper.
         predictive: Whether to draw the observed sites.
         coords: Coordinates, by dimension.
         dims: Names of the last dimensions of a site, those that no plate names, or of constant data:
             `{"code": ["latent"]}`.
-        constant_data: Tensors or arrays by name, such as covariates.
+        constant_data: Tensors or arrays by name, such as covariates; not with `path`.
         sites: Names of the sites to collect; by default all. The scores are those of the whole model.
+        path: File to write, such as "draws.nc"; it takes the place of an old one when it is complete. For zarr, convert
+            it afterwards: `xarray.open_datatree("draws.nc").to_zarr("draws.zarr")`.
+        batch_size: Rows of a batch, where there is a `path` and data do not come in batches.
+        plate: Name of the plate over the rows of the data, where there is a `path`.
         parallel: Whether guide and model run once for all draws, in a plate to the left of all others, as they do in
             Pyro's `Predictive`: much faster, where they broadcast. The first and the last draw are run once more, by
             themselves, to see whether they do.
@@ -87,7 +102,8 @@ def to_arviz(
         seed: Seed of the draws; None goes on with the caller's random numbers.
 
     Returns:
-        `arviz.InferenceData` with ArviZ 0.x, `xarray.DataTree` with ArviZ 1.x.
+        `arviz.InferenceData` with ArviZ 0.x, `xarray.DataTree` with ArviZ 1.x. With `path` it is read from the file
+        where it is used.
 
     Raises:
         ValueError: If an argument is invalid, guide and model do not fit together, two names become one, the model has
@@ -118,42 +134,88 @@ def to_arviz(
         raise ValueError(f"to_arviz: argument `num_prior` must be at least 0; got {num_prior}")
     if isinstance(sites, str):
         raise ValueError(f"to_arviz: argument `sites` must be a sequence of names; got the string {sites!r}")
-    draws, size_prior = Draws(dims or {}, sites), num_samples if num_prior is None else num_prior
+    drawing = _Drawing(fits, num_samples, num_prior, predictive, parallel, dims or {}, sites)
     parts = [part for fit in fits for part in fit]
-    args, kwargs = as_arguments(data)
-    rows = poutine.Trace()
-    runs = [Runs(partial(one, *args, **kwargs), partial(its, *args, **kwargs), rows, parallel) for one, its in fits]
+    tensors = [*named_parts(data).values()] if is_tensors(data) else []
+    attrs = {"inference_library": "pyro", "inference_library_version": pyro.__version__, "creation_library": "pyro_vnd"}
+    coords = {plain(dim): values for dim, values in (coords or {}).items()}
     with (
         module_local_params(*parts),
         module_mode(parts, training=False),
-        random_numbers(seed, cuda_devices([*parts, *args, *kwargs.values()])),
-        tqdm(total=len(fits) * (num_samples + size_prior), desc="draws", disable=not progress) as bar,
+        random_numbers(seed, cuda_devices([*parts, *tensors])),
     ):
-        for fit in runs:
-            for draw in fit.posterior(num_samples, predictive):
-                draws.add_posterior(draw)
-                bar.update()
-        try:
-            for fit in runs:
-                for nodes in fit.prior(size_prior):
-                    draws.add_prior(nodes, predictive)
-                    bar.update()
-        except NotImplementedError as error:
-            if num_prior is not None:
+        if path is not None:
+            if constant_data:
                 raise ValueError(
-                    f"to_arviz: argument `num_prior` must be 0: the prior has no draws ({error})"
-                ) from error
-            draws.values.pop("prior", None)
-            draws.values.pop("prior_predictive", None)
+                    "to_arviz: argument `constant_data` must be left out where there is a `path`; add them"
+                )
+            with DrawsFile(Path(path), plain(plate), coords, attrs) as file:
+                kept = [Kept(plate) for _ in fits]
+                for batch in tqdm(batches_of(data, batch_size), desc="batches", disable=not progress):
+                    draws = drawing.of(batch, kept)
+                    groups = draws.groups(len(fits))
+                    _check_dims(groups, draws.coords | {dim: x for dim, x in coords.items() if dim != file.rows})
+                    file.add(groups, draws.coords)
+                    for each in kept:
+                        each.is_first = False
+            return file.read()
+        check_whole("to_arviz", data, "or `path` a file to write what is drawn of each batch")
+        draws = drawing.of(data, [None] * len(fits), progress=progress)
     for name, value in (constant_data or {}).items():
         draws.add("constant_data", name, value, draws.rename(name, [f"{name}_dim_{i}" for i in range(np.ndim(value))]))
     groups = draws.groups(len(fits))
-    log_weights, khat = psis(groups["sample_stats"]["elbo"][1])
-    groups["sample_stats"] |= {"weight": (["chain", "draw"], np.exp(log_weights), {}), "khat": (["chain"], khat, {})}
-    coords = draws.coords | {plain(dim): values for dim, values in (coords or {}).items()}
+    groups["sample_stats"] |= weights_and_khat(groups["sample_stats"])
+    coords = draws.coords | coords
     _check_dims(groups, coords)
-    attrs = {"inference_library": "pyro", "inference_library_version": pyro.__version__, "creation_library": "pyro_vnd"}
     return from_groups(groups, coords, attrs)
+
+
+@dataclass
+class _Drawing:
+    """What to draw of the data, or of each batch of them."""
+
+    fits: Sequence[tuple[Program, Program]]
+    num_samples: int
+    num_prior: int | None
+    predictive: bool
+    parallel: bool
+    dims: Mapping[str, Sequence[str]]
+    sites: Sequence[str] | None
+
+    def of(self, data: Data, kept: Sequence[Kept | None], *, progress: bool = False) -> Draws:
+        """Draw.
+
+        Args:
+            data: Arguments of models and guides.
+            kept: What each fit has drawn for other batches.
+            progress: Whether to show a progress bar.
+        """
+        draws, size_prior = Draws(self.dims, self.sites), self.num_samples if self.num_prior is None else self.num_prior
+        args, kwargs = as_arguments(data)
+        rows = poutine.Trace()
+        runs = [
+            Runs(partial(model, *args, **kwargs), partial(guide, *args, **kwargs), rows, self.parallel, known)
+            for (model, guide), known in zip(self.fits, kept, strict=True)
+        ]
+        total = len(runs) * (self.num_samples + size_prior)
+        with tqdm(total=total, desc="draws", disable=not progress) as bar:
+            for fit in runs:
+                for draw in fit.posterior(self.num_samples, self.predictive):
+                    draws.add_posterior(draw)
+                    bar.update()
+            try:
+                for fit in runs:
+                    for nodes in fit.prior(size_prior):
+                        draws.add_prior(nodes, self.predictive)
+                        bar.update()
+            except NotImplementedError as error:
+                if self.num_prior is not None:
+                    raise ValueError(
+                        f"to_arviz: argument `num_prior` must be 0: the prior has no draws ({error})"
+                    ) from error
+                draws.values.pop("prior", None)
+                draws.values.pop("prior_predictive", None)
+        return draws
 
 
 def _pair_up(model: Any, guide: Any) -> list[tuple[Program, Program]]:

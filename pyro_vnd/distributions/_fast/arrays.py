@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pyro_vnd.distributions._fast.dispatch import fast_or_plain, plain_gradients
+from pyro_vnd.distributions._fast.dispatch import fast_or_plain
 
 __all__ = ["leading_block", "noisy", "plain_leading_block", "plain_noisy"]
 
@@ -27,17 +27,21 @@ def _least_variance(variance: Tensor) -> float:
 
 
 class _Noisy(torch.autograd.Function):
+    """Of mean, variance and noise, the variance alone is kept, for a second derivative."""
+
     @staticmethod
     def forward(ctx: Any, mean: Tensor, variance: Tensor, noise: Tensor) -> Tensor:
         deviation = variance.clamp_min(_least_variance(variance)).sqrt_()
-        ctx.save_for_backward(mean, variance, noise, torch.div(noise, deviation).mul_(0.5))
-        return torch.addcmul(mean, deviation, noise)
+        outputs = torch.addcmul(mean, deviation, noise)
+        ctx.save_for_backward(variance, torch.div(noise, deviation, out=deviation).mul_(0.5))
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, slope = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return plain_gradients(plain_noisy, inputs, ctx.needs_input_grad, grad)
+        variance, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the slope falls with the root of the variance
+            kept = variance.clamp_min(_least_variance(variance))
+            slope = slope * (kept.detach() / kept).sqrt()
         return grad, grad * slope, None
 
 
@@ -48,6 +52,8 @@ def leading_block(x: Tensor, lengths: Mapping[int, int]) -> Tensor:
         x: The array.
         lengths: Entries that are kept, by dimension.
     """
+    if not x.requires_grad:  # the other way is for the sake of the backward pass
+        return plain_leading_block(x, lengths)
     return cast(Tensor, fast_or_plain(_LeadingBlock, plain_leading_block, x, lengths))
 
 

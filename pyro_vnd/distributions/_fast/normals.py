@@ -1,6 +1,7 @@
-"""Normals: their divergence, and the sums over large arrays that it consists of, in few passes over memory."""
+"""Normals: their divergence, and what a net needs of the law of its weights, in few passes over memory."""
 
-from typing import Any, cast
+import math
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -8,13 +9,15 @@ from torch import Tensor
 from pyro_vnd.distributions._fast.dispatch import fast_or_plain, plain_gradients
 
 __all__ = [
+    "draw_and_kl",
     "normal_kl",
+    "plain_draw_and_kl",
     "plain_normal_kl",
-    "plain_squared_distance",
-    "plain_variance_and_sums",
-    "squared_distance",
-    "variance_and_sums",
+    "plain_variance_and_kl",
+    "variance_and_kl",
 ]
+
+Numbers: TypeAlias = tuple[float, float]  # location and scale of one Normal
 
 
 def normal_kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tensor:
@@ -70,61 +73,118 @@ def _sum_of_squares(x: Tensor, y: Tensor) -> Tensor:
     return torch.addcmul(x * x, y, y)
 
 
-def variance_and_sums(log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Return $e^{2\rho}$ and the sums $\sum e^{2\rho}$ and $\sum \rho$ over an array."""
-    return cast(tuple[Tensor, Tensor, Tensor], fast_or_plain(_VarianceAndSums, plain_variance_and_sums, log_scale))
+def variance_and_kl(loc: Tensor, log_scale: Tensor, prior: Numbers) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Return what local reparameterisation needs of an array of Normals, and their divergence from one Normal.
+
+    $$\mathrm{KL} = \sum_e \frac{\sigma_e^2 + (\mu_e - m)^2}{2 s^2} - \rho_e + \log s - \tfrac12,
+      \qquad \sigma_e = e^{\rho_e}.$$
+
+    Args:
+        loc: Means.
+        log_scale: Logarithms ρ of the standard deviations, of the same shape.
+        prior: m and s.
+
+    Returns:
+        Means, of which each use of the divergence adds to the gradient, variances, and the divergence, shape ().
+    """
+    found = fast_or_plain(_VarianceAndKL, plain_variance_and_kl, loc, log_scale, prior)
+    return cast(tuple[Tensor, Tensor, Tensor], found)
 
 
-def plain_variance_and_sums(log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Do what `variance_and_sums` does."""
+def plain_variance_and_kl(loc: Tensor, log_scale: Tensor, prior: Numbers) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `variance_and_kl` does."""
     variance = (2 * log_scale).exp()
-    return variance, variance.sum(), log_scale.sum()
+    centred = _centred(loc, prior)
+    return loc.view_as(loc), variance, _kl(torch.addcmul(variance, centred, centred), log_scale, prior)
 
 
-class _VarianceAndSums(torch.autograd.Function):
-    r"""$v_e = e^{2\rho_e}$, $\sum v$ and $\sum \rho$: $d\rho_e = 2 v_e (dv_e + d\sum v) + d\sum\rho$, in one array."""
+def draw_and_kl(loc: Tensor, log_scale: Tensor, noise: Tensor, prior: Numbers) -> tuple[Tensor, Tensor]:
+    r"""Return a draw $\mu + e^\rho \epsilon$ of an array of Normals, and their divergence from one Normal.
+
+    Args:
+        loc: Means.
+        log_scale: Logarithms ρ of the standard deviations, of the same shape.
+        noise: ε, of that shape, too; it has no gradient.
+        prior: Its location and scale.
+    """
+    return cast(tuple[Tensor, Tensor], fast_or_plain(_DrawAndKL, plain_draw_and_kl, loc, log_scale, noise, prior))
+
+
+def plain_draw_and_kl(loc: Tensor, log_scale: Tensor, noise: Tensor, prior: Numbers) -> tuple[Tensor, Tensor]:
+    """Do what `draw_and_kl` does."""
+    scale, centred = log_scale.exp(), _centred(loc, prior)
+    return loc + scale * noise, _kl(torch.addcmul(scale.square(), centred, centred), log_scale, prior)
+
+
+def _kl(squares: Tensor, log_scale: Tensor, prior: Numbers) -> Tensor:
+    """Return the divergence, given second moments about the prior's location, of which nothing is left."""
+    s = prior[1]
+    total = squares.sub_(log_scale, alpha=2 * s**2).sum()
+    return total * (0.5 / s**2) + log_scale.numel() * (math.log(s) - 0.5)
+
+
+def _centred(x: Tensor, prior: Numbers) -> Tensor:
+    m = prior[0]
+    return x - m if m else x
+
+
+class _VarianceAndKL(torch.autograd.Function):
+    """One array each for the gradients of means and of logarithms, where torch's operations take four and six."""
 
     @staticmethod
-    def forward(ctx: Any, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        variance = (2 * log_scale).exp_()
+    def forward(ctx: Any, loc: Tensor, log_scale: Tensor, prior: Numbers) -> tuple[Tensor, Tensor, Tensor]:
+        variance, centred = (2 * log_scale).exp_(), _centred(loc, prior)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(variance)
-        return variance, variance.sum(), log_scale.sum()
+        ctx.save_for_backward(loc, log_scale, variance)
+        ctx.prior = prior
+        return loc, variance, _kl(torch.addcmul(variance, centred, centred), log_scale, prior)
 
     @staticmethod
-    def backward(ctx: Any, each: Tensor | None, variances: Tensor | None, logs: Tensor | None) -> Tensor | None:
-        (variance,) = ctx.saved_tensors
-        grad = None
-        # In place on arrays made here only; those that come in may belong to others.
-        if each is not None and variances is not None:
-            grad = (each + variances).mul_(variance).mul_(2)
-        elif each is not None or variances is not None:
-            grad = (variance * (variances if each is None else each)).mul_(2)
-        if logs is None:
-            return grad
-        return logs.expand(variance.shape) if grad is None else grad.add_(logs)
+    def backward(ctx: Any, mean: Tensor | None, each: Tensor | None, kl: Tensor | None) -> tuple[Tensor | None, ...]:
+        loc, log_scale, variance = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return (*_plain(ctx, plain_variance_and_kl, (loc, log_scale), (), (mean, each, kl), loc), None)
+        if kl is None:
+            return mean, None if each is None else (each * variance).mul_(2), None
+        slope, centred = kl / ctx.prior[1] ** 2, _centred(loc, ctx.prior)
+        by_loc = slope * centred if mean is None else torch.addcmul(mean, centred, slope)
+        if each is None:
+            return by_loc, torch.addcmul(-kl, variance, slope), None
+        by_variance = torch.add(slope, each, alpha=2)
+        return by_loc, torch.addcmul(-kl, by_variance, variance, out=by_variance), None
 
 
-def squared_distance(x: Tensor, m: Tensor) -> Tensor:
-    r"""Return $\sum (x - m)^2$ over an array, for a single m."""
-    return cast(Tensor, fast_or_plain(_SquaredDistance, plain_squared_distance, x, m))
-
-
-def plain_squared_distance(x: Tensor, m: Tensor) -> Tensor:
-    """Do what `squared_distance` does."""
-    return (x - m).square().sum()
-
-
-class _SquaredDistance(torch.autograd.Function):
-    """With one array in the backward pass, where torch's operations take three."""
+class _DrawAndKL(torch.autograd.Function):
+    """As above, for weights that are drawn."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, m: Tensor) -> Tensor:
-        ctx.save_for_backward(x, m)
-        return (x - m).pow_(2).sum()
+    def forward(ctx: Any, loc: Tensor, log_scale: Tensor, noise: Tensor, prior: Numbers) -> tuple[Tensor, Tensor]:
+        scale, centred = log_scale.exp(), _centred(loc, prior)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(loc, log_scale, noise, scale)
+        ctx.prior = prior
+        kl = _kl(scale.square().addcmul_(centred, centred), log_scale, prior)
+        return torch.addcmul(loc, scale, noise), kl
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, m = ctx.saved_tensors
-        grad_x = (x - m).mul_(2 * grad)
-        return grad_x, -grad_x.sum().reshape(m.shape) if ctx.needs_input_grad[1] else None
+    def backward(ctx: Any, draw: Tensor | None, kl: Tensor | None) -> tuple[Tensor | None, ...]:
+        loc, log_scale, noise, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return (*_plain(ctx, plain_draw_and_kl, (loc, log_scale), (noise,), (draw, kl), loc), None, None)
+        if kl is None:
+            return draw, None if draw is None else (draw * noise).mul_(scale), None, None
+        slope, centred = kl / ctx.prior[1] ** 2, _centred(loc, ctx.prior)
+        by_scale = slope * scale
+        if draw is not None:
+            by_scale.addcmul_(draw, noise)
+        by_loc = slope * centred if draw is None else torch.addcmul(draw, centred, slope)
+        return by_loc, torch.addcmul(-kl, by_scale, scale, out=by_scale), None, None
+
+
+def _plain(ctx: Any, plain: Any, inputs: Any, noise: Any, grads: Any, like: Tensor) -> tuple[Tensor | None, ...]:
+    """Return gradients that can be differentiated themselves."""
+    *arrays, kl = (grad for grad in grads)
+    whole = [torch.zeros_like(like) if grad is None else grad for grad in arrays]
+    whole.append(like.new_zeros(()) if kl is None else kl)
+    needed = ctx.needs_input_grad[: len(inputs)]
+    return plain_gradients(lambda *x: plain(*x, *noise, ctx.prior), inputs, needed, *whole)

@@ -9,7 +9,7 @@ from pyro.infer import TraceEnum_ELBO
 from torch import Tensor, nn
 
 from pyro_vnd._compat import keep_own_params
-from pyro_vnd._data import named_parts
+from pyro_vnd._data import is_tensors, named_parts
 from pyro_vnd._state import cuda_devices
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.nested import NestedLaw
@@ -32,7 +32,7 @@ from pyro_vnd.infer._fit.optimisation import Step
 from pyro_vnd.infer._fit.recipe import Recipe, recipe_for
 from pyro_vnd.infer._fit.rows import check_laws_by_row
 from pyro_vnd.infer._fit.settings import Settings
-from pyro_vnd.infer._fit.sources import Source, check_validation, is_tensors
+from pyro_vnd.infer._fit.sources import Source, check_validation
 from pyro_vnd.infer._fit.values import NUM_CALIBRATION, calibrate_heads, value_sites
 from pyro_vnd.infer.callbacks import Callback, Validation
 from pyro_vnd.infer.elbo import NestedELBO

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vnd._files import sync
 from pyro_vnd.infer.result import FitResult
 
 try:
@@ -92,7 +93,7 @@ class Folder:
             if best:
                 self._name_too(self.best)
             if os.name == "posix":  # so that new names outlive a power cut, too
-                _sync(self.path.parent)
+                sync(self.path.parent)
 
     def _name_too(self, name: Path) -> None:
         """Give the newest file a second name in place of another file, so that there is always one of that name."""
@@ -102,7 +103,7 @@ class Folder:
                 os.link(self.path, link)
             except OSError:  # of a file system without links
                 shutil.copyfile(self.path, link)
-                _sync(link)
+                sync(link)
             os.replace(link, name)
         finally:
             link.unlink(missing_ok=True)
@@ -175,14 +176,6 @@ def _is_whole(path: Path) -> bool:
 def _cannot_write(path: Path, error: Exception) -> str:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
     return f"fit: argument `checkpoint` is {str(path)!r}, which cannot be written: {reason}"
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def read_state(path: Path) -> State:

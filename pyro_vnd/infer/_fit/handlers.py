@@ -100,7 +100,9 @@ class ScaleToDataset(Messenger):
 
 def _weight(msg: Any, key: str, default: float) -> float:
     """Return a weight that a site has itself."""
-    weight: Any = msg["infer"].get(key, default)
+    if key not in msg["infer"]:
+        return default
+    weight: Any = msg["infer"][key]
     if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
         name = msg["name"].removesuffix("_unconstrained")  # as the model knows it
         raise ValueError(f"fit: `infer[{key!r}]` of site {name!r} must be a finite number >= 0; got {weight!r}")

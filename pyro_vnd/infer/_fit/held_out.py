@@ -7,9 +7,9 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 
-from pyro_vnd._data import as_arguments, num_rows
+from pyro_vnd._data import as_arguments, batches_of, num_rows
 from pyro_vnd.infer._fit.parallel import Ranks
-from pyro_vnd.infer._fit.sources import batches_of, move
+from pyro_vnd.infer._fit.sources import move
 
 __all__ = ["mean_log_likelihood"]
 

@@ -1,9 +1,10 @@
 """The loop over epochs and steps, with what goes on from a checkpoint."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -154,26 +155,27 @@ class Loop(Run):
             self._set_random(place.random)
         else:
             place.random = now
-        has_state = place.loader is not None
-        if has_state:
+        if place.loader is not None:
             self.source.load_state_dict(place.loader)
-        batches: Iterator[Data] = self.source.epoch(self.epoch)
+        batches = self.source.epoch(self.epoch)
         if place.num_steps:
-            skipped = 0 if has_state else place.num_steps * self._accumulate
-            first = [*islice(batches, skipped, skipped + 1)]  # here: what the loader draws, it draws before it yields
-            batches = chain(first, batches)
+            skipped = 0 if place.loader is not None else place.num_steps * self._accumulate
+            deque(islice(batches, skipped), maxlen=0)
             self._set_random(now)
         while self.source.goes_on(group := [*islice(batches, self._accumulate)]):
             yield group
 
     def _random(self) -> dict[str, Any]:
         cuda = [torch.cuda.get_rng_state(device) for device in self._cuda_devices]
-        return {"cpu": torch.get_rng_state(), "cuda": cuda}
+        own = [generator.get_state() for generator in self.source.generators]
+        return {"cpu": torch.get_rng_state(), "cuda": cuda, "loader": own}
 
     def _set_random(self, state: dict[str, Any]) -> None:
         torch.set_rng_state(state["cpu"])
         for device, random in zip(self._cuda_devices, state["cuda"], strict=False):
             torch.cuda.set_rng_state(random, device)
+        for generator, random in zip(self.source.generators, state["loader"], strict=False):
+            generator.set_state(random)
 
     def state_dict(self) -> State:
         """Return all that the fit needs to go on from here."""
@@ -269,9 +271,11 @@ class _Place:
     def sums(self) -> Tensor:
         """Return the parts times rows, and the rows, added up."""
         if self._parts:
-            # One by one, so that the sums are the same wherever a checkpoint is written in between.
-            for count, step in zip(self._counts, torch.stack(self._parts).cpu().double(), strict=True):
-                self._sums = self._sums + torch.cat([count * step, torch.tensor([float(count)])])
+            counts = torch.tensor(self._counts, dtype=torch.float64).unsqueeze(1)
+            parts = torch.stack(self._parts).cpu().double()
+            for terms in torch.cat([counts * parts, counts], 1):  # in order: the same however often it is asked for
+                # What is not known in one step is not known of the epoch.
+                self._sums = self._sums + terms
             self._parts, self._counts = [], []
         return self._sums
 

@@ -147,7 +147,7 @@ class Objective:
             site = f"after site {self.record.last_site!r}" if self.record.last_site else "before the first site"
             if isinstance(error, ValueError) and _is_about_something_infinite(error):
                 raise NonFiniteLossError(f"fit: evaluating the ELBO failed {site}: {error}") from error
-            error.add_note(f"fit: raised while the ELBO was evaluated, {site}, on a batch of {num_rows(batch)} rows")
+            error.add_note(f"fit: raised while the ELBO was evaluated, {site}, on {_size_of(batch)}")
             raise
 
     def _explain(self, error: Exception, batch: Data) -> None:
@@ -267,6 +267,15 @@ class _Sites(Messenger):
     def __exit__(self, kind: Any, *error: Any) -> None:
         self.ran = kind is None
         super().__exit__(kind, *error)
+
+
+def _size_of(batch: Data) -> str:
+    if num_rows(batch) > 1:
+        return f"a batch of {num_rows(batch)} rows"
+    return (
+        "a batch of 1 row: BatchNorm needs more of them in training; if this was the last batch of an epoch, give "
+        "another `batch_size`, or drop_last=True to the DataLoader"
+    )
 
 
 def _of_no_module(name: str) -> str:

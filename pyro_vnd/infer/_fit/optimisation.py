@@ -81,8 +81,8 @@ class Step:
         norm = self._clip()
         mean = ElboParts.weighted(parts, counts)
         # One look at the device a step. A loss that is not finite is found here, too: nothing was updated yet.
-        if not (torch.isfinite(mean.elbo) & torch.isfinite(norm)):
-            what, value = ("gradient norm", norm) if torch.isfinite(mean.elbo) else ("loss", -mean.elbo)
+        if not torch.isfinite(mean.elbo + norm):
+            what, value = ("gradient norm", self._norm()) if torch.isfinite(mean.elbo) else ("loss", -mean.elbo)
             raise NonFiniteLossError(f"fit: the {what} is {value.item()}; {self.objective.blame(batches[-1])}")
         self.optimizer.step()
         return mean
@@ -111,7 +111,14 @@ class Step:
         return self.objective.parts(loss)
 
     def _clip(self) -> Tensor:
-        parameters = self.objective.parameters
+        """Shorten the gradient if it is to be, and return a number that is finite if the gradient is."""
         if self.clip_norm is not None:
-            return torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            return torch.nn.utils.clip_grad_norm_(self.objective.parameters, self.clip_norm)
+        grads = [p.grad for p in self.objective.parameters if p.grad is not None]
+        if len({(grad.dtype, grad.device) for grad in grads}) != 1:
+            return self._norm()
+        # Sums take half the time of norms, and hide nothing: infinities of both signs have no sum.
+        return torch.stack([grad.sum() for grad in grads]).sum()
+
+    def _norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self.objective.parameters if p.grad is not None])

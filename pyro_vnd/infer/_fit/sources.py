@@ -1,5 +1,6 @@
 """Where the batches of a fit come from: tensors, data sets, loaders, or anything that can be iterated again."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -7,16 +8,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from pyro_vnd._data import Data, as_arguments, check_rows, map_parts, named_parts, shapes, split_rows
+from pyro_vnd._data import (
+    Data,
+    as_arguments,
+    as_batch,
+    check_rows,
+    is_tensors,
+    map_parts,
+    named_parts,
+    shapes,
+    split_rows,
+)
 from pyro_vnd._data import num_rows as rows_in
 from pyro_vnd.infer._fit.checks import whole_number
 from pyro_vnd.infer._fit.parallel import Ranks
 from pyro_vnd.infer._fit.shares import bounds, shared
 
-__all__ = ["Source", "as_source", "batches_of", "check_validation", "is_tensors", "move"]
+__all__ = ["Source", "as_source", "check_validation", "move"]
 
 
 class Source:
@@ -47,7 +58,7 @@ class Source:
         return self._moved(self._first())
 
     def epoch(self, number: int) -> Iterator[Data]:
-        """Yield this process's share of the batches of an epoch, shuffled if they are to be."""
+        """Begin an epoch, and yield this process's share of its batches, shuffled if they are to be."""
         return map(self._moved, self._epoch(number))
 
     def in_order(self, num_rows: int | None = None) -> Iterator[Data]:
@@ -71,6 +82,11 @@ class Source:
 
     def _in_order(self, num_rows: int | None) -> Iterator[Data]:
         raise NotImplementedError
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """Generators of random numbers that it has beside torch's global one."""
+        return []
 
     def state_dict(self) -> Any:
         """Return where in the epoch the source is, if it can go on from there; else None."""
@@ -110,12 +126,14 @@ class RowsOfTensors(Source):
         return map_parts(lambda x: x[: len(share)], data)
 
     def _epoch(self, number: int) -> Iterator[Data]:
-        data: Any = self.whole
         if self.batch_size == self.num_data and self.ranks.size == 1:
-            yield data  # as they are
-            return
+            data: Any = self.whole
+            return iter([data])  # as they are
         with self.ranks.alike():
-            order = torch.randperm(self.num_data)
+            return self._batches(torch.randperm(self.num_data))
+
+    def _batches(self, order: Tensor) -> Iterator[Data]:
+        data: Any = self.whole
         orders = {x.device: order.to(x.device) for x in named_parts(data).values()}
         for start, stop in self._bounds:
             rows = {device: self.ranks.share(each[start:stop]) for device, each in orders.items()}
@@ -149,29 +167,23 @@ class Batches(Source):
         self.data, split, self._is_even = shared(data, ranks)
         self.can_repeat, self._ended = not isinstance(data, Iterator), False
         self._begin = self._peek()
-        check_rows("fit", self._begin)
         full: Any = getattr(data, "batch_size", None)
         begun = torch.tensor(rows_in(self._begin))
         self.batch_size = int(ranks.sum(begun)) if full is None else full * (1 if split else ranks.size)
-        known = _length(data)
-        if num_data is None and known is None:
-            raise ValueError(
-                "fit: argument `num_data` must say how many rows there are in all, where `data` does not know it; got "
-                f"None with {type(data).__name__}. Likelihoods of batches are scaled to it"
-            )
-        self.num_data = whole_number("num_data", known if num_data is None else num_data)
+        self.num_data, self._is_sure = _all_rows(data, num_data)
         sized: Any = self.data
         length = len(sized) if _has_length(sized) else None
         self.num_batches = -(-self.num_data // self.batch_size) if length is None else max(length, 1)
 
     def _peek(self) -> Data:
-        batches = iter(self.data)
-        first = next(batches, None)
+        with torch.random.fork_rng([]):  # so that what is drawn next is the same for all forms of data
+            batches = iter(self.data)
+            first = next(batches, None)
         if first is None:
             raise ValueError("fit: argument `data` must have at least one batch; got none")
         if not self.can_repeat:
             self.data = chain([first], batches)
-        return _batch(first)
+        return next(self._checked(iter([first])))
 
     def _first(self) -> Data:
         return self._begin
@@ -182,7 +194,7 @@ class Batches(Source):
         for each in [*parts, *(getattr(self.data, name, None) for name in ("sampler", "dataset"))]:
             if hasattr(each, "set_epoch"):
                 each.set_epoch(number)
-        yield from self._in_order(None)
+        return self._in_order(None)
 
     def _in_order(self, num_rows: int | None) -> Iterator[Data]:
         if self._ended:
@@ -190,14 +202,38 @@ class Batches(Source):
                 "fit: argument `data` is an iterator that has ended, and each epoch needs the batches anew: give a "
                 "DataLoader, a list, or an object whose __iter__ begins again; or num_epochs=1"
             )
+        self._ended = not self.can_repeat
+        return self._checked(iter(self.data), num_rows)
+
+    def _checked(self, batches: Iterator[Any], num_rows: int | None = None) -> Iterator[Data]:
+        """Yield batches, up to a number of rows, each looked at where that does not wait for a device."""
         seen = 0
-        for each in self.data:
-            batch = _batch(each)
+        for number, each in enumerate(batches):
+            batch = as_batch(each)
+            try:
+                check_rows("fit", batch, values="cpu")
+            except ValueError as error:
+                error.add_note(f"fit: in batch {number} of an epoch, counted from 0")
+                raise
             yield batch
             seen += rows_in(batch)
             if num_rows is not None and seen >= num_rows:
                 return
-        self._ended = not self.can_repeat
+        if num_rows is None and not self._is_sure and seen > self.num_data and self.ranks.size == 1:
+            self._is_sure = True  # enough said
+            warnings.warn(
+                f"fit: an epoch has {seen} rows, but argument `num_data` is {self.num_data}, to which likelihoods of "
+                "batches are scaled. Of an IterableDataset each worker reads all rows, unless its __iter__ asks "
+                "torch.utils.data.get_worker_info() which are its own",
+                stacklevel=2,
+            )
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """Those of a loader and its sampler."""
+        sampler = _sampler_of(self.data)
+        found = [getattr(each, "generator", None) for each in (self.data, sampler)]
+        return [*{id(each): each for each in found if isinstance(each, torch.Generator)}.values()]
 
     def goes_on(self, batches: Sequence[Data]) -> bool:
         """Return whether there are batches for another step, in all processes: none takes a step alone."""
@@ -212,13 +248,6 @@ class Batches(Source):
         self.data.load_state_dict(state)  # type: ignore[attr-defined]
 
 
-def _batch(batch: Any) -> Data:
-    """Return a batch as data: what is not among the forms of data is one argument."""
-    if isinstance(batch, Mapping):
-        return dict(batch)
-    return tuple(batch) if isinstance(batch, tuple | list) else batch
-
-
 def _has_length(data: Any) -> bool:
     try:
         len(data)
@@ -227,17 +256,51 @@ def _has_length(data: Any) -> bool:
     return True
 
 
-def _length(data: Any) -> int | None:
-    """Return how many rows a thing has that yields batches, if it knows."""
+def _sampler_of(data: Any) -> Any:
+    """Return what says in which order a loader takes the rows of its data set."""
+    sampler = getattr(data, "sampler", None)
+    return getattr(getattr(data, "batch_sampler", None), "sampler", sampler)
+
+
+def _all_rows(data: Any, num_data: int | None) -> tuple[int, bool]:
+    """Return how many rows all data have that come in batches, and whether that is beyond doubt.
+
+    Batches may be a part of all data, and a sampler of one's own may draw some rows more than once: `num_data` has the
+    last word.
+
+    Raises:
+        ValueError: If nobody knows, or if `num_data` is wrong.
+    """
+    known, is_sure = _known_rows(data)
+    if num_data is None and known is None:
+        raise ValueError(
+            "fit: argument `num_data` must say how many rows there are in all, where `data` does not know it; got "
+            f"None with {type(data).__name__}. Likelihoods of batches are scaled to it"
+        )
+    count = whole_number("num_data", known if num_data is None else num_data)
+    if is_sure and known is not None and count < known:
+        raise ValueError(
+            f"fit: argument `num_data` is {count}, but `data` has {known} rows: it is how many there are in all, of "
+            "which `data` may be a part; leave it out if they are all"
+        )
+    return count, is_sure
+
+
+def _known_rows(data: Any) -> tuple[int | None, bool]:
+    """Return how many rows all data have, as far as they know it, and whether that is beyond doubt."""
     if isinstance(data, tuple | list):
-        return sum(rows_in(_batch(batch)) for batch in data)
-    if not isinstance(data, DataLoader):
-        return None
-    for each in (data.sampler if data.batch_size is not None else None, data.dataset):
-        own = each is None or isinstance(each, DistributedSampler)  # whose length is that of a share
-        if not own and not isinstance(data.dataset, IterableDataset) and _has_length(each):
-            return len(each)  # type: ignore[arg-type]
-    return len(data.dataset) if _has_length(data.dataset) else None  # type: ignore[arg-type]
+        for i, batch in enumerate(data):
+            check_rows("fit", as_batch(batch), f"data[{i}]")
+        return sum(rows_in(as_batch(batch)) for batch in data), True
+    if not isinstance(data, DataLoader) or data.batch_sampler is None:  # whose data set has batches itself
+        return None, False
+    dataset: Any = data.dataset
+    is_stream, sampler = isinstance(dataset, IterableDataset), _sampler_of(data)
+    is_sure = not is_stream and isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler)
+    for each in (dataset,) if is_sure or is_stream else (sampler, dataset):
+        if _has_length(each):
+            return len(each), is_sure
+    return None, False
 
 
 def as_source(
@@ -268,7 +331,10 @@ def as_source(
         return RowsOfTensors(data, batch_size, ranks, device)
     if isinstance(data, Dataset) and not isinstance(data, DataLoader):
         if batch_size is None:
-            raise ValueError("fit: argument `batch_size` must be given where `data` is a Dataset; got None")
+            raise ValueError(
+                "fit: argument `batch_size` must be given where `data` is a Dataset of rows; got None. Of one that has "
+                "batches make a loader, DataLoader(dataset, batch_size=None)"
+            )
         size, shuffle = whole_number("batch_size", batch_size), not isinstance(data, IterableDataset)
         loader: DataLoader[Any] = DataLoader(data, batch_size=size, shuffle=shuffle)
         return Batches(loader, num_data, ranks, device)
@@ -279,25 +345,6 @@ def as_source(
             f"fit: argument `batch_size` is for data that do not come in batches; {type(data).__name__} has its own"
         )
     return Batches(data, num_data, ranks, device)
-
-
-def is_tensors(data: Any) -> bool:
-    """Say whether data are meant to be tensors, not batches."""
-    if isinstance(data, tuple | list):
-        return not any(isinstance(each, tuple | list | Mapping) for each in data)
-    return isinstance(data, Tensor | Mapping)
-
-
-def batches_of(data: Any, batch_size: int) -> Iterator[Data]:
-    """Yield the batches of data in any of their forms, in order; tensors and data sets in batches of so many rows."""
-    if isinstance(data, TensorDataset):
-        data = data.tensors
-    if is_tensors(data):
-        yield from split_rows(data, batch_size)
-        return
-    if isinstance(data, Dataset) and not isinstance(data, DataLoader):
-        data = DataLoader(data, batch_size=batch_size)
-    yield from map(_batch, data)
 
 
 def check_validation(validation: Any, first: Data) -> None:

@@ -3,15 +3,16 @@
 import copy
 
 import numpy as np
+import pyro
 import pytest
 import torch
 import xarray as xr
 from torch import nn
 
-from pyro_vnd.diagnostics import evaluate_learned, evaluate_widths
+from pyro_vnd.diagnostics import evaluate, evaluate_learned, evaluate_widths
 from pyro_vnd.diagnostics.metrics.predictive import average_draws, predictive_metrics
 from pyro_vnd.infer import module_local_params
-from pyro_vnd.nn import narrow, nest
+from pyro_vnd.nn import CategoricalLabels, NestedModel, narrow, nest
 
 WIDTHS = [0.25, 0.5, 1.0]
 
@@ -232,3 +233,70 @@ def test_widths_are_several_of_any_kind_of_iterable(trained, digits):
         assert evaluate_widths(trained, test, asked, 2, progress=False)["blocks"].values.tolist() == [1, 2]
     with pytest.raises(ValueError, match=r"`widths` must be several widths in a list; got 1\.0"):
         evaluate_widths(trained, test, 1.0, 2, progress=False)
+
+
+def test_draws_that_are_given_serve_all_scores(trained, digits, result):
+    draws = trained.draws(10, seed=0)
+    found = evaluate_widths(trained, digits.test, WIDTHS, draws=draws, progress=False)
+    assert found.attrs["num_samples"] == 10
+    xr.testing.assert_allclose(found, result[list(found.data_vars)].drop_dims(["ood", "source"], errors="ignore"))
+    for keep in (True, False):
+        same = trained.draws(10, seed=0, keep=keep)
+        one = evaluate_widths(trained, digits.test, [0.5], draws=same, progress=False)
+        xr.testing.assert_allclose(one["nll"], found["nll"].sel(width=[0.5]))
+    by_hand = evaluate(draws.narrow(0.5), digits.test, progress=False)
+    assert by_hand["nll"].item() == pytest.approx(found["nll"].sel(width=0.5).item(), rel=1e-9)
+    learned = evaluate_learned(trained, digits.test, draws=draws, seed=3, progress=False)
+    xr.testing.assert_allclose(learned, evaluate(draws, digits.test, seed=3, progress=False))
+    assert learned.attrs["num_samples"] == 10
+    model = NestedModel(trained, CategoricalLabels(), output=lambda logits: 2 * logits)
+    doubled = evaluate_widths(model, digits.test, [0.5], draws=draws, progress=False)
+    xr.testing.assert_allclose(doubled, evaluate_widths(model, digits.test, [0.5], 10, progress=False))
+    assert doubled["nll"].item() != pytest.approx(one["nll"].item(), rel=1e-3)
+    for wrong, got in ((copy.deepcopy(trained).draws(2), "those of another net"), ([], "list")):
+        for score in (evaluate_widths, evaluate_learned):
+            arguments = (trained, digits.test, *([[0.5]] if score is evaluate_widths else []))
+            with pytest.raises(ValueError, match=rf"{score.__name__}: argument `draws` must be draws .*; got {got}"):
+                score(*arguments, draws=wrong, progress=False)
+
+
+@pytest.mark.parametrize("mask_per", ["example", "batch"])
+def test_learned_laws_by_hand(mask_per, digits):
+    """Weights are the same in all batches; masks of rows are not."""
+    x, y = (rows[:60] for rows in digits.test)
+    plain = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10))
+    net = nest(plain, x[:1].double(), num_blocks=4, mask_per=mask_per).float()
+    found = evaluate_learned(net, (x, y), 4, seed=2, batch_size=25, progress=False)
+    draws = net.draws(4, seed=2)
+    torch.manual_seed(2)
+    logits = []
+    for rows in x.split(25):
+        uniform = [torch.rand(4, len(rows), 1, dtype=torch.float32) for _ in net.widths]
+        by_draw = []
+        for number, draw in enumerate(draws):
+            masks = {
+                site: (law.keep_probs > u[number] * law.keep_probs[0]).float()
+                for (site, law), u in zip(net.laws.items(), uniform, strict=True)
+            }
+            if mask_per == "batch":
+                shares = {f"{name}.mask": torch.tensor(draws.lengths[name][number] / 4) for name in net.widths}
+                masks = {
+                    site: width.prefix(shares[site]) for site, width in zip(masks, net.widths.values(), strict=True)
+                }
+            with torch.no_grad(), pyro.poutine.condition(data={**draw, **masks}):
+                by_draw.append(net(rows))
+        logits.append(torch.stack(by_draw))
+    expected = predictive_metrics(average_draws(logits=torch.cat(logits, 1)), y)
+    for name in ("nll", "entropy", "mutual_information", "ece"):
+        assert found[name].item() == pytest.approx(expected[name], rel=1e-4)
+
+
+def test_draws_are_scored_in_evaluation_mode(digits):
+    plain = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 10))
+    net = nest(plain, torch.zeros(1, 64), num_blocks=4).float().train()
+    draws = net.draws(3, seed=0)
+    half = draws.narrow(0.5)
+    found = evaluate(half, digits.test, progress=False)["nll"].item()
+    assert found == evaluate_widths(net, digits.test, [0.5], draws=draws, progress=False)["nll"].item()
+    evaluate(draws, digits.test, progress=False)
+    assert all(part.training for module in (net, half.net) for part in module.modules())

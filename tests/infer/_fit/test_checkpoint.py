@@ -332,7 +332,9 @@ def test_resume_with_other_data_or_parameters_says_what_differs(data, tmp_path, 
         with pytest.raises(ValueError, match=r"another fit: `data\[1\]` was .*, hash (.{8}), now .*, hash (?!\1).{8}$"):
             train(Regression, (x, other), checkpoint=path, resume=True)
     monkeypatch.setitem(OPTIONS, Wider, OPTIONS[Regression])
-    with pytest.raises(ValueError, match=r"parameter `model.net.0.bias` was torch.float64 of shape \(6,\), now absent$"):
+    with pytest.raises(
+        ValueError, match=r"parameter `model.net.0.bias` was torch.float64 of shape \(6,\), now absent$"
+    ):
         train(Wider, data, checkpoint=path, resume=True)
 
 

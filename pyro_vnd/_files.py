@@ -1,0 +1,34 @@
+"""Files that are replaced as a whole."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["replaced", "sync"]
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Give the block another name to write a file under, which then takes the place of an old one.
+
+    The file is the old one or the new one, whenever the machine stops; if the block raises, it is the old one.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield unfinished
+        sync(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    if os.name == "posix":  # so that the new name outlives a power cut, too
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
