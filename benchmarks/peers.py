@@ -49,7 +49,7 @@ from benchmarks.record import header, markdown_table, rounded, write_json
 from benchmarks.timing import interleaved_medians, peak_bytes
 from models.nets import lenet, mlp
 from pyro_vnd.autoencoders import OrderedVAE, mlp_bodies
-from pyro_vnd.infer import MaskSchedule, fit
+from pyro_vnd.infer import MaskSchedule, NestedELBO, fit
 from pyro_vnd.nn import NestedClassifier, nest
 
 __all__ = ["WORKS", "markdown", "run"]
@@ -154,7 +154,7 @@ def _net_steps(name: str, methods: list[str]) -> dict[str, Take]:
     for method in methods:
         if method in (LOCAL, NOISE):
             model = NestedClassifier(nest(net.make(), x[:1], num_blocks=BLOCKS))
-            found[method] = steps_of_fit(model, data, net.batch_size, local_reparam=method == LOCAL)
+            found[method] = steps_of_fit(model, data, net.batch_size, elbo=NestedELBO(local_reparam=method == LOCAL))
         else:
             make = PEERS.get(method, _step_by_hand)
             found[method] = steps_of_loop(make(net.make(), x[:1], NUM_DATA), data, net.batch_size)
