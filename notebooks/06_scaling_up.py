@@ -35,10 +35,12 @@ from torch.utils.benchmark import Timer
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
 from pyro_vnd.infer import (
     AutoNested,
+    Callback,
     KLWeights,
     LengthCollapseWarning,
     MaskSchedule,
     NestedELBO,
+    Run,
     fit,
     module_local_params,
 )
@@ -126,10 +128,8 @@ print(f"fit: {result.num_steps} steps, length {int(guide.laws['mask'].mode.sum()
 # In a loop of Pyro's own, the plate has the size of the data and the batch is in it.
 
 # %%
-own = AutoNested(regression, latents="mean_field")
-svi = pyro.infer.SVI(
-    regression, own, pyro.optim.Adam({"lr": 0.02}), pyro.infer.TraceMeanField_ELBO()
-)
+own, adam = AutoNested(regression, latents="mean_field"), pyro.optim.Adam({"lr": 0.02})
+svi = pyro.infer.SVI(regression, own, adam, pyro.infer.TraceMeanField_ELBO())
 for _ in range(num_steps):
     rows = torch.randint(num_rows, (500,), device=device)
     svi.step(x[rows], y[rows], size=num_rows)
@@ -170,10 +170,7 @@ print("1,000 draws at once:", {site: tuple(value.shape) for site, value in draws
 
 # %%
 pixels, labels = load_digits(return_X_y=True)
-train = (
-    torch.tensor(pixels / 16, dtype=torch.float, device=device),
-    torch.tensor(labels, device=device),
-)
+train = torch.tensor(pixels / 16).float().to(device), torch.tensor(labels, device=device)
 plain = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(device)
 
 
@@ -181,14 +178,10 @@ def fresh() -> NestedNet:
     return nest(plain, train[0][:1], num_blocks=16)
 
 
-class CutOff(NestedClassifier):
-    calls = 0
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        self.calls += 1
-        if self.calls > 70:
+class CutOff(Callback):
+    def on_step(self, run: Run) -> None:
+        if run.step == 70:
             raise KeyboardInterrupt
-        return super().forward(x, y)
 
 
 arguments = {"num_epochs": num_epochs, "batch_size": 64, "progress": False}
@@ -197,7 +190,7 @@ uninterrupted, cut_off, resumed = fresh(), fresh(), fresh()
 fit(NestedClassifier(uninterrupted), uninterrupted.guide, train, **arguments)
 arguments["checkpoint"] = Path(folder.name) / "fit.pt"
 try:
-    fit(CutOff(cut_off), cut_off.guide, train, **arguments)
+    fit(NestedClassifier(cut_off), cut_off.guide, train, callbacks=[CutOff()], **arguments)
 except KeyboardInterrupt:
     print("cut off")
 fit(NestedClassifier(resumed), resumed.guide, train, resume=True, **arguments)
@@ -247,10 +240,9 @@ x, y = torch.tensor(pixels / 16, dtype=torch.float), torch.tensor(labels)
 torch.manual_seed(0)
 plain = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
 net = nest(plain, x[:1], num_blocks=16)
-weights, schedule = KLWeights(latents=0.02), MaskSchedule()
 result = fit(
     NestedClassifier(net), net.guide, (x, y), num_epochs=20, batch_size=64,
-    weights=weights, schedule=schedule, progress=False,
+    weights=KLWeights(latents=0.02), schedule=MaskSchedule(), progress=False,
 )
 rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
 torch.save(net.state_dict(), f"{sys.argv[1]}/{rank}_of_{size}.pt")
@@ -268,7 +260,7 @@ for size in (1, 2):
     )
     print(ran.stdout.strip())
 first, second = (torch.load(Path(folder.name) / f"{rank}_of_2.pt") for rank in range(2))
-print(f"both end with the same net: {all(torch.equal(first[key], second[key]) for key in first)}")
+print("both end with the same net:", all(torch.equal(first[key], second[key]) for key in first))
 
 # %% [markdown]
 # ## Out of the door

@@ -169,6 +169,9 @@ class Noted(Callback):
     def __init__(self):
         self.draws = []
 
+    def on_fit_start(self, run):
+        self.on_step(run)
+
     def on_step(self, run):
         self.draws.append(torch.rand(()).item())
 

@@ -28,7 +28,7 @@ SMALL = {
         "= 100_000, 100_000, 1000, 5": "= 1_000, 2_000, 10, 5",
         "min_run_time=1": "min_run_time=0",
         '"batch_size": 64': '"batch_size": 256',
-        "self.calls > 70": "self.calls > 17",
+        "run.step == 70": "run.step == 17",
         "num_epochs=20": "num_epochs=1",
         "size in (1, 2)": "size in (2,)",
     },

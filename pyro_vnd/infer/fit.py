@@ -84,8 +84,8 @@ def fit(
         num_data: N, rows of all data, where batches come from something that does not know it.
         lr: Learning rate, or rates by group of parameters: `{"laws": 0.1, "model.encoder.*": 1e-4, "*": 0.001}`, where
             "laws" are laws of lengths, which move slowly at the rate of weights, "*" is the rest, and other keys are
-            patterns of names; the first that fits holds. By default 0.01, or 0.1 for an `AutoNested` whose latents
-            know the lengths: its parameters are in units of the prior.
+            patterns of names; the first that fits holds, and a group at rate 0 stays what it is. By default 0.01, or
+            0.1 for an `AutoNested` whose latents know the lengths: its parameters are in units of the prior.
         optimizer: Makes a torch optimiser from parameters and `lr`; or `OptimizerSettings`, with a schedule of the
             learning rate, the largest norm of the gradient, and accumulation.
         elbo: The objective, `NestedELBO()` by default.

@@ -232,7 +232,7 @@ def test_orders_codes_of_real_digits_that_follow_the_prior(images):
     for mmd_scale in (0.0, 100.0):
         torch.manual_seed(0)
         wae = OrderedWAE((1, 8, 8), 6, bodies=mlp_bodies((1, 8, 8), (64,)))
-        arguments = {"num_epochs": 12, "batch_size": 64, "lr": 0.005, "schedule": MaskSchedule(), "progress": False}
+        arguments = {"num_epochs": 20, "batch_size": 64, "lr": 0.005, "schedule": MaskSchedule(), "progress": False}
         result = fit(wae, wae.guide, images, elbo=wae.objective(mmd_scale), **arguments)
         fitted[mmd_scale] = wae
         assert result.elbo[-1] > result.elbo[0] + 20
@@ -240,7 +240,9 @@ def test_orders_codes_of_real_digits_that_follow_the_prior(images):
     assert errors[0] < images.var(0).mean()
     assert all(longer < shorter for shorter, longer in pairwise(errors))
     assert errors[-1] < 0.6 * errors[0]
-    free, held = (fitted[scale].mmd(images, length=3).item() for scale in (0.0, 100.0))
+    # Means over draws: those of one have a spread of a third.
+    draws = torch.tensor([[fitted[scale].mmd(images, length=3) for scale in (0.0, 100.0)] for _ in range(20)])
+    free, held = draws.mean(0)
     assert held < 0.5 * free
 
 

@@ -24,7 +24,7 @@ def trained(digits):
         plain = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
         net = nest(plain, torch.zeros(1, 64), num_blocks=8)
         options = {
-            "num_epochs": 20,
+            "num_epochs": 40,
             "batch_size": 256,
             "lr": 0.03,
             "weights": KLWeights(latents=0.05),

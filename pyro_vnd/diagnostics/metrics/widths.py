@@ -82,10 +82,10 @@ def evaluate_widths(
         (('seed', 'width'), [[19, 35, 67]], [1, 2, 4])
     """
     net, likelihood, outputs_of = taken_apart("evaluate_widths", model)
-    check_repeatable("evaluate_widths", data=data, ood=ood, calibrate=calibrate, recalibrate=recalibrate)
     distinct = _distinct("evaluate_widths", net, widths, rounding, (Mapping, Integral, Real))
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"evaluate_widths: `num_samples` must be at least 1; got {num_samples}")
+    check_repeatable("evaluate_widths", data=data, ood=ood, calibrate=calibrate, recalibrate=recalibrate)
     device = next(net.parameters()).device
     example = _first_input("evaluate_widths", net, data, batch_size).to(device)
     results, costs = [], []
@@ -300,8 +300,8 @@ def loo_widths(
         ([0.25, 1.0], 50)
     """
     net, likelihood, outputs_of = taken_apart("loo_widths", model)
-    check_repeatable("loo_widths", data=data)
     distinct = _distinct("loo_widths", net, widths, rounding)
+    check_repeatable("loo_widths", data=data)
     if num_samples < _arviz.MIN_DRAWS:
         raise ValueError(f"loo_widths: `num_samples` must be at least {_arviz.MIN_DRAWS}; got {num_samples}")
     device = next(net.parameters()).device

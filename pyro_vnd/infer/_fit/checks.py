@@ -64,12 +64,12 @@ def whole_number(argument: str, value: Any, most: int | None = None) -> int:
     return number
 
 
-def positive_number(argument: str, value: Any, or_none: str = "") -> float:
-    """Return a number of any library as Python's own, finite and > 0."""
+def positive_number(argument: str, value: Any, *, or_zero: bool = False) -> float:
+    """Return a number of any library as Python's own, finite and > 0, or zero if it may be."""
     single = isinstance(value, Tensor) and value.numel() == 1
     number = float(value) if single or (isinstance(value, Real) and not isinstance(value, bool)) else math.nan
-    if not 0 < number < math.inf:
-        _refuse(argument, f"a finite number > 0{or_none}", value)
+    if not (0 < number < math.inf or (or_zero and number == 0)):
+        _refuse(argument, f"a finite number >{'=' * or_zero} 0", value)
     return number
 
 
@@ -189,7 +189,7 @@ def check_arguments(
 def _learning_rate(lr: Any) -> LearningRate | None:
     """Return a rate, or rates by group, as numbers of Python's own; None stays None."""
     if isinstance(lr, Mapping) and lr:
-        return {str(key): positive_number(f"lr[{key!r}]", rate) for key, rate in lr.items()}
+        return {str(key): positive_number(f"lr[{key!r}]", rate, or_zero=True) for key, rate in lr.items()}
     return None if lr is None else positive_number("lr", lr)
 
 

@@ -18,18 +18,26 @@ __all__ = ["bounds", "shared"]
 def bounds(num_rows: int, batch_size: int, ranks: Ranks) -> list[tuple[int, int]]:
     """Return where batches begin and end; a last one in which some process would have no row is left out.
 
+    A last one with fewer than two rows for each process, of which a batch norm has no statistics, gets rows of the one
+    before, if that has enough.
+
     Raises:
         ValueError: If batches have fewer rows than there are processes.
 
     Example:
         >>> bounds(5, 2, Ranks())
         [(0, 2), (2, 4), (4, 5)]
+        >>> bounds(9, 4, Ranks())
+        [(0, 4), (4, 7), (7, 9)]
     """
     if batch_size < ranks.size:
         raise ValueError(
             f"fit: argument `batch_size` must be at least {ranks.size}, a row for each process; got {batch_size}"
         )
     pairs = [(start, min(start + batch_size, num_rows)) for start in range(0, num_rows, batch_size)]
+    few = 2 * ranks.size
+    if len(pairs) > 1 and pairs[-1][1] - pairs[-1][0] < few and batch_size >= 2 * few:
+        pairs[-2:] = (pairs[-2][0], num_rows - few), (num_rows - few, num_rows)
     return [(start, stop) for start, stop in pairs if stop - start >= ranks.size]
 
 

@@ -109,6 +109,17 @@ def test_batches_are_a_shuffled_partition(form, rows):
     assert whole is data
 
 
+@pytest.mark.parametrize(("num_rows", "sizes"), [(33, [16, 15, 2]), (34, [16, 16, 2]), (17, [15, 2]), (16, [16])])
+def test_no_row_is_alone_in_its_batch(num_rows, sizes):
+    """A batch norm has no statistics of one row."""
+    x = torch.randn(num_rows, 4)
+    net = nest(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)), x[:8], num_blocks=4)
+    data = x, (x[:, 0] > 0).long()
+    assert [len(rows) for rows, _ in as_source(data, 16, None, Ranks(), None).epoch(0)] == sizes
+    result = fit(NestedClassifier(net), net.guide, data, num_epochs=2, batch_size=16, progress=False)
+    assert result.num_steps == 2 * len(sizes)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
