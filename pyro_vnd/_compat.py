@@ -192,6 +192,16 @@ def recall(value: Tensor) -> Any | None:
     return making if not value.is_inference() and version == value._version else None
 
 
+def num_changes(tensors: Iterable[Tensor]) -> int:
+    """Return how often tensors were changed in place; of inference tensors and in a compilation nobody counts."""
+    if torch.compiler.is_compiling():
+        return 0
+    try:
+        return sum([x._version for x in tensors])
+    except RuntimeError:
+        return 0
+
+
 def give_local_params(module: PyroModule) -> None:
     """Give a module the store of its own parameters that Pyro gives modules made under `module_local_params`.
 

@@ -127,6 +127,10 @@ class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
                 "the parameters"
             ) from None
 
+    @property
+    def _derived_from(self) -> tuple[Tensor, ...]:
+        return (self._param,)
+
     # Parameters, and what is derived from them, keep their own, possibly smaller shape: a law shared by a plate is
     # normalised and differentiated once, not once a row. The public properties show them at the full batch shape.
 

@@ -278,6 +278,10 @@ class CutMask(OrderedMask):
         self._validate_args = base._validate_args
 
     @property
+    def _derived_from(self) -> tuple[Tensor, ...]:
+        return tuple(self.base._derived_from)
+
+    @property
     def has_rsample(self) -> bool:  # type: ignore[override]
         """Whether samples carry gradients: as in the base."""
         return self.base.has_rsample

@@ -113,6 +113,10 @@ class LogScaleNormal(KeepsDerived, dist.Normal):
         self.prior = prior
         Distribution.__init__(self, self.loc.shape, validate_args=validate_args)
 
+    @property
+    def _derived_from(self) -> tuple[Tensor, ...]:
+        return self.loc, self.log_scale
+
     @derived
     def scale(self) -> Tensor:
         """Standard deviation σ, shape batch_shape."""
