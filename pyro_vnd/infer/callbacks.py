@@ -62,9 +62,9 @@ class Validation(Callback):
     Args:
         data: Data like those of the fit, in any of their forms; they must bear being read again in every epoch.
         metrics: Functions of `data` that return a number, by name, such as
-            `{"accuracy": lambda data: evaluate_learned(net, data).accuracy}`. They are called in evaluation mode,
-            and the random numbers that they take are given back. Of several processes each calls them with all data,
-            and the metric is the mean over processes, which have drawn other random numbers.
+            `{"accuracy": lambda data: evaluate_learned(net, data, progress=False).accuracy}`. They are called in
+            evaluation mode, and the random numbers that they take are given back. Of several processes each calls them
+            with all data, and the metric is the mean over processes, which have drawn other random numbers.
 
     Raises:
         ValueError: If a metric is no function.
@@ -89,7 +89,14 @@ class Validation(Callback):
         for name, metric in self.metrics.items():
             with run.evaluating():
                 value = metric(self.data)
-            run.log(name, run.mean(value.item() if isinstance(value, torch.Tensor) else value))
+            try:
+                number = value.item() if hasattr(value, "item") else float(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"Validation: argument `metrics` must be functions that return one number; {name!r} returned "
+                    f"{type(value).__name__}: {error}"
+                ) from error
+            run.log(name, run.mean(number))
 
 
 class _Monitor(Callback):
@@ -105,6 +112,15 @@ class _Monitor(Callback):
             raise ValueError(f"{type(self).__name__}: argument `mode` must be 'max' or 'min'; got {mode!r}")
         self.monitor, self.mode = monitor, mode
 
+    def on_fit_start(self, run: Run) -> None:
+        """See that what is asked for is measured."""
+        validated = any(isinstance(callback, Validation) for callback in run.callbacks)
+        if self.monitor == "validation_log_likelihood" and not validated:
+            raise ValueError(
+                f"{type(self).__name__}: argument `monitor` is 'validation_log_likelihood', by default, and there "
+                "are no validation data: give `validation` to fit, or another metric"
+            )
+
     def _best(self, run: Run, min_change: float = 0.0) -> int:
         """Return the epoch, from 0 on, after which nothing was better by more than this."""
         history = run.history(self.monitor)
@@ -112,7 +128,6 @@ class _Monitor(Callback):
             raise ValueError(
                 f"{type(self).__name__}: argument `monitor` must be measured after every epoch; {self.monitor!r} has "
                 f"{len(history)} values after {run.epoch} epochs"
-                + ("; give `validation`" if self.monitor == "validation_log_likelihood" else "")
             )
         sign, best, at = (1 if self.mode == "max" else -1), -math.inf, 0
         for epoch, value in enumerate(history):
@@ -130,7 +145,7 @@ class EarlyStopping(_Monitor):
     Args:
         monitor: Name of the metric, as of `Run.history`.
         patience: Epochs without improvement after which to stop.
-        min_change: What is no improvement.
+        min_change: An improvement by no more than this does not count.
         mode: Whether "max" or "min" is best.
 
     Raises:
@@ -155,6 +170,12 @@ class EarlyStopping(_Monitor):
         if not 0 <= min_change < math.inf:
             raise ValueError(f"EarlyStopping: argument `min_change` must be finite and >= 0; got {min_change!r}")
         self.patience, self.min_change = patience, min_change
+
+    def on_fit_start(self, run: Run) -> None:
+        """Stop a fit that is resumed where it was stopped."""
+        super().on_fit_start(run)
+        if run.epoch:
+            self.on_epoch(run)
 
     def on_epoch(self, run: Run) -> None:
         """Stop if it is time to."""
@@ -184,6 +205,7 @@ class BestEpoch(_Monitor):
 
     def on_fit_start(self, run: Run) -> None:
         """Forget an earlier fit."""
+        super().on_fit_start(run)
         if run.epoch == 0:
             self.epoch, self._weights = 0, []
 
@@ -230,7 +252,7 @@ class Checkpoint(Callback):
         every_steps: Steps after which it is written within an epoch, too.
         every_minutes: Minutes after which it is.
         best: Name of a metric, as of `Run.history`, whose best epoch is kept, too; the larger the better.
-        resume: As in `fit`.
+        resume: As in `fit`; where there is no file yet, the fit begins anew.
 
     Raises:
         ValueError: If an argument is invalid.

@@ -58,8 +58,8 @@ def fit(
     `**batch` if the data are a mapping, under module-local parameters and in training mode; their `nn.Module`
     parameters are trained, not Pyro's global store. What was fitted, and copies of it, keep to their own parameters
     when they are called afterwards, whatever their names are and whatever the store has; `pyro.infer.SVI` may train
-    them further. Handlers meet the parameters of plain nets inside a model of this library in the first evaluation
-    only. A second call goes on from where the first one ended, with a fresh optimiser.
+    them further. Pyro's handlers see the parameters of plain nets inside a model of this library in the first
+    evaluation only. A second call goes on from where the first one ended, with a fresh optimiser.
 
     Weights and temperatures are numbers or functions of t, which goes from 0 in the first step to 1 in the last one:
     `linear`, `cosine`, or your own.
@@ -84,8 +84,9 @@ def fit(
         num_data: N, rows of all data, where batches come from something that does not know it.
         lr: Learning rate, or rates by group of parameters: `{"laws": 0.1, "model.encoder.*": 1e-4, "*": 0.001}`, where
             "laws" are laws of lengths, which move slowly at the rate of weights, "*" is the rest, and other keys are
-            patterns of names; the first that fits holds, and a group at rate 0 stays what it is. By default 0.01, or
-            0.1 for an `AutoNested` whose latents know the lengths: its parameters are in units of the prior.
+            patterns of names, as in `model.net.net.0.plain.weight`; the first that fits holds, and a group at rate 0
+            stays what it is. By default, and for what is in no group, 0.01, or 0.1 for an `AutoNested` whose latents
+            know the lengths: its parameters are in units of the prior.
         optimizer: Makes a torch optimiser from parameters and `lr`; or `OptimizerSettings`, with a schedule of the
             learning rate, the largest norm of the gradient, and accumulation.
         elbo: The objective, `NestedELBO()` by default.
@@ -105,11 +106,11 @@ def fit(
         seed: Seed of shuffling, initialisation and draws; None goes on with the caller's random numbers.
         **short_forms: Short forms of callbacks. `validation`, data like `data`, whose log-likelihood is reported after
             every epoch: `Validation(validation)`. `checkpoint` and `resume`, a file and whether to go on from it:
-            `Checkpoint(checkpoint, resume=resume)`; the result is then that of a fit that was never interrupted, and
-            data and arguments must be those of the first call, but for model, guide, `callbacks` and `validation`,
-            which are not looked at; resume="extend" goes on to a larger `num_epochs`, too, with schedules stretched
-            over the new number, from where they then stand. `progress`, whether to show a bar, as is the default:
-            `ProgressBar()`.
+            `Checkpoint(checkpoint, resume=resume)`; where there is no file the fit begins anew. The result is that of
+            a fit that was never interrupted, and data and arguments must be those of the first call, but for model,
+            guide, `callbacks` and `validation`, which are not looked at; resume="extend" goes on to a larger
+            `num_epochs`, too, with schedules stretched over the new number, from where they then stand. `progress`,
+            whether to show a bar, as is the default: `ProgressBar()`.
 
     Returns:
         The ELBO and its parts by epoch, in nats per row, and the learned laws of lengths.

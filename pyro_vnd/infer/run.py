@@ -1,7 +1,7 @@
 """A fit while it goes on, as callbacks see it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ class Run:
         settled: Epochs after which weights of KLs, temperatures and shares of masks have the values that they keep.
         plate: Name of the plate of the data.
         batch_size: Rows of a full batch.
+        callbacks: All callbacks of the fit, in their order.
         device: Where batches are moved to, or None.
     """
 
@@ -51,6 +52,7 @@ class Run:
         self.plate, self.batch_size, self.device = plate, batch_size, device
         self._ranks, self._started, self._seconds_before = ranks, started, 0.0
         self.stopped = False
+        self.callbacks: Sequence[Any] = ()
         self._parts: ElboParts | None = None
 
     @property
@@ -123,7 +125,10 @@ class Run:
         self.result.metrics.setdefault(name, []).append(float(value))
 
     def stop(self) -> None:
-        """End training after this epoch; of several processes one is enough to ask for it."""
+        """End training after this epoch; of several processes one is enough to ask for it.
+
+        A fit that goes on from a checkpoint asks its callbacks anew.
+        """
         self.stopped = True
 
     def last_step(self) -> dict[str, float]:

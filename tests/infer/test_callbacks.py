@@ -69,6 +69,14 @@ class Interrupt(Callback):
             raise KeyboardInterrupt
 
 
+class Late(Callback):
+    """Measures the first epoch alone."""
+
+    def on_epoch(self, run):
+        if run.epoch == 1:
+            run.log("score", 1.0)
+
+
 def train(y, callbacks=(), **changes):
     guide = AutoNormal(normal_mean)
     result = fit(normal_mean, guide, y, callbacks=callbacks, **QUICK | changes)
@@ -153,6 +161,51 @@ def test_best_is_what_the_mode_says(mode, y):
     best = BestEpoch("elbo", mode=mode)
     result, _ = train(y, [best])
     assert result.elbo[best.epoch - 1] == {"max": max, "min": min}[mode](result.elbo)
+
+
+def test_a_fit_that_was_stopped_early_is_over(y, tmp_path):
+    path = tmp_path / "fit.pt"
+    arguments = {"num_epochs": 30, "lr": 0.5, "validation": y + 0.3}
+
+    def go(resume):
+        best = BestEpoch()
+        result, guide = train(y, [EarlyStopping(patience=2), best], checkpoint=path, resume=resume, **arguments)
+        return result, guide.state_dict(), best.epoch
+
+    first, state, epoch = go(resume=False)
+    assert len(first.elbo) < 30
+    for _ in range(2):
+        again, other, same = go(resume=True)
+        assert (again.elbo, same) == (first.elbo, epoch)
+        assert all(torch.equal(value, other[name]) for name, value in state.items())
+    longer, _ = train(y, [EarlyStopping(patience=4)], checkpoint=path, resume=True, **arguments)
+    assert len(longer.elbo) > len(first.elbo)  # who waits for longer goes on
+
+
+@pytest.mark.parametrize("when", [{}, {"every_steps": 2}], ids=["epoch", "steps"])
+def test_rates_by_group_on_a_schedule_are_not_those_of_a_description(when, y, tmp_path):
+    """A checkpoint describes the schedule by a throw-away optimiser, which must not share its groups."""
+    path = tmp_path / "fit.pt"
+    settings = OptimizerSettings(lr_schedule=cosine_to_zero())
+    arguments = QUICK | {"lr": {"laws": 0.05}, "optimizer": settings}
+    rates = []
+
+    class Rates(Callback):
+        def on_step(self, run):
+            rates.append([group["lr"] for group in run.optimizer.param_groups])
+
+    def go(*callbacks):
+        rates.clear()
+        guide = AutoNested(lengths, latents="mean_field")
+        result = fit(lengths, guide, y, callbacks=[Rates(), *callbacks], **arguments)
+        return result.elbo, [*rates]
+
+    whole, expected = go()
+    assert len({rate for (rate,) in expected}) > 10
+    assert go(Checkpoint(path, **when)) == (whole, expected)
+    with pytest.raises(KeyboardInterrupt):
+        go(Checkpoint(path, **when), Interrupt(8))
+    assert go(Checkpoint(path, resume=True, **when))[0] == whole
 
 
 def callbacks_of(path=None, **when):
@@ -374,7 +427,17 @@ def test_bad_arguments(make, message):
         ([print], {}, "`callbacks` must be a list of Callback objects"),
         (Plateau(), {}, "`callbacks` must be a list of Callback objects"),
         ([Validation(torch.ones(3))], {"validation": torch.ones(3)}, "have Validation twice"),
-        ([EarlyStopping()], {}, "EarlyStopping: argument `monitor` must be measured after every epoch"),
+        ([EarlyStopping()], {}, "EarlyStopping: argument `monitor` is 'validation_log_likelihood', by default"),
+        (
+            [Late(), BestEpoch("score")],
+            {},
+            "`monitor` must be measured after every epoch; 'score' has 1 values",
+        ),
+        (
+            [Validation(torch.ones(3), {"score": lambda data: data})],
+            {},
+            "'score' returned Tensor",
+        ),
         ([BestEpoch("accuracy")], {}, "there is no metric 'accuracy' by epoch; there are"),
     ],
 )

@@ -1,7 +1,7 @@
 """How a fit is put together from what `fit` was asked for, and what is left to do when it is over."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -171,7 +171,7 @@ def _description(
     rates: LearningRate = recipe.lr if asked.lr is None else asked.lr
     per_epoch = num_steps // recipe.num_epochs
     described = partial(describe_optimisation, recipe.optimizer, recipe.lr_schedule, groups, rates)
-    return lambda epochs: described(per_epoch * epochs) | arguments
+    return cache(lambda epochs: described(per_epoch * epochs) | arguments)
 
 
 def settle(loop: Loop) -> None:

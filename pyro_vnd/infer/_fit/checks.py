@@ -268,7 +268,9 @@ def make_optimizer(make: Callable[..., Any], groups: Sequence[Any], lr: Learning
     Raises:
         ValueError: If it is none that `fit` can step.
     """
-    made = make(groups, lr=max(lr.values()) if isinstance(lr, Mapping) else lr)
+    # Copies, since an optimiser keeps the groups that it is given, and its scheduler writes into them.
+    own = [dict(group) if isinstance(group, dict) else group for group in groups]
+    made = make(own, lr=max(lr.values()) if isinstance(lr, Mapping) else lr)
     if not isinstance(made, Optimizer) or isinstance(made, LBFGS):
         _refuse("optimizer", "what makes a torch optimiser whose step needs no closure", type(made))
     return made

@@ -29,7 +29,7 @@ _MOVED = {
     "lr_schedule": "optimizer=OptimizerSettings(lr_schedule=...)",
     "clip_norm": "optimizer=OptimizerSettings(clip_norm=...)",
     "stop": "callbacks=[Plateau()], or a Callback that calls run.stop()",
-    "khat": "warnings.simplefilter('ignore', PoorFitWarning), which hides what it says",
+    "khat": "always estimated where it is cheap; warnings.simplefilter('ignore', PoorFitWarning) hides its warning",
 }
 _KNOWN = ("num_epochs", "batch_size", "num_data", "lr", "optimizer", "elbo", "weights", "schedule", "callbacks")
 
