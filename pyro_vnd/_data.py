@@ -223,7 +223,7 @@ def batches_of(data: Any, batch_size: int) -> Iterator[Data]:
         >>> list(batches_of(iter([x]), 2))
         [tensor([0, 1, 2])]
     """
-    if isinstance(data, TensorDataset):
+    if type(data) is TensorDataset:  # another one may have a transform
         data = data.tensors
     if is_tensors(data):
         parts = [*named_parts(data).values()]

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,7 +110,7 @@ class _Monitor(Callback):
     def __init__(self, monitor: str, mode: Literal["max", "min"]) -> None:
         if mode not in ("max", "min"):
             raise ValueError(f"{type(self).__name__}: argument `mode` must be 'max' or 'min'; got {mode!r}")
-        self.monitor, self.mode = monitor, mode
+        self.monitor, self.mode, self._unmeasured = monitor, mode, 0
 
     def on_fit_start(self, run: Run) -> None:
         """See that what is asked for is measured."""
@@ -120,11 +120,15 @@ class _Monitor(Callback):
                 f"{type(self).__name__}: argument `monitor` is 'validation_log_likelihood', by default, and there "
                 "are no validation data: give `validation` to fit, or another metric"
             )
+        self._unmeasured = run.epoch - len(self._measured(run))  # of a fit that was begun without the metric
+
+    def _measured(self, run: Run) -> list[float]:
+        return run.history(self.monitor) if self.monitor in run.metrics else []
 
     def _best(self, run: Run, min_change: float = 0.0) -> int:
         """Return the epoch, from 0 on, after which nothing was better by more than this."""
         history = run.history(self.monitor)
-        if len(history) != run.epoch:
+        if self._unmeasured + len(history) != run.epoch:
             raise ValueError(
                 f"{type(self).__name__}: argument `monitor` must be measured after every epoch; {self.monitor!r} has "
                 f"{len(history)} values after {run.epoch} epochs"
@@ -133,7 +137,7 @@ class _Monitor(Callback):
         for epoch, value in enumerate(history):
             if sign * value > best + min_change:
                 best, at = sign * value, epoch
-        return at
+        return self._unmeasured + at
 
 
 class EarlyStopping(_Monitor):
@@ -174,7 +178,7 @@ class EarlyStopping(_Monitor):
     def on_fit_start(self, run: Run) -> None:
         """Stop a fit that is resumed where it was stopped."""
         super().on_fit_start(run)
-        if run.epoch:
+        if self._measured(run):
             self.on_epoch(run)
 
     def on_epoch(self, run: Run) -> None:
@@ -202,38 +206,52 @@ class BestEpoch(_Monitor):
         super().__init__(monitor, mode)
         self.epoch = 0
         self._weights: list[dict[str, Any]] = []
+        self._last: list[dict[str, Any]] = []
 
     def on_fit_start(self, run: Run) -> None:
-        """Forget an earlier fit."""
+        """Forget an earlier fit, or go on from the last weights of one that was over."""
         super().on_fit_start(run)
         if run.epoch == 0:
             self.epoch, self._weights = 0, []
+        elif self._last and not run.stopped and run.epoch < run.num_epochs:
+            _put(run, self._last)
+        self._last = []
 
     def on_epoch(self, run: Run) -> None:
         """Keep the weights if they are the best."""
         if self._best(run) == run.epoch - 1:
             self.epoch = run.epoch
-            self._weights = [
-                {name: x.detach().cpu().clone() if isinstance(x, torch.Tensor) else x for name, x in state.items()}
-                for state in (part.state_dict() for part in _modules(run))
-            ]
+            self._weights = _weights(run)
 
     def on_fit_end(self, run: Run) -> None:
         """Put them back."""
-        for part, state in zip(_modules(run), self._weights, strict=bool(self._weights)):
-            part.load_state_dict(state)
+        if self._weights:
+            self._last = _weights(run)
+            _put(run, self._weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch and its weights."""
-        return {"epoch": self.epoch, "weights": self._weights}
+        """Return the epoch, its weights, and at the end those of the last epoch, from which more epochs go on."""
+        return {"epoch": self.epoch, "weights": self._weights, "last": self._last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them back."""
-        self.epoch, self._weights = state["epoch"], state["weights"]
+        self.epoch, self._weights, self._last = state["epoch"], state["weights"], state["last"]
 
 
 def _modules(run: Run) -> list[nn.Module]:
     return [part for part in (run.model, run.guide) if isinstance(part, nn.Module)]
+
+
+def _weights(run: Run) -> list[dict[str, Any]]:
+    return [
+        {name: x.detach().cpu().clone() if isinstance(x, torch.Tensor) else x for name, x in state.items()}
+        for state in (part.state_dict() for part in _modules(run))
+    ]
+
+
+def _put(run: Run, weights: Sequence[Mapping[str, Any]]) -> None:
+    for part, state in zip(_modules(run), weights, strict=True):
+        part.load_state_dict(state)
 
 
 class Checkpoint(Callback):

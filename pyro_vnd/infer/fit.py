@@ -155,6 +155,8 @@ def fit(
     devices = devices_of(both, data, target)
     with (
         one_at_a_time(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
         module_local_params(*both),
         random_numbers(asked.seed, devices),
         module_mode(both, training=True),

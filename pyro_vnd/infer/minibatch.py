@@ -39,7 +39,8 @@ class MiniBatchELBO(nn.Module):
         plate: Name of the plate over the rows.
 
     Raises:
-        ValueError: If a weight is a function: a loop of your own knows how far it is, and sets `weights` anew.
+        ValueError: If `num_data` is less than the rows of the batch, or a weight is a function: a loop of your own
+            knows how far it is, and sets `weights` anew.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -67,6 +68,12 @@ class MiniBatchELBO(nn.Module):
         plate: str = "data",
     ) -> None:
         super().__init__()
+        rows = num_rows(first_batch)
+        if isinstance(num_data, bool) or not isinstance(num_data, int) or num_data < rows:
+            raise ValueError(
+                f"MiniBatchELBO: argument `num_data` must be the number of rows of all data, an integer not below the "
+                f"{rows} of `first_batch`; got {num_data!r}"
+            )
         objective: Any = NestedELBO() if elbo is None else elbo
         self.elbo: Any = objective(model, guide)
         self.num_data, self.plate, self._mark = num_data, plate, isinstance(objective, NestedELBO)

@@ -100,6 +100,11 @@ class Run:
         """Return all that a fit needs to go on from here; every process must ask for it."""
         raise NotImplementedError
 
+    @property
+    def metrics(self) -> list[str]:
+        """Names of what is known by epoch, as of `history`."""
+        return [*(key for key, value in vars(self.result).items() if isinstance(value, list)), *self.result.metrics]
+
     def history(self, name: str) -> list[float]:
         """Return a metric after each epoch.
 
@@ -109,11 +114,10 @@ class Run:
         Raises:
             ValueError: If there is none of this name.
         """
-        found = self.result.metrics.get(name, getattr(self.result, name, None))
-        if not isinstance(found, list):
-            known = [key for key, value in vars(self.result).items() if isinstance(value, list)]
-            raise ValueError(f"fit: there is no metric {name!r} by epoch; there are {[*known, *self.result.metrics]}")
-        return found
+        if name not in self.metrics:
+            raise ValueError(f"fit: there is no metric {name!r} by epoch; there are {self.metrics}")
+        found: Any = self.result.metrics.get(name, getattr(self.result, name, None))
+        return list(found)
 
     def log(self, name: str, value: float) -> None:
         """Add a number to a metric, once an epoch; loggers and `history` find it.

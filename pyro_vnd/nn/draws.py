@@ -6,13 +6,13 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_vnd._compat import plain_checkpoints, quiet_lookups
+from pyro_vnd._compat import num_changes, plain_checkpoints, quiet_lookups
 from pyro_vnd._data import Batch, Rows
 from pyro_vnd._inputs import explain_arguments, refuse_nan
 from pyro_vnd._sizes import is_integer
@@ -264,7 +264,9 @@ class NetDraws(Predictor):
         Raises:
             ValueError: If a width is invalid or does not fit a group.
         """
-        asked = (repr(width), rounding, self.net.training)  # 1 and 1.0 are other widths
+        # 1 and 1.0 are other widths; and the net is another one when it was trained further.
+        changes = num_changes(chain(self.net.parameters(), self.net.buffers()))
+        asked = (repr(width), rounding, self.net.training, changes)
         if recalibrate is None and self._narrow is not None and self._narrow[0] == asked:
             return self._narrow[1]
         blocks = {name: each.num_blocks for name, each in self.net.widths.items()}

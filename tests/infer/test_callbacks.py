@@ -10,6 +10,7 @@ import pytest
 import torch
 from masked_mean import N, lengths, make_net, normal_mean, still
 from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
+from pyro.nn import PyroModule
 from torch import nn
 
 from pyro_vnd.infer import (
@@ -180,6 +181,28 @@ def test_a_fit_that_was_stopped_early_is_over(y, tmp_path):
         assert all(torch.equal(value, other[name]) for name, value in state.items())
     longer, _ = train(y, [EarlyStopping(patience=4)], checkpoint=path, resume=True, **arguments)
     assert len(longer.elbo) > len(first.elbo)  # who waits for longer goes on
+
+
+def test_more_epochs_go_on_from_the_last_weights_not_from_the_best(y, tmp_path):
+    path = tmp_path / "fit.pt"
+    straight, _ = train(y, num_epochs=7)
+
+    def go(num_epochs, resume):
+        worst = BestEpoch("elbo", mode="min")
+        return train(y, [worst], num_epochs=num_epochs, checkpoint=path, resume=resume)[0]
+
+    assert go(5, resume=False).elbo == straight.elbo[:5]
+    assert go(7, resume="extend").elbo == straight.elbo
+
+
+def test_a_metric_may_come_later(y, tmp_path):
+    path = tmp_path / "fit.pt"
+    train(y, num_epochs=2, checkpoint=path)
+    best = BestEpoch()
+    arguments = {"num_epochs": 5, "checkpoint": path, "resume": "extend", "validation": y + 0.3}
+    result, _ = train(y, [EarlyStopping(patience=9), best], **arguments)
+    assert len(result.validation_log_likelihood) == 3
+    assert best.epoch - 3 == max(range(3), key=lambda i: result.validation_log_likelihood[i])
 
 
 @pytest.mark.parametrize("when", [{}, {"every_steps": 2}], ids=["epoch", "steps"])
@@ -377,6 +400,24 @@ def test_rates_by_group():
     moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
     assert moved
     assert all(name.endswith("logits") for name in moved)
+
+
+def test_a_group_at_rate_zero_does_not_shorten_the_gradient_of_others():
+    class Two(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
+
+        def forward(self, y):
+            normal_mean(y - self.a - 100 * self.b)
+
+    model, y = Two(), torch.ones(N)
+    settings = OptimizerSettings(torch.optim.SGD, clip_norm=1.0)
+    guide = AutoDelta(model, init_loc_fn=init_to_value(values={"mu": torch.tensor(0.0)}))
+    arguments = {"num_epochs": 1, "lr": {"*b": 0.0, "guide.*": 0.0, "*": 0.1}, "progress": False}
+    fit(model, guide, y, optimizer=settings, **arguments)
+    assert model.a.item() == pytest.approx(0.1)
+    assert model.b.item() == 0
 
 
 def test_rates_by_name():

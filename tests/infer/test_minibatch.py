@@ -94,6 +94,9 @@ def regression(x, t):
 
 
 def test_bad_arguments(y):
+    for num_data in (3, 0, -5, 2.5, True):
+        with pytest.raises(ValueError, match=r"`num_data` must be the number of rows of all data.* not below the 5"):
+            MiniBatchELBO(normal_mean, AutoNormal(normal_mean), y[:5], num_data=num_data)
     with pytest.raises(ValueError, match="MiniBatchELBO: argument `weights` must be numbers"):
         MiniBatchELBO(normal_mean, AutoNormal(normal_mean), y, num_data=N, weights=KLWeights(lambda t: t))
     with pytest.raises(ValueError, match="no site of the model is in a plate named 'rows'"):

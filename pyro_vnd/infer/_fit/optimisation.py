@@ -113,7 +113,8 @@ class Step:
     def _clip(self) -> Tensor:
         """Shorten the gradient if it is to be, and return a number that is finite if the gradient is."""
         if self.clip_norm is not None:
-            return torch.nn.utils.clip_grad_norm_(self.objective.parameters, self.clip_norm)
+            groups = self.optimizer.param_groups  # of which those at rate zero stay what they are
+            return torch.nn.utils.clip_grad_norm_([p for g in groups if g["lr"] for p in g["params"]], self.clip_norm)
         grads = [p.grad for p in self.objective.parameters if p.grad is not None]
         if len({(grad.dtype, grad.device) for grad in grads}) != 1:
             return self._norm()

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from pyro_vnd.infer.callbacks import Callback, Checkpoint, Validation
+from pyro_vnd.infer.callbacks import BestEpoch, Callback, Checkpoint, Validation
 from pyro_vnd.infer.loggers import ProgressBar
 
 __all__ = ["ShortForms", "all_callbacks"]
@@ -64,4 +64,10 @@ def all_callbacks(callbacks: Sequence[Callback], short: Mapping[str, Any]) -> li
     for kind, name in ((Validation, "validation"), (Checkpoint, "checkpoint")):
         if sum(isinstance(each, kind) for each in found) > 1:
             raise ValueError(f"fit: arguments `callbacks` and `{name}` have {kind.__name__} twice; one is enough")
-    return sorted(found, key=lambda each: isinstance(each, Checkpoint) - isinstance(each, Validation))
+    return sorted(found, key=_place)
+
+
+def _place(callback: Callback) -> int:
+    """Return when a callback is called: `BestEpoch` must know who stops, and `Checkpoint` what the others keep."""
+    kinds = (Validation, BestEpoch, Checkpoint)
+    return next((place for place, kind in zip((0, 2, 3), kinds, strict=True) if isinstance(callback, kind)), 1)

@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
 from torch.utils.data.distributed import DistributedSampler
 
 from pyro_vnd._data import (
@@ -170,6 +178,8 @@ class Batches(Source):
         full: Any = getattr(data, "batch_size", None)
         begun = torch.tensor(rows_in(self._begin))
         self.batch_size = int(ranks.sum(begun)) if full is None else full * (1 if split else ranks.size)
+        if isinstance(data, tuple | list):  # in whatever order they come, the largest is a full one
+            self.batch_size = max(rows_in(as_batch(batch)) for batch in data) * (1 if split else ranks.size)
         self.num_data, self._is_sure = _all_rows(data, num_data)
         sized: Any = self.data
         length = len(sized) if _has_length(sized) else None
@@ -219,14 +229,15 @@ class Batches(Source):
             seen += rows_in(batch)
             if num_rows is not None and seen >= num_rows:
                 return
-        if num_rows is None and not self._is_sure and seen > self.num_data and self.ranks.size == 1:
-            self._is_sure = True  # enough said
-            warnings.warn(
-                f"fit: an epoch has {seen} rows, but argument `num_data` is {self.num_data}, to which likelihoods of "
-                "batches are scaled. Of an IterableDataset each worker reads all rows, unless its __iter__ asks "
-                "torch.utils.data.get_worker_info() which are its own",
-                stacklevel=2,
-            )
+            if num_rows is None and not self._is_sure and seen > self.num_data and self.ranks.size == 1:
+                self._is_sure = True  # enough said
+                warnings.warn(
+                    f"fit: an epoch has {seen} rows so far, but argument `num_data` is {self.num_data}, to which "
+                    "likelihoods of batches are scaled; it ends when there are no more batches. Of an IterableDataset "
+                    "each worker reads all rows, unless its __iter__ asks torch.utils.data.get_worker_info() which are "
+                    "its own",
+                    stacklevel=2,
+                )
 
     @property
     def generators(self) -> list[torch.Generator]:
@@ -296,11 +307,14 @@ def _known_rows(data: Any) -> tuple[int | None, bool]:
         return None, False
     dataset: Any = data.dataset
     is_stream, sampler = isinstance(dataset, IterableDataset), _sampler_of(data)
-    is_sure = not is_stream and isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler)
-    for each in (dataset,) if is_sure or is_stream else (sampler, dataset):
-        if _has_length(each):
-            return len(each), is_sure
-    return None, False
+    if not is_stream and isinstance(data.batch_sampler, BatchSampler):
+        if isinstance(sampler, RandomSampler | SequentialSampler):
+            return len(sampler.data_source), True  # as a rule the data set
+        if isinstance(sampler, DistributedSampler):
+            return len(dataset), True
+        return (len(sampler), False) if _has_length(sampler) else (None, False)
+    # Which rows batches of one's own have, they alone know.
+    return (len(dataset), False) if is_stream and _has_length(dataset) else (None, False)
 
 
 def as_source(
@@ -319,7 +333,7 @@ def as_source(
     Raises:
         ValueError: If data are none of these, or arguments do not fit them.
     """
-    if isinstance(data, TensorDataset):
+    if type(data) is TensorDataset:  # another one may have a transform
         data = data.tensors
     if is_tensors(data):
         check_rows("fit", data)
@@ -353,7 +367,7 @@ def check_validation(validation: Any, first: Data) -> None:
     Raises:
         ValueError: If they are not.
     """
-    if is_tensors(validation):
+    if is_tensors(validation) or not isinstance(validation, Iterable | Dataset):
         check_rows("fit", validation, "validation")
         if _shapes_of_a_row(validation) != _shapes_of_a_row(first):
             raise ValueError(

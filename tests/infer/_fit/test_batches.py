@@ -26,7 +26,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from pyro_vnd._data import check_rows
+from pyro_vnd._data import batches_of, check_rows
 from pyro_vnd.infer import OptimizerSettings, Validation, cosine_to_zero, fit
 from pyro_vnd.infer._fit.parallel import Ranks
 from pyro_vnd.infer._fit.sources import as_source
@@ -285,7 +285,7 @@ def test_a_generator_is_for_one_epoch(rows):
 
 def test_workers_that_all_read_everything_are_found(rows):
     loader = DataLoader(Stream(*rows, careless=True), B, num_workers=2)
-    with pytest.warns(UserWarning, match=r"an epoch has 80 rows, but argument `num_data` is 40, .*get_worker_info"):
+    with pytest.warns(UserWarning, match=r"has 48 rows so far, but argument `num_data` is 40, .*get_worker_info"):
         train(loader, num_data=N, num_epochs=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -368,7 +368,7 @@ class Normalised(PyroModule):
 def test_a_last_batch_of_one_row_is_said_where_a_norm_wants_more(rows):
     model = Normalised()
     with pytest.raises(ValueError, match="Expected more than 1 value per channel") as found:
-        fit(model, AutoDelta(model), rows, batch_size=13, num_epochs=1, progress=False)
+        fit(model, AutoDelta(model), DataLoader(TensorDataset(*rows), 13), num_epochs=1, progress=False)
     assert any("a batch of 1 row: BatchNorm" in note and "drop_last=True" in note for note in found.value.__notes__)
 
 
@@ -399,3 +399,43 @@ def test_sums_that_are_too_large_are_no_mistake(dtype):
         x[3, 1] = bad
         with pytest.raises(ValueError, match="must be finite"):
             check_rows("fit", x)
+
+
+def test_a_data_set_with_a_transform_keeps_it(rows):
+    class Doubled(TensorDataset):
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            return 2 * x, y
+
+    data = Doubled(*rows)
+    for (x, _), *_ in (as_source(data, N, None, Ranks(), None).in_order(), batches_of(data, N)):
+        torch.testing.assert_close(x.sum(0), 2 * rows[0].sum(0))
+
+
+def test_batches_of_ones_own_must_say_how_many_rows_there_are(rows):
+    class Few:
+        def __iter__(self):
+            return iter([[0, 1, 2, 3], [4, 5, 6, 7]])
+
+        def __len__(self):
+            return 2
+
+    loader = DataLoader(TensorDataset(*rows), batch_sampler=Few())
+    with pytest.raises(ValueError, match="argument `num_data` must say how many rows there are in all"):
+        fit(regression, AutoDelta(regression), loader, num_epochs=1, progress=False)
+    fit(regression, AutoDelta(regression), loader, num_data=8, num_epochs=1, progress=False)
+    subset = DataLoader(TensorDataset(*rows), 4, sampler=torch.utils.data.RandomSampler(range(8)))
+    fit(regression, AutoDelta(regression), subset, num_data=8, num_epochs=1, progress=False)
+
+
+def test_the_order_of_uneven_batches_does_not_set_the_step(rows):
+    """In plain gradient steps, each row counts by its share of the largest batch."""
+
+    def end(*sizes):
+        guide = AutoDelta(regression)
+        batches = [tuple(part) for part in zip(*(x.split(sizes) for x in rows), strict=True)]
+        settings = OptimizerSettings(torch.optim.SGD, accumulate=2)
+        fit(regression, guide, batches, num_epochs=1, lr=1e-4, optimizer=settings, progress=False)
+        return guide.median()["w"]
+
+    torch.testing.assert_close(end(30, 10), end(10, 30))
