@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ class NetDraws(Predictor):
             self._posteriors = {site: (mean.clone(), scale) for site, (mean, scale) in posteriors.items()}
             self._kept = []
         self.lengths = self._draw_lengths() if net.mask_per == "batch" else {}
-        self._narrow: tuple[Any, NarrowDraws] | None = None
+        self._narrow: _Kept | None = None
 
     def __len__(self) -> int:
         return self.num_samples
@@ -264,17 +264,28 @@ class NetDraws(Predictor):
         Raises:
             ValueError: If a width is invalid or does not fit a group.
         """
-        # 1 and 1.0 are other widths; and the net is another one when it was trained further.
-        changes = num_changes(chain(self.net.parameters(), self.net.buffers()))
-        asked = (repr(width), rounding, self.net.training, changes)
-        if recalibrate is None and self._narrow is not None and self._narrow[0] == asked:
-            return self._narrow[1]
+        asked = (repr(width), rounding, self.net.training)  # 1 and 1.0 are other widths
+        if recalibrate is None and self._narrow is not None and self._narrow.is_for(asked):
+            return self._narrow.nets
         blocks = {name: each.num_blocks for name, each in self.net.widths.items()}
         blocks |= self.net.kept_blocks(width, rounding)
         found = NarrowDraws(self.net, blocks, self, self.pick, recalibrate=recalibrate, batch_size=batch_size)
         if recalibrate is None:
-            self._narrow = asked, found
+            self._narrow = _Kept(asked, found, self.net)
         return found
+
+
+class _Kept:
+    """Nets of a width, as long as the net they were made of stays what it is: more training changes it."""
+
+    def __init__(self, asked: Any, nets: NarrowDraws, net: NestedNet) -> None:
+        self.asked, self.nets = asked, nets
+        self._tensors = [*net.parameters(), *net.buffers()]
+        self._changes = num_changes(self._tensors)
+
+    def is_for(self, asked: Any) -> bool:
+        """Say whether they are what is asked for, and still are those of the net."""
+        return bool(self.asked == asked and self._changes == num_changes(self._tensors))
 
 
 def _drawn(posteriors: Mapping[str, tuple[Tensor, Tensor]]) -> Draw:

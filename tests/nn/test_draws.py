@@ -466,3 +466,20 @@ def test_on_the_gpu(mask_per):
     expected = torch.stack([narrow(net, 0.5, draw)(x) for draw in kept])
     torch.testing.assert_close(again.predict(x, width=0.5), expected.detach())
     assert kept.predict(x).device.type == "cuda"
+
+
+def test_a_net_that_is_trained_further_is_narrowed_anew():
+    """The draws stay; what the net has of its own, statistics and points, is that of the net as it is."""
+    net = nest(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)), X, num_blocks=4).eval()
+    draws = net.draws(NUM_DRAWS, seed=0)
+    before = draws.predict(X, width=0.5)
+    assert torch.equal(before, draws.predict(X, width=0.5))
+    net.train()
+    with torch.no_grad():
+        for each in net.modules():
+            if isinstance(each, nn.BatchNorm1d):
+                each.running_mean += 1
+    net.eval()
+    expected = torch.stack([narrow(net, 0.5, draw)(X) for draw in draws])
+    torch.testing.assert_close(draws.predict(X, width=0.5), expected)
+    assert not torch.allclose(before, expected)  # power
