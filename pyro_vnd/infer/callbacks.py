@@ -318,7 +318,7 @@ class Checkpoint(Callback):
 
     def on_fit_start(self, run: Run) -> None:
         """Write and read a state, to see that it can be done, and begin to count the minutes."""
-        if run.epoch < run.num_epochs:
+        if run.epoch < run.num_epochs and not run.stopped:
             state = run.state_dict()
             if self._folder is not None:
                 self._folder.rehearse(state)

@@ -10,6 +10,7 @@ from pyro_vnd.infer import KLWeights, MaskSchedule, NestedELBO, OptimizerSetting
 from pyro_vnd.nn import NestedClassifier
 
 
+@pytest.mark.filterwarnings("ignore:the law of lengths")  # so long a step collapses it
 def test_clip_norm_bounds_the_step(y):
     def step_length(clip_norm):
         guide = MaskedMeanGuide()
