@@ -20,7 +20,6 @@
 # checkout, and start Jupyter in its root, by `PYTHONPATH=$PWD jupyter lab`.
 
 # %%
-
 import matplotlib.pyplot as plt
 import pyro
 import torch
