@@ -28,6 +28,7 @@ __all__ = [
     "split_inputs",
     "split_rows",
     "take_rows",
+    "without_wrapper",
 ]
 
 Data: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -205,6 +206,11 @@ def is_tensors(data: Any) -> bool:
     return isinstance(data, Tensor | Mapping)
 
 
+def without_wrapper(data: Any) -> Any:
+    """Return the tensors of torch's own `TensorDataset`; one that is derived from it may have a transform."""
+    return data.tensors if type(data) is TensorDataset else data
+
+
 def batches_of(data: Any, batch_size: int) -> Iterator[Data]:
     """Yield the batches of data in any of their forms, in their order, one at a time.
 
@@ -223,8 +229,7 @@ def batches_of(data: Any, batch_size: int) -> Iterator[Data]:
         >>> list(batches_of(iter([x]), 2))
         [tensor([0, 1, 2])]
     """
-    if type(data) is TensorDataset:  # another one may have a transform
-        data = data.tensors
+    data = without_wrapper(data)
     if is_tensors(data):
         parts = [*named_parts(data).values()]
         _check_batch(parts)

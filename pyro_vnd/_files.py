@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replaced", "sync"]
+__all__ = ["replaced", "sync", "unfinished_name"]
 
 
 @contextmanager
@@ -14,7 +14,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
     The file is the old one or the new one, whenever the machine stops; if the block raises, it is the old one.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished = unfinished_name(path)
     try:
         yield unfinished
         sync(unfinished)
@@ -23,6 +23,16 @@ def replaced(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
     if os.name == "posix":  # so that the new name outlives a power cut, too
         sync(path.parent)
+
+
+def unfinished_name(path: Path, kind: str = "") -> Path:
+    """Return what a file is called until it is whole, in this process.
+
+    Example:
+        >>> unfinished_name(Path("fit.pt")).name.startswith(".fit.pt.")
+        True
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}{kind}.tmp")
 
 
 def sync(path: Path) -> None:

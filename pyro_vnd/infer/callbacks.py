@@ -120,10 +120,7 @@ class _Monitor(Callback):
                 f"{type(self).__name__}: argument `monitor` is 'validation_log_likelihood', by default, and there "
                 "are no validation data: give `validation` to fit, or another metric"
             )
-        self._unmeasured = run.epoch - len(self._measured(run))  # of a fit that was begun without the metric
-
-    def _measured(self, run: Run) -> list[float]:
-        return run.history(self.monitor) if self.monitor in run.metrics else []
+        self._unmeasured = run.epoch - len(run.measured(self.monitor))  # of a fit that was begun without the metric
 
     def _best(self, run: Run, min_change: float = 0.0) -> int:
         """Return the epoch, from 0 on, after which nothing was better by more than this."""
@@ -178,7 +175,7 @@ class EarlyStopping(_Monitor):
     def on_fit_start(self, run: Run) -> None:
         """Stop a fit that is resumed where it was stopped."""
         super().on_fit_start(run)
-        if self._measured(run):
+        if run.measured(self.monitor):
             self.on_epoch(run)
 
     def on_epoch(self, run: Run) -> None:
@@ -334,8 +331,8 @@ class Checkpoint(Callback):
 
     def on_epoch(self, run: Run) -> None:
         """Write."""
-        measured = run.result.metrics.get(self.best, getattr(run.result, self.best, None))
-        is_best = isinstance(measured, list) and len(measured) == run.epoch and measured[-1] == max(measured)
+        measured = run.measured(self.best)
+        is_best = len(measured) == run.epoch and measured[-1] == max(measured)
         self._write(run, best=is_best)
 
     def on_fit_end(self, run: Run) -> None:

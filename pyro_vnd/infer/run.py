@@ -119,6 +119,10 @@ class Run:
         found: Any = self.result.metrics.get(name, getattr(self.result, name, None))
         return list(found)
 
+    def measured(self, name: str) -> list[float]:
+        """Return a metric after each epoch, as `history` does; nothing where there is none of this name yet."""
+        return self.history(name) if name in self.metrics else []
+
     def log(self, name: str, value: float) -> None:
         """Add a number to a metric, once an epoch; loggers and `history` find it.
 

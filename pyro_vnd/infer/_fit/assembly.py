@@ -34,7 +34,7 @@ from pyro_vnd.infer._fit.rows import check_laws_by_row
 from pyro_vnd.infer._fit.settings import Settings
 from pyro_vnd.infer._fit.sources import Source, check_validation
 from pyro_vnd.infer._fit.values import NUM_CALIBRATION, calibrate_heads, value_sites
-from pyro_vnd.infer.callbacks import Callback, Validation
+from pyro_vnd.infer.callbacks import Callback, Checkpoint, Validation
 from pyro_vnd.infer.elbo import NestedELBO
 from pyro_vnd.infer.guides import AutoNested
 from pyro_vnd.infer.schedules import KLWeights, MaskSchedule
@@ -82,8 +82,7 @@ def make_loop(
         ValueError: If data, programs and arguments do not fit together.
     """
     elbo, plate, schedule, both, ranks = asked.elbo, asked.plate, asked.schedule, (model, guide), source.ranks
-    modules = [part for part in both if isinstance(part, nn.Module)]
-    untouched = [(buffer, buffer.clone()) for part in modules for buffer in part.buffers()]
+    untouched = _buffers(both) if any(isinstance(callback, Checkpoint) for callback in callbacks) else []
     objective = _objective(model, guide, source, asked, callbacks)
     recipe = _recipe(guide, asked)
     num_steps = recipe.num_epochs * -(-source.num_batches // asked.optimizer.accumulate)
@@ -113,7 +112,7 @@ def make_loop(
         accumulate=asked.optimizer.accumulate,
         callbacks=callbacks,
         untouched=untouched,
-        describe=_description(source, asked, recipe, groups, num_steps),
+        describe=_description(source, asked, recipe, groups, rates, num_steps),
         cuda_devices=devices,
         ranks=ranks,
         model=model,
@@ -125,6 +124,12 @@ def make_loop(
         device=source.device,
         started=started,
     )
+
+
+def _buffers(objects: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+    """Return buffers of modules, each with a copy of what is in it."""
+    modules = [part for part in objects if isinstance(part, nn.Module)]
+    return [(buffer, buffer.clone()) for part in modules for buffer in part.buffers()]
 
 
 def _objective(model: Any, guide: Any, source: Source, asked: Asked, callbacks: Sequence[Callback]) -> Objective:
@@ -155,7 +160,7 @@ def _recipe(guide: Any, asked: Asked) -> Recipe:
 
 
 def _description(
-    source: Source, asked: Asked, recipe: Recipe, groups: Sequence[Any], num_steps: int
+    source: Source, asked: Asked, recipe: Recipe, groups: Sequence[Any], rates: LearningRate, num_steps: int
 ) -> Callable[[int], dict[str, Any]]:
     """Return what describes a fit of so many epochs."""
     elbo, settings = asked.elbo, asked.optimizer
@@ -168,7 +173,6 @@ def _description(
     name = f"{type(elbo).__name__} of {elbo.num_particles} particles"
     arguments |= {"elbo": name, "local_reparam": getattr(elbo, "local_reparam", False)}
     arguments |= describe_schedules(asked.weights, asked.schedule) | describe_data(source)
-    rates: LearningRate = recipe.lr if asked.lr is None else asked.lr
     per_epoch = num_steps // recipe.num_epochs
     described = partial(describe_optimisation, recipe.optimizer, recipe.lr_schedule, groups, rates)
     return cache(lambda epochs: described(per_epoch * epochs) | arguments)

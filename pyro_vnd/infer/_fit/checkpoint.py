@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vnd._files import sync
+from pyro_vnd._files import sync, unfinished_name
 from pyro_vnd.infer.result import FitResult
 
 try:
@@ -97,7 +97,7 @@ class Folder:
 
     def _name_too(self, name: Path) -> None:
         """Give the newest file a second name in place of another file, so that there is always one of that name."""
-        link = self._unfinished(".link")
+        link = unfinished_name(self.path, ".link")
         try:
             try:
                 os.link(self.path, link)
@@ -107,9 +107,6 @@ class Folder:
             os.replace(link, name)
         finally:
             link.unlink(missing_ok=True)
-
-    def _unfinished(self, kind: str = "") -> Path:
-        return self.path.with_name(f".{self.path.name}.{os.getpid()}{kind}.tmp")
 
     def rehearse(self, state: State) -> None:
         """Write a state, read it, and remove it: what would fail after the first epoch fails before it.
@@ -123,7 +120,7 @@ class Folder:
     @contextmanager
     def _written(self, state: State) -> Iterator[Path]:
         """Write a state into a file that is removed unless it gets another name."""
-        unfinished = self._unfinished()
+        unfinished = unfinished_name(self.path)
         try:
             with unfinished.open("wb") as file:
                 torch.save(_plain(state), file)

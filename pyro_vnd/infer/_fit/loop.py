@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Loop(Run):
         settings: What holds in each step.
         accumulate: Batches of a step.
         callbacks: What is called, in order.
-        untouched: Buffers of model and guide, with what was in them before the first evaluation.
+        untouched: Buffers of model and guide, with what was in them before the first evaluation, if there are files.
         describe: Describes, given a number of epochs, what must be the same when the fit goes on.
         cuda_devices: CUDA devices of the fit.
         ranks: The processes.
@@ -65,8 +66,12 @@ class Loop(Run):
         self.callbacks, self._describe, self._cuda_devices = callbacks, describe, cuda_devices
         self._untouched = untouched
         self._place = _Place()
-        named = step.objective.module.named_parameters()
-        self._finite = [name for name, parameter in named if torch.isfinite(parameter).all()]
+
+    @cached_property
+    def _finite(self) -> list[str]:
+        """Parameters that are finite before the first step, when a checkpoint asks first."""
+        named = self.objective.module.named_parameters()
+        return [name for name, parameter in named if torch.isfinite(parameter).all()]
 
     @property
     def objective(self) -> Objective:

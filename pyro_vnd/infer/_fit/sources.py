@@ -15,7 +15,6 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    TensorDataset,
 )
 from torch.utils.data.distributed import DistributedSampler
 
@@ -29,6 +28,7 @@ from pyro_vnd._data import (
     named_parts,
     shapes,
     split_rows,
+    without_wrapper,
 )
 from pyro_vnd._data import num_rows as rows_in
 from pyro_vnd.infer._fit.checks import whole_number
@@ -333,8 +333,7 @@ def as_source(
     Raises:
         ValueError: If data are none of these, or arguments do not fit them.
     """
-    if type(data) is TensorDataset:  # another one may have a transform
-        data = data.tensors
+    data = without_wrapper(data)
     if is_tensors(data):
         check_rows("fit", data)
         if num_data is not None and num_data != rows_in(data):
