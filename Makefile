@@ -41,7 +41,7 @@ docs: .venv/installed-docs  ## Build the documentation into site; a warning is a
 	@cp site/README.html site/index.html
 	@echo "The documentation begins at site/index.html"
 
-matrix: .venv/installed-dev  ## Test the core and the diagnostics with their lowest and newest dependencies
+matrix: .venv/installed-dev  ## Test the core and the diagnostics with their lowest and newest dependencies, under each Python
 	$(RUN) .ci/matrix.py
 
 audit: .venv/made  ## Look up known vulnerabilities of the versions in constraints.txt; needs the network

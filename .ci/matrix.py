@@ -1,9 +1,10 @@
 """Test the library with its lowest and its newest dependencies, each in an environment of its own under .venv.
 
-`lowest` has, under the oldest Python that is supported, each dependency at the lower bound of pyproject.toml; `newest`
-has what pip finds under the newest Python that is on this machine, ArviZ 1.x among it. constraints.txt plays no part.
+`lowest` has, under the oldest Python that is supported, each dependency at the lower bound of pyproject.toml; the other
+lines are versions of Python that this machine has, such as 3.13, with what pip finds there, ArviZ 1.x among it.
+constraints.txt plays no part.
 
-    python .ci/matrix.py [--cuda] [lowest] [newest] [-- ARGUMENTS OF PYTEST]
+    python .ci/matrix.py [--cuda] [lowest] [3.12] [3.13] [-- ARGUMENTS OF PYTEST]
 
 On Linux the registry's builds of torch bring gigabytes of CUDA libraries. They are not installed unless `--cuda` is
 given; without it, let pip find builds for the CPU, with PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL.
@@ -30,17 +31,17 @@ TOOLS = ["pytest", "graphviz", "onnx", "onnxruntime", "onnxscript"]
 SHOWN = ("arviz", "numpy", "pyro-ppl", "torch")
 
 
-def pythons() -> list[tuple[str, str]]:
-    """The versions of Python that the project names and this machine has, oldest first, each with an interpreter."""
-    versions = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", line)]
+def pythons() -> dict[str, str]:
+    """The versions of Python from the lowest one on that this machine has, in order, each with its interpreter."""
+    lowest = int(PROJECT["requires-python"].removeprefix(">=3."))
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    found = []
-    for version in versions:
+    found = {}
+    for version in (f"3.{minor}" for minor in range(lowest, lowest + 9)):
         candidates = [shutil.which(f"python{version}"), *sorted(pyenv.glob(f"versions/{version}.*/bin/python"))]
         check = f"import sys, venv, ensurepip; assert sys.version.startswith('{version}.')"
         for path in filter(None, candidates):
             if subprocess.run([path, "-c", check], capture_output=True).returncode == 0:
-                found.append((version, str(path)))
+                found[version] = str(path)
                 break
     return found
 
@@ -82,16 +83,19 @@ def run_line(line: str, version: str, base: str, cuda: bool, arguments: list[str
 def main() -> int:
     """Run the lines asked for, or both; 0 if all of them passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lines", nargs="*", metavar="LINE", help="lowest or newest; both by default")
+    parser.add_argument("lines", nargs="*", metavar="LINE", help="lowest or a version of Python; all by default")
     parser.add_argument("--cuda", action="store_true", help="take torch with CUDA libraries where there is no other")
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     options = parser.parse_args(sys.argv[1:split])
     if not (found := pythons()):
         parser.error("no Python that the project supports was found, with its venv module")
-    ends = {"lowest": found[0], "newest": found[-1]}
-    if unknown := sorted(set(options.lines) - set(ends)):
-        parser.error(f"LINE must be lowest or newest; got {unknown}")
-    results = {line: run_line(line, *ends[line], options.cuda, sys.argv[split + 1 :]) for line in options.lines or ends}
+    (oldest, first), *newer = found.items()
+    lines = {"lowest": (oldest, first)} | {version: (version, base) for version, base in newer}
+    if unknown := sorted(set(options.lines) - set(lines)):
+        parser.error(f"LINE must be one of {', '.join(lines)}; got {unknown}")
+    results = {
+        line: run_line(line, *lines[line], options.cuda, sys.argv[split + 1 :]) for line in options.lines or lines
+    }
     for line, result in results.items():
         print(f"{line}: {result}")
     return int(any(result != "passed" for result in results.values()))
