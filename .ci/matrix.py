@@ -27,7 +27,6 @@ TESTS = [f"tests/{room}" for room in ("distributions", "nn", "infer", "autoencod
 PYTEST = ["-q", "-oaddopts=", "--import-mode=importlib", "-pno:cacheprovider", "-Wdefault", "-mnot slow"]
 # torch 2.6 checks the arguments of its Normal in a way that vmap refuses.
 NOT_LOWEST = ["tests/distributions/test_gated.py::test_the_kl_to_one_prior_under_vmap"]
-TOOLS = ["pytest", "graphviz", "onnx", "onnxruntime", "onnxscript"]
 SHOWN = ("arviz", "numpy", "pyro-ppl", "torch")
 
 
@@ -52,7 +51,8 @@ def requirements(line: str) -> list[str]:
     wanted = [*PROJECT["dependencies"], *extras["diagnostics"], *extras["data"]]
     # A bound such as >=0.8,<0.9 is one already; >=2.6 becomes ==2.6.*, its newest repair.
     lowest = [re.sub(r">=([\d.]+)(?=;|$)", r"==\1.*", entry) for entry in wanted]
-    return [*(lowest if line == "lowest" else wanted), *TOOLS]
+    tools = [entry for entry in extras["notebooks"] + extras["dev"] if not entry.startswith("pyro-vnd")]
+    return [*(lowest if line == "lowest" else wanted), *tools]
 
 
 def run_line(line: str, version: str, base: str, cuda: bool, arguments: list[str]) -> str:
