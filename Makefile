@@ -15,8 +15,8 @@ help:  ## List the targets
 demo: .venv/installed-bench  ## Fit a nested classifier and an ordered VAE to real digits; the report lands in results/demo
 	$(RUN) -m models demo
 
-test: .venv/installed-dev  ## Run the tests and the doctests
-	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS)
+test: .venv/installed-dev  ## Run the tests and the doctests; with CI=true, fail below the floor of coverage, too
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) $(if $(CI),--cov)
 
 lint: .venv/installed-dev  ## Check style, format and types
 	$(RUN) -m ruff check .
