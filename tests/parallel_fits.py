@@ -314,7 +314,15 @@ def resumed(folder, guide, name):
     return state(model, guide) | {"elbo": result.elbo}
 
 
-def refused():
+def goes_on_from_one(folder):
+    """Go on from what one process left within an epoch."""
+    rows, path = DataLoader(TensorDataset(*data()), batch_size=9, shuffle=True), folder / "alone_kept.pt"
+    arguments = {"guide": AutoDelta, "rows": rows, "batch_size": None, "checkpoint": path, "resume": True}
+    model, guide, result = regression_with_normals(**arguments)
+    return state(model, guide) | {"elbo": result.elbo}
+
+
+def refused(folder):
     """What several processes cannot share, and what is said of it."""
     x, y = data()
     rows = TensorDataset(x, y)
@@ -327,6 +335,14 @@ def refused():
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
+    def by_group(x, y):
+        with pyro.plate("groups", 3):
+            mask = pyro.sample("mask", OrderedMask.uniform(4))
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            pyro.sample("sums", dist.Normal((z * mask).sum(-1), 1.0), obs=torch.arange(3.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+
     def said(call):
         try:
             call()
@@ -334,7 +350,10 @@ def refused():
             return str(error)
         return ""
 
+    regression_with_normals(num_epochs=1, checkpoint=folder / "own_0.pt")  # which the first process writes
     return {
+        "by_group": said(lambda: fit(by_group, AutoNested(by_group), (x, y), num_epochs=1, progress=False)),
+        "own_disk": said(lambda: regression_with_normals(num_epochs=1, checkpoint=folder / f"own_{RANK}.pt", resume=True)),
         "sampler": said(lambda: points(DataLoader(rows, batch_size=8, sampler=Mine(rows)))),
         "no_batches": said(lambda: points(DataLoader(rows, batch_size=None))),
         "one_row": said(lambda: points(batch_size=1)),
@@ -420,11 +439,11 @@ def infinite_on_one():
         fit(model, AutoNormal(model), data(), batch_size=12, num_epochs=10_000, progress=False)
 
 
-ONE_FAILS = {"error_on_one": error_on_one, "infinite_on_one": infinite_on_one}
-TOGETHER = [
+SHORT = [
     *SAME_AS_ALONE, draws, conditional, batch_norm, validation, validation_of_points, stopped_by_one, rows_of_its_own,
-    interrupted_normals, interrupted_points, refused, elbos, sharded,
+    interrupted_normals, interrupted_points, goes_on_from_one, refused,
 ]  # fmt: skip
+LONG = [elbos, sharded, error_on_one, infinite_on_one]
 
 
 def run(program, folder):
@@ -436,9 +455,8 @@ def main(folder, *names):
     torch.set_default_dtype(torch.float64)
     warnings.simplefilter("error", RuntimeWarning)
     folder = Path(folder)
-    if names:
-        ONE_FAILS[names[0]]()
-    found = {program.__name__: run(program, folder) for program in TOGETHER}
+    programs = [program for program in LONG if program.__name__ in names] if names else SHORT
+    found = {program.__name__: run(program, folder) for program in programs}
     torch.save(found, folder / f"rank{RANK}.pt")
 
 
