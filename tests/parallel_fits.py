@@ -5,6 +5,7 @@ Every fit is a function without arguments, or of a folder, which one process can
 
 import contextlib
 import inspect
+import io
 import itertools
 import os
 import shutil
@@ -30,11 +31,14 @@ from pyro_vnd.infer import (
     BestEpoch,
     Callback,
     Checkpoint,
+    CSVLogger,
     EarlyStopping,
     KLWeights,
+    LivePlot,
     MaskSchedule,
     MiniBatchELBO,
     OptimizerSettings,
+    TensorBoardLogger,
     Validation,
     fit,
     linear,
@@ -231,6 +235,17 @@ def batch_norm():
     return state(model) | {f"epoch.{i}.{k}": v for i, each in enumerate(seen) for k, v in each.items()}
 
 
+def logged(folder):
+    """Only the first process writes."""
+    path = folder / f"log_{RANK}.csv"
+    callbacks = [CSVLogger(path), TensorBoardLogger(folder / f"events_{RANK}"), LivePlot()]
+    drawn = io.StringIO()
+    with contextlib.redirect_stdout(drawn):
+        regression_with_normals(callbacks=callbacks, num_epochs=2)
+    wrote = path.exists(), (folder / f"events_{RANK}").exists(), "Image object" in drawn.getvalue()
+    return {"wrote": wrote, "lines": len(path.read_text().splitlines()) if path.exists() else 0}
+
+
 def validation():
     """Metrics that differ from process to process are one number afterwards, by which all stop and choose alike."""
     callbacks = [
@@ -353,7 +368,9 @@ def refused(folder):
     regression_with_normals(num_epochs=1, checkpoint=folder / "own_0.pt")  # which the first process writes
     return {
         "by_group": said(lambda: fit(by_group, AutoNested(by_group), (x, y), num_epochs=1, progress=False)),
-        "own_disk": said(lambda: regression_with_normals(num_epochs=1, checkpoint=folder / f"own_{RANK}.pt", resume=True)),
+        "own_disk": said(
+            lambda: regression_with_normals(num_epochs=1, checkpoint=folder / f"own_{RANK}.pt", resume=True)
+        ),
         "sampler": said(lambda: points(DataLoader(rows, batch_size=8, sampler=Mine(rows)))),
         "no_batches": said(lambda: points(DataLoader(rows, batch_size=None))),
         "one_row": said(lambda: points(batch_size=1)),
@@ -440,8 +457,8 @@ def infinite_on_one():
 
 
 SHORT = [
-    *SAME_AS_ALONE, draws, conditional, batch_norm, validation, validation_of_points, stopped_by_one, rows_of_its_own,
-    interrupted_normals, interrupted_points, goes_on_from_one, refused,
+    *SAME_AS_ALONE, draws, conditional, batch_norm, logged, validation, validation_of_points, stopped_by_one,
+    rows_of_its_own, interrupted_normals, interrupted_points, goes_on_from_one, refused,
 ]  # fmt: skip
 LONG = [elbos, sharded, error_on_one, infinite_on_one]
 

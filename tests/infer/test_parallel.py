@@ -91,6 +91,11 @@ def test_held_out_data_are_scored_as_by_one_process(ranks):
     agree(ranks[0]["validation_of_points"], parallel_fits.validation_of_points(), rtol=1e-5, atol=1e-5)
 
 
+def test_one_process_writes_what_is_logged(ranks):
+    assert ranks[0]["logged"] == {"wrote": (True, True, True), "lines": 3}
+    assert ranks[1]["logged"] == {"wrote": (False, False, False), "lines": 0}
+
+
 def test_one_process_can_stop_all(ranks):
     assert [each["stopped_by_one"]["epochs"] for each in ranks] == [2, 2]
 

@@ -192,7 +192,12 @@ def test_all_that_a_net_returns_is_single():
     with computing_in("bf16", [program]):
         assert not program.act._forward_hooks  # it has no parameters
         out, (index, named), text = program.net(x)
-    assert [out.dtype, index.dtype, named["twice"].dtype, text] == [torch.float32, torch.int64, torch.float32, "as it is"]
+    assert [out.dtype, index.dtype, named["twice"].dtype, text] == [
+        torch.float32,
+        torch.int64,
+        torch.float32,
+        "as it is",
+    ]
     assert torch.equal(out, out.to(HALF).float())
     assert torch.equal(named["twice"], 2 * out)
     torch.testing.assert_close(out, exact, rtol=0.02, atol=0.02)

@@ -169,12 +169,12 @@ class Remembering:
     def __iter__(self):
         self.order, start = self.skipped or (torch.randperm(len(self.batches)).tolist(), 0)
         self.skipped = None
-        for self.place in range(start, len(self.batches)):
-            self.read += 1
-            yield self.batches[self.order[self.place]]
+        for place in range(start, len(self.batches)):
+            self.read, self.place = self.read + 1, place + 1
+            yield self.batches[self.order[place]]
 
     def state_dict(self):
-        return {"order": self.order, "place": self.place + 1}
+        return {"order": self.order, "place": self.place}
 
     def load_state_dict(self, state):
         self.skipped = state["order"], state["place"]
