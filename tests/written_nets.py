@@ -982,3 +982,15 @@ def groups_in_which_no_channels_of_two_layers_meet():
 
     layers = {"a": conv(3, 20), "b": conv(3, 12), "g": conv(32, 48, groups=16), "o": nn.Linear(48, 3)}
     return Net(forward, **layers), torch.randn(2, 3, 4, 4)
+
+
+@net({"a": 8, "m": 32, "n": 32}, 0.3)
+def norms_and_inputs_asked_for_by_name():
+    def forward(net, x):
+        h = net.norm(net.a(x))
+        assert h.shape[1] == net.norm.num_channels == 4 * net.norm.num_groups
+        h = (h * net.norm.weight[:, None, None]).mean([2, 3])
+        return net.o(F.linear(input=F.linear(input=h, weight=net.m.weight).relu(), weight=net.n.weight))
+
+    layers = {"a": conv(3, 32), "norm": nn.GroupNorm(8, 32), "m": nn.Linear(32, 32), "n": nn.Linear(32, 32)}
+    return Net(forward, **layers, o=nn.Linear(32, 3)), torch.randn(2, 3, 4, 4)
