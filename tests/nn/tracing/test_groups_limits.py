@@ -233,6 +233,21 @@ def test_what_the_net_does_may_depend_on_the_data():
     assert channel_groups(around(Branching()), torch.randn(2, 3)).names == ("part.layer", "b")
 
 
+@pytest.mark.parametrize(
+    ("body", "whole"),
+    [
+        (lambda net, x: torch.cat([net.a(x), net.b(x)], 1) + torch.cat([net.b(x), net.a(x)], 1), "ab"),
+        (lambda net, x: net.conv(x[:, None, None]).flatten(1)[:, :8] + torch.cat([net.a(x), net.b(x)], 1), "ab"),
+    ],
+)
+def test_sums_of_channels_of_different_make_up_stay_whole(body, whole):
+    layers = {"a": nn.Linear(4, 5), "b": nn.Linear(4, 3), "conv": nn.Conv2d(1, 4, 1), "c": nn.Linear(8, 6)}
+    net = Net(lambda net, x: net.d(net.c(body(net, x)).relu()), **layers, d=nn.Linear(6, 2))
+    groups = channel_groups(net, torch.randn(2, 4))
+    assert groups.names == ("c",)
+    assert all("combines channels of different make-up" in groups.whole[name] for name in whole)
+
+
 def test_channels_of_two_layers_that_meet_in_a_group_stay_whole():
     def forward(net, x):
         return net.d(net.c(torch.cat([net.a(x), net.b(x)], 1)))
