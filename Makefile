@@ -15,8 +15,8 @@ help:  ## List the targets
 demo: .venv/installed-bench  ## Fit a nested classifier and an ordered VAE to real digits; the report lands in results/demo
 	$(RUN) -m models demo
 
-test: .venv/installed-dev  ## Run the tests and the doctests
-	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS)
+test: .venv/installed-dev  ## Run the tests and the doctests; with CI=true, fail below the floor of coverage, too
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) $(if $(CI),--cov)
 
 lint: .venv/installed-dev  ## Check style, format and types
 	$(RUN) -m ruff check .
@@ -53,7 +53,7 @@ wheel: .venv/installed-dev  ## Build the wheel and run the examples of README.md
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow tests/test_wheel.py
 
 clean:  ## Remove .venv, caches and build outputs; results/ stays
-	rm -rf .venv build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist site *.egg-info .coverage* .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps, one for each extra: older than either file means that the environment is out of date.

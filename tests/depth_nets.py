@@ -363,3 +363,67 @@ def blocks_with_hooks():
     for one in blocks:
         one.register_forward_hook(lambda *_: None)
     return tokens(*blocks)
+
+
+@decoy("it changes an argument in place")
+def blocks_that_write_into_a_memory():
+    def body(net, x, memory):
+        memory += x.mean(1)
+        return x + net.part(x)
+
+    def forward(net, x):
+        x = net.before(x)
+        memory = torch.zeros_like(x[:, 0])
+        for layer in net.layers:
+            x = layer(x, memory)
+        return net.after(x.mean(1) + memory)
+
+    return tokens(*(Net(body, part=nn.Linear(12, 12)) for _ in range(3)), loop=forward)
+
+
+@decoy("parts of it are used elsewhere")
+def blocks_whose_layers_are_called_again():
+    def forward(net, x):
+        x = net.before(x)
+        for layer in net.layers:
+            x = layer(x)
+        return net.after(sum(layer.part(x) for layer in net.layers).mean(1))
+
+    return tokens(*(Residual(nn.Linear(12, 12), 12) for _ in range(3)), loop=forward)
+
+
+@net({"layers.depth": 3})
+def blocks_with_results_that_are_not_used():
+    def body(net, x):
+        y = net.part(x)
+        return x + y, y.mean(1)
+
+    def forward(net, x):
+        x = net.before(x)
+        for layer in net.layers:
+            x, _ = layer(x)
+        return net.after(x.mean(1))
+
+    return tokens(*(Net(body, part=nn.Linear(12, 12)) for _ in range(3)), loop=forward)
+
+
+class AnyName(nn.Module):
+    """Takes its input by a name that its forward does not say."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.part = nn.Linear(size, size)
+
+    def forward(self, **inputs):
+        return inputs["hidden"] + self.part(inputs["hidden"]).tanh()
+
+
+@net({"layers.depth": 3})
+def blocks_with_inputs_of_any_name():
+    def forward(net, x):
+        x = net.before(x)
+        for layer in net.layers:
+            x = layer(hidden=x)
+        return net.after(x.mean(1))
+
+    return tokens(*(AnyName(12) for _ in range(3)), loop=forward)

@@ -5,6 +5,7 @@ Every fit is a function without arguments, or of a folder, which one process can
 
 import contextlib
 import inspect
+import io
 import itertools
 import os
 import shutil
@@ -30,11 +31,14 @@ from pyro_vnd.infer import (
     BestEpoch,
     Callback,
     Checkpoint,
+    CSVLogger,
     EarlyStopping,
     KLWeights,
+    LivePlot,
     MaskSchedule,
     MiniBatchELBO,
     OptimizerSettings,
+    TensorBoardLogger,
     Validation,
     fit,
     linear,
@@ -231,6 +235,17 @@ def batch_norm():
     return state(model) | {f"epoch.{i}.{k}": v for i, each in enumerate(seen) for k, v in each.items()}
 
 
+def logged(folder):
+    """Only the first process writes."""
+    path = folder / f"log_{RANK}.csv"
+    callbacks = [CSVLogger(path), TensorBoardLogger(folder / f"events_{RANK}"), LivePlot()]
+    drawn = io.StringIO()
+    with contextlib.redirect_stdout(drawn):
+        regression_with_normals(callbacks=callbacks, num_epochs=2)
+    wrote = path.exists(), (folder / f"events_{RANK}").exists(), "Image object" in drawn.getvalue()
+    return {"wrote": wrote, "lines": len(path.read_text().splitlines()) if path.exists() else 0}
+
+
 def validation():
     """Metrics that differ from process to process are one number afterwards, by which all stop and choose alike."""
     callbacks = [
@@ -314,7 +329,15 @@ def resumed(folder, guide, name):
     return state(model, guide) | {"elbo": result.elbo}
 
 
-def refused():
+def goes_on_from_one(folder):
+    """Go on from what one process left within an epoch."""
+    rows, path = DataLoader(TensorDataset(*data()), batch_size=9, shuffle=True), folder / "alone_kept.pt"
+    arguments = {"guide": AutoDelta, "rows": rows, "batch_size": None, "checkpoint": path, "resume": True}
+    model, guide, result = regression_with_normals(**arguments)
+    return state(model, guide) | {"elbo": result.elbo}
+
+
+def refused(folder):
     """What several processes cannot share, and what is said of it."""
     x, y = data()
     rows = TensorDataset(x, y)
@@ -327,6 +350,14 @@ def refused():
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
+    def by_group(x, y):
+        with pyro.plate("groups", 3):
+            mask = pyro.sample("mask", OrderedMask.uniform(4))
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            pyro.sample("sums", dist.Normal((z * mask).sum(-1), 1.0), obs=torch.arange(3.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+
     def said(call):
         try:
             call()
@@ -334,7 +365,12 @@ def refused():
             return str(error)
         return ""
 
+    regression_with_normals(num_epochs=1, checkpoint=folder / "own_0.pt")  # which the first process writes
     return {
+        "by_group": said(lambda: fit(by_group, AutoNested(by_group), (x, y), num_epochs=1, progress=False)),
+        "own_disk": said(
+            lambda: regression_with_normals(num_epochs=1, checkpoint=folder / f"own_{RANK}.pt", resume=True)
+        ),
         "sampler": said(lambda: points(DataLoader(rows, batch_size=8, sampler=Mine(rows)))),
         "no_batches": said(lambda: points(DataLoader(rows, batch_size=None))),
         "one_row": said(lambda: points(batch_size=1)),
@@ -420,11 +456,11 @@ def infinite_on_one():
         fit(model, AutoNormal(model), data(), batch_size=12, num_epochs=10_000, progress=False)
 
 
-ONE_FAILS = {"error_on_one": error_on_one, "infinite_on_one": infinite_on_one}
-TOGETHER = [
-    *SAME_AS_ALONE, draws, conditional, batch_norm, validation, validation_of_points, stopped_by_one, rows_of_its_own,
-    interrupted_normals, interrupted_points, refused, elbos, sharded,
+SHORT = [
+    *SAME_AS_ALONE, draws, conditional, batch_norm, logged, validation, validation_of_points, stopped_by_one,
+    rows_of_its_own, interrupted_normals, interrupted_points, goes_on_from_one, refused,
 ]  # fmt: skip
+LONG = [elbos, sharded, error_on_one, infinite_on_one]
 
 
 def run(program, folder):
@@ -436,9 +472,8 @@ def main(folder, *names):
     torch.set_default_dtype(torch.float64)
     warnings.simplefilter("error", RuntimeWarning)
     folder = Path(folder)
-    if names:
-        ONE_FAILS[names[0]]()
-    found = {program.__name__: run(program, folder) for program in TOGETHER}
+    programs = [program for program in LONG if program.__name__ in names] if names else SHORT
+    found = {program.__name__: run(program, folder) for program in programs}
     torch.save(found, folder / f"rank{RANK}.pt")
 
 

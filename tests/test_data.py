@@ -72,6 +72,11 @@ BAD = {
     "ragged mapping": ({"x": X, "y": Y[:3]}, r"same number of rows, at least 1; got \{'x': \(5, 2\), 'y': \(3,\)\}"),
     "empty": (X[:0], "at least 1"),
     "nothing": ((), r"at least 1; got \[\]"),
+    "sparse": (
+        (X.to_sparse(),),
+        r"`rows\[0\]` must be a dense tensor; got layout torch.sparse_coo: give x.to_dense\(\)",
+    ),
+    "meta": ((X.to("meta"),), r"`rows\[0\]` must be a dense tensor; got a tensor on the device 'meta', which has no v"),
 }
 
 
@@ -79,6 +84,23 @@ BAD = {
 def test_what_is_no_data_is_refused(data, message):
     with pytest.raises(ValueError, match=f"^caller: argument {message}" if message[0] == "`" else message):
         check_rows("caller", data, "rows")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: torch.nested.nested_tensor([X[0], X[1, :1]]),
+            r"a nested tensor: give torch.nested.to_padded_tensor\(x",
+        ),
+        (lambda: torch.quantize_per_tensor(X.float(), 0.1, 0, torch.qint8), r"a quantised tensor: give x.dequantize\("),
+    ],
+)
+def test_tensors_without_dense_values_are_refused(make, message):
+    with pytest.raises(ValueError, match="caller: argument `rows` must be a dense tensor; got " + message):
+        check_rows("caller", make(), "rows")
 
 
 @pytest.mark.parametrize("names", [("x", "y"), ("y", "x"), ("weight", "y", "x"), ("images", "labels")])

@@ -7,7 +7,7 @@ import torch
 from bad_labels import BAD_LABELS, NUM_CLASSES, ROWS
 from torch import nn
 
-from pyro_vnd._inputs import Look, check_labels, explain_inputs
+from pyro_vnd._inputs import Look, check_labels, explain_arguments, explain_inputs
 
 
 @pytest.mark.parametrize(("labels", "got"), BAD_LABELS.values(), ids=BAD_LABELS)
@@ -74,6 +74,15 @@ def test_errors_about_inputs_say_what_came():
         run(torch.zeros(3, 5).float(), [(1, 4)])
     with pytest.raises(RuntimeError, match="cannot be multiplied"):  # nothing better is known
         run(torch.zeros(3, 5).float())
+
+
+def test_a_type_error_of_the_net_itself_stays_what_it_is():
+    net, x = nn.Linear(4, 2), torch.zeros(3, 4)
+    with pytest.raises(TypeError, match="of the net"), explain_arguments("caller", net, (x,), {}):
+        raise TypeError("of the net")
+    message = r"caller: inputs must be the arguments of Linear, \(input.*; got 2 in order and \['scale'\] by name: too"
+    with pytest.raises(ValueError, match=message), explain_arguments("caller", net, (x, x), {"scale": 1.0}):
+        net(x, x, scale=1.0)
 
 
 def test_other_errors_stay_what_they_are():

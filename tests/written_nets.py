@@ -864,3 +864,133 @@ def attention_without_a_bias_of_its_keys():
 
     layers = {"i": nn.Linear(8, 32), "m": nn.Linear(32, 96), "out": nn.Linear(32, 32), "o": nn.Linear(32, 3)}
     return Net(forward, **layers, heads=4), torch.randn(2, 6, 8)
+
+
+@net({"e": 32, "h": 32}, 0.2)
+def a_bag_of_words():
+    layers = {"e": nn.EmbeddingBag(20, 32), "h": nn.Linear(32, 32), "o": nn.Linear(32, 3)}
+    return Net(lambda net, x: net.o(net.h(net.e(x).relu()).relu()), **layers), torch.randint(0, 20, (2, 6))
+
+
+@net({"table": 32, "h": 32}, 0.2)
+def a_table_that_a_function_looks_up():
+    layers = {"table": parameter(20, 32), "h": nn.Linear(32, 32), "o": nn.Linear(32, 3)}
+    return Net(lambda net, x: net.o(net.h(F.embedding(x, net.table)).relu().mean(1)), **layers), torch.randint(
+        0, 20, (2, 6)
+    )
+
+
+@net({"a": 32}, 0.2)
+def maxima_and_gates_and_similarities():
+    def forward(net, x):
+        h = F.glu(torch.max(net.a(x), net.b(x)), 1)
+        return net.o(F.cosine_similarity(h, net.c(h), dim=1))
+
+    layers = {"a": nn.Linear(8, 32), "b": nn.Linear(8, 32), "c": nn.Linear(32, 32), "o": nn.Linear(32, 3)}
+    return Net(forward, **layers), torch.randn(2, 6, 8)
+
+
+@net({"i": 32}, 0.2)
+def causal_attention_without_a_softmax():
+    def forward(net, x):
+        h = net.i(x)
+        scores = (net.q(h) @ net.k(h).transpose(-1, -2)).tril()
+        return net.o(torch.baddbmm(h, scores, net.v(h)).mean(1))
+
+    layers = {"i": nn.Linear(8, 32), "q": nn.Linear(32, 16), "k": nn.Linear(32, 16), "v": nn.Linear(32, 32)}
+    return Net(forward, **layers, o=nn.Linear(32, 3)), torch.randn(2, 6, 8)
+
+
+@net({"i": 32, "v": 32}, 0.2)
+def attention_added_to_a_bias():
+    def forward(net, x):
+        h = net.i(x)
+        scores = torch.softmax(net.q(h) @ net.k(h).transpose(-1, -2), -1)
+        return net.o(torch.baddbmm(net.bias, scores, net.v(h)).mean(1))
+
+    layers = {"i": nn.Linear(8, 32), "q": nn.Linear(32, 16), "k": nn.Linear(32, 16), "v": nn.Linear(32, 32)}
+    return Net(forward, **layers, bias=parameter(1, 1, 32), o=nn.Linear(32, 3)), torch.randn(2, 6, 8)
+
+
+@net({"v": 32}, 0.5)
+def attention_by_distance():
+    def forward(net, x):
+        h = net.a(x)
+        near = torch.cdist(h, h).neg().softmax(-1) @ net.v(h)
+        return net.o((near * F.pairwise_distance(h, h.relu(), keepdim=True)).mean(1))
+
+    return Net(forward, a=nn.Linear(8, 32), v=nn.Linear(32, 32), o=nn.Linear(32, 3)), torch.randn(2, 6, 8)
+
+
+@net({"b": 32}, 0.6)
+def a_gate_by_distance():
+    def forward(net, x):
+        h = net.a(x)
+        return net.o(net.b(h) * net.distance(h, h.relu()).unsqueeze(-1))
+
+    layers = {"a": nn.Linear(8, 16), "b": nn.Linear(16, 32), "distance": nn.PairwiseDistance(), "o": nn.Linear(32, 3)}
+    return Net(forward, **layers), torch.randn(2, 8)
+
+
+@net({"a": 32}, 0.2)
+def maxima_put_back_where_they_were():
+    def forward(net, x):
+        pooled, places = net.pool(net.a(x).relu())
+        return net.o(net.up(net.b(pooled), places).mean([2, 3]))
+
+    layers = {"a": conv(3, 32), "b": conv(32, 32), "o": nn.Linear(32, 3)}
+    pools = {"pool": nn.MaxPool2d(2, return_indices=True), "up": nn.MaxUnpool2d(2)}
+    return Net(forward, **layers, **pools), torch.randn(2, 3, 6, 6)
+
+
+@net({"a": 32, "b": 16}, 0.2)
+def a_norm_as_a_function_of_its_own_size():
+    def forward(net, x):
+        h = net.a(x)
+        h = F.layer_norm(h, h.shape[-1:], net.scale, net.shift)
+        return net.o(net.b(F.rms_norm(h, h.shape[-1:], net.again)).relu().mean(1))
+
+    layers = {"a": nn.Linear(8, 32), "b": nn.Linear(32, 16), "o": nn.Linear(16, 3)}
+    weights = {"scale": parameter(32), "shift": parameter(32), "again": parameter(32)}
+    return Net(forward, **layers, **weights), torch.randn(2, 6, 8)
+
+
+@net({"a": 16, "b": 16}, 0.2)
+def patches_by_unfold():
+    def forward(net, x):
+        patches = net.unfold(net.a(x)).transpose(1, 2)
+        return net.o(net.b(patches).relu().unfold(1, 4, 4).mean([1, 3]))
+
+    layers = {"a": conv(3, 16), "unfold": nn.Unfold(3, padding=1), "b": nn.Linear(144, 16), "o": nn.Linear(16, 3)}
+    return Net(forward, **layers), torch.randn(2, 3, 4, 4)
+
+
+@net({"a": 32}, 0.3)
+def a_token_put_in_place():
+    def forward(net, x):
+        h = net.a(x).clone()
+        h[:, 0] = net.b(x[:, 0])
+        return net.o(h.mean(1))
+
+    return Net(forward, a=nn.Linear(8, 32), b=nn.Linear(8, 32), o=nn.Linear(32, 3)), torch.randn(2, 6, 8)
+
+
+@net({"a": 10, "b": 6}, 0.35)
+def groups_in_which_no_channels_of_two_layers_meet():
+    def forward(net, x):
+        return net.o(net.g(torch.cat([net.a(x), net.b(x)], 1)).relu().mean([2, 3]))
+
+    layers = {"a": conv(3, 20), "b": conv(3, 12), "g": conv(32, 48, groups=16), "o": nn.Linear(48, 3)}
+    return Net(forward, **layers), torch.randn(2, 3, 4, 4)
+
+
+@net({"a": 8, "m": 32, "n": 32}, 0.3)
+def norms_and_inputs_asked_for_by_name():
+    def forward(net, x):
+        h = net.norm(net.a(x))
+        assert h.shape[1] == net.norm.num_channels == 4 * net.norm.num_groups
+        h = (h * net.norm.weight[:, None, None]).mean([2, 3])
+        return net.o(F.linear(input=F.linear(input=h, weight=net.m.weight).relu(), weight=net.n.weight))
+
+    layers = {"a": conv(3, 32), "norm": nn.GroupNorm(8, 32), "m": nn.Linear(32, 32), "n": nn.Linear(32, 32)}
+    return Net(forward, **layers, o=nn.Linear(32, 3)), torch.randn(2, 3, 4, 4)

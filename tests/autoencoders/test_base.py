@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -286,3 +287,10 @@ def test_the_representation_says_what_the_code_is_like():
     vae = OrderedVAE((8,), 4, bodies=mlp_bodies((8,)), tail="completion", posterior_lengths="global")
     first = repr(vae).splitlines()[1].strip()
     assert first == "images (8,), codes of 4, a priori of mean length 2.5, lengths: global, tail: completion"
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 8), (1, 8, 6), (8, 8)])
+def test_images_that_convolutions_cannot_halve_are_refused(shape):
+    message = f"conv_bodies: argument `image_shape` must be (C, H, W) with H and W multiples of 4; got {shape}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        conv_bodies(shape, channels=(3, 5))

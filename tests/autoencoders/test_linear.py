@@ -199,3 +199,9 @@ def test_bad_input():
         vae.exact_log_likelihood(x.flatten(1))
     with pytest.raises(ValueError, match="`scale` must be finite and > 0; got 0"):
         LinearGaussianVAE((5,), 3, scale=0.0)
+    with pytest.raises(
+        ValueError, match="LinearGaussianVAE: argument `tail` must not be 'completion', which is not li"
+    ):
+        LinearGaussianVAE((5,), 3, tail="completion")
+    with pytest.raises(ValueError, match="argument `prior_latents` must be 'independent', or it is not Gaussian"):
+        LinearGaussianVAE((5,), 3, prior_latents="autoregressive")

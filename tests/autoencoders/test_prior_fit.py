@@ -84,3 +84,5 @@ def test_arguments_are_checked(x: Tensor):
             fit_prior(model, x)
     with pytest.raises(ValueError, match="argument `x`"):
         fit_prior(make_vae(), x[:, :, :3])
+    with pytest.raises(ValueError, match="fit_prior: argument `x` has no rows"):
+        fit_prior(make_vae(), [])

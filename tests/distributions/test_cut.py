@@ -178,3 +178,12 @@ def test_rows_that_may_lack_a_unit():
     assert OrderedMaskStraightThrough.partial_rows(mask).tolist() == [1, 2, 4]
     for other in (law.rsample(), mask.clone(), law.cut(4).rsample((2,)), torch.ones(5, K)):
         assert OrderedMaskStraightThrough.partial_rows(other) is None
+
+
+def test_shapes_of_a_cut_law_cannot_be_inferred():
+    with pytest.raises(NotImplementedError, match="CutMask has a distribution as argument, whose shapes cannot be"):
+        CutMask.infer_shapes(logits=(3, K))
+
+
+def test_what_a_class_derives_has_its_documentation():
+    assert CutMask.random.__doc__ == "The laws that are random still, batch shape (R,)."

@@ -212,6 +212,7 @@ def test_shapes_moments_and_expand():
     kl = kl_divergence(big, Gated(Normal(0.0, 1.0), SHAPE))
     torch.testing.assert_close(kl, kl_divergence(law, Gated(Normal(0.0, 1.0), SHAPE)).expand(5))
     assert repr(big).startswith("Gated(Normal, batch (5,), event (3, 4), gate 0.")
+    assert repr(Gated(Normal(0.0, 1.0), SHAPE)) == "Gated(Normal, event (3, 4))"
     draws = law.sample((4000,))
     assert ((draws.mean(0) - law.mean).abs() < 5 * 2.0 / 4000**0.5).all()
     assert ((draws.var(0) / 4.0 - 1).abs() < 5 * (2 / 4000) ** 0.5).all()

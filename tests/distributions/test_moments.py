@@ -93,6 +93,14 @@ def test_chain_logits_of_a_batch():
     torch.testing.assert_close(law.probs[1, 2], oracles.chain_probs(chain[1, 2]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_chain_logits_of_half_precision_are_added_in_float32(dtype):
+    chain = torch.full((300,), 6.0, dtype=dtype)  # log beta = -.00248, to 5 % in 8 bits
+    law = OrderedMask.from_chain_logits(chain)
+    assert law.probs.dtype == torch.float32
+    torch.testing.assert_close(law.probs.double(), oracles.chain_probs(chain.double()), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("num_units", [1, 2, 7])
 def test_geometric(p, num_units):

@@ -258,6 +258,7 @@ BAD_CONDITIONERS = {
     ),
     "wrong shape": (lambda x: (x[..., :3], x), r"broadcast to \(2, 4\), or .*; got \[\(2, 3\), \(2, 4\)\]"),
     "three": (lambda x: (x, x, x), r"broadcast to \(2, 4\), or means, deviations and logits of mixtures.*; got "),
+    "four": (lambda x: (x, x, x, x), r"got \[\(2, 4\), \(2, 4\), \(2, 4\), \(2, 4\)\]"),
     "numbers": (lambda x: (0.0, 1.0), r"got \['float', 'float'\]"),
     "no deviation": (lambda x: (x, torch.zeros_like(x)), "finite means and finite deviations > 0; got "),
     "nan": (lambda x: (x * math.nan, torch.ones_like(x)), "finite means and finite deviations > 0; got "),
@@ -278,5 +279,7 @@ def test_bad_arguments():
         NestedAutoregressive(torch.zeros(4), torch.zeros(4))
     with pytest.raises(ValueError, match=r"`value` must be samples of shape \(..., 4\).*got \(2, 3\)"):
         law_of().given(torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"broadcast with the batch shape \(3,\); got \(2, 4\)"):
+        law_of().expand((3,)).given(torch.ones(2, 4))
     with pytest.raises(ValueError, match=r"`value` must be a tensor of finite numbers of shape \(..., 4\)"):
         law_of().log_prob(torch.tensor([0.0, math.nan, 0.0, 0.0]))

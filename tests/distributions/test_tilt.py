@@ -92,6 +92,15 @@ def test_prices_add_up_and_none_changes_nothing(case):
     torch.testing.assert_close(law.tilt(-2.0).tilt(2.0).length_probs, law.length_probs)
 
 
+def test_costs_are_not_checked_without_validation():
+    """A check would wait for the GPU."""
+    probs, cost = positive(K), torch.tensor([0.0, -1.0, 2.0, -0.5])
+    with pytest.raises(ValueError, match="finite and >= 0"):
+        OrderedMask(probs=probs, validate_args=True).tilt(0.7, cost)
+    law = OrderedMask(probs=probs, validate_args=False).tilt(0.7, cost)
+    torch.testing.assert_close(law.probs, oracles.tilted(probs, 0.7, cost))
+
+
 @each(LENGTH_CASES)
 def test_one_unit_has_one_length_whatever_its_price(case):
     law = case.build((3,), 1).tilt(torch.tensor([-9.0, 0.0, 9.0]), torch.tensor([0.0]))

@@ -227,6 +227,17 @@ def test_a_module_is_trained_by_the_values_of_a_mask_and_kept_with_the_guide(row
     torch.testing.assert_close(twin.lengths(*rows, price=1.0).probs, guide.lengths(*rows, price=1.0).probs)
 
 
+def test_the_best_lengths_are_the_modes_of_their_laws(rows):
+    guide = AutoNested(counts, amortise=one_hot)
+    fit(counts, guide, rows, num_epochs=100, lr=0.01, schedule=PriceSchedule(), plate="rows", progress=False)
+    for price in (0.0, 1.0, 100.0):
+        law = guide.lengths(*rows, price=price)
+        assert torch.equal(guide.choose_lengths(*rows, price=price), law.probs.argmax(-1) + 1)
+    assert guide.choose_lengths(*rows, price=1e6).eq(1).all()
+    chosen = guide.choose_lengths(*rows, mean_length=2.0).double().mean().item()
+    assert abs(chosen - 2.0) < abs(guide.choose_lengths(*rows, mean_length=3.5).double().mean().item() - 2.0)
+
+
 def test_calls_leave_a_fitted_guide_as_it_is(rows):
     guide = AutoNested(counts, amortise=one_hot)
     guide(*rows)

@@ -3,6 +3,7 @@
 import base64
 import csv
 import math
+import sys
 
 import nbclient
 import nbformat
@@ -205,6 +206,21 @@ def test_a_metric_may_come_later(y, tmp_path):
     assert best.epoch - 3 == max(range(3), key=lambda i: result.validation_log_likelihood[i])
 
 
+def test_weights_of_a_best_epoch_that_nobody_kept_are_not_put_back(y, tmp_path):
+    class Falling(Callback):
+        def on_epoch(self, run):
+            run.log("score", -run.epoch)
+
+    path, ends = tmp_path / "fit.pt", []
+    for callbacks in ([Falling()], [Falling(), best := BestEpoch("score")]):
+        path.unlink(missing_ok=True)
+        train(y, [Falling()], num_epochs=2, checkpoint=path)
+        ends.append(train(y, callbacks, num_epochs=4, checkpoint=path, resume="extend")[1].state_dict())
+    assert best.epoch == 0
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
 @pytest.mark.parametrize("when", [{}, {"every_steps": 2}], ids=["epoch", "steps"])
 def test_rates_by_group_on_a_schedule_are_not_those_of_a_description(when, y, tmp_path):
     """A checkpoint describes the schedule by a throw-away optimiser, which must not share its groups."""
@@ -342,6 +358,26 @@ def test_live_plot_draws_what_there_is(y):
     assert [each.get_ylabel() for each in axes] == ["nats per row", "halves", "mean length, units"]
     assert axes[0].lines[0].get_ydata().tolist() == result.elbo
     assert axes[1].lines[0].get_ydata().tolist() == [0.5, 1.0, 1.5, 2.0, 2.5]
+
+
+def test_live_plot_in_a_script_says_when_it_would_draw(y, capsys):
+    result, _ = train(y, [LivePlot(2)], validation=None)
+    assert result.num_steps == 15
+    assert capsys.readouterr().out.count("<IPython.core.display.Image object>") == 3  # epochs 2 and 4, and the last
+
+
+@pytest.mark.parametrize(
+    ("make", "missing", "message"),
+    [
+        (lambda: TensorBoardLogger("runs"), "torch.utils.tensorboard", "TensorBoardLogger needs tensorboard: pip inst"),
+        (LivePlot, "IPython.display", "LivePlot needs IPython and matplotlib: pip install ipython matplotlib"),
+        (LivePlot, "matplotlib.figure", "LivePlot needs IPython and matplotlib: pip install ipython matplotlib"),
+    ],
+)
+def test_a_missing_package_is_named(make, missing, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ModuleNotFoundError, match=message):
+        make()
 
 
 def test_live_plot_is_one_picture_in_a_notebook():

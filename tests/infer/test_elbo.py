@@ -6,7 +6,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoNormal, AutoNormalMessenger
 from pyro.nn import PyroModule
 from torch.distributions import kl_divergence
 
@@ -347,3 +347,40 @@ def test_sites_are_checked_whenever_they_change():
             elbo.differentiable_loss(model, guide)
     rows[:] = [3]
     elbo.differentiable_loss(model, guide)
+
+
+def test_a_setting_that_there_is_not_is_refused():
+    with pytest.raises(
+        ValueError, match="NestedELBO: argument `local_reparam` must be True, False or 'linear'; got 'c"
+    ):
+        NestedELBO(local_reparam="convolutions")
+
+
+def test_equal_uniform_laws_cost_nothing():
+    """Pyro's KL between them is the number zero."""
+
+    def site():
+        with pyro.plate("data", N):
+            pyro.sample("u", dist.Uniform(0.0, 1.0))
+
+    elbo = NestedELBO()
+    loss = elbo.differentiable_loss(site, site)
+    assert loss == elbo.kl["u"] == 0
+    assert isinstance(elbo.kl["u"], torch.Tensor)
+
+
+def test_a_guide_that_is_a_messenger():
+    """Its laws have no closed KL with those of the model: densities are compared, as Pyro's ELBO does."""
+
+    def model():
+        w = pyro.sample("w", dist.Normal(torch.zeros(K), 1.0).to_event(1))
+        with pyro.plate("data", N):
+            pyro.sample("y", dist.Normal(w.sum(-1).unsqueeze(-1), 1.0), obs=Y)
+
+    guide, losses = AutoNormalMessenger(model, init_scale=0.3), []
+    with module_local_params(guide):
+        for elbo in (Trace_ELBO(), NestedELBO()):
+            pyro.set_rng_seed(3)
+            losses.append([elbo.loss(model, guide) for _ in range(5)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
+    assert len(set(losses[1])) == 5

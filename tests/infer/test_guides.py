@@ -72,6 +72,17 @@ def test_other_sites_go_to_the_autoguide_of_choice(base, regression):
     assert [type(part) for part in guide].count(wanted) == 1
 
 
+def test_weights_of_sites_cannot_go_to_an_autoguide_of_choice(regression):
+    def model(x, y):
+        pyro.sample("first", OrderedMask.uniform(3))
+        pyro.sample("w", dist.Normal(0.0, 1.0), infer={"kl_weight": 0.5})
+
+    with pytest.raises(
+        ValueError, match=r"sites \['w'\] have weights of KLs in `infer`, which cannot be told apart in"
+    ):
+        AutoNested(model, base=AutoNormal)(*regression)
+
+
 @pytest.mark.parametrize("noise", ["logistic", "gumbel"])
 def test_every_parameter_gets_a_gradient(noise, regression):
     guide = AutoNested(two_masks, noise=noise, latents="mean_field")

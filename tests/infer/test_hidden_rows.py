@@ -15,6 +15,7 @@ from torch.distributions import kl_divergence
 
 from pyro_vnd.distributions import NestedNormal, OrderedMask
 from pyro_vnd.infer import AutoNested, NestedELBO, OptimizerSettings, cosine_to_zero, fit, module_local_params
+from pyro_vnd.infer._model_sites import masked_like, visible_entries
 
 mean_field = partial(AutoNested, latents="mean_field")
 
@@ -156,6 +157,27 @@ def test_an_event_that_is_hidden_in_part_costs_what_is_seen():
             hidden = values[~keep]
             torch.testing.assert_close(hidden, hidden[:1].expand_as(hidden))
             assert (values[keep] - hidden[0]).abs().min() > 1e-3
+
+
+def test_an_event_that_is_hidden_as_a_whole_hides_its_entries():
+    keep = torch.tensor([True, False, True])
+    law = dist.Normal(torch.zeros(3, 2), 1.0).to_event(1)
+    for fn, mask in ((law.mask(keep), None), (law, keep), (law.mask(keep), torch.tensor([True, True, False]))):
+        visible = visible_entries({"fn": fn, "mask": mask})
+        expected = keep if mask is None or mask is keep else keep & mask
+        assert torch.equal(visible.expand(3, 2), expected[:, None].expand(3, 2))
+    assert visible_entries({"fn": law, "mask": None}) is None
+    inside = dist.Normal(torch.zeros(3, 2), 1.0).mask(torch.eye(3, 2).bool()).to_event(1)
+    assert torch.equal(visible_entries({"fn": inside, "mask": keep}), torch.eye(3, 2).bool() & keep[:, None])
+
+
+def test_a_law_that_is_no_event_of_entries_keeps_no_mask_of_them():
+    inside = dist.Normal(torch.zeros(3), 1.0).mask(torch.tensor([True, False, True])).to_event(1)
+    joint = dist.MultivariateNormal(torch.zeros(3), torch.eye(3))
+    assert masked_like(joint, inside) is joint
+    split = masked_like(dist.Normal(torch.ones(3), 2.0).to_event(1), inside)
+    expected = dist.Normal(torch.ones(3), 2.0).log_prob(torch.zeros(3))[[0, 2]].sum()
+    torch.testing.assert_close(split.log_prob(torch.zeros(3)), expected)
 
 
 @pytest.mark.parametrize("mask", [False, torch.zeros(N, dtype=torch.bool)])

@@ -253,6 +253,13 @@ def test_fit_on_digits_with_local_noise():
     assert (net.predict(test, width=1.0)[0].argmax(-1) == data.test.labels).double().mean() > 0.85
 
 
+def test_layers_that_there_are_not_are_refused():
+    with pytest.raises(
+        ValueError, match="LocalReparameterization: argument `layers` must be 'all' or 'linear'; got 'c"
+    ):
+        LocalReparameterization("convolution")
+
+
 def test_handlers_say_their_settings():
     assert repr(LocalReparameterization()) == "LocalReparameterization(layers='all')"
     assert repr(LocalReparameterization("linear")) == "LocalReparameterization(layers='linear')"

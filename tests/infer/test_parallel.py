@@ -9,21 +9,36 @@ import pytest
 import torch
 from processes import ROOT, torchrun
 
-pytestmark = pytest.mark.slow
+PROGRAM = ROOT / "tests" / "parallel_fits.py"
+
+
+def together(folder, *names):
+    """Return what each of two processes ends with that have run fits once."""
+    result = torchrun(PROGRAM, folder, *names)
+    assert result.returncode == 0, result.stderr
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return the folder in which two processes have run all fits once."""
-    folder = tmp_path_factory.mktemp("together")
-    result = torchrun(ROOT / "tests" / "parallel_fits.py", folder)
-    assert result.returncode == 0, result.stderr
-    return folder
+    return tmp_path_factory.mktemp("together")
 
 
 @pytest.fixture(scope="module")
-def ranks(folder):
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+def of_one(folder):
+    """Return what a fit of one process ends with that was interrupted, and went on."""
+    torch.set_default_dtype(torch.float64)
+    return parallel_fits.interrupted(folder, parallel_fits.AutoDelta, "alone")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder, of_one):
+    return together(folder)
+
+
+@pytest.fixture(scope="module")
+def long_ranks(tmp_path_factory):
+    return together(tmp_path_factory.mktemp("long"), "elbos", "sharded")
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +91,11 @@ def test_held_out_data_are_scored_as_by_one_process(ranks):
     agree(ranks[0]["validation_of_points"], parallel_fits.validation_of_points(), rtol=1e-5, atol=1e-5)
 
 
+def test_one_process_writes_what_is_logged(ranks):
+    assert ranks[0]["logged"] == {"wrote": (True, True, True), "lines": 3}
+    assert ranks[1]["logged"] == {"wrote": (False, False, False), "lines": 0}
+
+
 def test_one_process_can_stop_all(ranks):
     assert [each["stopped_by_one"]["epochs"] for each in ranks] == [2, 2]
 
@@ -101,17 +121,27 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(folder, ranks):
     assert math.isfinite(parallel_fits.resumed(folder, parallel_fits.AutoNormal, "normals")["elbo"][-1])
 
 
+def test_two_processes_go_on_from_the_checkpoint_of_one(of_one, ranks):
+    first, second = (each["goes_on_from_one"] for each in ranks)
+    assert first.pop("elbo") == second.pop("elbo") == pytest.approx(of_one["elbo"], rel=1e-5)
+    agree(first, of_one["whole"], rtol=1e-5, atol=1e-5)
+    agree(first, second, rtol=0, atol=0)
+
+
 def test_errors_say_what_processes_cannot_share(ranks):
     for said in (each["refused"] for each in ranks):
         assert "DistributedSampler; got Mine" in said["sampler"]
         assert "got batch_size=None" in said["no_batches"]
         assert "`batch_size` must be at least 2, a row for each process; got 1" in said["one_row"]
         assert "a law for each row" in said["by_row"]
+        assert "a guide with a law of lengths for each row learns on one process" in said["by_group"]
+        assert "on a disk that their machines share; they go on from steps [4, 0]" in said["own_disk"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["weights drawn", "points"])
-def test_a_transformer_whose_parameters_are_shared_out_is_that_of_one_process(name, ranks):
-    alone, parts = parallel_fits.sharded()[name], [each["sharded"][name] for each in ranks]
+def test_a_transformer_whose_parameters_are_shared_out_is_that_of_one_process(name, long_ranks):
+    alone, parts = parallel_fits.sharded()[name], [each["sharded"][name] for each in long_ranks]
     for part in parts:
         torch.testing.assert_close(part["losses"], alone["losses"])
     assert sum(part["held"] for part in parts) == alone["held"]
@@ -119,16 +149,18 @@ def test_a_transformer_whose_parameters_are_shared_out_is_that_of_one_process(na
     agree(parts[0]["whole"], alone["whole"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["net", "autoencoder"])
-def test_the_elbo_of_two_processes_is_within_the_noise_of_one(name, ranks, alone):
+def test_the_elbo_of_two_processes_is_within_the_noise_of_one(name, long_ranks, alone):
     """Four seeds each: z of the difference of the means; nets with other draws differ."""
     first, alone = zip(*alone[name], strict=True)
-    together = [last for _, last in ranks[0]["elbos"][name]]
+    together = [last for _, last in long_ranks[0]["elbos"][name]]
     spread = math.sqrt((statistics.variance(together) + statistics.variance(alone)) / 4)
     assert abs(statistics.mean(together) - statistics.mean(alone)) < 4 * spread
     assert spread < 0.05 * (statistics.mean(alone) - statistics.mean(first))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "error"),
     [
@@ -138,7 +170,7 @@ def test_the_elbo_of_two_processes_is_within_the_noise_of_one(name, ranks, alone
 )
 def test_an_error_of_one_process_ends_all(name, error, tmp_path):
     started = time.monotonic()
-    result = torchrun(ROOT / "tests" / "parallel_fits.py", tmp_path, name)
+    result = torchrun(PROGRAM, tmp_path, name)
     assert result.returncode != 0
     assert error in result.stderr
     assert time.monotonic() - started < 60

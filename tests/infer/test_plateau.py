@@ -114,6 +114,13 @@ def test_bad_arguments(arguments, message):
         Plateau(**arguments)
 
 
+def test_an_elbo_without_noise_has_a_gain_without_error():
+    gain, margin = Plateau(window=10).gain([1.0] * 10 + [1.25] * 10)
+    assert (gain, margin) == (0.25, 0.0)
+    assert Plateau(window=10, tolerance=0.3)([1.0] * 10 + [1.25] * 10)
+    assert not Plateau(window=10, tolerance=0.2)([1.0] * 10 + [1.25] * 10)
+
+
 def test_gain_wants_two_windows():
     with pytest.raises(ValueError, match="two windows, 20 epochs; got 19"):
         Plateau(window=10).gain([0.0] * 19)

@@ -276,6 +276,15 @@ def test_prices_need_laws_by_values(make):
         fit(model, model.guide, torch.rand(20, 4), num_epochs=1, schedule=PriceSchedule(), progress=False)
 
 
+def test_the_rate_of_laws_is_that_of_value_heads():
+    vae, x = OrderedVAE((4,), 3, posterior_lengths="priced"), torch.rand(20, 4)
+    before = {name: value.clone() for name, value in vae.named_parameters()}
+    fit(vae, vae.guide, x, num_epochs=2, schedule=PriceSchedule(), lr={"laws": 0.1, "*": 0.0}, progress=False)
+    moved = {name for name, value in vae.named_parameters() if not torch.equal(value, before[name])}
+    assert moved
+    assert all("value_head" in name for name in moved)
+
+
 def test_prices_need_a_head_that_is_drawn_from():
     """A head that was distilled stays out of the fit of an amortised law."""
     vae, x = OrderedVAE((4,), 3), torch.rand(20, 4)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pyro_vnd.diagnostics import evaluate_widths, net_cost
-from pyro_vnd.nn import NestedModel, NormalTargets, narrow, nest, widths_for
+from pyro_vnd.nn import NestedLayer, NestedModel, NestedNet, NormalTargets, Width, narrow, nest, widths_for
 from pyro_vnd.nn.table import num_parameters
 
 X = torch.randn(300, 6, generator=torch.Generator().manual_seed(0)).double()
@@ -191,6 +191,16 @@ def test_inputs_of_integers_need_no_data():
     net = nest(plain, torch.zeros(1, 5, dtype=torch.long), num_blocks=8, exclude=["0"])
     whole = net_cost(narrow(net, 1.0), torch.zeros(1, 5).long())["multiply_adds"]
     assert net_cost(narrow(net, budget=0.5), torch.zeros(1, 5).long())["multiply_adds"] <= whole / 2
+
+
+def test_a_net_without_an_example_needs_data():
+    hidden = Width("hidden", 16, num_blocks=8)
+    parts = NestedLayer(nn.Linear(6, 16), outputs=hidden), nn.ReLU(), NestedLayer(nn.Linear(16, 2), inputs=hidden)
+    net = NestedNet(nn.Sequential(*parts))
+    message = "`data` is needed for cost='macs', as the net does not say what its inputs are like"
+    with pytest.raises(ValueError, match=f"widths_for: argument {message}"):
+        widths_for(net, 0.5)
+    assert widths_for(net, 0.5, cost="parameters") == {"hidden": 3}  # with 4 blocks, 74 of 146
 
 
 def test_the_result_is_a_width_to_be_scored(unequal):

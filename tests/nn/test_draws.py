@@ -446,6 +446,12 @@ def test_pyro_hears_nothing():
         assert draws.predict(X).shape == (2, NUM_ROWS, 2)
 
 
+def test_draws_of_other_devices_are_kept():
+    net = make().to("meta")
+    with pytest.raises(ValueError, match="NetDraws: argument `keep` must be True for a net on meta"):
+        net.draws(2, keep=False)
+
+
 @pytest.mark.parametrize("num_draws", [0, -1, 1.5, True])
 def test_numbers_of_draws(num_draws):
     with pytest.raises(ValueError, match="argument `num_samples` must be an integer, at least 1; got"):

@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import ContinuousBernoulli, Normal, kl_divergence
 
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.nn import NestedLayer, Width
 from pyro_vnd.nn.axis import Run
+from pyro_vnd.nn.layers import cut_law
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 8), (5, 6)),
@@ -210,3 +211,13 @@ def test_mean_kl_of_kept_blocks_is_the_gated_kl():
     hold_keep_probs(a, b)
     for name, value in zip(("weight", "bias"), expected, strict=True):
         torch.testing.assert_close(kl_divergence(layer.law(name, "posterior"), layer.law(name, "prior")), value)
+
+
+def test_a_law_by_probabilities_is_cut_by_these():
+    """It has logits, too, and cannot be made of both."""
+    law = ContinuousBernoulli(torch.linspace(0.1, 0.8, 8).reshape(4, 2))
+    cut = cut_law(law, lambda x: x[:3])
+    assert type(cut) is ContinuousBernoulli
+    torch.testing.assert_close(cut.probs, law.probs[:3])
+    value = torch.rand(3, 2)
+    torch.testing.assert_close(cut.log_prob(value), law.log_prob(torch.cat([value, value[:1]]))[:3])

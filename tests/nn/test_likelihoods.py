@@ -277,6 +277,25 @@ def test_targets_that_do_not_fit_are_refused_and_never_broadcast(name, outputs, 
         model(X, y)
 
 
+UNSEEN = {
+    "yes or no": (torch.full((ROWS,), 0.25), torch.full((ROWS,), 0.25)),
+    "a number": (torch.full((ROWS,), math.inf).float(), torch.full((ROWS,), math.inf)),
+    "counts": (torch.full((ROWS, 2), -1), torch.full((ROWS, 2), -1.0)),
+    "tokens": (torch.full((ROWS, 3), 99, dtype=torch.int16), torch.full((ROWS, 3), 99)),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_values_of_targets_are_not_looked_at_where_that_would_wait(name):
+    likelihood, (y, expected) = CASES[name][0], UNSEEN[name]
+    outputs = draws(*{"tokens": (ROWS, 3, 5), "counts": (ROWS, 2)}.get(name, (ROWS, 1)))
+    with pytest.raises(ValueError, match="caller: argument `labels` must be"):
+        likelihood.targets("caller", y, outputs, argument="labels")
+    found = likelihood.targets("caller", y, outputs, argument="labels", values=False)
+    assert torch.equal(found, expected.to(found.dtype))
+    assert found.dtype == (torch.int64 if name == "tokens" else torch.float64)
+
+
 BAD_OUTPUTS = {
     "odd": (NormalTargets("predicted"), draws(ROWS, 3), r"means and as many scales along dimension -1.*\(6, 3\)"),
     "scales": (NormalTargets(torch.ones(3)), draws(ROWS, 2), r"means for the scales of shape \(3,\); got \(6, 2\)"),

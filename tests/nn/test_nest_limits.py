@@ -338,6 +338,21 @@ def test_arguments_of_other_types_are_said(arguments, message):
         nest(**given | arguments)
 
 
+def test_names_of_inputs_that_have_no_place_are_refused():
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 4), nn.Linear(4, 1)
+
+        def forward(self, x, *, scale=None, **more):
+            return self.b(self.a(x).relu())
+
+    message = r"`example_input` names \['scale', 'other'\], which ByName takes by name only; give it a forward that"
+    with pytest.raises(ValueError, match=f"nest: argument {message}"):
+        nest(ByName(), {"x": torch.zeros(1, 2), "scale": torch.zeros(1), "other": torch.zeros(1)})
+    assert [*nest(ByName(), {"x": torch.zeros(1, 2)}).widths] == ["a"]
+
+
 def test_nets_that_are_nested_are_not_nested_again():
     net = nest(nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1)), torch.zeros(1, 2))
     with pytest.raises(ValueError, match="`net` must be an ordinary module of torch; got NestedNet"):

@@ -51,7 +51,8 @@ def test_sites_and_shapes_are_those_of_the_guide_in_the_same_order(mask_per):
 def test_a_prefix_is_put_before_all_names():
     net = make(prefix="bnn.")
     assert list(sites(net, X)) == ["bnn.0.mask", "bnn.2.mask", *(f"bnn.{name}" for name in WEIGHTS)]
-    assert list(net.laws) == ["bnn.0.mask", "bnn.2.mask"]
+    assert list(net.laws) == list(net.guide.laws) == ["bnn.0.mask", "bnn.2.mask"]
+    assert all(torch.equal(law.logits, net.guide.laws[name].logits) for name, law in net.laws.items())
 
 
 def test_point_estimates_have_mask_sites_only():

@@ -72,6 +72,13 @@ def test_a_net_without_batchnorm_is_returned():
     assert recalibrate_batchnorm(net, []) is net
 
 
+def test_norms_without_statistics_are_passed_over():
+    net, x = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.BatchNorm1d(3)), torch.randn(9, 3) * 5
+    recalibrate_batchnorm(net, x)
+    assert net[0].running_mean is None
+    torch.testing.assert_close(net[1].running_var, net[0](x).var(0))
+
+
 def test_recalibration_helps_narrowed_nets_on_digits(digits):
     plain = nn.Sequential(
         nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU()

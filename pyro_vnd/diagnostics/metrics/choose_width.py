@@ -69,11 +69,14 @@ def smallest_width(
     if len(set(sizes.values())) > 1:
         raise ValueError(f"smallest_width: argument `scores` must be of the same rows; got numbers of rows {sizes}")
     best = max(by_width.values(), key=np.sum)
-    for width, densities in by_width.items():
-        loss = best - densities
-        if loss.sum() <= within * (len(loss) ** 0.5) * loss.std(ddof=min(1, len(loss) - 1)):
-            return width
-    raise AssertionError("the best width is within its own error")
+    # The best width is there, if no smaller one is.
+    return next(width for width, densities in by_width.items() if _is_within(best - densities, within))
+
+
+def _is_within(loss: np.ndarray, within: float) -> bool:
+    """Say whether a sum over rows is at most so many standard errors."""
+    error = (len(loss) ** 0.5) * loss.std(ddof=min(1, len(loss) - 1))
+    return bool(loss.sum() <= within * error)
 
 
 def _densities(width: float, found: Any, var_name: str | None, variational: bool, force: bool) -> np.ndarray:

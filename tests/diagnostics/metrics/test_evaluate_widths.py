@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from pyro_vnd.diagnostics import evaluate, evaluate_learned, evaluate_widths
+from pyro_vnd.diagnostics import evaluate, evaluate_learned, evaluate_widths, loo_widths
 from pyro_vnd.diagnostics.metrics.predictive import average_draws, predictive_metrics
 from pyro_vnd.infer import module_local_params
 from pyro_vnd.nn import CategoricalLabels, NestedModel, narrow, nest
@@ -223,6 +223,9 @@ def test_widths_are_fractions_or_numbers_of_blocks(widths, trained, digits):
 
 
 def test_draws_are_needed(trained, digits):
+    for score in (evaluate_widths, loo_widths):
+        with pytest.raises(ValueError, match=f"{score.__name__}: `data` has no rows"):
+            score(trained, [], [1.0])
     with pytest.raises(ValueError, match="`num_samples` must be at least 1; got 0"):
         evaluate_widths(trained, digits.test, [0.5], 0, progress=False)
 

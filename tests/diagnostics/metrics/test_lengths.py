@@ -285,12 +285,27 @@ def test_codes_of_one_unit():
         (None, {"num_samples": 0}, "`num_samples` must be positive"),
         (None, {"batch_size": 1.5}, "`batch_size` must be integers"),
         (torch.zeros(0, D), {}, "evaluate_lengths: argument `data` has no rows"),
+        (
+            None,
+            {"laws": {"mine": torch.zeros(2)}},
+            r"argument `laws` must have names other than .*; got 'mine': tensor",
+        ),
+        (None, {"laws": {"exact": OrderedMask.uniform(K).expand((3,))}}, "other than .*; got 'exact': OrderedMask"),
+        (None, {"laws": {"mine": OrderedMask.uniform(K)}}, "laws of batch shape .*; got 'mine': OrderedMask"),
+        (torch.rand(4, D), {"laws": {"mine": OrderedMask.uniform(2).expand((4,))}}, r"batch shape \(4,\) over 6 units"),
         ((torch.rand(4, D), torch.rand(4)), {}, "evaluate_lengths: .*labels|integers"),
     ],
 )
 def test_errors(x, data, options, message: str):
     with pytest.raises(ValueError, match=message):
         evaluate_lengths(Planted(), x if data is None else data, **{"mean_lengths": [2]} | QUIET | options)
+
+
+def test_batches_without_rows_are_passed_over(x):
+    parts = [x[:4], x[:0], x[4:9]]
+    found, expected = (evaluate_lengths(Planted(), data, [2], **QUIET) for data in (iter(parts), x[:9]))
+    np.testing.assert_allclose(found["mse"], expected["mse"])
+    assert found.sizes["image"] == 9
 
 
 def test_of_a_vqvae_the_rate_is_that_of_its_tokens(digits):

@@ -193,6 +193,15 @@ def test_a_model_without_the_optional_methods(data):
     assert found["mse"].values[0, 0] == pytest.approx(data[0][:, 1:].square().sum().item() / data[0].numel())
 
 
+def test_laws_that_are_none_of_lengths_are_left_out(data):
+    class Gaussian(Cut):
+        def encode(self, x):
+            return torch.distributions.Normal(x, 1.0)
+
+    found = evaluate_prefixes(Gaussian(data[0]), data[0], [1, 64], **BASIC)
+    assert set(found.data_vars) == {"mse", "mean_code_variance", "active_units"}
+
+
 def test_latents_of_several_numbers_whose_law_is_that_of_their_mask(data):
     class Pairs(Cut):
         num_latents = 32

@@ -196,6 +196,12 @@ def test_mistakes_are_said_and_leave_the_old_file(program, how, message, y, tmp_
     assert os.listdir(tmp_path) == ["draws.nc"]
 
 
+def test_data_without_batches_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="to_arviz: argument `data` must have batches; got none"):
+        to_arviz(model, guide, [], num_samples=3, path=tmp_path / "draws.nc")
+    assert os.listdir(tmp_path) == []
+
+
 def test_batches_need_a_file(y):
     for data in (DataLoader(TensorDataset(y), 4), TensorDataset(y), iter([y])):
         with pytest.raises(

@@ -300,6 +300,8 @@ def test_rows_without_ratios_of_their_own_are_refused(make):
         khat_by_row(model, AutoNormal(model), X, plate="rows")
     with pytest.raises(ValueError, match="`num_samples` must be at least 25; got 24"):
         khat_by_row(model, AutoNormal(model), X, num_samples=24)
+    with pytest.raises(ValueError, match="khat_by_row: argument `data` has no rows"):
+        khat_by_row(model, AutoNormal(model), [])
 
 
 def test_seeds_and_the_callers_random_numbers():

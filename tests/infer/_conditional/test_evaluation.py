@@ -233,6 +233,18 @@ def test_a_weight_of_the_lengths_is_a_temperature_of_their_law(length_weight: fl
     torch.testing.assert_close(guide.laws["mask"].probs, expected)
 
 
+def test_lengths_of_a_joint_law_have_one_weight():
+    def model(y: Tensor) -> None:
+        for name, infer in (("a", {}), ("b", {"length_weight": 2.0})):
+            pyro.sample(name, OrderedMask.uniform(3), infer=infer)
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+
+    message = r"sites \['a', 'b'\] have a joint law, so that they must have one `length_weight`; got \[1.0, 2.0\]"
+    with pytest.raises(ValueError, match=message):
+        fit(model, AutoNested(model), torch.zeros(4), num_epochs=1, progress=False)
+
+
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3])
 def test_weights_of_kls_are_those_of_the_objective(kl_weight: float):
     """The objective is E log-likelihood - w KL(w) - KL(L), at each length."""

@@ -98,6 +98,25 @@ def soft(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(mask.sum(-1), 1.0), obs=y)
 
 
+def two_plates(y: Tensor) -> None:
+    for name in "ab":
+        with pyro.plate(name, len(y)):
+            mask = pyro.sample(f"mask_{name}", OrderedMask.uniform(3))
+            pyro.sample(f"y_{name}", dist.Normal(mask.sum(-1), 1.0), obs=y)
+
+
+def outside(y: Tensor) -> None:
+    mask = pyro.sample("mask", OrderedMask.uniform(3).expand([2]))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mask.sum(), 1.0), obs=y)
+
+
+def large(y: Tensor) -> None:
+    mask = pyro.sample("mask", OrderedMask.uniform(256))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mask.sum(-1), 1.0).expand([2**12]).to_event(1), obs=y[:, None].expand(-1, 2**12))
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "reason"),
     [
@@ -106,6 +125,9 @@ def soft(y: Tensor) -> None:
         (together, {}, "site 'mask' has several masks, of shape"),
         (some_rows, {}, "plate 'data' of site 'mask' subsamples"),
         (soft, {}, "there is no mask"),
+        (two_plates, {}, "masks are in several plates"),
+        (outside, {}, "site 'mask' has several masks outside plates"),
+        (large, {"num_draws": 5}, r"2\.1e\+07 observed numbers in a step, over all lengths, are more than 1\.7e\+07"),
         (plain, {"temperature": 0.5}, "argument `temperature` is for mean field"),
         (plain, {"noise": "gumbel"}, "argument `noise` is for mean field"),
     ],

@@ -198,6 +198,47 @@ def test_latents_of_hidden_rows_have_their_prior_after_a_fit():
     assert spread[keep].mean() == pytest.approx(math.sqrt(0.5), abs=0.05)
 
 
+def test_latents_of_hidden_entries_have_their_prior_beside_what_is_learned():
+    """The latents of all rows are one correlated block: what is hidden is not drawn into it."""
+    keep = torch.arange(6) < 3
+
+    def model(y: Tensor) -> None:
+        pyro.sample("mask", OrderedMask.uniform(3))
+        with pyro.plate("data", len(y)), poutine.mask(mask=keep):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    guide = AutoNested(model)
+    fit(model, guide, torch.full((6,), 2.0), num_epochs=300, progress=False)
+    (tables,) = guide.conditional.tables
+    assert tables.correlated
+    assert tables.loc[:, 3:].abs().max() == tables.log_scale[:, 3:].abs().max() == 0
+    assert tables.lower[:, 3:].abs().max() == tables.lower[:, :, 3:].abs().max() == 0
+    law = tables.law()
+    means = (law.center + law.spread * law.loc)[:, :3]
+    torch.testing.assert_close(means, torch.ones(3, 3), rtol=0, atol=0.1)  # y / 2
+    torch.testing.assert_close(law.stddev[:, :3], torch.full((3, 3), math.sqrt(0.5)), rtol=0, atol=0.1)
+
+
+def test_latents_too_many_to_know_the_lengths_have_one_law_for_all():
+    y = torch.linspace(-2.0, 2.0, 600)
+
+    def model(y: Tensor) -> None:
+        pyro.sample("mask", OrderedMask.uniform(256))
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    guide = AutoNested(model, latents="conditional")
+    fit(model, guide, y, num_epochs=80, lr=0.1, progress=False)
+    (tables,) = guide.conditional.tables
+    assert not tables.knows_lengths
+    means = (tables.center + tables.spread * tables.loc).squeeze()
+    assert (means - y / 2).std() < 0.05
+    assert "for all lengths" in repr(guide)
+    torch.testing.assert_close(guide.laws["mask"].probs, torch.full((256,), 1 / 256))
+
+
 def test_the_effective_number_of_parameters_is_that_of_the_posterior():
     """A guide that was not trained is corrected in both densities whose difference it is."""
 

@@ -25,6 +25,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
     get_worker_info,
 )
+from torch.utils.data.distributed import DistributedSampler
 
 from pyro_vnd._data import batches_of, check_rows
 from pyro_vnd.infer import OptimizerSettings, Validation, cosine_to_zero, fit
@@ -234,6 +235,7 @@ KNOWN = {
         9,
     ),
     "weighted": (lambda data: DataLoader(Rows(*data), B, sampler=WeightedRandomSampler(torch.ones(N), 24)), 24),
+    "distributed": (lambda data: DataLoader(Rows(*data), B, sampler=DistributedSampler(Rows(*data), 1, 0)), N),
     "list": (split, N),
 }
 
@@ -243,6 +245,35 @@ def test_what_is_known_of_the_number_of_rows(make, count, rows):
     source = as_source(make(rows), None, None, Ranks(), None)
     assert source.num_data == count
     assert source.num_batches == len(make(rows))
+
+
+def test_what_shuffles_by_epoch_is_told_which_it_is(rows):
+    class Epochs(DistributedSampler):
+        def set_epoch(self, epoch):
+            epochs.append(epoch)
+            super().set_epoch(epoch)
+
+    epochs = []
+    train(DataLoader(Rows(*rows), B, sampler=Epochs(Rows(*rows), 1, 0)), num_epochs=3)
+    assert list(dict.fromkeys(epochs)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("num_rows", "sizes"), [(None, [12, 12, 12, 4]), (20, [12, 12]), (24, [12, 12]), (1, [12])])
+def test_the_first_batches_have_so_many_rows(num_rows, sizes, rows):
+    source = as_source(split(rows), None, None, Ranks(), None)
+    found = [*source.in_order(num_rows)]
+    assert [len(x) for x, _ in found] == sizes
+    assert all(torch.equal(x, batch[0]) for (x, _), batch in zip(found, split(rows), strict=False))
+
+
+def test_an_epoch_without_batches_is_refused(rows):
+    class Vanishing(Again):
+        def __iter__(self):
+            self.batches, batches = [], self.batches
+            return iter(batches)
+
+    with pytest.raises(ValueError, match="fit: argument `data` must have batches in every epoch; got none: is it an"):
+        train(Vanishing(split(rows)), num_data=N)
 
 
 def test_batches_may_be_a_part_of_all_data(rows):

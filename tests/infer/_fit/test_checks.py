@@ -1,5 +1,6 @@
 """Mistakes in the arguments of `fit`: each is refused, by name, before anything is trained or written."""
 
+import itertools
 import re
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_vnd.autoencoders import OrderedVAE, OrderedVQVAE, mlp_bodies
-from pyro_vnd.distributions import OrderedMask
+from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
 from pyro_vnd.infer import (
     AutoNested,
     KLWeights,
@@ -195,6 +196,24 @@ def test_arguments_of_the_guide_are_those_of_the_model(rows):
     refused(r"the arguments of `guide`, \(x\); got 2 by place", model, Guide(), rows)
 
 
+def test_programs_without_a_signature_that_can_be_read_are_taken(rows):
+    class Program:
+        __signature__ = "unknown"  # as some wrappers leave it
+
+        def __call__(self, x, y=None):
+            return model(x, y)
+
+    how = {"num_epochs": 2, "progress": False}
+    found, expected = (fit(program, AutoNested(model), rows, **how).elbo for program in (Program(), model))
+    assert found == expected
+
+
+def test_a_schedule_without_a_signature_is_made_before_it_is_judged(rows):
+    settings = OptimizerSettings(lr_schedule=itertools.repeat)  # a class in C, of which Python knows no signature
+    message = "`lr_schedule` must be what makes a torch LRScheduler whose step needs no value; got the class repeat"
+    refused(message, model, AutoNested(model), rows, optimizer=settings)
+
+
 def test_a_plate_without_a_size(rows):
     def without(x, y=None):
         mask = pyro.sample("mask", OrderedMask.uniform(4))
@@ -251,6 +270,22 @@ def test_data_of_another_dtype():
     ):
         program = OwnNet()
         refused(message, program, AutoNormal(program), (x, Y))
+
+
+def test_an_error_of_types_that_are_right_stays_what_it_is(rows):
+    def broken(x, y):
+        if pyro.sample("w", dist.Normal(0.0, 1.0)).requires_grad:  # not where a guide is made
+            raise RuntimeError("no such type of file")
+
+    with pytest.raises(RuntimeError, match="no such type of file"):
+        fit(broken, AutoNormal(broken), (rows[0], torch.arange(N)), num_epochs=1, progress=False)
+
+
+def test_neither_model_nor_guide_has_parameters(rows):
+    def guide(x, y=None):
+        pyro.sample("mask", OrderedMaskStraightThrough(0.2, logits=torch.zeros(4)))
+
+    refused("neither model nor guide has parameters; is the guide an nn.Module", model, guide, rows)
 
 
 def test_data_of_another_dtype_than_the_latents(rows):

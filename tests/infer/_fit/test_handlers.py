@@ -176,6 +176,29 @@ def test_laws_are_recorded_with_their_priors(y):
         torch.testing.assert_close(prior.probs, OrderedMask.geometric(0.5, K).probs)
 
 
+def test_a_mask_that_the_guide_fixes_has_no_law(y):
+    def guide(y):
+        pyro.sample("mask", dist.Delta(torch.ones(K), event_dim=1))
+
+    record = EvaluationRecord()
+    with record:
+        Trace_ELBO().differentiable_loss(lengths, guide, y)
+    assert record.laws == record.visible == record.plates == {}
+    assert record.log_likelihood.item() == pytest.approx(dist.Normal(float(K), 3.0).log_prob(y).sum().item())
+
+
+def test_a_plate_for_other_data_is_refused(y):
+    def model(rows):
+        with pyro.plate("data", 50, subsample_size=len(rows)):
+            pyro.sample("y", dist.Normal(0.0, 1.0), obs=rows)
+
+    with (
+        pytest.raises(ValueError, match="fit: plate 'data' is for 50 rows, but the data have 40"),
+        ScaleToDataset("data", N, 10, KLWeights()),
+    ):
+        model(y[:10])
+
+
 def weighted_sites(y, weights):
     with pyro.plate("f", 3):
         w = pyro.sample("w", dist.Normal(2.0, 1.0), infer=weights)

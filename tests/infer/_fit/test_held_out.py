@@ -35,6 +35,13 @@ def test_validation_ignores_the_scale_of_a_plate_for_more_rows(y):
     assert mean_log_likelihood(model, lambda rows: None, [y], 7) == pytest.approx(expected)
 
 
+def test_validation_without_rows_is_refused(y):
+    with pytest.raises(
+        ValueError, match="fit: `validation` must have rows each time it is read; got none: is it an it"
+    ):
+        mean_log_likelihood(masked_mean, MaskedMeanGuide(), iter([]), 7)
+
+
 class Normalised(PyroModule):
     """A model with buffers that change in training, and random numbers of its own."""
 

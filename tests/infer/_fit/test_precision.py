@@ -172,6 +172,37 @@ def test_a_program_that_is_a_plain_module_is_no_net_but_its_parts_are():
     assert model.seen[-2:] == [False, True]
 
 
+def test_all_that_a_net_returns_is_single():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x):
+            out = self.linear(x)
+            return out, [out.argmax(-1), {"twice": 2 * out}], "as it is"
+
+    class Program(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.act = Heads(), nn.ReLU()
+
+    program, x = Program(), torch.randn(5, 3)
+    exact = program.net(x)[0]
+    with computing_in("bf16", [program]):
+        assert not program.act._forward_hooks  # it has no parameters
+        out, (index, named), text = program.net(x)
+    assert [out.dtype, index.dtype, named["twice"].dtype, text] == [
+        torch.float32,
+        torch.int64,
+        torch.float32,
+        "as it is",
+    ]
+    assert torch.equal(out, out.to(HALF).float())
+    assert torch.equal(named["twice"], 2 * out)
+    torch.testing.assert_close(out, exact, rtol=0.02, atol=0.02)
+
+
 def test_a_law_of_a_prior_is_not_touched():
     law = OrderedMask.uniform(4)
     with computing_in("bf16", [law]):

@@ -160,6 +160,39 @@ def test_a_checkpoint_at_the_last_step_of_an_epoch_is_good(form, data, tmp_path)
     assert same(train(form, data, Checkpoint(path, resume=True)), expected)
 
 
+class Remembering:
+    """Batches in a random order, of which a state tells how many were read, in which order."""
+
+    def __init__(self, data):
+        self.batches, self.read, self.order, self.skipped = Again(data).batches, 0, [], None
+
+    def __iter__(self):
+        self.order, start = self.skipped or (torch.randperm(len(self.batches)).tolist(), 0)
+        self.skipped = None
+        for place in range(start, len(self.batches)):
+            self.read, self.place = self.read + 1, place + 1
+            yield self.batches[self.order[place]]
+
+    def state_dict(self):
+        return {"order": self.order, "place": self.place}
+
+    def load_state_dict(self, state):
+        self.skipped = state["order"], state["place"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loader_that_knows_where_it_was_goes_on_from_there(accumulate, data, tmp_path):
+    def form(data):
+        return Remembering(data), {"num_data": N}
+
+    expected, path = train(form, data, accumulate=accumulate), tmp_path / "fit.pt"
+    train(form, data, Checkpoint(path, every_steps=1), stop_at=1 + 7 + 5, accumulate=accumulate)
+    torch.manual_seed(99)
+    found = train(form, data, Checkpoint(path, resume=True), accumulate=accumulate)
+    assert same(found, expected)
+    assert found[2].read == 1 + (7 - 4) + 7  # one to begin with, the rest of the second epoch, and the third
+
+
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # of torchdata's import
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("accumulate", [1, 2])

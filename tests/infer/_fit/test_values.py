@@ -18,7 +18,7 @@ from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
 from pyro_vnd.infer import MaskSchedule, NestedELBO, PriceSchedule, fit
 from pyro_vnd.infer._fit.handlers import EvaluationRecord, ScaleToDataset
 from pyro_vnd.infer._fit.mask_sources import MaskCuts
-from pyro_vnd.infer._fit.values import ValueSites
+from pyro_vnd.infer._fit.values import ValueSites, _divergence
 from pyro_vnd.infer.schedules import KLWeights
 from pyro_vnd.nn import ValueHead
 
@@ -355,3 +355,16 @@ def test_a_fit_teaches_heads_under_a_mask_schedule_and_none():
         model.eval()
         law = model.lengths(x, mean_length=2.0)  # the rows of the calibration are all of them
         assert law.mean_length.mean().item() == pytest.approx(2.0, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("q", "p"), [(dist.Cauchy(0.5, 2.0), dist.Normal(0.0, 1.0)), (dist.Delta(torch.tensor(0.7)), dist.Normal(0.0, 1.0))]
+)
+def test_without_a_kl_the_densities_at_the_draw_are_compared(q, p):
+    value = torch.tensor(0.7)
+    assert torch.equal(_divergence(q, p, value), q.log_prob(value) - p.log_prob(value))
+
+
+def test_a_kl_that_is_known_is_exact():
+    q, p = Normal(0.5, 2.0), Normal(0.0, 1.0)
+    assert torch.equal(_divergence(q, p, torch.tensor(0.7)), kl_divergence(q, p))

@@ -12,6 +12,22 @@ from pyro_vnd.nn.tracing import channel_groups
 from pyro_vnd.nn.tracing.call import rule
 
 
+def put(x, index, value):
+    x = x.clone()
+    x[index] = value
+    return x
+
+
+def channels_last(x):
+    return x.flatten(2).transpose(1, 2)
+
+
+def normed(x):
+    x = channels_last(x)
+    return F.layer_norm(x, x.shape[-1:])
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice for softmax")
 @pytest.mark.parametrize(
     ("body", "why"),
     [
@@ -26,6 +42,38 @@ from pyro_vnd.nn.tracing.call import rule
         (lambda net, x: net.b(net.a(x).flatten(2).transpose(1, 2).cumsum(-1).flatten(1)), "mixes channels"),
         (lambda net, x: net.b((net.a(x).flatten(2) @ torch.eye(9)).flatten(1) @ torch.eye(36)), "sums over channels"),
         (lambda net, x: net.b(F.pad(net.a(x)[:, :, 1:], (0, 0, 1, 0, 1, -1)).flatten(1)), "pads channels"),
+        (lambda net, x: net.b(F.softmax(net.a(x)).flatten(1)), "mixes channels"),
+        (lambda net, x: net.b(net.a(x).flatten(2).tril().flatten(1)), "takes positions"),
+        (lambda net, x: net.b(F.glu(torch.cat([net.a(x)] * 3, 1), 1)[:, :4].flatten(1)), "takes channels apart"),
+        (
+            lambda net, x: net.b(net.a(x).flatten(1) + torch.zeros(len(x), 9 * net.a(x).shape[1] + 1)[:, :-1]),
+            "number of channels",
+        ),
+        (lambda net, x: net.b(torch.cdist(channels_last(net.a(x)), torch.ones(4, 4)).flatten(1)), "sums over channels"),
+        (
+            lambda net, x: net.b(
+                torch.baddbmm(torch.ones(1), channels_last(net.a(x)), torch.ones(len(x), 4, 4)).flatten(1)
+            ),
+            "sums over channels",
+        ),
+        (lambda net, x: net.b(F.layer_norm(net.a(x), (4, 3, 3)).flatten(1)), "normalises over several axes"),
+        (lambda net, x: net.b(F.layer_norm(channels_last(net.a(x)), (4,)).flatten(1)), "has a fixed size"),
+        (lambda net, x: net.b(normed(net.a(x)).flatten(1)), "normalises over channels, without a weight"),
+        (lambda net, x: net.b(F.group_norm(net.a(x), 2).flatten(1)), "has a fixed number of groups"),
+        (
+            lambda net, x: net.b(put(torch.zeros(len(x), 4, 3, 3), ..., net.a(x)).flatten(1)),
+            "puts it where nothing can be",
+        ),
+        (
+            lambda net, x: net.b(put(net.a(x), (slice(None), slice(None), 0), x[:, :, 0]).flatten(1)),
+            "puts there what ca",
+        ),
+        (lambda net, x: net.b(put(net.a(x), (slice(None), [3, 0, 2, 1]), net.a(x)).flatten(1)), "cannot be followed"),
+        (
+            lambda net, x: net.b(put(channels_last(net.a(x)), x.flatten(1) > 0, torch.ones(4)).flatten(1)),
+            "cannot be followed",
+        ),
+        (lambda net, x: net.b(put(channels_last(net.a(x)), x.flatten(1) > 0, 0.0).flatten(1)), "no cut fits all"),
     ],
 )
 def test_what_leaves_channels_whole(body, why):
@@ -156,6 +204,7 @@ def around(part):
     [
         (Recurrent, "part.gru", "`gru` in `part.gru`"),
         (lambda: Net(lambda net, x: torch.linalg.pinv(x).T + x), "part", "`linalg_pinv` in `part`"),
+        (lambda: Net(lambda net, x: x * (x @ torch.ones(6)).unsqueeze(-1)), "part", "`matmul` in `part`"),
         (lambda: Net(lambda net, x: x.unsqueeze_(0).squeeze_(0)), "part", "`unsqueeze` in `part`"),
         (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)), "part.parametrizations.weight.0", "`mv` in"),
     ],
@@ -182,6 +231,47 @@ def test_what_the_net_does_may_depend_on_the_data():
             return self.layer(x) if x.mean() > -1e9 else x
 
     assert channel_groups(around(Branching()), torch.randn(2, 3)).names == ("part.layer", "b")
+
+
+@pytest.mark.parametrize(
+    ("body", "whole"),
+    [
+        (lambda net, x: torch.cat([net.a(x), net.b(x)], 1) + torch.cat([net.b(x), net.a(x)], 1), "ab"),
+        (lambda net, x: net.conv(x[:, None, None]).flatten(1)[:, :8] + torch.cat([net.a(x), net.b(x)], 1), "ab"),
+    ],
+)
+def test_sums_of_channels_of_different_make_up_stay_whole(body, whole):
+    layers = {"a": nn.Linear(4, 5), "b": nn.Linear(4, 3), "conv": nn.Conv2d(1, 4, 1), "c": nn.Linear(8, 6)}
+    net = Net(lambda net, x: net.d(net.c(body(net, x)).relu()), **layers, d=nn.Linear(6, 2))
+    groups = channel_groups(net, torch.randn(2, 4))
+    assert groups.names == ("c",)
+    assert all("combines channels of different make-up" in groups.whole[name] for name in whole)
+
+
+def test_channels_of_two_layers_that_meet_in_a_group_stay_whole():
+    def forward(net, x):
+        return net.d(net.c(torch.cat([net.a(x), net.b(x)], 1)))
+
+    net = Net(forward, a=conv(3, 5), b=conv(3, 3), c=conv(8, 8, groups=4), d=conv(8, 2))
+    with pytest.raises(ValueError, match="`a`: `Conv2d` in `c` has groups in which channels of several layers meet"):
+        channel_groups(net, torch.randn(2, 3, 4, 4))
+
+
+def test_a_table_whose_rows_are_rescaled_cannot_be_followed():
+    for table in (nn.Embedding(9, 6, max_norm=1.0), nn.EmbeddingBag(9, 6, max_norm=1.0)):
+        layers = {"a": table, "b": nn.Linear(6, 5), "c": nn.Linear(5, 2)}
+        net = Net(lambda net, x: net.c(net.b(net.a(x)).relu()), **layers)
+        groups = channel_groups(net, torch.randint(9, (2, 3)))
+        assert groups.names == ("b",)
+        assert groups.unfollowed == {"a": f"`{type(table).__name__}` in `a`"}
+
+
+def test_a_table_that_a_function_rescales_cannot_be_followed():
+    layers = {"a": nn.Embedding(9, 6), "b": nn.Linear(6, 5), "c": nn.Linear(5, 2)}
+    net = Net(lambda net, x: net.c(net.b(F.embedding(x, net.a.weight, max_norm=1.0)).relu()), **layers)
+    groups = channel_groups(net, torch.randint(9, (2, 3)))
+    assert groups.names == ("b",)
+    assert groups.unfollowed == {"": "`embedding` in the forward of the net"}
 
 
 def test_layers_of_an_excluded_module_are_left_alone():

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from pyro_vnd.nn import narrow, nest
+from pyro_vnd.nn.tracing.recurrent import Recurrent
 
 IDS = torch.arange(28).reshape(4, 7) * 5 % 11
 LENGTHS = torch.tensor([3, 7, 2, 5])
@@ -161,3 +162,14 @@ def test_a_layer_that_reads_reordered_rows_reads_whole_channels():
     net = nest(Reordering(nn.Linear(8, 8), UNDONE["argsort"]), SORTED)
     assert list(net.widths) == ["inner"]
     assert "rows of the input of `inner` are not the examples" in net.whole["first"]
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_one_sequence_without_an_axis_of_its_own(kind, batch_first):
+    net, x = kind(5, 6, 2, batch_first=batch_first, bidirectional=True), torch.randn(7, 5)
+    states = [torch.randn(4, 6) for _ in range(1 + (kind is nn.LSTM))]
+    for start in (None, tuple(states) if kind is nn.LSTM else states[0]):
+        expected, found = net(x, start), Recurrent(net)(x, start)
+        assert expected[0].shape == (7, 12)
+        torch.testing.assert_close(found, expected)
