@@ -95,7 +95,7 @@ class Plain(PyroModule):
     def forward(self, x: Tensor, y: Tensor) -> None:
         """Run the model."""
         w = pyro.sample("w", dist.Normal(torch.zeros(6), 1.0).to_event(1))
-        mean, noise = self.net(x) @ w, self.noise
+        mean, noise = self.net(x) @ w, torch.as_tensor(self.noise)
         with pyro.plate("data", len(x), dim=-1):
             pyro.sample("y", dist.Normal(mean, noise), obs=y)
 
@@ -237,9 +237,9 @@ def outcome(which: Combination, folder: Path, seed: int = 0) -> dict[str, str]:
         own = torch.Generator().manual_seed(3 + seed)
         given = DataLoader(TensorDataset(*data), batch_size=ROWS // 8, shuffle=True, generator=own)
     seen = Seen()
-    arguments = TRAININGS[which.training](which.model) | ({"batch_size": ROWS // 4} if given is data else {})
     callbacks = [seen, *CALLBACKS[which.callbacks](folder, held_out)]
-    arguments = {"num_epochs": EPOCHS, "callbacks": callbacks, "progress": False, "seed": 0} | arguments
+    arguments: dict[str, Any] = {"num_epochs": EPOCHS, "callbacks": callbacks, "progress": False, "seed": 0}
+    arguments |= TRAININGS[which.training](which.model) | ({"batch_size": ROWS // 4} if given is data else {})
     before = torch.get_rng_state()
     with warnings.catch_warnings():
         for kind in (LengthCollapseWarning, PoorFitWarning):  # of fits that are this short
@@ -265,7 +265,7 @@ def states(folder: Path) -> dict[str, str]:
     Raises:
         ValueError: If one cannot be read.
     """
-    found = {}
+    found: dict[str, str] = {}
     for path in sorted(folder.glob("*.pt")):
         state = read_state(path)
         del state["result"]["seconds"]
@@ -275,7 +275,7 @@ def states(folder: Path) -> dict[str, str]:
 
 def logs(folder: Path) -> dict[str, str]:
     """Return digests of what loggers wrote, but for the seconds."""
-    found = {}
+    found: dict[str, str] = {}
     if (path := folder / "fit.csv").exists():
         with path.open(newline="") as file:
             found[path.name] = digest([row | {"seconds": None} for row in csv.DictReader(file)])
@@ -284,15 +284,17 @@ def logs(folder: Path) -> dict[str, str]:
     return found
 
 
-def events(folder: Path) -> dict[str, Any]:
-    """Return the numbers that TensorBoard shows, by name and step."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def events(folder: Path) -> dict[str, list[tuple[int, list[float]]]]:
+    """Return what was written for TensorBoard by name and step: a step that was repeated has the same number again."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-    read = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {
-        name: {each.step: each.value for each in read.Scalars(name) if name != "seconds"}
-        for name in read.Tags()["scalars"]
-    }
+    found: dict[str, dict[int, set[float]]] = {}
+    for path in folder.iterdir():  # each alone: files that were made within a second are in no order
+        read = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        for name in set(read.Tags()["scalars"]) - {"seconds"}:
+            for each in read.Scalars(name):
+                found.setdefault(name, {}).setdefault(each.step, set()).add(each.value)
+    return {name: [(step, sorted(values)) for step, values in sorted(steps.items())] for name, steps in found.items()}
 
 
 def digest(value: Any) -> str:

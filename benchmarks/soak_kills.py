@@ -83,7 +83,7 @@ def kill_and_resume(
     """
     prepare()
     with tempfile.TemporaryDirectory(dir=folder) as name, tqdm(total=num_kills, desc="kills", unit="kill") as bar:
-        base, rows, expected = Path(name), [], []
+        base, rows, expected = Path(name), list[Row](), list[dict[str, str]]()
         for which in combinations:
             bar.set_postfix_str(f"unbroken {which}")
             here = base / str(len(rows))
