@@ -103,12 +103,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="where fits write; the usual folder for temporary files by default")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="where the result goes")
     args = parser.parse_args(argv)
-    result: dict[str, Any] = {"header": header("benchmarks.soak"), "kills": []}
-    result |= {kind: held_by(kind, getattr(args, kind)) for kind in ("steps", "fits")}
-    write_json(args.json, result, table="kills")
+    result: dict[str, Any] = {"header": header("benchmarks.soak"), "kills": [], "steps": [], "fits": []}
     chosen = [which for which in COMBINATIONS if str(which) in args.only]
     for rows in kill_and_resume(chosen, args.kills, args.seed, args.folder):
-        write_json(args.json, result | {"kills": rows}, table="kills")
+        result["kills"] = rows
+        write_json(args.json, result, table="kills")
+    for kind in ("steps", "fits"):
+        result[kind] = held_by(kind, getattr(args, kind))
+        write_json(args.json, result, table="kills")
     print(markdown(json.loads(args.json.read_text())))
 
 
