@@ -56,7 +56,7 @@ from pyro_vnd.nn import NestedClassifier, nest
 
 __all__ = ["CHECKPOINT", "COMBINATIONS", "Combination", "digest", "outcome", "states"]
 
-CHECKPOINT, ROWS, EPOCHS = "fit.pt", 64, 30
+CHECKPOINT, ROWS, EPOCHS = "fit.pt", 64, 20
 EVERY_STEPS = 3  # no divisor of the four steps of an epoch: within epochs, and at their ends
 
 Data = tuple[Tensor, ...]
@@ -200,7 +200,7 @@ def best(folder: Path, held_out: Data) -> list[Callback]:
 
 def stopping(folder: Path, held_out: Data) -> list[Callback]:
     """Two rules that may stop, a callback with a state, TensorBoard, a bar, checkpoints after epochs."""
-    rules = [Plateau(window=10, tolerance=0.1), EarlyStopping("wander", patience=12)]
+    rules = [Plateau(window=10, tolerance=0.1), EarlyStopping("wander", patience=8)]
     logger = TensorBoardLogger(folder / "events", every_steps=2)
     return [Wander(), *rules, logger, ProgressBar(), Checkpoint(folder / CHECKPOINT, resume=True)]
 
