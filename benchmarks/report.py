@@ -34,6 +34,7 @@ from benchmarks import (
     ordered_speed,
     peers,
     scaling,
+    soak,
 )
 from benchmarks.record import measured
 from models.nets import coverage
@@ -100,6 +101,7 @@ PAGES = {
     ),
     "fast_paths": _page("fast_paths", tables=fast_paths.markdown),
     "peers": _page("peers", "peers", "nest_cost", tables=peers.markdown),
+    "soak": _page("soak", tables=soak.markdown),
     "matryoshka": _page("matryoshka", tables=matryoshka.markdown),
     "demo": _page("demo", "demo_digits", tables=demo_report.markdown),
     "coverage": _page("coverage", tables=coverage.markdown),

@@ -16,7 +16,15 @@ from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.modes import most_probable, name_modes, say_modes
 from pyro_vnd.distributions.nested import NestedLaw
 
-__all__ = ["ElboParts", "FitResult", "LearnedLaw", "LengthCollapseWarning", "LengthSummary", "PoorFitWarning"]
+__all__ = [
+    "ElboParts",
+    "FitResult",
+    "LearnedLaw",
+    "LengthCollapseWarning",
+    "LengthSummary",
+    "PoorFitWarning",
+    "summaries",
+]
 
 _COLLAPSED = 0.05  # nats of entropy: for two lengths, odds of about 100 to 1
 _AT_PRIOR = 0.01  # nats of KL: for two lengths, .57 where the prior has .5
@@ -135,6 +143,11 @@ class LengthSummary:
             return f"{lengths}; entropy {self.entropy:.2f} nats"
         at_prior = "" if self.left_prior else ": it is at its prior"
         return f"{lengths}; entropy {self.entropy:.2f} nats, KL from its prior {self.kl:.2f}{at_prior}"
+
+
+def summaries(laws: Mapping[str, LearnedLaw], visible: Mapping[str, Any] | None = None) -> dict[str, LengthSummary]:
+    """Summarise laws by site, each over the part that is visible."""
+    return {name: LengthSummary.of(*law, (visible or {}).get(name)) for name, law in laws.items()}
 
 
 @dataclass(repr=False)
@@ -270,9 +283,7 @@ class FitResult:
 
     def describe_laws(self, laws: Mapping[str, LearnedLaw], visible: Mapping[str, Any] | None = None) -> None:
         """Keep what laws of lengths look like, as in `add_epoch`."""
-        self.lengths = self.lengths | {
-            name: LengthSummary.of(*law, (visible or {}).get(name)) for name, law in laws.items()
-        }
+        self.lengths = self.lengths | summaries(laws, visible)
 
     def progress(self) -> str:
         """Say in one line where the fit stands."""

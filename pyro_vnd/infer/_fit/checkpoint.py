@@ -87,22 +87,22 @@ class Folder:
             ValueError: If the state has objects that could not be read again, or the disk does not take it.
         """
         with self._written(state) as unfinished:
+            if best:  # first: a fit that goes on from an older file comes here again
+                self._name_too(unfinished, self.best)
             if self.path.exists():
-                self._name_too(self.previous)
+                self._name_too(self.path, self.previous)
             os.replace(unfinished, self.path)
-            if best:
-                self._name_too(self.best)
             if os.name == "posix":  # so that new names outlive a power cut, too
                 sync(self.path.parent)
 
-    def _name_too(self, name: Path) -> None:
-        """Give the newest file a second name in place of another file, so that there is always one of that name."""
+    def _name_too(self, file: Path, name: Path) -> None:
+        """Give a file a second name in place of another file, so that there is always one of that name."""
         link = unfinished_name(self.path, ".link")
         try:
             try:
-                os.link(self.path, link)
+                os.link(file, link)
             except OSError:  # of a file system without links
-                shutil.copyfile(self.path, link)
+                shutil.copyfile(file, link)
                 sync(link)
             os.replace(link, name)
         finally:

@@ -1,7 +1,7 @@
 """The loop over epochs and steps, with what goes on from a checkpoint."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property
@@ -23,7 +23,7 @@ from pyro_vnd.infer._fit.parallel import Ranks
 from pyro_vnd.infer._fit.settings import KLWeights, Settings
 from pyro_vnd.infer._fit.sources import Source
 from pyro_vnd.infer.callbacks import Callback, Checkpoint
-from pyro_vnd.infer.result import ElboParts, FitResult, LengthSummary
+from pyro_vnd.infer.result import ElboParts, FitResult, LearnedLaw, LengthSummary, summaries
 from pyro_vnd.infer.run import Run
 
 __all__ = ["Loop"]
@@ -65,7 +65,8 @@ class Loop(Run):
         self._step, self.source, self._settings, self._accumulate = step, source, settings, accumulate
         self.callbacks, self._describe, self._cuda_devices = callbacks, describe, cuda_devices
         self._untouched = untouched
-        self._place = _Place()
+        self._place, self._over = _Place(), False
+        self._stale: dict[str, LearnedLaw] = {}  # laws that were seen before a state was put in place
 
     @cached_property
     def _finite(self) -> list[str]:
@@ -102,8 +103,9 @@ class Loop(Run):
         for callback in self.callbacks:
             callback.on_fit_start(self)
         self.stopped = self._ranks.any(self.stopped)
-        if self.stopped or self.epoch >= self.num_epochs:
+        if self._over and (self.stopped or self.epoch >= self.num_epochs):
             return False
+        self._over = False
         while self.epoch < self.num_epochs and not self.stopped:
             self._epoch()
         for callback in self.callbacks:
@@ -127,6 +129,7 @@ class Loop(Run):
 
     def save(self) -> None:
         """Write checkpoints at the very end."""
+        self._over = True
         for callback in self.callbacks:
             if isinstance(callback, Checkpoint):
                 callback.on_fit_end(self)
@@ -144,14 +147,19 @@ class Loop(Run):
                     callback.on_step(self)
         self.objective.share_buffers()
         means = self._place.means(self._ranks, self.source.num_data)
-        record, both = self._step.objective.record, (self.model, self.guide)
-        laws = record.laws | nested_laws(both) | conditional_laws(self.guide)
-        self.result.add_epoch(means, laws, record.visible)
+        both = self.model, self.guide
+        self.result.lengths = self.result.lengths | self._place.lengths
+        laws = self._seen() | nested_laws(both) | conditional_laws(self.guide)
+        self.result.add_epoch(means, laws, self.objective.record.visible)
         self._place = _Place()
         for callback in self.callbacks:
             self.result.seconds = self.seconds()
             callback.on_epoch(self)
         self.stopped = self._ranks.any(self.stopped)
+
+    def _seen(self) -> dict[str, LearnedLaw]:
+        """Return the laws of masks that steps of this process have drawn."""
+        return {name: law for name, law in self.objective.record.laws.items() if law is not self._stale.get(name)}
 
     def _batches(self) -> Iterator[list[Data]]:
         """Yield the batches of each step of an epoch, or of its rest where a checkpoint was written within it."""
@@ -186,7 +194,8 @@ class Loop(Run):
         """Return all that the fit needs to go on from here."""
         step, place = self._step, self._place
         self.result.seconds = self.seconds()
-        within = place.num_steps > 0
+        within, visible = place.num_steps > 0, self.objective.record.visible
+        lengths = place.lengths | summaries(self._seen(), visible) if within else {}
         return {
             "arguments": self._arguments(self.num_epochs),
             "modules": step.objective.module.state_dict(),
@@ -199,6 +208,8 @@ class Loop(Run):
                 "random": self._ranks.gather(place.random) if within else None,
                 "loader": self.source.state_dict() if within else None,
                 "sums": self._ranks.gather(place.sums().tolist()) if within else None,
+                "lengths": {name: asdict(summary) for name, summary in lengths.items()},
+                "over": self._over,
             },
             "callbacks": [[type(each).__name__, each.state_dict()] for each in self.callbacks],
             "result": asdict(self.result),
@@ -239,28 +250,42 @@ class Loop(Run):
             if mine is not None:
                 kept.remove(mine)
                 callback.load_state_dict(mine[1])
-        lengths = {name: LengthSummary(**summary) for name, summary in state["result"].pop("lengths").items()}
+        lengths = _summaries(state["result"].pop("lengths"))
         self.result = FitResult(**state["result"] | {"converged": False}, lengths=lengths)  # which a rule says anew
         self._seconds_before = self.result.seconds
         rank = self._ranks.rank
         if rank < len(state["random"]):  # another process draws what it would in a new fit
             self._set_random(state["random"][rank])
         within = state["epoch"]
+        self._over, self._stale = within["over"], dict(self.objective.record.laws)
         if within["num_steps"]:
             random, sums = within["random"], within["sums"]
             if len(sums) != self._ranks.size:
                 sums = [torch.tensor(sums, dtype=torch.float64).sum(0).tolist()] + [None] * (self._ranks.size - 1)
             random = random[min(rank, len(random) - 1)]
-            self._place = _Place(within["num_steps"], random, within["loader"], sums[rank])
+            lengths = _summaries(within["lengths"])
+            self._place = _Place(within["num_steps"], random, within["loader"], sums[rank], lengths)
+
+
+def _summaries(kept: Mapping[str, dict[str, Any]]) -> dict[str, LengthSummary]:
+    return {name: LengthSummary(**summary) for name, summary in kept.items()}
 
 
 class _Place:
-    """How far an epoch is: steps, the random numbers at its beginning, the state of the loader, and sums so far."""
+    """How far an epoch is: steps, the random numbers at its beginning, the state of the loader, sums and laws so far.
+
+    The laws are those of masks that were drawn before a checkpoint, and may not be drawn again in this epoch.
+    """
 
     def __init__(
-        self, num_steps: int = 0, random: Any = None, loader: Any = None, sums: list[float] | None = None
+        self,
+        num_steps: int = 0,
+        random: Any = None,
+        loader: Any = None,
+        sums: list[float] | None = None,
+        lengths: Mapping[str, LengthSummary] | None = None,
     ) -> None:
-        self.num_steps, self.random, self.loader = num_steps, random, loader
+        self.num_steps, self.random, self.loader, self.lengths = num_steps, random, loader, dict(lengths or {})
         self._sums = torch.tensor(sums or [0.0] * 5, dtype=torch.float64)
         self._parts: list[Tensor] = []
         self._counts: list[int] = []

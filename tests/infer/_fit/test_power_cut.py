@@ -94,19 +94,29 @@ class Record:
 
 def outcomes(record, path, tmp_path):
     """Which states are found after a power cut; what cannot be read counts as "lost"."""
-    found, other = set(), tmp_path / "after"
+    return {newest for (newest,) in together(record, [path], tmp_path)}
+
+
+def together(record, paths, tmp_path):
+    """Which states are found beside each other."""
+    other = tmp_path / "after"
     other.mkdir()
+    found = set()
     for names in record.folders():
         for old in other.iterdir():
             old.unlink()
         for name, content in names.items():
             (other / name).write_bytes(content)
-        try:
-            read = Folder.read_from(other / path.name)
-            found.add("none" if read is None else read["modules"]["w"][0].item())
-        except ValueError:
-            found.add("lost")
+        found.add(tuple(found_in(other / path.name) for path in paths))
     return found
+
+
+def found_in(path):
+    try:
+        read = Folder.read_from(path)
+    except ValueError:
+        return "lost"
+    return "none" if read is None else read["modules"]["w"][0].item()
 
 
 @pytest.fixture
@@ -130,6 +140,12 @@ def written(path, monkeypatch, numbers, forget=None, best=False):
 def test_old_or_new_after_a_power_cut(best, path, tmp_path, monkeypatch):
     record = written(path, monkeypatch, [1, 2, 3], best=best)
     assert outcomes(record, path, tmp_path) == {2.0, 3.0}
+
+
+def test_the_best_state_is_never_behind_the_newest(path, tmp_path, monkeypatch):
+    """A fit goes on from the newest, and comes to none before it again."""
+    record = written(path, monkeypatch, [1, 2, 3], best=True)
+    assert together(record, [path, path.with_name("fit.best.pt")], tmp_path) == {(2.0, "none"), (2.0, 3.0), (3.0, 3.0)}
 
 
 def test_none_or_new_at_first(path, tmp_path, monkeypatch):
