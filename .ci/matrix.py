@@ -26,7 +26,7 @@ TESTS = [f"tests/{room}" for room in ("distributions", "nn", "infer", "autoencod
 PYTEST = ["-q", "-oaddopts=", "--import-mode=importlib", "-pno:cacheprovider", "-Wdefault", "-mnot slow"]
 # torch 2.6 checks the arguments of its Normal in a way that vmap refuses.
 NOT_LOWEST = ["tests/distributions/test_gated.py::test_the_kl_to_one_prior_under_vmap"]
-TOOLS = ["pytest", "graphviz", "onnx", "onnxruntime", "onnxscript"]
+TOOLS = ["pytest", "graphviz", "hypothesis", "onnx", "onnxruntime", "onnxscript"]
 SHOWN = ("arviz", "numpy", "pyro-ppl", "torch")
 
 
