@@ -110,7 +110,7 @@ def lengths(
         generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
         noise = 2 * torch.rand(*shape, num_units, generator=generator, dtype=torch.float64) - 1
         values = spread * noise + slope * torch.linspace(-1, 1, num_units, dtype=torch.float64)
-        values = values if name == "logits" else (values / 100).exp()
+        values = values if name == "logits" else (values / 100).clamp(-100, 10 if dtype in HALF else 80).exp()
     values = values.reshape(*shape, num_units).to(dtype)
     if name == "probs":  # one length at least is possible
         values[..., -1] = torch.where((values > 0).any(-1), values[..., -1], 1)

@@ -149,7 +149,8 @@ class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
 
     @derived
     def _keep_probs(self) -> Tensor:
-        return tail_sum(self._probs).clamp(max=1)  # rounding may leave S_1 a hair above one
+        keep_probs = tail_sum(self._probs)
+        return keep_probs / keep_probs[..., :1]  # rounding may leave S_1 a hair above one; a clamp has no gradient there
 
     @property
     def _like(self) -> Tensor:
