@@ -166,7 +166,12 @@ def nets(draw: st.DrawFn) -> tuple[str, int, list[Part], int]:
     stream = draw(st.sampled_from([*STREAMS]))
     first = draw(st.integers(2, 6))
     end = ("end", draw(st.sampled_from(["mean", "flatten"])))
-    return stream, draw(st.integers(1, 3)), [("layer", first), *draw(chains), end, ("layer", 2)], draw(st.integers(0, 9))
+    return (
+        stream,
+        draw(st.integers(1, 3)),
+        [("layer", first), *draw(chains), end, ("layer", 2)],
+        draw(st.integers(0, 9)),
+    )
 
 
 def zeroed(

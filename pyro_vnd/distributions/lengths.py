@@ -150,7 +150,9 @@ class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
     @derived
     def _keep_probs(self) -> Tensor:
         keep_probs = tail_sum(self._probs)
-        return keep_probs / keep_probs[..., :1]  # rounding may leave S_1 a hair above one; a clamp has no gradient there
+        return (
+            keep_probs / keep_probs[..., :1]
+        )  # rounding may leave S_1 a hair above one; a clamp has no gradient there
 
     @property
     def _like(self) -> Tensor:

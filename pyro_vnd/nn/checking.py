@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from pyro_vnd._data import take_rows
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
@@ -71,7 +73,7 @@ def check_and_count(
                 if net.mask_per == "example":
                     _compare_rows(net, inputs, rows)
         if trains:
-            with module_mode([net], training=True), _shaken(net):
+            with module_mode([net], training=True), _shaken(net), _WithoutDropout():
                 if one_row_trains:
                     _compare(net, take_rows(inputs, rows, torch.arange(rows) == 0), 1, uneven)
                 else:
@@ -316,6 +318,22 @@ def _runs_without(
         ):
             return False
     return True
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Pass over dropout, which draws other numbers for fewer channels, so that what is compared is not random."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if func in _DROPOUT:
+            return args[0] if args else named["input"]
+        return func(*args, **named)
+
+
+_DROPOUT = {
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+    *(torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout),
+}
 
 
 @contextmanager

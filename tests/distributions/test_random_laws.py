@@ -47,7 +47,9 @@ def test_what_is_known_of_lengths(case, given_):
     mean_off = rounding * mean + (off * units).sum(-1) + num_units * tiny
     assert_near(law.mean_length, mean, mean_off)
     squares = (probs * (units - mean[..., None]) ** 2).sum(-1)
-    squares_off = rounding * squares + (off * (units - mean[..., None]) ** 2).sum(-1) + mean_off**2 + num_units**2 * tiny
+    squares_off = (
+        rounding * squares + (off * (units - mean[..., None]) ** 2).sum(-1) + mean_off**2 + num_units**2 * tiny
+    )
     # Of a square root: small squares may be off by more than they are.
     spread_off = np.minimum(np.sqrt(squares_off), squares_off / np.sqrt(squares + tiny))
     assert_near(law.stddev_length, np.sqrt(squares), spread_off + rounding * np.sqrt(squares))
@@ -94,7 +96,9 @@ GRADIENTS = {  # functions of a law and of numbers by length, and v_k in the gra
 }
 
 
-@given(st.sampled_from(HARD_CASES), lengths(dtypes=DTYPES, most=3000), st.sampled_from([*GRADIENTS][:4]), st.integers(0, 9))
+@given(
+    st.sampled_from(HARD_CASES), lengths(dtypes=DTYPES, most=3000), st.sampled_from([*GRADIENTS][:4]), st.integers(0, 9)
+)
 def test_gradients_to_the_lengths(case, given_, name, seed):
     function, values = GRADIENTS[name]
     generator = torch.Generator().manual_seed(seed)
@@ -106,7 +110,11 @@ def test_gradients_to_the_lengths(case, given_, name, seed):
     size = np.abs(v)
     wanted = probs * (v - (probs * v).sum(-1, keepdims=True))
     allowed = given_.off * (size + (probs * size).sum(-1, keepdims=True) + 1)
-    allowed = allowed + probs * ((given_.off * (1 + size)).sum(-1, keepdims=True) + given_.rounding * steps) + given_.tiny * (1 + size)
+    allowed = (
+        allowed
+        + probs * ((given_.off * (1 + size)).sum(-1, keepdims=True) + given_.rounding * steps)
+        + given_.tiny * (1 + size)
+    )
     if given_.name == "probs":
         weight = oracles.wide(given_.values)
         possible = weight > 0
