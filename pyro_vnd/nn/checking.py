@@ -24,6 +24,9 @@ from pyro_vnd.nn.tracing.tape import tensors_in, with_one_more
 __all__ = ["Misfit", "check_and_count"]
 
 
+_ROWS_OF_NORMS = 4  # of which two are narrow where widths are mixed
+
+
 class Misfit(ValueError):
     """A nested net that does not compute what it should.
 
@@ -62,6 +65,19 @@ def check_and_count(
         Misfit: If they differ, or the net does not run with fewer channels.
     """
     rows = len(next(x for x in inputs if isinstance(x, Tensor)))
+    try:
+        return _checked(net, inputs, rows, trains, whole, one_row_trains)
+    except Misfit:
+        raise
+    except ValueError:  # of a norm that wants more than one number, which a channel of a single row may be
+        for count in range(rows, _ROWS_OF_NORMS):
+            inputs = with_one_more(inputs, count)
+        return _checked(net, inputs, max(rows, _ROWS_OF_NORMS), trains, whole, False)
+
+
+def _checked(
+    net: NestedNet, inputs: tuple[Any, ...], rows: int, trains: bool, whole: Sequence[Tensor], one_row_trains: bool
+) -> dict[str, int]:
     more = inputs if rows > 1 else with_one_more(inputs, rows)  # norms of a batch want two rows
     half = net.kept_blocks(0.5, "nearest")
     uneven = net.kept_blocks({name: (0.25, 0.75)[place % 2] for place, name in enumerate(net.widths)}, "nearest")

@@ -19,6 +19,7 @@ shares = st.lists(st.floats(0, 1), min_size=4, max_size=4)  # of blocks, one gro
 SPLIT_BEHIND_A_SPLIT = [  # blocks whose channels are known only when those before them are
     *(["layer", 2], ["cat", [["act", "ReLU"]]], ["stage", 2, [["act", "ReLU"]]], ["end", "flatten"], ["layer", 2])
 ]
+ONE_NUMBER_TO_NORM = [["layer", 5], ["norm", 2], ["end", "mean"], ["layer", 2]]  # of a row, if a single unit is left
 RANDOM_IN_TRAINING = [
     ["layer", 6],
     ["gate", [["dropout", 0.5], ["pool", "max"], ["norm", 1]]],
@@ -81,6 +82,8 @@ def some_blocks(net, shares, most=None):
 
 @given(nets(), st.integers(1, 4), st.booleans(), st.sampled_from([None, "normal"]), shares)
 @example(("tokens", 1, SPLIT_BEHIND_A_SPLIT, 0), 2, False, None, [0.0])
+@example(("rows", 1, ONE_NUMBER_TO_NORM, 0), 5, False, None, [0.0])
+@example(("rows", 1, [["layer", 2], *ONE_NUMBER_TO_NORM[1:]], 0), 2, False, None, [0.0])
 def test_narrowed_is_masked_is_zeroed(described, num_blocks, depth, prior, shares):
     plain, x = build(*described)
     net = nested(plain, x, depth, num_blocks=num_blocks, prior=prior)
