@@ -177,7 +177,7 @@ def soft_mask(probs: Tensor, uniform: Tensor, temperature: Tensor | float) -> Te
     return torch.cat([torch.ones_like(uniform).expand(*rest.shape[:-1], 1), rest], -1)
 
 
-# In the widest floats that the machine has, for laws of any size: exp(-10,000) and a weight of 5e-324 are numbers there.
+# In the widest floats there are, for laws of any size: exp(-10,000) and a weight of 5e-324 are numbers there.
 
 
 def wide(x: Tensor) -> np.ndarray:

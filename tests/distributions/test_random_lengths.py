@@ -1,9 +1,11 @@
 """Laws of lengths that nobody wrote down, against their definition in wider numbers."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import oracles
+import pytest
 import torch
 from cases import HARD_CASES, MASK_CASES
 from hypothesis import assume, example, given
@@ -239,3 +241,27 @@ def test_laws_cut_to_lengths(case, given_, data):
     assert_near(law.entropy(), wanted, (given_.off * given_.steps).sum(-1) + given_.rounding + 1e4 * given_.tiny)
     assert_near(kl_divergence(law, base.cut(length)), np.zeros(base.batch_shape), 0)
     assert (law.log_prob(at)[length > 0] == 0).all()
+
+
+WRONG = {
+    "a temperature that is 5 % off": lambda logits: OrderedMask(logits=1.05 * logits),
+    "weights taken for logits": lambda logits: OrderedMask(logits=logits.softmax(-1)),
+    "one length more": lambda logits: OrderedMask(logits=logits.roll(1, -1)),
+    "a hundred-millionth off": lambda logits: OrderedMask(logits=logits + 1e-8 * torch.arange(len(logits))),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_power(wrong):
+    """A wrong law is found by what is known of it and by its gradients, one that is far off by its draws, too."""
+    case, given_ = (
+        replace(EXACT, make=WRONG[wrong]),
+        Lengths("logits", torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)),
+    )
+    checks = [(test_what_is_known_of_lengths, ()), (test_gradients_to_the_lengths, ("mean length", 0))]
+    if wrong in ("weights taken for logits", "one length more"):
+        checks.append((test_draws_have_the_law, (0,)))
+    for check, rest in checks:
+        check.hypothesis.inner_test(EXACT, given_, *rest)
+        with pytest.raises(AssertionError):
+            check.hypothesis.inner_test(case, given_, *rest)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from masked_mean import MaskedMeanGuide, make_net, masked_mean
 from torch.utils.data import DataLoader, TensorDataset
@@ -216,62 +216,74 @@ def test_a_fit_goes_on_after_a_fault(described, data, within, name):
     assert_same(unbroken, resumed)
 
 
-junk = st.sampled_from(
-    [
+NUMBERS = torch.tensor([1.0, 2.0])
+nothing = st.sampled_from([-1, 1.5, math.nan, "x", b"x", object(), [3], (), NUMBERS])  # for next to nothing
+other = {
+    "num_epochs": [0, True, "3"],
+    "batch_size": [0, True, 10],
+    "lr": [0, True, math.inf, {"*": -1.0}, {"nothing": 0.1}, {"laws": "x"}, np.array([0.1, 0.2])],
+    "optimizer": [torch.optim.LBFGS, True, {}],
+    "elbo": [NestedELBO, True, {}],
+    "weights": [KLWeights, 0.5, KLWeights(-1.0), KLWeights(lengths="x"), KLWeights(local=linear(-1, 1))],
+    "schedule": [MaskSchedule, linear(0, 1), True],
+    "callbacks": [Callback, [Callback], Plateau(), True],
+    "plate": [0, True, None],
+    "device": ["nowhere", "cuda:99", torch.float32],
+    "precision": [32, "16", None],
+    "seed": [2**63, True],
+    "checkpoint": ["/nowhere/at/all.pt", "/", "", True],
+    "resume": ["more", None],
+    "progress": [1, None],
+    "model": [None, int],
+    "guide": [None, int, AutoNested],
+    "data": [
         None,
-        True,
-        -1,
-        0,
-        1.5,
-        math.nan,
-        math.inf,
-        "x",
-        "",
-        b"x",
-        [],
         {},
-        (),
-        object(),
-        int,
-        torch.tensor([1.0, 2.0]),
-        2**70,
-    ]
-)
-WRONG = {
-    "num_epochs": junk,
-    "batch_size": junk,
-    "num_data": junk,
-    "lr": st.one_of(
-        junk, st.sampled_from([{"*": -1.0}, {"nothing": 0.1}, {"laws": "x"}, {0: math.nan}, np.array([0.1])])
-    ),
-    "optimizer": st.one_of(junk, st.sampled_from([torch.optim.LBFGS, torch.optim.Optimizer, cosine_to_zero()])),
-    "elbo": st.one_of(junk, st.just(NestedELBO)),
-    "weights": st.one_of(junk, st.builds(KLWeights, junk), st.builds(KLWeights, latents=st.just(linear(1, -1)))),
-    "schedule": st.one_of(junk, st.sampled_from([MaskSchedule, linear(0, 1)])),
-    "callbacks": st.one_of(junk, st.sampled_from([Callback, [Callback], [3], Plateau()])),
-    "plate": st.one_of(junk, st.just("rows")),
-    "device": st.one_of(junk, st.sampled_from(["nowhere", "cuda:99", torch.float32])),
-    "precision": st.one_of(junk, st.sampled_from([32, "16", torch.bfloat16])),
-    "seed": junk,
-    "validation": junk,
-    "checkpoint": st.one_of(junk, st.sampled_from(["/nowhere/at/all.pt", "/tmp"])),
-    "resume": junk,
-    "progress": junk,
-    "data": st.one_of(
-        junk,
-        st.sampled_from(
-            [
-                torch.empty(0, 3),
-                torch.tensor(1.0),
-                torch.full((3,), math.nan),
-                torch.ones(3, dtype=torch.complex64),
-                torch.ones(3, 3).to_sparse(),
-                torch.ones(3, device="meta"),
-                np.ones(3),
-                iter([]),
-            ]
-        ),
-    ),
-    "model": junk,
-    "guide": junk,
+        [],
+        torch.tensor(1.0),
+        torch.empty(0, 3),
+        torch.full((3,), math.nan),
+        torch.ones(3, device="meta"),
+    ],
 }
+RIGHT = {"lr": [1.5], "checkpoint": ["x"], "plate": ["x"], "callbacks": [()], "data": [NUMBERS], "resume": [NUMBERS]}
+
+
+@st.composite
+def wrong(draw):
+    """An argument of `fit` and a value that is none of its own."""
+    argument = draw(st.sampled_from([*other]))
+    value = draw(st.one_of(nothing, st.sampled_from(other[argument])))
+    assume(not any(value is right for right in RIGHT.get(argument, ())))
+    return argument, value
+
+
+@given(st.sampled_from(PROGRAMS), st.sampled_from(["tuple", "mapping", "loader", "list"]), wrong())
+def test_a_wrong_argument_is_named_before_anything_is_trained(kind, form, wrong):
+    argument, value = wrong
+    model, guide = programs(kind)
+    before = state_of((model, guide))
+    data = in_form(rows_of(kind, 4), form, 2, False, False)
+    with tempfile.TemporaryDirectory() as folder:
+        given_ = {"model": model, "guide": guide, "data": data, "num_epochs": 1, "progress": False, argument: value}
+        if argument == "resume":
+            given_["checkpoint"] = f"{folder}/fit.pt"
+        with pytest.raises(ValueError, match=rf"(?s)^fit: .*`{argument}") as caught:
+            fit(given_.pop("model"), given_.pop("guide"), given_.pop("data"), **given_)
+        assert not list(Path(folder).iterdir())
+    assert "\n" not in str(caught.value)
+    for one, now in zip(before, state_of((model, guide)), strict=True):
+        assert all(torch.equal(one[name], now[name]) for name in one)  # an autoguide makes more in its first call
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_power(kind, tmp_path):
+    """Another seed, or a fit that begins anew where it should go on, ends elsewhere."""
+    described = kind, 6, ("tuple", 2, False, False), {"num_epochs": 2, "batch_size": 2, "seed": 3}
+    unbroken = run(described, tmp_path)
+    assert_same(unbroken, run(described, tmp_path))
+    with pytest.raises(AssertionError):
+        assert_same(unbroken, run(described, tmp_path, seed=4))
+    programs_, _ = run(described, tmp_path, [Stop(4)])
+    with pytest.raises(AssertionError):
+        assert_same(unbroken, (programs_, unbroken[1]))
