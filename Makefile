@@ -4,10 +4,12 @@ RUN := .venv/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # One torch thread in each test process: with more they wait for each other.
 PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
+# Of `make properties`: another one each time, unless one is given.
+SEED := $(or $(SEED),$(shell date +%s))
 # Modules are compiled when they are first imported (pip would compile all, in half of its time), and that once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test lint format bench notebooks docs matrix audit wheel clean
+.PHONY: help demo test properties lint format bench notebooks docs matrix audit wheel clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -17,6 +19,10 @@ demo: .venv/installed-bench  ## Fit a nested classifier and an ordered VAE to re
 
 test: .venv/installed-dev  ## Run the tests and the doctests; with CI=true, fail below the floor of coverage, too
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) $(if $(CI),--cov)
+
+properties: .venv/installed-dev  ## Search for laws, nets and arguments of fit that break a property, for a quarter of an hour
+	@echo "SEED=$(SEED) repeats this run"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) -m hypothesis --hypothesis-profile=long --hypothesis-seed=$(SEED) tests
 
 lint: .venv/installed-dev  ## Check style, format and types
 	$(RUN) -m ruff check .

@@ -175,3 +175,33 @@ def soft_mask(probs: Tensor, uniform: Tensor, temperature: Tensor | float) -> Te
     drop = probs.cumsum(-1)[..., :-1]
     rest = torch.sigmoid((keep.log() - drop.log() - torch.logit(uniform)) / temperature)
     return torch.cat([torch.ones_like(uniform).expand(*rest.shape[:-1], 1), rest], -1)
+
+
+# In the widest floats there are, for laws of any size: exp(-10,000) and a weight of 5e-324 are numbers there.
+
+
+def wide(x: Tensor) -> np.ndarray:
+    return x.detach().double().numpy().astype(np.longdouble)
+
+
+def log_probs_of(lengths: Tensor, are_logits: bool) -> np.ndarray:
+    """Log-probabilities of lengths given by logits, or by weights, the same shape."""
+    with np.errstate(divide="ignore"):
+        logits = wide(lengths) if are_logits else np.log(wide(lengths))
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def tails(x: np.ndarray) -> np.ndarray:
+    """Sums of every tail of the last dimension."""
+    return x[..., ::-1].cumsum(-1)[..., ::-1]
+
+
+def heads(x: np.ndarray) -> np.ndarray:
+    """Sums of what comes before each entry of the last dimension; nothing is subtracted."""
+    return np.concatenate([np.zeros_like(x[..., :1]), x[..., :-1]], -1).cumsum(-1)
+
+
+def mean_of(log_probs: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Mean over lengths, of which the impossible ones count nothing."""
+    return (np.exp(log_probs) * np.where(log_probs == -np.inf, 0, values)).sum(-1)

@@ -144,11 +144,15 @@ class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
 
     @derived
     def _log_probs(self) -> Tensor:
-        return self._param.log_softmax(-1) if self._is_logits else log_or_minus_infinity(self._probs)
+        # Of weights the logarithm comes first: a small one beside a large one has all its digits only then.
+        return (self._param if self._is_logits else log_or_minus_infinity(self._param)).log_softmax(-1)
 
     @derived
     def _keep_probs(self) -> Tensor:
-        return tail_sum(self._probs).clamp(max=1)  # rounding may leave S_1 a hair above one
+        keep_probs = tail_sum(self._probs)
+        return (
+            keep_probs / keep_probs[..., :1]
+        )  # rounding may leave S_1 a hair above one; a clamp has no gradient there
 
     @property
     def _like(self) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from pyro_vnd._data import take_rows
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
@@ -20,6 +22,9 @@ from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.tracing.tape import tensors_in, with_one_more
 
 __all__ = ["Misfit", "check_and_count"]
+
+
+_ROWS_OF_NORMS = 4  # of which two are narrow where widths are mixed
 
 
 class Misfit(ValueError):
@@ -60,6 +65,19 @@ def check_and_count(
         Misfit: If they differ, or the net does not run with fewer channels.
     """
     rows = len(next(x for x in inputs if isinstance(x, Tensor)))
+    try:
+        return _checked(net, inputs, rows, trains, whole, one_row_trains)
+    except Misfit:
+        raise
+    except ValueError:  # of a norm that wants more than one number, which a channel of a single row may be
+        for count in range(rows, _ROWS_OF_NORMS):
+            inputs = with_one_more(inputs, count)
+        return _checked(net, inputs, max(rows, _ROWS_OF_NORMS), trains, whole, False)
+
+
+def _checked(
+    net: NestedNet, inputs: tuple[Any, ...], rows: int, trains: bool, whole: Sequence[Tensor], one_row_trains: bool
+) -> dict[str, int]:
     more = inputs if rows > 1 else with_one_more(inputs, rows)  # norms of a batch want two rows
     half = net.kept_blocks(0.5, "nearest")
     uneven = net.kept_blocks({name: (0.25, 0.75)[place % 2] for place, name in enumerate(net.widths)}, "nearest")
@@ -71,7 +89,7 @@ def check_and_count(
                 if net.mask_per == "example":
                     _compare_rows(net, inputs, rows)
         if trains:
-            with module_mode([net], training=True), _shaken(net):
+            with module_mode([net], training=True), _shaken(net), _WithoutDropout():
                 if one_row_trains:
                     _compare(net, take_rows(inputs, rows, torch.arange(rows) == 0), 1, uneven)
                 else:
@@ -316,6 +334,22 @@ def _runs_without(
         ):
             return False
     return True
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Pass over dropout, which draws other numbers for fewer channels, so that what is compared is not random."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if func in _DROPOUT:
+            return args[0] if args else named["input"]
+        return func(*args, **named)
+
+
+_DROPOUT = {
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+    *(torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout),
+}
 
 
 @contextmanager

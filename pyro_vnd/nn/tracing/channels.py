@@ -217,7 +217,12 @@ def unify(first: Runs, second: Runs, reason: str) -> None:
 
 
 def split_at(run: Run[Space], sizes: Sequence[int]) -> None:
-    """Ask for a run to be followed in parts, if it consists of axes that can be split so; else return."""
+    """Ask for a run to be followed in parts, if it consists of axes that can be split so; else return.
+
+    What is whole already stays so: it may have met what nobody knows yet, which then would decide on its parts.
+    """
+    if run.owner.reason:
+        return
     parts: dict[tuple[Hashable, int], tuple[int, ...]] = {}
     for key, number, size in run.owner.origins:
         if any(part * size % run.size for part in sizes):
