@@ -321,7 +321,9 @@ def test_half_a_number_of_channels_is_not_this_number():
         return net.o(net.b(x).relu()[:, :, : h.shape[1] // 2].mean(-1)) + net.p(h)
 
     layers = linears((3, 8)) | {"b": nn.Conv1d(3, 8, 1), "o": nn.Linear(8, 3), "p": nn.Linear(8, 3)}
-    with pytest.raises(ValueError, match=r"- `a`: `getitem` .* has fixed sizes .*\n- `b`: `getitem` .* has fixed sizes"):
+    with pytest.raises(
+        ValueError, match=r"- `a`: `getitem` .* has fixed sizes .*\n- `b`: `getitem` .* has fixed sizes"
+    ):
         nest(Net(forward, **layers), torch.randn(2, 3, 16))
 
 
