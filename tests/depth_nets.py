@@ -381,3 +381,11 @@ def blocks_with_hooks():
     for one in blocks:
         one.register_forward_hook(lambda *_: None)
     return tokens(*blocks)
+
+
+@decoy()
+def one_block_with_a_hook():
+    """It has no other block to be dropped after: the hook is not what keeps it."""
+    one = block()
+    one.register_forward_hook(lambda *_: None)
+    return tokens(one)
