@@ -20,7 +20,7 @@ class Unknown(nn.Linear):
         ("reshape", False, 1),  # which its rule runs again on something else
         (nn.Flatten(), False, 1),
         (Unknown(2, 3), False, 0),
-        ("sort", False, 0),
+        ("fft_rfft", False, 0),
         ("transpose", True, 0),  # the rule of shapes is for what leaves its tensor as it was
     ],
 )
