@@ -9,7 +9,7 @@ SEED := $(or $(SEED),$(shell date +%s))
 # Modules are compiled when they are first imported (pip would compile all, in half of its time), and that once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test properties lint format bench notebooks docs matrix audit wheel clean
+.PHONY: help demo test properties lint format bench notebooks docs matrix mutants audit wheel clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -49,6 +49,9 @@ docs: .venv/installed-docs  ## Build the documentation into site; a warning is a
 
 matrix: .venv/installed-dev  ## Test the core and the diagnostics with their lowest and newest dependencies, under each Python
 	$(RUN) .ci/matrix.py
+
+mutants: .venv/installed-mutants  ## Change the code in many places, one at a time: do the tests notice?
+	$(RUN) .ci/mutants.py
 
 audit: .venv/made  ## Look up known vulnerabilities of the versions in constraints.txt; needs the network
 	$(PYTHON) -m venv .venv/audit

@@ -252,6 +252,24 @@ def blocks_in_windows():
     return tokens(*(Windows(12) for _ in range(3)))
 
 
+class Shuffled(Residual):
+    """Takes its tokens in an order that a tensor has."""
+
+    def __init__(self, size):
+        super().__init__(nn.Linear(size, size), size)
+        order = torch.tensor([2, 0, 5, 1, 4, 3])
+        self.register_buffer("order", order)
+        self.register_buffer("back", order.argsort())
+
+    def forward(self, x):
+        return super().forward(x[:, self.order]).index_select(1, self.back)
+
+
+@net({"layers.depth": 3})
+def blocks_in_another_order():
+    return tokens(*(Shuffled(12) for _ in range(3)))
+
+
 @decoy()
 def layers_without_a_sum():
     return tokens(*(nn.Sequential(nn.Linear(12, 12), nn.Tanh()) for _ in range(3)))
@@ -427,3 +445,11 @@ def blocks_with_inputs_of_any_name():
         return net.after(x.mean(1))
 
     return tokens(*(AnyName(12) for _ in range(3)), loop=forward)
+
+
+@decoy()
+def one_block_with_a_hook():
+    """It has no other block to be dropped after: the hook is not what keeps it."""
+    one = block()
+    one.register_forward_hook(lambda *_: None)
+    return tokens(one)

@@ -241,6 +241,16 @@ def an_embedding_tied_to_the_output():
     return built, torch.randint(0, 50, (2, 5))
 
 
+@net({"b": 16, "a": 32}, 0.4)
+def an_embedding_by_a_function():
+    def forward(net, x):
+        x = F.embedding(x, net.table)
+        return net.out(x + net.b(net.a(x).relu()))
+
+    layers = {"a": nn.Linear(16, 32), "b": nn.Linear(32, 16), "out": nn.Linear(16, 3)}
+    return Net(forward, table=parameter(50, 16), **layers), torch.randint(0, 50, (2, 5))
+
+
 @net({"a": 32, "b": 8}, 0.3)
 def weights_that_a_function_reads_again():
     def forward(net, x):

@@ -125,6 +125,14 @@ def test_values_and_gradients(path, dtype):
 
 
 @differentiable(1)
+def test_the_fast_path_is_what_is_compared(path):
+    leaves, rest = arguments(path)
+    for function, is_fast in ((path.fast, True), (path.plain, False)):
+        steps = {type(x.grad_fn) for x in as_tuple(function(*leaves, *rest))}
+        assert all(issubclass(step, torch.autograd.function.BackwardCFunction) is is_fast for step in steps)
+
+
+@differentiable(1)
 def test_gradients_of_one_input_at_a_time(path):
     leaves, rest = arguments(path)
     for i in range(len(leaves)):

@@ -186,6 +186,8 @@ def test_costs_by_row():
     own, shared = (OrderedMask(probs=probs).at_mean_length(2.3, cost, shared=shared) for shared in (False, True))
     torch.testing.assert_close(own.mean_length, torch.full((3, 2), 2.3))
     torch.testing.assert_close(shared.mean_length.mean(), torch.tensor(2.3))
+    named = OrderedMask(probs=probs).at_mean_length(mean_length=2.3, cost=cost, shared=True)
+    torch.testing.assert_close(named.probs, shared.probs, rtol=0, atol=0)
     whole = torch.tensor([7, 1000, 1000, 2000])
     torch.testing.assert_close(
         OrderedMask(probs=probs).tilt(0.01, whole).probs, OrderedMask(probs=probs).tilt(0.01, whole.double()).probs

@@ -205,6 +205,21 @@ def test_codes_of_rows_are_as_long_as_these():
     assert (guide.median(x)["code"][length == 3] - x[length == 3]).abs().mean() < 0.3
 
 
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_codes_begin_at_their_prior_in_any_dimension_of_the_plate(dim):
+    loc, scale = torch.tensor([0.5, -1.0, 0.0]), torch.tensor([1.0, 2.0, 0.5])
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=dim):
+            pyro.sample("code", NestedNormal(loc, scale, torch.zeros(3)))
+
+    guide, x = AutoNested(model, amortise=lambda x: x), torch.randn(5, 2)
+    law = poutine.trace(guide).get_trace(x).nodes["code"]["fn"]
+    assert law.batch_shape == (5, *[1] * (-1 - dim))
+    torch.testing.assert_close(law.loc, loc.expand(*law.batch_shape, 3))
+    torch.testing.assert_close(law.scale, scale.expand(*law.batch_shape, 3))
+
+
 # Guides as others are.
 
 

@@ -344,3 +344,20 @@ def test_a_law_shared_by_rows_starts_where_all_of_them_allow_it():
     guide = mean_field(model, shared_plates=["data"])
     guide()
     torch.testing.assert_close(guide.laws["mask"].probs[0], probs.log().mean(0).softmax(-1))
+
+
+def test_a_law_shared_by_rows_is_one_whichever_rows_come_first():
+    """Prior laws differ by row; what the rows of the first call share stays, and later rows begin with it."""
+
+    def model(i):
+        with plate(i):
+            loc = i.unsqueeze(-1) * torch.ones(len(i), 4)
+            pyro.sample("code", NestedNormal(loc, torch.ones(len(i), 4), torch.arange(4.0).expand(len(i), 4)))
+
+    guide = mean_field(model, shared_plates=["data"])
+    for i in ([6, 1], [3, 6, 7], range(ROWS)):
+        guide(torch.tensor([*i]))
+    part = guide[0]
+    assert part.logits.shape == (1, 4)
+    torch.testing.assert_close(part.logits[0].softmax(-1), torch.arange(4.0).softmax(-1))
+    torch.testing.assert_close(part.loc, torch.arange(float(ROWS)).unsqueeze(-1).expand(ROWS, 4))

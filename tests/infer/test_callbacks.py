@@ -158,6 +158,21 @@ def test_the_best_epoch_is_put_back(y):
     assert not all(torch.equal(value, states[-1][name]) for name, value in guide.state_dict().items())
 
 
+def test_the_best_epoch_is_forgotten_when_another_fit_begins(y):
+    epochs = []
+
+    class Look(Callback):
+        def on_step(self, run):
+            epochs.append(best.epoch)
+
+    best = BestEpoch("elbo")
+    for _ in range(2):
+        train(y, [best, Look()], num_epochs=1)
+        assert epochs == [0, 0, 0]
+        assert best.epoch == 1
+        epochs.clear()
+
+
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_best_is_what_the_mode_says(mode, y):
     best = BestEpoch("elbo", mode=mode)

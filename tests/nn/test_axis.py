@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyro_vnd.nn import Width
-from pyro_vnd.nn.axis import Axis, Run, kept_channels, take
+from pyro_vnd.nn.axis import Axis, Rows, Run, kept_channels, take
 
 
 @pytest.fixture
@@ -67,3 +67,31 @@ def test_take_keeps_leading_channels_or_chosen_ones_and_its_gradient_is_zero_els
     expected = torch.zeros(4, 5, 3)
     expected[:2, [0, 3]] = weight
     assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "order"),
+    [
+        (Rows(), [0, 1]),
+        (Rows(each=3), [0, 0, 0, 1, 1, 1]),
+        (Rows(repeats=3), [0, 1, 0, 1, 0, 1]),
+        (Rows(repeats=2, each=3), [0, 0, 0, 1, 1, 1] * 2),
+        # More time steps, or tokens, than the example had.
+        (Rows(repeats=2), [0, 1] * 4),
+        (Rows(each=2), [0] * 5 + [1] * 5),
+    ],
+)
+def test_masks_of_examples_are_spread_over_the_rows_that_they_have(rows, order):
+    mask = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+    expected = mask[order]
+    torch.testing.assert_close(rows.spread(mask, torch.zeros(len(order), 3), 1), expected)
+    torch.testing.assert_close(rows.spread(mask, torch.zeros(len(order), 5, 3), -1), expected.unsqueeze(1))
+    other = rows._replace(axis=1)
+    torch.testing.assert_close(other.spread(mask, torch.zeros(3, len(order)), 0), expected.T)
+    torch.testing.assert_close(other.spread(mask, torch.zeros(5, len(order), 3), -1), expected.unsqueeze(0))
+
+
+@pytest.mark.parametrize("rows", [Rows(), Rows(repeats=3), Rows(each=2), Rows(repeats=2, each=2)])
+def test_rows_that_no_examples_have_are_an_error(rows):
+    with pytest.raises(ValueError, match="a layer reads 7 rows where there are masks for 2 examples"):
+        rows.spread(torch.ones(2, 3), torch.zeros(7, 3), 1)

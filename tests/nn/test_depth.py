@@ -481,6 +481,7 @@ def test_copies_have_blocks_of_their_own():
         for parameter in other.net.parameters():
             parameter.add_(0.1)
     assert all(block.module is other.net.get_submodule(block.path) for block in other.blocks)
+    assert len({*net.blocks, *other.blocks}) == len(net.blocks) + len(other.blocks)
     assert_same(run(other, (x,), 0.25), narrow(other, 0.25, rounding="nearest")(x))
     assert_same(run(net, (x,), 0.25), before)
 

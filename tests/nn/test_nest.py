@@ -238,9 +238,21 @@ def test_a_layer_under_two_names_is_nested_and_narrowed_under_both():
     ("example", "message"),
     [
         (torch.zeros(8), r"along its first dimension, \(N, ...\); got shape \(8,\): give `x\[None\]`"),
+        (torch.tensor(1.0), r"along its first dimension, \(N, ...\); got shape \(\): give"),
+        (torch.tensor(1), r"along its first dimension, \(N, ...\); got shape \(\): give"),
         (torch.zeros(0, 8), r"at least one example; got \(0, 8\)"),
     ],
 )
 def test_an_example_without_examples_is_refused(example, message):
     with pytest.raises(ValueError, match=message):
         nest(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)), example)
+
+
+def test_examples_may_be_integers_one_each():
+    net, ids = (
+        nest(nn.Sequential(nn.Embedding(8, 4), nn.ReLU(), nn.Linear(4, 2)), torch.tensor([3, 7])),
+        torch.arange(8),
+    )
+    assert {name: width.num_units for name, width in net.widths.items()} == {"0": 4}
+    with torch.no_grad(), net.cut(0.5), net._drawn("posterior", 8, weights=False):
+        torch.testing.assert_close(net.net(ids), narrow(net, 0.5)(ids))

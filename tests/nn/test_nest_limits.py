@@ -300,6 +300,33 @@ def test_experts_that_rows_choose_are_cut_with_one_mask_for_all():
         torch.testing.assert_close(net.net(x), narrowed(x))
 
 
+def test_rows_that_a_mask_picks_are_no_longer_the_examples():
+    def forward(net, x):
+        return net.c(net.b(net.a(x).relu()[x[:, 0] > 0]).relu())
+
+    plain, x, other = Net(forward, **linears((4, 8), (8, 6), (6, 3))), torch.randn(6, 4), torch.randn(7, 4)
+    with pytest.raises(ValueError, match='`a`: rows of the input of `b` are not the examples; mask_per="batch" can'):
+        nest(plain, x)
+    net = nest(plain, x, mask_per="batch")
+    assert {name: width.num_units for name, width in net.widths.items()} == {"a": 8, "b": 6}
+    with torch.no_grad(), net.cut(0.5), net._drawn("posterior", 7, weights=False):
+        torch.testing.assert_close(net.net(other), narrow(net, 0.5)(other))
+
+
+def test_half_a_number_of_channels_is_not_this_number():
+    """Channels of another layer, of which there happen to be as many, are left out of it: each is held by itself."""
+
+    def forward(net, x):
+        h = net.a(x.mean(-1)).relu()
+        return net.o(net.b(x).relu()[:, :, : h.shape[1] // 2].mean(-1)) + net.p(h)
+
+    layers = linears((3, 8)) | {"b": nn.Conv1d(3, 8, 1), "o": nn.Linear(8, 3), "p": nn.Linear(8, 3)}
+    with pytest.raises(
+        ValueError, match=r"- `a`: `getitem` .* has fixed sizes .*\n- `b`: `getitem` .* has fixed sizes"
+    ):
+        nest(Net(forward, **layers), torch.randn(2, 3, 16))
+
+
 @pytest.mark.parametrize("hidden", ["nothing", "zeros", "small", "far", "noise"])
 def test_what_hides_behind_the_last_layer_is_seen(hidden):
     def forward(net, x):

@@ -186,6 +186,7 @@ def test_latents_of_hidden_rows_have_their_prior_after_a_fit():
     def model(y: Tensor) -> None:
         with pyro.plate("data", len(y)), poutine.mask(mask=keep):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("unseen", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             pyro.sample("mask", OrderedMask.uniform(4))
             pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
@@ -193,9 +194,12 @@ def test_latents_of_hidden_rows_have_their_prior_after_a_fit():
     y = torch.zeros(20)
     fit(model, guide, y, num_epochs=200, progress=False)
     with torch.no_grad():
-        spread = torch.stack([guide(y)["z"] for _ in range(300)]).std(0)
+        draws = [guide(y) for _ in range(300)]
+    spread, unseen = (torch.stack([drawn[name] for drawn in draws]).std(0) for name in ("z", "unseen"))
     assert 0.7 < spread[~keep].mean() < 1.3
     assert spread[keep].mean() == pytest.approx(math.sqrt(0.5), abs=0.05)
+    assert unseen.shape == (20, 2)
+    assert 0.7 < unseen.mean() < 1.3
 
 
 def test_latents_of_hidden_entries_have_their_prior_beside_what_is_learned():

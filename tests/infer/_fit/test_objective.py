@@ -39,7 +39,9 @@ def steep(mu):
 
 
 @pytest.mark.parametrize(
-    ("how", "message"), [(infinite, "'y'"), (steep, r"gradient of .*mu")], ids=["loss", "gradient"]
+    ("how", "message"),
+    [(infinite, "the log-probability of site 'y' of the model is not finite"), (steep, r"gradient of .*mu")],
+    ids=["loss", "gradient"],
 )
 def test_non_finite_loss_stops_and_names_the_culprit(how, message, y):
     model = Breaks(how)
