@@ -52,7 +52,20 @@ def of_another_optimiser(path):
     torch.save(state, path)
 
 
-@pytest.mark.parametrize("spoil", [damaged, of_other_rows, of_another_optimiser])
+def of_fewer_modules(path):
+    state = torch.load(path, weights_only=True)
+    state["modules"].pop("model.net.2.bias")
+    state["modules"]["model.net.0.bias"].add_(1)
+    torch.save(state, path)
+
+
+def not_finite(path):
+    state = torch.load(path, weights_only=True)
+    state["modules"]["model.net.0.bias"].fill_(torch.nan)
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("spoil", [damaged, of_other_rows, of_another_optimiser, of_fewer_modules, not_finite])
 def test_a_resume_that_fails_leaves_the_modules_alone(spoil, y, tmp_path):
     path = tmp_path / "fit.pt"
     model = Normed()
