@@ -1,7 +1,7 @@
 """Numbers below the smallest normal one: divergences have the value of more digits, and every slope is finite.
 
-A slope of 1 / x overflows there, and has then the right sign; all others are those of more digits, unless they come with
-one that overflows.
+A slope of 1 / x overflows there, and has then the right sign; all others are those of more digits, unless they come
+with one that overflows.
 """
 
 from itertools import product
@@ -29,8 +29,8 @@ def standard(like):
     return Normal(torch.zeros(()).to(like), torch.ones(()).to(like))
 
 
-def gated(base, gate):
-    return Gated(base, gate=gate)
+def gated_kl(loc, scale, gate):
+    return kl_divergence(Gated(Normal(loc, scale), gate=gate), Gated(standard(loc), ()))
 
 
 DIVERGENCES = {
@@ -42,7 +42,7 @@ DIVERGENCES = {
     "tilted": (lambda q, p: kl_divergence(OrderedMask(probs=q).tilt(1.0), OrderedMask(probs=p)), (Q, P)),
     "nested": (lambda m, s, t: kl_divergence(nested(m, s), nested(0 * m, t)), (LOCS, SCALES, [1e-10, 1.0])),
     "narrow prior": (lambda s, t: kl_divergence(nested(0 * s, s), nested(0 * s, t)), ([SUB], [SUB, TINY])),
-    "gated": (lambda m, s, g: kl_divergence(gated(Normal(m, s), g), Gated(standard(m), ())), (LOCS, SCALES, [0.0, 1.0])),
+    "gated": (gated_kl, (LOCS, SCALES, [0.0, 1.0])),
     "log-uniform": (lambda m, s: kl_divergence(Normal(m, s), LogUniform()), (LOCS, SCALES)),
     "log scales": (lambda m, r: kl_divergence(LogScaleNormal(m, r), standard(m)), (LOCS, LOG_SCALES)),
     "log scales, log-uniform": (lambda m, r: kl_divergence(LogScaleNormal(m, r), LogUniform()), (LOCS, LOG_SCALES)),
