@@ -87,7 +87,7 @@ class Cut:
     def take(self, x: Tensor) -> Tensor:
         """Return what belongs to the laws that are random, shape (..., R, n), of shape (...) + batch_shape + (n,)."""
         leading = x.shape[: x.dim() - self.lengths.dim() - 1]
-        return x.reshape((*leading, -1, x.shape[-1])).index_select(len(leading), self.rows)
+        return x.reshape((*leading, self.lengths.numel(), x.shape[-1])).index_select(len(leading), self.rows)
 
     def put(self, random: Tensor, given: Tensor) -> Tensor:
         """Put what belongs to the laws that are random among what belongs to the others.
