@@ -9,7 +9,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pyro_vnd._data import take_rows
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
@@ -20,6 +22,8 @@ from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.tracing.tape import tensors_in, with_one_more
 
 __all__ = ["Misfit", "check_and_count"]
+
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout)
 
 
 class Misfit(ValueError):
@@ -142,7 +146,7 @@ def _compare_layers(net: NestedNet, inputs: tuple[Any, ...], rows: int, half: di
             return positions
         other, _ = _pass(net, inputs, rows, half, sliced=False, seed=1)
         if all(map(partial(_is_explained, times=10), dense, sliced, other)):
-            return positions  # a random net, such as with dropout, draws other numbers for fewer channels
+            return positions  # a random net, such as with dropout in attention, draws other numbers for fewer channels
         nudged, _ = _pass(net, _nudged(inputs), rows, half, sliced=False)
         if all(map(partial(_is_explained, times=100), dense, sliced, nudged)):
             return positions  # a net that magnifies rounding, such as by norms over few and like rows, is no measure
@@ -194,8 +198,17 @@ def _pass(
 def _run(net: NestedNet, inputs: tuple[Any, ...], rows: int, width: Any, sliced: bool, seed: int = 0) -> list[Tensor]:
     given = copy.deepcopy(inputs)  # operations in place may change them
     drawn = net._drawn("posterior", rows, weights=False)
-    with net.cut(width, sliced=sliced), drawn, random_numbers(seed, cuda_devices(inputs)):
+    with net.cut(width, sliced=sliced), drawn, random_numbers(seed, cuda_devices(inputs)), _NothingDropped():
         return [x.detach().clone() for x in tensors_in(net.net(*given))]
+
+
+class _NothingDropped(TorchFunctionMode):
+    """Dropout that drops nothing: which channels it drops tells nothing of a net, and changes where it is cut."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        return func(*args, **(kwargs or {}))
 
 
 def _where_it_fails(net: NestedNet, *how: Any) -> str:
