@@ -43,8 +43,9 @@ Beside names:
 - Of the message of a site the keys `infer["enumerate"]` and `infer["_enumerate_dim"]`, which enumeration reads and
   writes.
 - By the traceback `fit` tells a law or value that torch or Pyro refuse as it is not finite from other errors: the
-  function that raised is theirs, and has a tensor that is not finite among its variables, as their checks of parameters
-  and samples have. Where they check otherwise, such an error stays a ValueError.
+  function that raised is theirs, has a tensor that is not finite among its variables, as their checks of parameters and
+  samples have, and says "Expected parameter" or "Expected value argument". Where they check or speak otherwise, such an
+  error stays a ValueError.
 - The attributes of a module are what `vars(module)` has, which `nest` puts back after it has traced a net.
 
 What is used of ArviZ is in `pyro_vnd.diagnostics.posterior._arviz`, for both of its lines.
