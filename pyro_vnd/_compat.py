@@ -34,6 +34,8 @@ Of Pyro. Objectives, guides and handlers are extended by the methods that its ow
 - `pyro.nn.module._Context`: what a module and its parts are called in, which of a fitted one has a store of its own.
 - `pyro.nn.PyroModule._pyro_set_supermodule`: hands a part the context of the whole.
 - `pyro.nn.PyroModule._pyro_name`: whether a part has been given a name in the whole.
+- `pyro.poutine.runtime._PYRO_STACK`, `pyro.poutine.runtime._DIM_ALLOCATOR`, `pyro.poutine.runtime._ENUM_ALLOCATOR`: the
+  handlers that are active, and the dimensions that plates and enumeration have taken.
 - `pyro.distributions.MaskedDistribution._mask`: the rows that count.
 - `pyro.distributions.distribution.COERCIONS`: asked before a law of Pyro is made, which `TransformedDistribution` of a
   nested law must not be; torch's own class does not ask.
@@ -43,8 +45,9 @@ Beside names:
 - Of the message of a site the keys `infer["enumerate"]` and `infer["_enumerate_dim"]`, which enumeration reads and
   writes.
 - By the traceback `fit` tells a law or value that torch or Pyro refuse as it is not finite from other errors: the
-  function that raised is theirs, and has a tensor that is not finite among its variables, as their checks of parameters
-  and samples have. Where they check otherwise, such an error stays a ValueError.
+  function that raised is theirs, has a tensor that is not finite among its variables, as their checks of parameters and
+  samples have, and says "Expected parameter" or "Expected value argument". Where they check or speak otherwise, such an
+  error stays a ValueError.
 - The attributes of a module are what `vars(module)` has, which `nest` puts back after it has traced a net.
 
 What is used of ArviZ is in `pyro_vnd.diagnostics.posterior._arviz`, for both of its lines.
@@ -62,6 +65,7 @@ from pyro.distributions import MaskedDistribution
 from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement as check_mean_field_requirement
 from pyro.nn import PyroModule
 from pyro.nn.module import _Context
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _ENUM_ALLOCATOR, _PYRO_STACK
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -77,6 +81,7 @@ __all__ = [
     "keep_own_params",
     "mask_of_rows",
     "only_plain_code",
+    "outermost_handlers",
     "plain_checkpoints",
     "quiet_lookups",
     "recall",
@@ -250,6 +255,35 @@ def keep_own_params(objects: Iterable[Any]) -> None:
             if isinstance(part, PyroModule):
                 give_local_params(part)
                 part._pyro_context.__class__ = OwnContext
+
+
+_outermost: list[tuple[list[Any], list[Any]]] = []
+
+
+@contextmanager
+def outermost_handlers() -> Iterator[list[Any]]:
+    """Run a block under those handlers of Pyro alone under which the outermost block of this kind began.
+
+    A fit that the model of another one starts has no sites in that model. Breaks where Pyro keeps handlers, or what
+    plates and enumeration have taken, elsewhere than in these three objects.
+
+    Yields:
+        The handlers.
+    """
+    plates, enumerated = _DIM_ALLOCATOR._stack, vars(_ENUM_ALLOCATOR)
+    before = [*_PYRO_STACK], [*plates], dict(enumerated)
+    is_outermost = not _outermost
+    if is_outermost:
+        _outermost.append(before[:2])
+    _PYRO_STACK[:], plates[:] = _outermost[0]
+    try:
+        yield [*_PYRO_STACK]
+    finally:
+        if is_outermost:
+            _outermost.clear()
+        _PYRO_STACK[:], plates[:] = before[:2]
+        enumerated.clear()
+        enumerated.update(before[2])
 
 
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)

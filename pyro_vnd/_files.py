@@ -5,7 +5,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replaced", "sync", "unfinished_name"]
+__all__ = ["replaced", "sync", "unfinished_name", "writing"]
+
+
+@contextmanager
+def writing(what: str, path: Path) -> Iterator[None]:
+    """Run a block that writes a file, and say so where the system does not take it.
+
+    Args:
+        what: Function and argument, for messages.
+        path: The file.
+
+    Raises:
+        ValueError: In place of an error of the system.
+
+    Example:
+        >>> with writing("CSVLogger: argument `path`", Path("/none/fit.csv")):
+        ...     open("/none/fit.csv", "w")
+        Traceback (most recent call last):
+        ValueError: CSVLogger: argument `path` is '/none/fit.csv', which cannot be written: No such file or directory...
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{what} is {str(path)!r}, which cannot be written: {error.strerror or error}. Make room, or give a path "
+            "where there is some and writing is allowed"
+        ) from error
 
 
 @contextmanager

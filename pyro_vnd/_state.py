@@ -1,12 +1,17 @@
 """State of torch that is set for the length of a block and put back after it."""
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
+
+from pyro_vnd._compat import outermost_handlers
 
 __all__ = ["cuda_devices", "module_mode", "one_at_a_time", "random_numbers"]
 
@@ -48,11 +53,14 @@ def cuda_devices(objects: Iterable[Any]) -> list[torch.device]:
 def one_at_a_time() -> Iterator[None]:
     """Run a block in which Pyro's handlers, its settings and the random numbers are this thread's.
 
+    A block within a block, as of a fit that a model starts, has the handlers of the outer one only.
+
     Yields:
         Nothing.
 
     Raises:
         RuntimeError: If another thread is in such a block.
+        ValueError: If it is in a plate or a trace, of which all sites of all evaluations would be a part.
     """
     if not _LOCK.acquire(blocking=False):
         raise RuntimeError(
@@ -60,9 +68,20 @@ def one_at_a_time() -> Iterator[None]:
             "are shared by all threads: wait for it, or fit in processes (multiprocessing, joblib)"
         )
     try:
-        yield
+        with outermost_handlers() as handlers:
+            _check_free(handlers)
+            yield
     finally:
         _LOCK.release()
+
+
+def _check_free(handlers: Sequence[Any]) -> None:
+    plate = next((each.name for each in handlers if isinstance(each, IndepMessenger)), None)
+    is_traced = any(isinstance(each, TraceMessenger) and not each.param_only for each in handlers)
+    is_hidden = any(isinstance(each, BlockMessenger) for each in handlers)  # from traces, but plates have dimensions
+    if plate is not None or (is_traced and not is_hidden):
+        where = f"the plate {plate!r}" if plate is not None else "poutine.trace"
+        raise ValueError(f"fit: called inside {where}, of which all its evaluations would be a part: call it outside")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence, register_kl
+from torch.distributions.utils import broadcast_all
 
 from pyro_vnd._compat import recall
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
@@ -124,9 +125,17 @@ def _kl_gated(q: Gated, p: Gated) -> Tensor:
     if q.gate is None and base.batch_shape == q.event_shape and getattr(base, "prior", None) is p.base:
         kl = base.kl_from_prior  # computed beside the draw
     else:
-        terms = kl_divergence(base, p.base)
+        terms = _kl_of_entries(base, p.base)
         kl = q.sum_over_event(terms.expand(broadcast_shapes(terms.shape, q.event_shape)), q.gate)
     return kl if kl.shape == batch_shape else kl.expand(batch_shape)
+
+
+def _kl_of_entries(q: Any, p: Any) -> Tensor:
+    if isinstance(q, Normal) and isinstance(p, Normal) and not isinstance(q, LogScaleNormal):
+        parts = broadcast_all(q.loc, q.scale, p.loc, p.scale)
+        if len({part.dtype for part in parts}) == 1:
+            return normal_kl(*parts)  # torch's own is infinite where the square of a ratio is no number any more
+    return kl_divergence(q, p)
 
 
 @register_kl(LogScaleNormal, Normal)

@@ -16,11 +16,12 @@ from torch.types import _size
 
 from pyro_vnd._compat import all_true
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
+from pyro_vnd.distributions._fast.slopes import finite_slope, log_of_probs
 from pyro_vnd.distributions.constraints import check_expandable, got, tail_sum, within
 from pyro_vnd.distributions.derived import KeepsDerived, derived
 from pyro_vnd.distributions.tilt import Tiltable, tilted_logits
 
-__all__ = ["LengthLaw", "batch_facts", "gumbel_like", "log_or_minus_infinity", "span"]
+__all__ = ["LengthLaw", "batch_facts", "gumbel_like", "span"]
 
 _HALF_PRECISION = (torch.bfloat16, torch.float16)  # too coarse for sums of thousands of probabilities
 
@@ -139,13 +140,13 @@ class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
         if self._is_logits:
             return self._param.softmax(-1)
         # Scaled first, as a sum of large weights may overflow; the result does not depend on the scale.
-        weights = self._param / self._param.detach().amax(-1, keepdim=True)
+        weights = finite_slope(self._param) / self._param.detach().amax(-1, keepdim=True)
         return weights / weights.sum(-1, keepdim=True)
 
     @derived
     def _log_probs(self) -> Tensor:
         # Of weights the logarithm comes first: a small one beside a large one has all its digits only then.
-        return (self._param if self._is_logits else log_or_minus_infinity(self._param)).log_softmax(-1)
+        return (self._param if self._is_logits else log_of_probs(self._param)).log_softmax(-1)
 
     @derived
     def _keep_probs(self) -> Tensor:
@@ -376,12 +377,6 @@ def positive_int(cls: type, num_units: int) -> int:
         if not isinstance(num_units, bool) and index(num_units) >= 1:
             return index(num_units)
     raise ValueError(f"{cls.__name__}: argument `num_units` must be an integer >= 1; got {num_units!r}")
-
-
-def log_or_minus_infinity(probs: Tensor) -> Tensor:
-    """Return log p, with log 0 = -inf, and its gradient zero rather than 0 * inf."""
-    impossible = probs == 0
-    return probs.masked_fill(impossible, 1).log().masked_fill(impossible, -torch.inf)
 
 
 def batch_facts(law: Distribution) -> list[str]:

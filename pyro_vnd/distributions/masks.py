@@ -12,9 +12,10 @@ from torch.types import _size
 from pyro_vnd._compat import only_plain_code, remember
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions._fast.masks import hard_mask
+from pyro_vnd.distributions._fast.slopes import log_of_probs
 from pyro_vnd.distributions.constraints import binary_ordered_mask, got, tail_difference, tail_sum, within
 from pyro_vnd.distributions.derived import derived
-from pyro_vnd.distributions.lengths import LengthLaw, log_or_minus_infinity
+from pyro_vnd.distributions.lengths import LengthLaw
 
 __all__ = ["Cut", "CutMask", "OrderedMask", "expectation"]
 
@@ -86,7 +87,7 @@ class Cut:
     def take(self, x: Tensor) -> Tensor:
         """Return what belongs to the laws that are random, shape (..., R, n), of shape (...) + batch_shape + (n,)."""
         leading = x.shape[: x.dim() - self.lengths.dim() - 1]
-        return x.reshape((*leading, -1, x.shape[-1])).index_select(len(leading), self.rows)
+        return x.reshape((*leading, self.lengths.numel(), x.shape[-1])).index_select(len(leading), self.rows)
 
     def put(self, random: Tensor, given: Tensor) -> Tensor:
         """Put what belongs to the laws that are random among what belongs to the others.
@@ -312,7 +313,7 @@ class CutMask(OrderedMask):
 
     @derived
     def _log_probs(self) -> Tensor:
-        return self.given.put(self.random.logits, log_or_minus_infinity(tail_difference(self.given.masks)))
+        return self.given.put(self.random.logits, log_of_probs(tail_difference(self.given.masks)))
 
     @derived
     def _keep_probs(self) -> Tensor:

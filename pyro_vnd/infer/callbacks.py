@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from pyro_vnd._files import writing
 from pyro_vnd.infer._fit.checkpoint import Folder, State, not_finite_parameters
 from pyro_vnd.infer._fit.objective import NonFiniteLossError
 from pyro_vnd.infer.result import FitResult
@@ -260,7 +261,7 @@ class Checkpoint(Callback):
 
     Beside "fit.pt" are "fit.previous.pt", the state before it, and "fit.best.pt", that of the best epoch if `best` is
     measured; any of them can be given as `path` to go on from. A state that is not finite is not written. Before the
-    first step a state is written, read and removed, so that what cannot be kept is known then.
+    first step a state is written, read, put back and removed, so that what cannot be kept is known then.
 
     Args:
         path: The file; its folder must exist.
@@ -286,12 +287,17 @@ class Checkpoint(Callback):
         best: str = "validation_log_likelihood",
         resume: bool | Literal["extend"] = False,
     ) -> None:
-        if not isinstance(path, str | Path) or not str(path):
+        if not isinstance(path, str | Path) or str(path) in ("", ".") or "\0" in str(path):
             raise ValueError(f"fit: argument `checkpoint` must be the path of a file; got {path!r}")
         self.path = Path(path)
-        if self.path.is_dir():
+        with writing("fit: argument `checkpoint`", self.path):  # looking may be forbidden, too
+            is_folder, is_other = self.path.is_dir(), self.path.exists() and not self.path.is_file()
+            has_folder = self.path.parent.is_dir()
+        if is_folder:
             raise ValueError(f"fit: argument `checkpoint` is {str(path)!r}, a folder; give the path of a file in it")
-        if not self.path.parent.is_dir():
+        if is_other:
+            raise ValueError(f"fit: argument `checkpoint` is {str(path)!r}, which is no file but a device or a pipe")
+        if not has_folder:
             raise ValueError(f"fit: argument `checkpoint` is {str(path)!r}, whose folder does not exist")
         if resume not in (False, True, "extend"):
             raise ValueError(f"fit: argument `resume` must be True, False or 'extend'; got {resume!r}")
@@ -314,11 +320,11 @@ class Checkpoint(Callback):
         return Folder.read_from(self.path) if self.resume else None
 
     def on_fit_start(self, run: Run) -> None:
-        """Write and read a state, to see that it can be done, and begin to count the minutes."""
+        """Write a state, read it and put it back, to see that it can be done, and begin to count the minutes."""
         if run.epoch < run.num_epochs and not run.stopped:
             state = run.state_dict()
             if self._folder is not None:
-                self._folder.rehearse(state)
+                run.put_back(self._folder.rehearse(state)["modules"], self.path)
         self._written = time.monotonic()
 
     def on_step(self, run: Run) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from pyro_vnd._files import replaced, writing
 from pyro_vnd.infer.callbacks import Callback
 from pyro_vnd.infer.run import Run
 
@@ -72,7 +73,9 @@ class CSVLogger(Callback):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if self.path.is_dir() or not self.path.parent.is_dir():
+        with writing("CSVLogger: argument `path`", self.path):  # looking may be forbidden, too
+            is_possible = not self.path.is_dir() and self.path.parent.is_dir()
+        if not is_possible:
             raise ValueError(f"CSVLogger: argument `path` must be a file in a folder that exists; got {str(path)!r}")
         self._names: list[str] = []
 
@@ -83,7 +86,8 @@ class CSVLogger(Callback):
         rows = []
         if run.epoch and self.path.exists():
             with self.path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= run.epoch]
+                whole = (row for row in csv.DictReader(file) if None not in row.values())  # one may be cut short
+                rows = [row for row in whole if int(row["epoch"]) <= run.epoch]
         self._write(rows)
 
     def on_epoch(self, run: Run) -> None:
@@ -92,15 +96,17 @@ class CSVLogger(Callback):
             return
         row = {"epoch": run.epoch, "step": run.step, "seconds": f"{run.result.seconds:.3f}", **epoch_numbers(run)}
         if [*row] == self._names:
-            with self.path.open("a", newline="") as file:
+            with writing("CSVLogger: argument `path`", self.path), self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self._names).writerow(row)
         else:
             with self.path.open(newline="") as file:
-                self._write([*csv.DictReader(file), row])
+                rows = [*csv.DictReader(file), row]
+            self._write(rows)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         self._names = list(dict.fromkeys(name for row in rows for name in row))
-        with self.path.open("w", newline="") as file:
+        whole = replaced(self.path)  # so that no line is lost where this is cut short
+        with writing("CSVLogger: argument `path`", self.path), whole as path, path.open("w", newline="") as file:
             if rows:
                 writer = csv.DictWriter(file, self._names)
                 writer.writeheader()
@@ -130,7 +136,8 @@ class TensorBoardLogger(Callback):
     def on_fit_start(self, run: Run) -> None:
         """Open the file; what another run wrote after this epoch is hidden."""
         if run.is_first:
-            self._writer = self._make(str(self.folder), purge_step=run.step + 1 if run.step else None)
+            with writing("TensorBoardLogger: argument `folder`", self.folder):
+                self._writer = self._make(str(self.folder), purge_step=run.step + 1 if run.step else None)
 
     def on_step(self, run: Run) -> None:
         """Write a step, if it is time to."""

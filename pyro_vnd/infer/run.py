@@ -1,8 +1,9 @@
 """A fit while it goes on, as callbacks see it."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,6 +99,18 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a fit needs to go on from here; every process must ask for it."""
+        raise NotImplementedError
+
+    def put_back(self, modules: Mapping[str, Any], path: Path) -> None:
+        """Give model and guide what a state has of them; if that fails, they stay what they are.
+
+        Args:
+            modules: What the state has.
+            path: The file that it is from, or is to go into.
+
+        Raises:
+            ValueError: If modules do not take it.
+        """
         raise NotImplementedError
 
     @property

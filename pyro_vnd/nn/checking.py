@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from pyro_vnd._data import take_rows
@@ -22,7 +22,6 @@ from pyro_vnd.nn.net import NestedNet
 from pyro_vnd.nn.tracing.tape import tensors_in, with_one_more
 
 __all__ = ["Misfit", "check_and_count"]
-
 
 _ROWS_OF_NORMS = 4  # of which two are narrow where widths are mixed
 
@@ -89,7 +88,7 @@ def _checked(
                 if net.mask_per == "example":
                     _compare_rows(net, inputs, rows)
         if trains:
-            with module_mode([net], training=True), _shaken(net), _WithoutDropout():
+            with module_mode([net], training=True), _shaken(net):
                 if one_row_trains:
                     _compare(net, take_rows(inputs, rows, torch.arange(rows) == 0), 1, uneven)
                 else:
@@ -160,7 +159,7 @@ def _compare_layers(net: NestedNet, inputs: tuple[Any, ...], rows: int, half: di
             return positions
         other, _ = _pass(net, inputs, rows, half, sliced=False, seed=1)
         if all(map(partial(_is_explained, times=10), dense, sliced, other)):
-            return positions  # a random net, such as with dropout, draws other numbers for fewer channels
+            return positions  # a random net, such as with dropout in attention, draws other numbers for fewer channels
         nudged, _ = _pass(net, _nudged(inputs), rows, half, sliced=False)
         if all(map(partial(_is_explained, times=100), dense, sliced, nudged)):
             return positions  # a net that magnifies rounding, such as by norms over few and like rows, is no measure
@@ -212,7 +211,7 @@ def _pass(
 def _run(net: NestedNet, inputs: tuple[Any, ...], rows: int, width: Any, sliced: bool, seed: int = 0) -> list[Tensor]:
     given = copy.deepcopy(inputs)  # operations in place may change them
     drawn = net._drawn("posterior", rows, weights=False)
-    with net.cut(width, sliced=sliced), drawn, random_numbers(seed, cuda_devices(inputs)):
+    with net.cut(width, sliced=sliced), drawn, random_numbers(seed, cuda_devices(inputs)), _WithoutDropout():
         return [x.detach().clone() for x in tensors_in(net.net(*given))]
 
 

@@ -67,6 +67,8 @@ class NetDraws(Predictor):
         >>> from pyro_vnd.nn import narrow, nest
         >>> net = nest(nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3)), torch.zeros(1, 8), num_blocks=16)
         >>> draws = net.draws(10, seed=0)
+        >>> draws
+        NetDraws(10 draws of Sequential, kept, one mask for each example, seed 0)
         >>> draws.predict(torch.randn(5, 8)).shape
         torch.Size([10, 5, 3])
         >>> quarter, x = draws.narrow(0.25), torch.randn(1, 8)
@@ -102,6 +104,11 @@ class NetDraws(Predictor):
             self._kept = []
         self.lengths = self._draw_lengths() if net.mask_per == "batch" else {}
         self._narrow: _Kept | None = None
+
+    def __repr__(self) -> str:
+        masks = f"one mask for each {self.net.mask_per}"
+        kept = "kept" if self._kept else "drawn anew at each use"
+        return f"NetDraws({self.num_samples} draws of {type(self.net.net).__name__}, {kept}, {masks}, seed {self.seed})"
 
     def __len__(self) -> int:
         return self.num_samples

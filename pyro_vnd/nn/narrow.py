@@ -292,11 +292,11 @@ def recalibrate_batchnorm(net: nn.Module, data: Rows, *, batch_size: int = 256, 
         and len(data) > 1
         and all(isinstance(rows, Tensor) for rows in data)
     ):
-        alike = sum(rows.dim() > 1 and rows.shape == data[0].shape for rows in data)
+        alike = sum(rows.dim() > 1 and rows.shape[1:] == data[0].shape[1:] for rows in data)
         if alike > 1:
             raise ValueError(
-                f"recalibrate_batchnorm: argument `data` has {alike} tensors like the inputs, shape "
-                f"{tuple(data[0].shape)}: if they are batches, give them as a generator, or joined by torch.cat"
+                f"recalibrate_batchnorm: argument `data` has {alike} tensors like the inputs, rows of shape "
+                f"{tuple(data[0].shape[1:])}: if they are batches, give iter(data) or torch.cat(data)"
             )
     return recalibrated(net, input_batches(data, batch_size, num_inputs))
 

@@ -80,6 +80,7 @@ class NarrowDraws(Predictor):
         batch_size: int = 256,
     ) -> None:
         super().__init__(net, pick)
+        self._shares = [f"{kept} of {net.widths[name].num_blocks} blocks of {name}" for name, kept in blocks.items()]
         draws = iter(draws)
         first = next(draws)
         self.net, narrowed = narrowed_parts(net, blocks, first)
@@ -104,6 +105,9 @@ class NarrowDraws(Predictor):
             self._passes = [(self.net, []), *((narrow_to_blocks(net, blocks, draw), []) for draw in draws)]
         if recalibrate is not None:
             self._recalibrate(recalibrate, batch_size)
+
+    def __repr__(self) -> str:
+        return f"NarrowDraws({len(self)} draws of {type(self.net).__name__}, {', '.join(self._shares)})"
 
     def __len__(self) -> int:
         return len(self._passes)

@@ -15,7 +15,7 @@ from pyro_vnd.distributions import NestedAutoregressive, RelaxedOrderedMask
 from pyro_vnd.distributions.nested import NestedLaw
 from pyro_vnd.distributions.weights import LogScaleNormal
 
-BATCH_SHAPES = [(), (3,), (2, 3), (0,)]
+BATCH_SHAPES = [(), (3,), (2, 3), (0,), (2, 0)]
 
 
 def first_argument(case) -> str:
@@ -29,7 +29,7 @@ WITH_ARGUMENTS = [case for case in CASES if case.units or case.batch]
 @each()
 @pytest.mark.parametrize("num_units", [1, 4])
 @pytest.mark.parametrize("batch_shape", BATCH_SHAPES)
-@pytest.mark.parametrize("sample_shape", [(), (5,), (5, 1)])
+@pytest.mark.parametrize("sample_shape", [(), (5,), (5, 1), (0,)])
 def test_shapes_and_support(case, batch_shape, sample_shape, num_units):
     law, event_shape = case.build(batch_shape, num_units), case.event_shape(num_units)
     assert type(law) is case.cls

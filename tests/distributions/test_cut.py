@@ -155,6 +155,7 @@ def test_a_law_can_be_cut_copied_and_cut_again(make, case):
     empty = make(logits=torch.zeros(0, K)).cut(torch.zeros(0, dtype=torch.long))
     for none_random in (empty, law.cut(torch.tensor([1, 2, 3]))):
         assert none_random.sample((5,)).shape == (5, *none_random.batch_shape, K)
+        assert none_random.sample((0,)).shape == (0, *none_random.batch_shape, K)
         if case.divergence:
             assert kl_divergence(none_random, none_random).tolist() == [0.0] * len(none_random.keep_probs)
 

@@ -35,6 +35,35 @@ def perceptron(layers, *last):
     return nn.Sequential(*hidden, *last, nn.Linear(8, 3))
 
 
+class Dropping(nn.Module):
+    """Dropout as a function."""
+
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.1, self.training)
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout(0.3), Dropping()], ids=["layer", "function"])
+@pytest.mark.parametrize("make", [torch.zeros, torch.randn])
+def test_what_dropout_drops_is_no_misfit(make, dropout):
+    """Of a small net it drops something or nothing by chance."""
+    for width in range(4, 16):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.ReLU(), dropout, nn.Linear(width, 2))
+        assert nest(net, make(2, 3)).widths.keys() == {"0"}
+
+
+class Swapped(nn.Module):
+    """In training, channels in another order: those that are kept are others when the net is cut."""
+
+    def forward(self, x):
+        return x.flip(-1) if self.training else x
+
+
+def test_dropout_hides_no_misfit():
+    with pytest.raises(ValueError, match="nest"):
+        nest(nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Dropout(0.1), Swapped(), nn.Linear(6, 2)), torch.randn(2, 3))
+
+
 @pytest.mark.parametrize(("examples", "rows"), [(1, [2, 1, 2, 1, 1, 1]), (2, [3, 1, 2, 1, 1, 1])])
 def test_a_net_is_run_six_times_on_few_rows(examples, rows):
     nest(perceptron(2, Seen()), torch.randn(examples, 8))

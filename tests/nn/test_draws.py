@@ -452,6 +452,14 @@ def test_draws_of_other_devices_are_kept():
         net.draws(2, keep=False)
 
 
+def test_they_say_what_they_are():
+    net = nest(nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)), torch.zeros(2, 3), num_blocks=3)
+    draws = net.draws(4, seed=7)
+    assert repr(draws) == "NetDraws(4 draws of Sequential, kept, one mask for each example, seed 7)"
+    assert "drawn anew at each use" in repr(net.draws(4, keep=False))
+    assert repr(draws.narrow(2)) == "NarrowDraws(4 draws of Sequential, 2 of 3 blocks of 0)"
+
+
 @pytest.mark.parametrize("num_draws", [0, -1, 1.5, True])
 def test_numbers_of_draws(num_draws):
     with pytest.raises(ValueError, match="argument `num_samples` must be an integer, at least 1; got"):

@@ -9,11 +9,12 @@ from typing import Any
 import h5netcdf
 import numpy as np
 
-from pyro_vnd._files import replaced
+from pyro_vnd._files import replaced, writing
 from pyro_vnd.diagnostics.posterior._arviz import Groups, group_dataset, read_groups, weights_and_khat
 
 __all__ = ["DrawsFile"]
 
+_ARGUMENT = "to_arviz: argument `path`"
 _CHUNK = 2**22  # numbers in a part of a variable that is read as one
 
 
@@ -33,7 +34,9 @@ class DrawsFile:
     """
 
     def __init__(self, path: Path, rows: str, coords: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
-        if path.suffix == ".zarr" or path.is_dir() or not path.parent.is_dir():
+        with writing(_ARGUMENT, path):  # looking may be forbidden, too
+            is_possible = path.suffix != ".zarr" and not path.is_dir() and path.parent.is_dir()
+        if not is_possible:
             raise ValueError(
                 f"to_arviz: argument `path` must be a file of netCDF, 'draws.nc' say, in a folder that exists; got "
                 f"{str(path)!r}. What is returned can be written as zarr afterwards"
@@ -50,13 +53,11 @@ class DrawsFile:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if error[0] is None:
-            try:
-                self._finish()
-            except BaseException as failure:
-                self._stack.__exit__(type(failure), failure, failure.__traceback__)
-                raise
-        self._stack.__exit__(*error)
+        if error[0] is not None:
+            self._stack.__exit__(*error)
+            return
+        with writing(_ARGUMENT, self.path), self._stack:
+            self._finish()
 
     def add(self, groups: Groups, coords: Mapping[str, Any]) -> None:
         """Add a batch.
@@ -87,7 +88,8 @@ class DrawsFile:
         for group, variables in groups.items():
             if group != "sample_stats":
                 self._check_shared(group, variables)
-                self._write(group, variables, coords, stop)
+                with writing(_ARGUMENT, self.path):
+                    self._write(group, variables, coords, stop)
         self.num_rows = stop
 
     def read(self) -> Any:

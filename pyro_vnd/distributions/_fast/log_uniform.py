@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_vnd.distributions._fast.dispatch import fast_or_plain, plain_gradients
+from pyro_vnd.distributions._fast.slopes import finite_
 
 __all__ = ["log_uniform_kl", "plain_log_uniform_kl"]
 
@@ -60,7 +61,7 @@ def plain_log_uniform_kl(loc: Tensor, scale: Tensor) -> Tensor:
     value = torch.full_like(share, _VALUE[-1])
     for coefficient in reversed(_VALUE[:-1]):
         value = value * (2 * share - 1) + coefficient
-    return value * share + 0.5 * (square / _SCALE).log1p() + (bounded / scale).log()
+    return value * share + 0.5 * (square / _SCALE).log1p() + (bounded.log() - _positive(scale).log())
 
 
 class _LogUniformKL(torch.autograd.Function):
@@ -74,7 +75,7 @@ class _LogUniformKL(torch.autograd.Function):
         share = (square + _SCALE).reciprocal_().mul_(square)
         kl = _polynomial(_VALUE, share).mul_(share)
         kl.add_(square.div_(_SCALE).log1p_(), alpha=0.5)
-        return kl.add_(bounded.div_(scale).log_())
+        return kl.add_(bounded.log_().sub_(_positive(scale).log_()))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -84,12 +85,18 @@ class _LogUniformKL(torch.autograd.Function):
         bounded, ratio = _bounded_ratio(loc, scale)
         weight = ratio / (ratio * ratio + _SCALE)
         slope = grad * weight * _polynomial(_SLOPE, ratio * weight)  # along m
-        return slope / bounded, -slope * ratio / scale
+        return finite_(slope / bounded), finite_(-slope * ratio / _positive(scale))
 
 
 def _bounded_ratio(loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    bounded = torch.maximum(scale, loc.abs() / _LARGEST_RATIO)
+    bounded = torch.maximum(_positive(scale), loc.abs() / _LARGEST_RATIO)
     return bounded, loc / bounded
+
+
+def _positive(scale: Tensor) -> Tensor:
+    """Return scales of which those that are zero, exponentials of far below, are the least number there is."""
+    kind = torch.finfo(scale.dtype)
+    return scale.clamp_min(kind.tiny * kind.eps)
 
 
 def _polynomial(coefficients: Sequence[float], share: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_vnd.distributions._fast.dispatch import fast_or_plain, plain_gradients
+from pyro_vnd.distributions._fast.slopes import finite_
 
 __all__ = [
     "draw_and_kl",
@@ -49,23 +50,22 @@ def plain_normal_kl(q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tens
 class _NormalKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor) -> Tensor:
-        precision = p_scale.reciprocal()
-        ratio, distance = q_scale * precision, (q_loc - p_loc).mul_(precision)
-        ctx.save_for_backward(q_loc, q_scale, p_loc, p_scale, precision, ratio, distance)
+        ratio, distance = q_scale / p_scale, (q_loc - p_loc).div_(p_scale)
+        ctx.save_for_backward(q_loc, q_scale, p_loc, p_scale, ratio, distance)
         return _sum_of_squares(ratio, distance).sub_(1).mul_(0.5).sub_(ratio.log())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, precision, ratio, distance = ctx.saved_tensors
+        *inputs, ratio, distance = ctx.saved_tensors
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():  # this gradient is to be differentiated itself
             return plain_gradients(plain_normal_kl, inputs, needed, grad)
-        scaled = grad * precision
+        scaled, q_scale, p_scale = finite_(grad / inputs[3]), None, None
         q_loc = scaled * distance  # dKL/dmu_q = t / sigma_p
-        q_scale = (ratio - ratio.reciprocal()).mul_(scaled) if needed[1] else None  # (r - 1 / r) / sigma_p
-        p_scale = (
-            (1 - _sum_of_squares(ratio, distance)).mul_(scaled) if needed[3] else None
-        )  # (1 - r^2 - t^2) / sigma_p
+        if needed[1]:  # r / sigma_p - 1 / sigma_q
+            q_scale = finite_((scaled * ratio).sub_(finite_(grad / inputs[1])))
+        if needed[3]:  # (1 - r^2 - t^2) / sigma_p
+            p_scale = finite_((1 - _sum_of_squares(ratio, distance)).mul_(scaled))
         return q_loc, q_scale, -q_loc if needed[2] else None, p_scale
 
 

@@ -186,9 +186,10 @@ def settle(loop: Loop) -> None:
     calibrate_heads(loop.model, loop.guide, batches, loop.plate)
     scale: Callable[[int], ScaleToDataset] = partial(objective.scale, weights=weights)  # type: ignore[call-arg]
     finish(loop.result, objective, source, scale, khat=weights == KLWeights() and source.ranks.size == 1)
-    for value in objective.module.state_dict().values():
-        if isinstance(value, Tensor):
-            value.copy_(source.ranks.same(value))
+    with torch.no_grad():  # which a module's extra state may want
+        for value in objective.module.state_dict().values() if source.ranks.size > 1 else ():
+            if isinstance(value, Tensor):
+                value.copy_(source.ranks.same(value))
     loop.save()
 
 

@@ -1,9 +1,11 @@
 """The state of a fit on disk, and whether it is that of the same fit."""
 
 import glob
+import io
 import os
 import shutil
 import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vnd._files import sync, unfinished_name
+from pyro_vnd._files import sync, unfinished_name, writing
 from pyro_vnd.infer.result import FitResult
 
 try:
@@ -27,6 +29,9 @@ __all__ = ["Folder", "State", "check_same_fit", "not_finite_parameters", "read_s
 
 State = dict[str, Any]
 
+_ARGUMENT = "fit: argument `checkpoint`"
+_DEPTH = 20  # how far into a state an error looks for what cannot be written
+_SEQUENCES = (list, tuple, set)
 _KEYS = {"arguments", "modules", "trained", "optimizer", "lr_schedule", "random", "epoch", "callbacks", "result"}
 
 
@@ -52,10 +57,8 @@ class Folder:
 
     def _take(self) -> int:
         while True:
-            try:
+            with writing(_ARGUMENT, self.path):
                 lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
-            except OSError as error:
-                raise ValueError(_cannot_write(self.path, error)) from error
             if fcntl is None:
                 return lock
             try:
@@ -108,34 +111,31 @@ class Folder:
         finally:
             link.unlink(missing_ok=True)
 
-    def rehearse(self, state: State) -> None:
+    def rehearse(self, state: State) -> State:
         """Write a state, read it, and remove it: what would fail after the first epoch fails before it.
+
+        Returns:
+            What was read.
 
         Raises:
             ValueError: As `write`, and if what is read is no state of a fit.
         """
         with self._written(state) as unfinished:
-            read_state(unfinished)
+            return read_state(unfinished)
 
     @contextmanager
     def _written(self, state: State) -> Iterator[Path]:
         """Write a state into a file that is removed unless it gets another name."""
         unfinished = unfinished_name(self.path)
         try:
-            with unfinished.open("wb") as file:
-                torch.save(_plain(state), file)
-                file.flush()
-                os.fsync(file.fileno())
-            if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(unfinished):
-                raise ValueError(
-                    f"fit: argument `checkpoint` cannot hold {unsafe}, which are in the state of modules, optimiser, "
-                    "`lr_schedule`, callbacks or loader, and would not be read again: keep tensors and numbers there"
-                )
-            yield unfinished
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
-                raise ValueError(_cannot_write(self.path, error)) from error
-            raise
+            with writing(_ARGUMENT, self.path):
+                with unfinished.open("wb") as file:
+                    _save(state, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if torch.serialization.get_unsafe_globals_in_checkpoint(unfinished):
+                    raise ValueError(_cannot_hold(state))
+                yield unfinished
         finally:
             unfinished.unlink(missing_ok=True)
 
@@ -170,29 +170,73 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _cannot_write(path: Path, error: Exception) -> str:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
-    return f"fit: argument `checkpoint` is {str(path)!r}, which cannot be written: {reason}"
+def _save(state: Any, file: Any) -> None:
+    """Write a state.
+
+    Raises:
+        OSError: If the disk does not take it.
+        ValueError: If it has what cannot be written.
+    """
+    try:
+        torch.save(_plain(state), file)
+    except OSError:
+        raise
+    except Exception as error:  # whatever pickle, torch, and objects in the state think of
+        if "PytorchStreamWriter" in str(error):
+            raise OSError(str(error).partition("\n")[0]) from error
+        raise ValueError(_cannot_hold(state)) from error
+
+
+def _cannot_hold(state: State) -> str:
+    where, part = "", state
+    for _ in range(_DEPTH):
+        items: Any = part.items() if isinstance(part, dict) else enumerate(part) if type(part) in _SEQUENCES else ()
+        inside = next(((key, value) for key, value in items if not _can_hold(value)), None)
+        if inside is None:
+            break
+        where, part = f"{where}[{inside[0]!r}]" if where else str(inside[0]), inside[1]
+    kind = type(part)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return (
+        f"fit: argument `checkpoint` cannot hold {where}, of type {name}, which would not be read again: in the state "
+        "of modules, optimiser, `lr_schedule`, callbacks and loader keep tensors, numbers and strings, and lists, "
+        "tuples, sets and dicts of them (of an array torch.as_tensor(x))"
+    )
+
+
+def _can_hold(part: Any) -> bool:
+    file = io.BytesIO()
+    try:
+        torch.save(_plain(part), file)
+        file.seek(0)
+        return not torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # as in `_save`
+        return False
 
 
 def read_state(path: Path) -> State:
     """Read a state.
 
     Raises:
-        ValueError: If the file is no checkpoint, or a damaged one.
+        ValueError: If the file is no checkpoint, or a damaged one, or parameters in it are not finite.
     """
     with path.open("rb") as file:
         try:
             damaged = zipfile.ZipFile(file).testzip()  # torch does not look at the sums
             file.seek(0)
             state = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
+            bad = [] if state is None else not_finite_parameters(state)
         except Exception:  # of zip, pickle or torch, whose advice is no good here
-            state = None
+            state, bad = None, []
     known = {each.name for each in fields(FitResult)}
     if not isinstance(state, dict) or set(state) != _KEYS or set(state["result"]) != known:
         raise ValueError(
             f"fit: {str(path)!r} is no checkpoint of fit, or a damaged one, or of another version: give "
             "another path, or leave `resume` out to start anew and write over it"
+        )
+    if bad:
+        raise ValueError(
+            f"fit: {str(path)!r} has {', '.join(bad[:3])} that are not finite: leave `resume` out to start anew"
         )
     return state
 
@@ -240,11 +284,12 @@ def _plain(state: Any) -> Any:
     """Return a state with Python's own numbers in place of numpy's, which torch writes and refuses to read."""
     if isinstance(state, np.generic):
         return state.item()
-    if isinstance(state, dict):
+    if type(state) in (dict, OrderedDict, Counter):
         made = copy(state)  # with what torch has attached to it
-        made.update((key, _plain(value)) for key, value in state.items())
+        made.clear()
+        made.update({_plain(key): _plain(value) for key, value in state.items()})
         return made
-    return type(state)(map(_plain, state)) if type(state) in (list, tuple) else state
+    return type(state)(map(_plain, state)) if type(state) in _SEQUENCES else state
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:

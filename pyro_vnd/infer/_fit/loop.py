@@ -215,12 +215,31 @@ class Loop(Run):
             "result": asdict(self.result),
         }
 
+    @torch.no_grad()
+    def put_back(self, modules: Mapping[str, Any], path: Path) -> None:
+        """Give model and guide what a state has of them; if that fails, they stay what they are."""
+        module = self.objective.module
+        before = {name: x.clone() for name, x in module.state_dict().items() if isinstance(x, Tensor)}
+        try:
+            module.load_state_dict(modules)
+        except Exception as error:
+            for name, x in module.state_dict().items():
+                if name in before:
+                    x.copy_(before[name])
+            if not isinstance(error, RuntimeError):
+                raise
+            said = " ".join(str(error).split()).rstrip(". ")
+            raise ValueError(
+                f"fit: argument `checkpoint`, {str(path)!r}, has or would have a state that model and guide do not "
+                f"take back: {said}. What has a get_extra_state needs a set_extra_state, and the same modules as before"
+            ) from error
+
     def _arguments(self, num_epochs: int) -> dict[str, Any]:
         state = self._step.objective.module.state_dict()
         kinds = {
             name: f"{value.dtype} of shape {tuple(value.shape)}"
             for name, value in state.items()
-            if isinstance(value, Tensor)
+            if isinstance(value, Tensor) and not value.is_nested
         }
         return {"num_epochs": num_epochs, **self._describe(num_epochs), "parameters": kinds}
 
@@ -243,7 +262,7 @@ class Loop(Run):
                 group.update(options)
         elif scheduler is not None:
             scheduler.load_state_dict(state["lr_schedule"])
-        step.objective.module.load_state_dict(state["modules"])  # after what could fail
+        self.put_back(state["modules"], path)  # after what else could fail
         kept = list(state["callbacks"])
         for callback in self.callbacks:  # of several of a kind each has its own
             mine = next((each for each in kept if each[0] == type(callback).__name__), None)

@@ -1,5 +1,6 @@
 """The objective of a fit: the ELBO of a mini-batch, its parts, and what makes them infinite."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from traceback import walk_tb
@@ -22,6 +23,10 @@ from pyro_vnd.infer.elbo import NestedELBO, conditional_part
 from pyro_vnd.infer.result import ElboParts
 
 __all__ = ["NonFiniteLossError", "Objective"]
+
+# How packages say that values are refused.
+_OF_TORCH = "Expected parameter|Expected value argument"
+_REFUSED = {"torch": _OF_TORCH, "pyro": _OF_TORCH, "pyro_vnd": r"(?i)\b(nan|inf|finite|must be masks)\b"}
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -287,12 +292,14 @@ def _of_no_module(name: str) -> str:
 
 
 def _is_about_something_infinite(error: ValueError) -> bool:
-    """Say whether torch, Pyro or this library raised an error while they looked at a tensor that is not finite.
+    """Say whether torch, Pyro or this library refused values of a law or a sample, of which some are not finite.
 
-    They check laws and values in functions of their own, which have before them what they refuse.
+    They check these in functions of their own, which have before them what they refuse; what such a function says of
+    something else, a shape say, is about that.
     """
     *_, (frame, _) = walk_tb(error.__traceback__)
-    if frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "pyro", "pyro_vnd"):
+    where = frame.f_globals.get("__name__", "").partition(".")[0]
+    if not re.search(_REFUSED.get(where, "(?!)"), str(error)):
         return False
     tensors = [x for x in frame.f_locals.values() if isinstance(x, Tensor) and x.is_floating_point()]
     return any(not torch.isfinite(x).all() for x in tensors)

@@ -8,9 +8,18 @@ from masked_mean import N
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from pyro_vnd.distributions import OrderedMask
-from pyro_vnd.infer import NonFiniteLossError, fit, module_local_params
+from pyro_vnd.infer import (
+    Callback,
+    KLWeights,
+    NonFiniteLossError,
+    OptimizerSettings,
+    Validation,
+    fit,
+    module_local_params,
+)
 
 
 class Breaks(PyroModule):
@@ -178,3 +187,83 @@ def test_the_first_evaluation_tells_errors_apart_as_later_ones_do():
     with pytest.raises(ValueError, match="the user's own") as caught:
         fit(mine, AutoNormal(mine), y, num_epochs=2, progress=False)
     assert any("after site 'mu'" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.parametrize("start", [0, 1, 4])
+def test_a_mistake_beside_an_infinity_is_a_mistake(start, y):
+    """The library's own functions have it before them, too, and speak of something else."""
+
+    def both(mu):
+        return mu + OrderedMask(logits=torch.zeros(3), probs=torch.full((3,), torch.inf)).mean.sum()
+
+    model = Breaks(both, start=start)
+    with pytest.raises(ValueError, match="give exactly one of `probs` and `logits`"):
+        fit(model, AutoNormal(model), y, num_epochs=10, progress=False)
+
+
+@pytest.mark.parametrize("start", [0, 1, 4])
+def test_an_error_of_a_law_after_an_infinite_site_is_its_own(start, y):
+    """Pyro has the score of the site before at hand when it passes the error on."""
+    calls = iter(range(100))
+
+    class Own(dist.Normal):
+        def log_prob(self, value):
+            if next(calls) >= start:
+                raise ValueError("the user's own")
+            return super().log_prob(value)
+
+    class Model(PyroModule):
+        def forward(self, y):
+            mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            pyro.factor("impossible", torch.tensor(-torch.inf if start == 0 else 0.0))
+            with pyro.plate("data", len(y)):
+                pyro.sample("y", Own(mu, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match="the user's own"):
+        fit(model := Model(), AutoNormal(model), y, num_epochs=10, progress=False)
+
+
+def raises(*args, **kwargs):
+    raise ValueError("the user's own")
+
+
+class Raises(Callback):
+    """Raises where it is told to."""
+
+    def __init__(self, where):
+        setattr(self, where, raises)
+
+
+class RaisesInStep(torch.optim.Adam):
+    step = raises
+
+
+def of_the_second_step(number):
+    return raises() if number == 2 else 1.0
+
+
+OWN = {
+    **{where: {"callbacks": [Raises(where)]} for where in ("on_fit_start", "on_step", "on_epoch", "on_fit_end")},
+    "metric": {"callbacks": [Validation(torch.zeros(3), {"own": raises})]},
+    "weights": {"weights": KLWeights(lambda t: raises() if t > 0.5 else 1.0)},
+    "optimizer": {"optimizer": RaisesInStep},
+    "rate": {"optimizer": OptimizerSettings(lr_schedule=lambda o, _: LambdaLR(o, of_the_second_step))},
+}
+
+
+@pytest.mark.parametrize("arguments", OWN.values(), ids=OWN)
+def test_what_is_given_to_a_fit_may_raise_its_own(arguments, y):
+    model = Breaks()
+    with pytest.raises(ValueError, match=r"^the user's own$"):
+        fit(model, AutoNormal(model), y, num_epochs=4, progress=False, **arguments)
+
+
+def test_a_model_that_raises_in_validation_raises_its_own(y):
+    class Model(PyroModule):
+        def forward(self, y):
+            mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", len(y)):
+                pyro.sample("y", dist.Normal(mu if self.training else raises(), 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"^the user's own"):
+        fit(model := Model(), AutoNormal(model), y, num_epochs=4, progress=False, validation=y)

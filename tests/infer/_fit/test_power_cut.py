@@ -21,9 +21,15 @@ from pyro_vnd.infer._fit.checkpoint import Folder
 
 def state(number):
     """A state that says which one it is."""
-    keys = ("arguments", "optimizer", "lr_schedule", "random", "epoch", "callbacks")
+    keys = ("arguments", "lr_schedule", "random", "epoch", "callbacks")
     weights = {"w": torch.full((500,), float(number))}
-    return {**dict.fromkeys(keys), "modules": weights, "trained": ["w"], "result": asdict(FitResult())}
+    return {
+        **dict.fromkeys(keys),
+        "optimizer": {"state": {}},
+        "modules": weights,
+        "trained": ["w"],
+        "result": asdict(FitResult()),
+    }
 
 
 class Record:

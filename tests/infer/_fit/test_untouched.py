@@ -3,13 +3,16 @@
 import threading
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from masked_mean import normal_mean
+from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from torch import nn
 
+from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import Callback, Checkpoint, fit
 
 QUICK = {"num_epochs": 2, "batch_size": 16, "progress": False}
@@ -52,7 +55,20 @@ def of_another_optimiser(path):
     torch.save(state, path)
 
 
-@pytest.mark.parametrize("spoil", [damaged, of_other_rows, of_another_optimiser])
+def of_fewer_modules(path):
+    state = torch.load(path, weights_only=True)
+    state["modules"].pop("model.net.2.bias")
+    state["modules"]["model.net.0.bias"].add_(1)
+    torch.save(state, path)
+
+
+def not_finite(path):
+    state = torch.load(path, weights_only=True)
+    state["modules"]["model.net.0.bias"].fill_(torch.nan)
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("spoil", [damaged, of_other_rows, of_another_optimiser, of_fewer_modules, not_finite])
 def test_a_resume_that_fails_leaves_the_modules_alone(spoil, y, tmp_path):
     path = tmp_path / "fit.pt"
     model = Normed()
@@ -109,6 +125,62 @@ def test_a_fit_within_a_fit_is_a_fit(y):
 
     assert fit(normal_mean, AutoNormal(normal_mean), y, callbacks=[Probe()], **QUICK).elbo == expected
     assert inner == [expected, expected]
+
+
+class Fits(PyroModule):
+    """A model that fits another one in one of its calls, inside its plate or before it."""
+
+    def __init__(self, at=0, in_plate=False):
+        super().__init__()
+        self.at, self.in_plate, self.calls, self.inner = at, in_plate, 0, []
+
+    def look(self, y, in_plate):
+        self.calls += not in_plate
+        if self.calls == self.at and in_plate == self.in_plate:
+            self.rows = y
+            self.inner.append(fit(normal_mean, AutoNormal(normal_mean), y, **QUICK).elbo)
+
+    def forward(self, y):
+        self.look(y, False)
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            self.look(y, True)
+            mask = pyro.sample("mask", OrderedMask.uniform(3), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(mu + mask.sum(-1), 1.0), obs=y)
+
+
+@pytest.mark.parametrize("in_plate", [False, True])
+@pytest.mark.parametrize("at", [1, 2, 4, 7])
+def test_a_fit_that_a_model_starts_is_as_if_it_were_alone(at, in_plate, y):
+    """The masks of the outer one are summed out, in dimensions that Pyro counts for all programs together."""
+
+    def train(model):
+        guide = AutoNormal(poutine.block(model, hide=["mask"]))
+        elbo = fit(model, guide, y, elbo=pyro.infer.TraceEnum_ELBO(max_plate_nesting=1), **QUICK).elbo
+        return elbo, [parameter.detach() for parameter in guide.parameters()]
+
+    elbo, parameters = train(Fits())
+    model = Fits(at, in_plate)
+    found, others = train(model)
+    assert found == elbo
+    assert all(map(torch.equal, others, parameters))
+    (inner,) = model.inner
+    assert inner == fit(normal_mean, AutoNormal(normal_mean), model.rows, **QUICK).elbo
+
+
+@pytest.mark.parametrize(
+    ("around", "where"), [(lambda: pyro.plate("rows", 5), "the plate 'rows'"), (poutine.trace, "poutine.trace")]
+)
+def test_a_fit_inside_a_plate_or_a_trace_is_refused(around, where, y):
+    with around(), pytest.raises(ValueError, match=f"fit: called inside {where}, .*: call it outside"):
+        fit(normal_mean, AutoNormal(normal_mean), y, **QUICK)
+
+
+def test_a_fit_behind_a_block_is_in_no_trace(y):
+    with poutine.trace() as trace, poutine.block():
+        inside = fit(normal_mean, AutoNormal(normal_mean), y, **QUICK).elbo
+    assert inside == fit(normal_mean, AutoNormal(normal_mean), y, **QUICK).elbo
+    assert not trace.trace.nodes
 
 
 def test_a_diverged_fit_keeps_its_last_good_state(y, tmp_path):
