@@ -324,7 +324,7 @@ def _keep_exact_kl(model_trace: Any, guide_trace: Any) -> None:
             raise NotImplementedError(f"NestedELBO: site {name!r} of the guide must be reparameterised; its law is not")
         site["kl"] = {}
         for weight, kl in terms.items():
-            if not isinstance(kl, Tensor):  # Pyro's KL between equal uniform laws is the number zero
+            if not isinstance(kl, Tensor):  # Pyro's KL of laws that hide all entries is the number zero
                 kl = torch.as_tensor(kl, device=getattr(site["value"], "device", None)).expand(batch_shape)
             assert kl.shape == batch_shape, f"KL at site {name!r} has shape {kl.shape}, its guide {batch_shape}"
             kl = scale_and_mask(kl, site["scale"], mask)
