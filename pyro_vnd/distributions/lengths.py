@@ -150,9 +150,8 @@ class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
     @derived
     def _keep_probs(self) -> Tensor:
         keep_probs = tail_sum(self._probs)
-        return (
-            keep_probs / keep_probs[..., :1]
-        )  # rounding may leave S_1 a hair above one; a clamp has no gradient there
+        # Rounding may leave S_1 a hair above one, and a clamp would have no gradient there.
+        return keep_probs / keep_probs[..., :1]
 
     @property
     def _like(self) -> Tensor:

@@ -25,6 +25,10 @@ __all__ = ["Misfit", "check_and_count"]
 
 
 _ROWS_OF_NORMS = 4  # of which two are narrow where widths are mixed
+_DROPOUT = {
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+    *(torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout),
+}
 
 
 class Misfit(ValueError):
@@ -344,12 +348,6 @@ class _WithoutDropout(TorchFunctionMode):
         if func in _DROPOUT:
             return args[0] if args else named["input"]
         return func(*args, **named)
-
-
-_DROPOUT = {
-    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
-    *(torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout),
-}
 
 
 @contextmanager

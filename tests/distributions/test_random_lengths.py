@@ -140,7 +140,7 @@ def test_divergences(q_case, p_case, data):
     assert not kl.isnan().any()
 
 
-@given(st.sampled_from([1, 2, 3, 50, 10_000, 1_000_000]), st.floats(0, 1, exclude_min=True, exclude_max=True))
+@given(st.sampled_from([1, 2, 3, 50, 10_000]), st.floats(0, 1, exclude_min=True, exclude_max=True))
 @example(1_000_000, 0.999999)
 @example(1_000_000, 1 - 2**-53)
 @example(3, 5e-324)
