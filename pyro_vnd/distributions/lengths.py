@@ -150,8 +150,8 @@ class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
     @derived
     def _keep_probs(self) -> Tensor:
         keep_probs = tail_sum(self._probs)
-        # Rounding may leave S_1 a hair above one, and a clamp would have no gradient there.
-        return keep_probs / keep_probs[..., :1]
+        # Rounding may leave some a hair above one, where a clamp has no gradient.
+        return keep_probs + (keep_probs.clamp(max=1) - keep_probs).detach()
 
     @property
     def _like(self) -> Tensor:
