@@ -18,8 +18,8 @@ _always = settings(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-settings.register_profile("suite", _always, derandomize=True, max_examples=25)
-settings.register_profile("long", _always, derandomize=False, max_examples=2000)  # of `make properties`
+settings.register_profile("suite", _always, derandomize=True, max_examples=50)
+settings.register_profile("long", _always, derandomize=False, max_examples=1000)  # of `make properties`
 settings.load_profile("suite")
 
 

@@ -151,9 +151,8 @@ class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
     @derived
     def _keep_probs(self) -> Tensor:
         keep_probs = tail_sum(self._probs)
-        return (
-            keep_probs / keep_probs[..., :1]
-        )  # rounding may leave S_1 a hair above one; a clamp has no gradient there
+        # Rounding may leave some a hair above one, where a clamp has no gradient.
+        return keep_probs + (keep_probs.clamp(max=1) - keep_probs).detach()
 
     @property
     def _like(self) -> Tensor:

@@ -24,6 +24,10 @@ from pyro_vnd.nn.tracing.tape import tensors_in, with_one_more
 __all__ = ["Misfit", "check_and_count"]
 
 _ROWS_OF_NORMS = 4  # of which two are narrow where widths are mixed
+_DROPOUT = {
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+    *(torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout),
+}
 
 
 class Misfit(ValueError):
@@ -343,12 +347,6 @@ class _WithoutDropout(TorchFunctionMode):
         if func in _DROPOUT:
             return args[0] if args else named["input"]
         return func(*args, **named)
-
-
-_DROPOUT = {
-    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
-    *(torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout),
-}
 
 
 @contextmanager

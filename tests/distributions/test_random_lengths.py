@@ -95,6 +95,7 @@ GRADIENTS = {  # functions of a law and of numbers by length, and v_k in the gra
 
 
 @given(st.sampled_from(HARD_CASES), lengths(dtypes=DTYPES, most=3000), st.sampled_from([*GRADIENTS]), st.integers(0, 9))
+@example(EXACT, Lengths("logits", torch.linspace(-40, 40, 20, dtype=torch.float32)), "mean length", 0)
 def test_gradients_to_the_lengths(case, given_, name, seed):
     function, values = GRADIENTS[name]
     generator = torch.Generator().manual_seed(seed)
@@ -139,7 +140,7 @@ def test_divergences(q_case, p_case, data):
     assert not kl.isnan().any()
 
 
-@given(st.sampled_from([1, 2, 3, 50, 10_000, 1_000_000]), st.floats(0, 1, exclude_min=True, exclude_max=True))
+@given(st.sampled_from([1, 2, 3, 50, 10_000]), st.floats(0, 1, exclude_min=True, exclude_max=True))
 @example(1_000_000, 0.999999)
 @example(1_000_000, 1 - 2**-53)
 @example(3, 5e-324)
@@ -177,7 +178,7 @@ def test_draws(case, given_, sample_shape, seed):
 
 def drawn_lengths(law, count):
     """Lengths of draws; of soft masks the one that weighs most, which has the same law at every temperature."""
-    draws = law.sample((count,))
+    draws = (law.rsample if law.has_rsample else law.sample)((count,))
     one_hot = draws - torch.nn.functional.pad(draws[..., 1:], (0, 1))
     return masks_of(one_hot.argmax(-1) + 1, law.num_units, draws)
 
@@ -188,7 +189,7 @@ def test_draws_have_the_law(case, given_, seed):
     law = given_.of(case, **({"temperature": 0.5} if "temperature" in {**case.batch, **case.options} else {}))
     torch.manual_seed(seed)
     probs = torch.as_tensor(given_.probs.astype(float))
-    assert oracles.law_pvalue(drawn_lengths(law, 3000), probs) > 1e-8
+    assert oracles.law_pvalue(drawn_lengths(law, 20_000), probs) > 1e-8
 
 
 @given(st.sampled_from(HARD_CASES), lengths(shapes=[(), (2,), (0,)], most=3000), st.data())

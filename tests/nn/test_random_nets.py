@@ -15,7 +15,7 @@ from pyro_vnd.nn import narrow, nest
 # Where the grammar has no net that can be cut: groups of norms and convolutions without a common divisor, and the like.
 REASONS = (
     "no cut fits all the layers that share it|it reaches the net's output|channels of different make-up|"
-    "with what cannot be cut|has groups in which channels of several layers meet"
+    "with what cannot be cut|has groups in which channels of several layers meet|is used again on other channels"
 )
 shares = st.lists(st.floats(0, 1), min_size=4, max_size=4)  # of blocks, one group after the other, and again
 
