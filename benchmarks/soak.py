@@ -4,10 +4,10 @@
 
 Linux; one thread, OMP_NUM_THREADS=1; needs tensorboard.
 
-Killed fits: 24 combinations of model, training and callbacks. Each is fitted once in a process of its own. Then it is
-fitted again and again, in processes that are killed, SIGKILL, at random moments, half of them within the writing of a
-checkpoint, and go on where they were, until the fit ends. Parameters, optimiser, histories, random numbers, draws,
-checkpoints and logs must be those of the unbroken fit, to the last bit.
+Killed fits: 24 combinations of model, training and callbacks. Each is fitted once, unbroken, in a process of its own.
+Then it is fitted again and again, in processes that are killed, SIGKILL, at random moments, half of them within the
+writing of a checkpoint, and go on where they were, until the fit ends. Parameters, optimiser, histories, random
+numbers, draws, checkpoints and logs must be those of the unbroken fit, to the last bit.
 """
 
 import argparse

@@ -1,14 +1,7 @@
-"""Small fits of every kind, 24 of them, and what is to be the same however often one was interrupted.
-
-    python -m benchmarks.soak_fits regression/rates/best FOLDER
-
-fits one, or goes on with it, with its files in a folder, and prints what it came to as JSON.
-"""
+"""Small fits of every kind, 24 of them, and what is to be the same however often one was interrupted."""
 
 import csv
 import hashlib
-import json
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -41,7 +34,6 @@ from pyro_vnd.infer import (
     LengthCollapseWarning,
     MaskSchedule,
     OptimizerSettings,
-    Plateau,
     PoorFitWarning,
     ProgressBar,
     Run,
@@ -56,7 +48,7 @@ from pyro_vnd.nn import NestedClassifier, nest
 
 __all__ = ["CHECKPOINT", "COMBINATIONS", "Combination", "digest", "outcome", "states"]
 
-CHECKPOINT, ROWS, EPOCHS = "fit.pt", 64, 20
+CHECKPOINT, ROWS, EPOCHS = "fit.pt", 64, 14
 EVERY_STEPS = 3  # no divisor of the four steps of an epoch: within epochs, and at their ends
 
 Data = tuple[Tensor, ...]
@@ -199,10 +191,10 @@ def best(folder: Path, held_out: Data) -> list[Callback]:
 
 
 def stopping(folder: Path, held_out: Data) -> list[Callback]:
-    """Two rules that may stop, a callback with a state, TensorBoard, a bar, checkpoints after epochs."""
-    rules = [Plateau(window=10, tolerance=0.1), EarlyStopping("wander", patience=8)]
+    """A rule that may stop, a callback with a state, TensorBoard, a bar, checkpoints after epochs."""
     logger = TensorBoardLogger(folder / "events", every_steps=2)
-    return [Wander(), *rules, logger, ProgressBar(), Checkpoint(folder / CHECKPOINT, resume=True)]
+    rule, checkpoint = EarlyStopping("wander", patience=6), Checkpoint(folder / CHECKPOINT, resume=True)
+    return [Wander(), rule, logger, ProgressBar(), checkpoint]
 
 
 MODELS = {each.__name__: each for each in (regression, classifier, autoencoder, plain)}
@@ -324,8 +316,3 @@ def _feed(made: Any, value: Any) -> None:
             _feed(made, each)
     else:
         made.update(repr(value).encode())
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps(outcome(Combination.of(sys.argv[1]), Path(sys.argv[2]))))

@@ -1,4 +1,9 @@
-"""Kill fits at random moments, resume them until they end, and compare what came of them with an unbroken fit."""
+"""Kill fits at random moments, resume them until they end, and compare what came of them with an unbroken fit.
+
+    python -m benchmarks.soak_kills FOLDER regression/rates/best ...
+
+makes unbroken fits, each in a process of its own, and prints what they came to as JSON.
+"""
 
 import gc
 import itertools
@@ -12,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -84,13 +90,12 @@ def kill_and_resume(
     prepare()
     with tempfile.TemporaryDirectory(dir=folder) as name, tqdm(total=num_kills, desc="kills", unit="kill") as bar:
         base, rows, expected = Path(name), list[Row](), list[dict[str, str]]()
-        for which in combinations:
+        for which, known in unbroken(combinations, made(base / "unbroken")).items():
             bar.set_postfix_str(f"unbroken {which}")
             here = base / str(len(rows))
-            expected.append(unbroken(which, here))
+            expected.append(known)
             rows.append(Row(str(which)))
-            rows[-1].write_seconds = seconds_of_a_write(here / CHECKPOINT)
-            shutil.rmtree(here)
+            rows[-1].write_seconds = seconds_of_a_write(base / "unbroken" / str(len(rows) - 1) / CHECKPOINT)
             attempt = Attempt(which, made(here))
             compare(rows[-1], attempt.wait(), expected[-1])
             rows[-1].seconds = attempt.seconds
@@ -113,6 +118,7 @@ def prepare() -> None:
     """
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # a thread
+    tqdm.set_lock(threading.RLock())  # the usual one is shared by processes, and a killed one would keep it
     diabetes(), digits()
     for name in ("torch._dynamo", "torch.utils.tensorboard", "tensorboard.backend.event_processing.event_accumulator"):
         import_module(name)
@@ -129,15 +135,11 @@ def made(folder: Path) -> Path:
     return folder
 
 
-def unbroken(which: Combination, folder: Path) -> dict[str, str]:
-    """Fit in a new interpreter."""
-    command = [sys.executable, "-m", "benchmarks.soak_fits", str(which), str(made(folder))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True
-    )
-    found: dict[str, str] = json.loads(ran.stdout)
-    return found
+def unbroken(combinations: Sequence[Combination], folder: Path) -> dict[Combination, dict[str, str]]:
+    """Fit in processes of another interpreter, in folders that are numbered."""
+    command = [sys.executable, "-m", "benchmarks.soak_kills", str(folder), *map(str, combinations)]
+    ran = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
+    return dict(zip(combinations, json.loads(ran.stdout), strict=True))
 
 
 class Attempt:
@@ -310,3 +312,9 @@ def seconds_of_a_write(path: Path) -> float:
         times.append(time.process_time() - start)
     folder.free()
     return median(times)
+
+
+if __name__ == "__main__":
+    prepare()
+    fits = [Combination.of(name) for name in sys.argv[2:]]
+    print(json.dumps([Attempt(which, made(Path(sys.argv[1], str(i)))).wait() for i, which in enumerate(fits)]))

@@ -130,8 +130,8 @@ def folder(tmp_path):
 def test_a_look_tells_where_a_kill_struck(folder):
     expected = soak_fits.states(folder)
     row = Row("")
-    assert look(row, folder, 5, expected) == ("after the last", 80)
-    assert look(row, folder, 5, expected | {f"{CHECKPOINT}: random": "another"}) == ("between", 80)
+    assert look(row, folder, 5, expected) == ("after the last", 56)
+    assert look(row, folder, 5, expected | {f"{CHECKPOINT}: random": "another"}) == ("between", 56)
     content = (folder / CHECKPOINT).read_bytes()
     unfinished = folder / f".{CHECKPOINT}.5.tmp"
     for count, kind in ((-1000, "torn"), (None, "whole")):
