@@ -139,14 +139,24 @@ class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
     def _probs(self) -> Tensor:
         if self._is_logits:
             return self._param.softmax(-1)
-        # Scaled first, as a sum of large weights may overflow; the result does not depend on the scale.
-        weights = finite_slope(self._param) / self._param.detach().amax(-1, keepdim=True)
+        weights, _ = self._scaled_weights()
         return weights / weights.sum(-1, keepdim=True)
 
     @derived
     def _log_probs(self) -> Tensor:
-        # Of weights the logarithm comes first: a small one beside a large one has all its digits only then.
-        return (self._param if self._is_logits else log_of_probs(self._param)).log_softmax(-1)
+        if self._is_logits:
+            return self._param.log_softmax(-1)
+        weights, scale = self._scaled_weights()
+        # One that is too small beside the largest to be a normal number keeps its digits if its logarithm comes first.
+        is_small = weights < torch.finfo(weights.dtype).tiny
+        small = log_of_probs(self._param.where(is_small, 1)) - scale.log()
+        logs = small.where(is_small, log_of_probs(weights.masked_fill(is_small, 1)))
+        return logs - weights.sum(-1, keepdim=True).log()
+
+    def _scaled_weights(self) -> tuple[Tensor, Tensor]:
+        """Return weights of which the largest is one, as a sum of large ones may overflow, and what it was."""
+        scale = self._param.detach().amax(-1, keepdim=True)
+        return finite_slope(self._param) / scale, scale
 
     @derived
     def _keep_probs(self) -> Tensor:
