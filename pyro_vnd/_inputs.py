@@ -11,9 +11,34 @@ from torch import Tensor, nn
 
 from pyro_vnd._compat import only_plain_code
 
-__all__ = ["Look", "check_labels", "check_numbers", "explain_arguments", "explain_inputs", "not_finite", "refuse_nan"]
+__all__ = [
+    "Look",
+    "check_labels",
+    "check_numbers",
+    "explain_arguments",
+    "explain_inputs",
+    "not_finite",
+    "refuse_nan",
+    "takes",
+]
 
 _REAL = ", if they are classes; real targets need a likelihood of their own"
+
+
+def takes(function: Any, *args: Any, **named: Any) -> bool:
+    """Say whether a function can be called with such arguments; yes where nobody knows.
+
+    Example:
+        >>> takes(abs, 1), takes(abs), takes(lambda t: t, s=1)
+        (True, False, False)
+    """
+    try:
+        inspect.signature(function).bind(*args, **named)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature
+        pass
+    return True
 
 
 class Look:
