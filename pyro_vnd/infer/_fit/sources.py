@@ -373,6 +373,12 @@ def check_validation(validation: Any, first: Data) -> None:
                 f"fit: argument `validation` must be like `data`, in batches of shapes {shapes(first)}; got "
                 f"{shapes(validation)}"
             )
+        given = named_parts(validation, "validation").items()
+        for (name, part), like in zip(given, named_parts(first).values(), strict=True):
+            if like.is_floating_point() and part.dtype != like.dtype:
+                raise ValueError(
+                    f"fit: argument `{name}` must be of the dtype of `data`, {like.dtype}; got {part.dtype}"
+                )
 
 
 def _shapes_of_a_row(data: Data) -> Any:
