@@ -75,7 +75,9 @@ def to_arviz(
 
     With `path` the data are gone through in batches, each of which is written into a file of netCDF as soon as it is
     drawn, so that memory does not grow with their number. What is outside the plate of the data, such as weights, is
-    drawn once for all batches, and must not depend on their rows; the scores are those of all rows together.
+    drawn once for all batches, and must not depend on their rows; the scores are those of all rows together. Random
+    numbers are drawn batch by batch, so that draws are others than without `path`, of the same laws. A deterministic
+    site in the plate must say how many dimensions its events have, `pyro.deterministic(name, x, event_dim=0)`.
 
     Modules are in evaluation mode.
 
