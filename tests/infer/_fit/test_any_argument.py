@@ -72,7 +72,7 @@ THINGS = {
 OR_NONE = ("num_epochs", "batch_size", "lr", "optimizer", "elbo", "weights", "schedule", "device", "seed", "num_data")
 FIT = {
     **{name: {"none"} for name in OR_NONE},
-    "validation": {"none", "two"},
+    "validation": {"none"},
     "checkpoint": {"none", "word"},
     "callbacks": {"list"},
     "plate": {"word", "nothing"},  # all rows in one batch need none of this name
