@@ -1,5 +1,6 @@
 """Data as every function of the library takes them: tensors, data sets of torch, or what comes in batches."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -7,6 +8,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from pyro_vnd._sizes import is_integer
 
 __all__ = [
     "Batch",
@@ -16,6 +19,7 @@ __all__ = [
     "as_batch",
     "batches",
     "batches_of",
+    "check_call",
     "check_repeatable",
     "check_rows",
     "check_whole",
@@ -28,6 +32,7 @@ __all__ = [
     "split_inputs",
     "split_rows",
     "take_rows",
+    "without_values",
     "without_wrapper",
 ]
 
@@ -138,7 +143,7 @@ def check_rows(caller: str, data: Data, name: str = "data", *, values: Literal["
         if not isinstance(rows, Tensor) or rows.dim() == 0:
             got = "a tensor without rows" if isinstance(rows, Tensor) else _kind(rows)
             raise ValueError(f"{caller}: argument `{part}` must be a tensor with rows; got {got}")
-        if said := _without_values(rows):
+        if said := without_values(rows):
             raise ValueError(f"{caller}: argument `{part}` must be a dense tensor; got {said}")
         if (values == "all" or rows.device.type == "cpu") and not _is_finite(rows):
             raise ValueError(
@@ -154,7 +159,36 @@ def check_rows(caller: str, data: Data, name: str = "data", *, values: Literal["
         )
 
 
-def _without_values(x: Tensor) -> str:
+def check_call(caller: str, program: Callable[..., Any], data: Data) -> None:
+    """Check that a program can be called with data, and that tensors among them have rows and values.
+
+    Args:
+        caller: The function that was given the data.
+        program: A model or guide.
+        data: The data, of which some may be no tensors.
+
+    Raises:
+        ValueError: If not.
+    """
+    for name, part in named_parts(data).items():
+        if isinstance(part, Tensor) and (said := without_values(part)):
+            raise ValueError(f"{caller}: argument `{name}` must be a dense tensor; got {said}")
+        if isinstance(part, Tensor) and 0 in part.shape[:1]:
+            raise ValueError(f"{caller}: argument `{name}` must have at least 1 row; got shape {tuple(part.shape)}")
+    args, kwargs = as_arguments(data)
+    function = program.forward if isinstance(program, torch.nn.Module) else program
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"{caller}: argument `data` must be the arguments of model and guide, {inspect.signature(function)}; got "
+            f"{[*kwargs] if kwargs else f'{len(args)} by place'}: {error}"
+        ) from None
+    except ValueError:  # it has no signature
+        pass
+
+
+def without_values(x: Tensor) -> str:
     """Say what a tensor is that has no dense values, and how to make them; nothing of others."""
     if x.is_nested:
         return "a nested tensor: give torch.nested.to_padded_tensor(x, 0.0), and say in another what is there"
@@ -229,6 +263,8 @@ def batches_of(data: Any, batch_size: int) -> Iterator[Data]:
         >>> list(batches_of(iter([x]), 2))
         [tensor([0, 1, 2])]
     """
+    if not is_integer(batch_size) or batch_size < 1:
+        raise ValueError(f"argument `batch_size` must be an integer at least 1; got {batch_size!r}")
     data = without_wrapper(data)
     if is_tensors(data):
         parts = [*named_parts(data).values()]
@@ -422,3 +458,5 @@ def _check_batch(tensors: Sequence[Any]) -> None:
                 "argument `data` must be tensors, inputs and labels, or an iterable of batches of them; got "
                 f"{type(each).__name__}: make tensors with torch.as_tensor"
             )
+        if said := without_values(each) or ("a tensor without rows" if each.dim() == 0 else ""):
+            raise ValueError(f"argument `data` must be dense tensors with rows; got {said}")

@@ -4,16 +4,45 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pyro_vnd._compat import only_plain_code
+from pyro_vnd._data import without_values
 
-__all__ = ["Look", "check_labels", "check_numbers", "explain_arguments", "explain_inputs", "not_finite", "refuse_nan"]
+__all__ = [
+    "Look",
+    "check_labels",
+    "check_numbers",
+    "explain_arguments",
+    "explain_inputs",
+    "not_finite",
+    "refuse_nan",
+    "takes",
+]
 
+_NO_INPUTS = (str, bytes, Number, Mapping, Iterator, np.ndarray)
 _REAL = ", if they are classes; real targets need a likelihood of their own"
+
+
+def takes(function: Any, *args: Any, **named: Any) -> bool:
+    """Say whether a function can be called with such arguments; yes where nobody knows.
+
+    Example:
+        >>> takes(abs, 1), takes(abs), takes(lambda t: t, s=1)
+        (True, False, False)
+    """
+    try:
+        inspect.signature(function).bind(*args, **named)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature
+        pass
+    return True
 
 
 class Look:
@@ -98,8 +127,21 @@ def not_finite(x: Tensor) -> Tensor:
 
 
 def refuse_nan(caller: str, argument: str, inputs: Sequence[Any]) -> None:
-    """Raise a ValueError if some of the numbers that a net is given are NaN; infinities may be those of a mask."""
+    """Raise a ValueError if some of the numbers that a net is given are NaN; infinities may be those of a mask.
+
+    Nor has it anything to compute with where there are no numbers, or no tensor.
+    """
+    others = [x for x in inputs if x is not None and not isinstance(x, _NO_INPUTS) and type(x) not in (list, tuple)]
+    if not others:
+        is_named = any(isinstance(x, Mapping) for x in inputs)
+        by_name = f", and those of a mapping by name, {caller.rpartition('.')[2]}(**x)" * is_named
+        raise ValueError(
+            f"{caller}: argument `{argument}` must be tensors with a row for each example{by_name}; got "
+            f"{', '.join(type(x).__name__ for x in inputs) or 'none'}"
+        )
     for x in inputs:
+        if isinstance(x, Tensor) and (said := without_values(x)):
+            raise ValueError(f"{caller}: argument `{argument}` must be dense tensors; got {said}")
         if isinstance(x, Tensor) and x.is_floating_point() and bool(x.isnan().any()):
             count = int(x.isnan().sum())
             raise ValueError(

@@ -1,10 +1,14 @@
-"""What everything that makes nets asks of its sizes."""
+"""What is asked of numbers: of the sizes of nets, and of whatever has bounds."""
 
+import math
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["check_sizes", "is_integer"]
+import torch
+from torch import Tensor
+
+__all__ = ["check_sizes", "is_integer", "is_number", "is_within"]
 
 
 def is_integer(value: Any) -> bool:
@@ -15,6 +19,31 @@ def is_integer(value: Any) -> bool:
         (True, False, False)
     """
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is one real number, of Python, NumPy or torch, and no truth value.
+
+    Example:
+        >>> is_number(0.5), is_number(torch.tensor([0.5])), is_number("0.5"), is_number(True)
+        (True, True, False, False)
+    """
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_within(value: Any, least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf) -> bool:
+    """Return whether a value is one finite number, from `least` to `most` and larger than `above`.
+
+    Example:
+        >>> is_within(0.5, 0, 1), is_within(0, above=0), is_within(float("nan")), is_within([1.0])
+        (True, False, False, False)
+    """
+    try:
+        return is_number(value) and math.isfinite(value) and least <= value <= most and bool(value > above)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def check_sizes(function: str, /, **sizes: int | Sequence[int]) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
 from pyro_vnd._files import writing
+from pyro_vnd._sizes import is_integer, is_within
 from pyro_vnd.infer._fit.checkpoint import Folder, State, not_finite_parameters
 from pyro_vnd.infer._fit.objective import NonFiniteLossError
 from pyro_vnd.infer.result import FitResult
@@ -76,9 +78,11 @@ class Validation(Callback):
     """
 
     def __init__(self, data: Any, metrics: Mapping[str, Callable[[Any], Any]] | None = None) -> None:
+        if not (metrics is None or isinstance(metrics, Mapping)):
+            raise ValueError(f"Validation: argument `metrics` must be functions of the data by name; got {metrics!r}")
         self.data, self.metrics = data, dict(metrics or {})
         for name, metric in self.metrics.items():
-            if not callable(metric) or hasattr(_RESULT, name):
+            if not callable(metric) or not isinstance(name, str) or hasattr(_RESULT, name):
                 raise ValueError(
                     f"Validation: argument `metrics` must be functions of the data by name, none of them a name that "
                     f"`FitResult` has; got {name!r}: {metric!r}"
@@ -109,7 +113,9 @@ class _Monitor(Callback):
     """
 
     def __init__(self, monitor: str, mode: Literal["max", "min"]) -> None:
-        if mode not in ("max", "min"):
+        if not isinstance(monitor, str):
+            raise ValueError(f"{type(self).__name__}: argument `monitor` must be the name of a metric; got {monitor!r}")
+        if not isinstance(mode, str) or mode not in ("max", "min"):
             raise ValueError(f"{type(self).__name__}: argument `mode` must be 'max' or 'min'; got {mode!r}")
         self.monitor, self.mode, self._unmeasured = monitor, mode, 0
 
@@ -167,9 +173,9 @@ class EarlyStopping(_Monitor):
         mode: Literal["max", "min"] = "max",
     ) -> None:
         super().__init__(monitor, mode)
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+        if not is_integer(patience) or patience < 1:
             raise ValueError(f"EarlyStopping: argument `patience` must be an integer at least 1; got {patience!r}")
-        if not 0 <= min_change < math.inf:
+        if not is_within(min_change, 0):
             raise ValueError(f"EarlyStopping: argument `min_change` must be finite and >= 0; got {min_change!r}")
         self.patience, self.min_change = patience, min_change
 
@@ -299,11 +305,13 @@ class Checkpoint(Callback):
             raise ValueError(f"fit: argument `checkpoint` is {str(path)!r}, which is no file but a device or a pipe")
         if not has_folder:
             raise ValueError(f"fit: argument `checkpoint` is {str(path)!r}, whose folder does not exist")
-        if resume not in (False, True, "extend"):
+        if not isinstance(resume, str | bool | np.bool_) or resume not in (False, True, "extend"):
             raise ValueError(f"fit: argument `resume` must be True, False or 'extend'; got {resume!r}")
-        if every_steps is not None and (isinstance(every_steps, bool) or every_steps < 1):
-            raise ValueError(f"Checkpoint: argument `every_steps` must be at least 1; got {every_steps!r}")
-        if every_minutes is not None and not 0 < every_minutes < math.inf:
+        if not isinstance(best, str):
+            raise ValueError(f"Checkpoint: argument `best` must be the name of a metric; got {best!r}")
+        if every_steps is not None and (not is_integer(every_steps) or every_steps < 1):
+            raise ValueError(f"Checkpoint: argument `every_steps` must be an integer at least 1; got {every_steps!r}")
+        if every_minutes is not None and not is_within(every_minutes, above=0):
             raise ValueError(f"Checkpoint: argument `every_minutes` must be finite and > 0; got {every_minutes!r}")
         self.every_steps, self.every_minutes, self.best, self.resume = every_steps, every_minutes, best, resume
         self._folder: Folder | None = None

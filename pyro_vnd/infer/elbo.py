@@ -86,7 +86,7 @@ class NestedELBO(TraceMeanField_ELBO):
 
     def __init__(self, *args: Any, local_reparam: bool | Literal["linear"] = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if local_reparam not in (False, True, "linear"):
+        if not isinstance(local_reparam, bool | str) or local_reparam not in (False, True, "linear"):
             raise ValueError(
                 f"NestedELBO: argument `local_reparam` must be True, False or 'linear'; got {local_reparam!r}"
             )

@@ -8,6 +8,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from pyro_vnd._files import replaced, writing
+from pyro_vnd._sizes import is_integer
 from pyro_vnd.infer.callbacks import Callback
 from pyro_vnd.infer.run import Run
 
@@ -64,7 +65,7 @@ class CSVLogger(Callback):
         path: The file; its folder must exist.
 
     Raises:
-        ValueError: If the folder does not exist.
+        ValueError: If it is no path, or the folder does not exist.
 
     Example:
         >>> CSVLogger("fit.csv").path.name
@@ -72,6 +73,8 @@ class CSVLogger(Callback):
     """
 
     def __init__(self, path: str | Path) -> None:
+        if not isinstance(path, str | Path) or "\0" in str(path):
+            raise ValueError(f"CSVLogger: argument `path` must be the path of a file; got {path!r}")
         self.path = Path(path)
         with writing("CSVLogger: argument `path`", self.path):  # looking may be forbidden, too
             is_possible = not self.path.is_dir() and self.path.parent.is_dir()
@@ -122,9 +125,16 @@ class TensorBoardLogger(Callback):
 
     Raises:
         ModuleNotFoundError: If tensorboard is not installed.
+        ValueError: If an argument is invalid.
     """
 
     def __init__(self, folder: str | Path, *, every_steps: int | None = None) -> None:
+        if not isinstance(folder, str | Path) or "\0" in str(folder):
+            raise ValueError(f"TensorBoardLogger: argument `folder` must be the path of a folder; got {folder!r}")
+        if every_steps is not None and (not is_integer(every_steps) or every_steps < 1):
+            raise ValueError(
+                f"TensorBoardLogger: argument `every_steps` must be an integer at least 1, or None; got {every_steps!r}"
+            )
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -177,7 +187,7 @@ class LivePlot(Callback):
             raise ModuleNotFoundError(
                 "LivePlot needs IPython and matplotlib: pip install ipython matplotlib"
             ) from error
-        if isinstance(every_epochs, bool) or not isinstance(every_epochs, int) or every_epochs < 1:
+        if not is_integer(every_epochs) or every_epochs < 1:
             raise ValueError(f"LivePlot: argument `every_epochs` must be an integer at least 1; got {every_epochs!r}")
         self.every_epochs, self._display, self._image, self._figure = every_epochs, display, Image, Figure
         self._shown: Any = None

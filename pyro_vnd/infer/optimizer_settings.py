@@ -1,14 +1,12 @@
 """How the parameters of a fit are moved."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
 
-from pyro_vnd._sizes import is_integer
+from pyro_vnd._sizes import is_integer, is_within
 from pyro_vnd.infer.schedules import LRSchedule
 
 __all__ = ["OptimizerSettings"]
@@ -43,12 +41,12 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         norm: Any = self.clip_norm
-        if norm is not None and not (isinstance(norm, Real) and norm is not True and 0 < float(norm) < math.inf):
+        if norm is not None and not is_within(norm, above=0):
             raise ValueError(
                 f"OptimizerSettings: argument `clip_norm` must be a finite number > 0, or None; got {norm!r}"
             )
         count: Any = self.accumulate
-        if not is_integer(count) or count < 1:
+        if not is_integer(count) or not 1 <= count < 2**63:
             raise ValueError(f"OptimizerSettings: argument `accumulate` must be an integer at least 1; got {count!r}")
 
     @classmethod

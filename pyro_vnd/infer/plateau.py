@@ -7,6 +7,7 @@ from statistics import NormalDist
 
 import torch
 
+from pyro_vnd._sizes import is_integer, is_within
 from pyro_vnd.infer.callbacks import Callback
 from pyro_vnd.infer.run import Run
 
@@ -65,12 +66,12 @@ class Plateau(Callback):
     alpha: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.window < 2 * _BATCHES or self.window % _BATCHES:
-            raise ValueError(f"Plateau: argument `window` must be a multiple of 5 from 10 on; got {self.window}")
-        if not 0 < self.tolerance < math.inf:
-            raise ValueError(f"Plateau: argument `tolerance` must be finite and > 0; got {self.tolerance}")
-        if not 0 < self.alpha < 0.5:
-            raise ValueError(f"Plateau: argument `alpha` must be in (0, 0.5); got {self.alpha}")
+        if not is_integer(self.window) or self.window < 2 * _BATCHES or self.window % _BATCHES:
+            raise ValueError(f"Plateau: argument `window` must be a multiple of 5 from 10 on; got {self.window!r}")
+        if not is_within(self.tolerance, above=0):
+            raise ValueError(f"Plateau: argument `tolerance` must be finite and > 0; got {self.tolerance!r}")
+        if not is_within(self.alpha, 0, 0.5, above=0) or self.alpha == 0.5:
+            raise ValueError(f"Plateau: argument `alpha` must be in (0, 0.5); got {self.alpha!r}")
 
     def on_fit_start(self, run: Run) -> None:
         """Stop a fit that is resumed where it was stopped."""

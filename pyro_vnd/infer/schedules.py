@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import accumulate
-from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -14,6 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
+from pyro_vnd._inputs import takes
+from pyro_vnd._sizes import is_integer, is_number, is_within
 from pyro_vnd.distributions import OrderedMask
 
 __all__ = [
@@ -69,7 +70,7 @@ def linear(start: float, end: float, warmup: float = 1.0) -> Callable[[float], f
         A schedule for `fit`.
 
     Raises:
-        ValueError: If `warmup` is not in (0, 1].
+        ValueError: If `start` or `end` is no finite number, or `warmup` not in (0, 1].
 
     Example:
         >>> weight = linear(0.0, 1.0, warmup=0.5)
@@ -106,8 +107,11 @@ class _Transition:
     warmup: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.warmup <= 1:
-            raise ValueError(f"{self.function}: argument `warmup` must be in (0, 1]; got {self.warmup}")
+        for name, value in (("start", self.start), ("end", self.end)):
+            if not is_within(value):
+                raise ValueError(f"{self.function}: argument `{name}` must be a finite number; got {value!r}")
+        if not is_within(self.warmup, 0, 1, above=0):
+            raise ValueError(f"{self.function}: argument `warmup` must be in (0, 1]; got {self.warmup!r}")
 
     def __call__(self, t: float) -> float:
         done = min(t / self.warmup, 1.0)
@@ -139,8 +143,8 @@ def cosine_to_zero(warmup: float = 0.05) -> LRSchedule:
         >>> [round(rate, 2) for rate in rates]
         [0.01, 0.51, 1.0, 0.93, 0.75, 0.5, 0.25, 0.07]
     """
-    if not 0 <= warmup < 1:
-        raise ValueError(f"cosine_to_zero: argument `warmup` must be in [0, 1); got {warmup}")
+    if not is_within(warmup, 0, 1) or warmup == 1:
+        raise ValueError(f"cosine_to_zero: argument `warmup` must be in [0, 1); got {warmup!r}")
 
     def make(optimizer: Optimizer, total_steps: int) -> LRScheduler:
         rising = math.floor(warmup * total_steps)
@@ -220,7 +224,7 @@ class MaskSchedule:
 
     def __post_init__(self) -> None:
         shares = (self.learned, self.budget, self.full)
-        if not (all(0 <= share <= 1 for share in shares) and math.isclose(sum(shares), 1, abs_tol=1e-6)):
+        if not (all(is_within(share, 0, 1) for share in shares) and math.isclose(sum(shares), 1, abs_tol=1e-6)):
             raise ValueError(
                 f"MaskSchedule: arguments `learned`, `budget` and `full` must be shares that sum to 1; got {shares}"
             )
@@ -229,14 +233,23 @@ class MaskSchedule:
                 raise ValueError(
                     f"MaskSchedule: argument `law` must be a single law; got batch shape {tuple(self.law.batch_shape)}"
                 )
-        elif self.law not in ("uniform", "log-uniform"):
+        elif not isinstance(self.law, str) or self.law not in ("uniform", "log-uniform"):
             raise ValueError(
                 f"MaskSchedule: argument `law` must be 'uniform', 'log-uniform' or an OrderedMask; got {self.law!r}"
             )
-        if self.num_particles < 1:
-            raise ValueError(f"MaskSchedule: argument `num_particles` must be at least 1; got {self.num_particles}")
-        if not 0 <= self.anneal <= 1:
-            raise ValueError(f"MaskSchedule: argument `anneal` must be in [0, 1]; got {self.anneal}")
+        if not is_integer(self.num_particles) or self.num_particles < 1:
+            raise ValueError(
+                f"MaskSchedule: argument `num_particles` must be an integer at least 1; got {self.num_particles!r}"
+            )
+        if not is_within(self.anneal, 0, 1):
+            raise ValueError(f"MaskSchedule: argument `anneal` must be in [0, 1]; got {self.anneal!r}")
+        if not (self.temperature is None or callable(self.temperature) or is_within(self.temperature, above=0)):
+            raise ValueError(
+                "MaskSchedule: argument `temperature` must be a number or a function of t, finite and > 0; got "
+                f"{self.temperature!r}"
+            )
+        if not isinstance(self.sliced, bool | np.bool_):
+            raise ValueError(f"MaskSchedule: argument `sliced` must be True or False; got {self.sliced!r}")
 
     def __repr__(self) -> str:
         shares = f"learned={self.learned:g}, budget={self.budget:g}, full={self.full:g}"
@@ -333,7 +346,7 @@ class PriceSchedule:
     sliced: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        low, high = (price if price is None or _is_number(price) else math.nan for price in (self.low, self.high))
+        low, high = (price if price is None or is_within(price) else math.nan for price in (self.low, self.high))
         bounds = 0.0 if low is None else low, math.inf if high is None else high
         if not 0 <= bounds[0] < bounds[1] or low == 0 or high == math.inf:
             raise ValueError(
@@ -342,10 +355,10 @@ class PriceSchedule:
             )
         for name in ("full", "explore", "warmup"):
             share = getattr(self, name)
-            if not (_is_number(share) and 0 <= share <= 1):
+            if not is_within(share, 0, 1):
                 raise ValueError(f"PriceSchedule: argument `{name}` must be a share from 0 to 1; got {share!r}")
         hot = self.temperature
-        if hot is not None and not (_is_number(hot) and 0 < hot < math.inf):
+        if hot is not None and not is_within(hot, above=0):
             raise ValueError(f"PriceSchedule: argument `temperature` must be finite and > 0; got {hot!r}")
 
     @property
@@ -402,17 +415,13 @@ def schedule_values(name: str, schedule: Schedule, num_steps: int, *, positive: 
     """
     last = max(num_steps - 1, 1)
     function = schedule if callable(schedule) and not isinstance(schedule, type) else None
+    if function is not None and not takes(function, 0.0):
+        raise ValueError(f"fit: argument `{name}` must be a number or a function of t alone; got {function!r}")
     found: list[Any] = [schedule] if function is None else [function(step / last) for step in range(num_steps)]
-    values = [float(value) if _is_number(value) else math.nan for value in found]
+    values = [float(value) if is_within(value) else math.nan for value in found]
     for step, value in enumerate(values):
         if not (0 <= value < math.inf) or (positive and value == 0):
             bound, when = "> 0" if positive else ">= 0", f" at t = {step / last:.3g}" if function else ""
-            expected = "finite and" if _is_number(found[step]) else "a number or a function of t, finite and"
+            expected = "finite and" if is_number(found[step]) else "a number or a function of t, finite and"
             raise ValueError(f"fit: argument `{name}` must be {expected} {bound}; got {found[step]!r}{when}")
     return values if function else values * num_steps
-
-
-def _is_number(value: Any) -> bool:
-    return (isinstance(value, Real) and not isinstance(value, bool)) or (
-        isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
-    )

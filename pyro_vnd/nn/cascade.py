@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from pyro_vnd._data import Batch, Rows, input_batches, take_rows
+from pyro_vnd._data import Batch, Rows, input_batches, take_rows, without_values
 from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._sizes import is_integer
 from pyro_vnd._state import module_mode
@@ -190,6 +190,13 @@ class CascadeNet(nn.Module):
                 "or give `threshold`"
             )
         given = self._in_order(inputs, named)
+        for x in given:
+            said = without_values(x) if isinstance(x, Tensor) else ""
+            if said or (x is given[0] and not (isinstance(x, Tensor) and x.dim())):
+                raise ValueError(
+                    "CascadeNet: inputs must be dense tensors with a row for each example, those of a mapping by name; "
+                    f"got {said or type(x).__name__}"
+                )
         num_rows = len(given[0])
         logits, doubt, *known = self._start(given)
         if bool((unknown := doubt.isnan()).any()):  # which is below no threshold, nor above one

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vnd._data import Batch, Rows, input_batches
+from pyro_vnd._inputs import explain_inputs
 from pyro_vnd._state import module_mode
 from pyro_vnd.nn.axis import Index, kept_channels, take
 from pyro_vnd.nn.depth import stand_in, take_out
@@ -325,14 +326,15 @@ def recalibrated(net: nn.Module, batches: Iterable[Batch]) -> nn.Module:
 
 def _take_moments(net: nn.Module, moments: Mapping[Any, _Moments], batches: Iterable[Batch]) -> None:
     """Run a net on all inputs, with norms whose moments are taken."""
-    seen = False
+    seen, dtype = False, next((each.dtype for each in net.parameters()), None)
     with _calibrating(net, moments):
         for batch in _of_two_rows(batches):
             if not seen:
                 for norm in moments:
                     norm.reset_running_stats()
             seen = True
-            net(*batch.args, **batch.kwargs)
+            with explain_inputs("recalibrate_batchnorm", batch.inputs, dtype):
+                net(*batch.args, **batch.kwargs)
     if not seen:
         raise ValueError("recalibrate_batchnorm: argument `data` has no batches")
     if any(found.count and not bool(found.squares.isfinite().all()) for found in moments.values()):

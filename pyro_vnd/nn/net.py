@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyro_vnd._compat import QuietModule, plain_checkpoints
 from pyro_vnd._data import Batch
 from pyro_vnd._inputs import explain_arguments, explain_inputs, refuse_nan
+from pyro_vnd._sizes import is_integer
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.nn.depth import NestedBlock
 from pyro_vnd.nn.guide import NetGuide
@@ -265,6 +266,11 @@ class NestedNet(QuietModule):
         cut, values = self._cut, {}
         by_example = self.mask_per == "example"
         fractions = None if cut is None else cut.fractions
+        if num_rows == 0 and by_example and plate is None:
+            raise ValueError(
+                f"NestedNet({type(self.net).__name__}): inputs must be tensors with a row for each example, at least "
+                "one, those of a mapping by name; got none"
+            )
         self._check_fits(num_rows)
         drawn = [name for name in widths if cut is None or fractions is not None or name not in cut.blocks]
         in_plate: Any = nullcontext()
@@ -464,8 +470,8 @@ class NestedNet(QuietModule):
                 in a call of the net.
         """
         refuse_nan("predict", "inputs", (*inputs, *named.values()))
-        if num_samples < 1:
-            raise ValueError(f"predict: argument `num_samples` must be at least 1; got {num_samples}")
+        if not is_integer(num_samples) or num_samples < 1:
+            raise ValueError(f"predict: argument `num_samples` must be an integer, at least 1; got {num_samples!r}")
         sliced, outputs = width is not None and not isinstance(width, Tensor), []
         cut = nullcontext() if width is None else self.cut(width, sliced=sliced, rounding=rounding)
         with torch.no_grad(), cut, poutine.block():

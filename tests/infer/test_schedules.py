@@ -97,7 +97,7 @@ def test_the_learning_rate_rises_to_its_value_and_falls_towards_zero(total_steps
         (lambda: MaskSchedule(math.nan, 0.5, 0.5), "shares that sum to 1"),
         (lambda: MaskSchedule(law="loguniform"), "'uniform', 'log-uniform' or an OrderedMask; got 'loguniform'"),
         (lambda: MaskSchedule(law=OrderedMask(logits=torch.zeros(2, 3))), r"single law; got batch shape \(2,\)"),
-        (lambda: MaskSchedule(num_particles=0), "`num_particles` must be at least 1; got 0"),
+        (lambda: MaskSchedule(num_particles=0), "`num_particles` must be an integer at least 1; got 0"),
         (lambda: MaskSchedule(anneal=1.5), r"`anneal` must be in \[0, 1\]; got 1.5"),
         (lambda: PriceSchedule(0.0, 1.0), r"PriceSchedule: arguments `low` and `high` must be prices 0 < low < high"),
         (lambda: PriceSchedule(2.0, 2.0), r"0 < low < high; got 2\.0, 2\.0"),

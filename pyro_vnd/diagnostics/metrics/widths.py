@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from pyro_vnd._data import Batch, Rows, check_repeatable, input_batches
 from pyro_vnd._inputs import explain_inputs
+from pyro_vnd._sizes import is_integer
 from pyro_vnd._state import module_mode
 from pyro_vnd.diagnostics.metrics.evaluation import evaluate, net_cost, scorer_of
 from pyro_vnd.diagnostics.metrics.variables import stacked
@@ -83,7 +84,7 @@ def evaluate_widths(
     """
     net, likelihood, outputs_of = taken_apart("evaluate_widths", model)
     distinct = _distinct("evaluate_widths", net, widths, rounding, (Mapping, Integral, Real))
-    if num_samples is not None and num_samples < 1:
+    if num_samples is not None and (not is_integer(num_samples) or num_samples < 1):
         raise ValueError(f"evaluate_widths: `num_samples` must be at least 1; got {num_samples}")
     check_repeatable("evaluate_widths", data=data, ood=ood, calibrate=calibrate, recalibrate=recalibrate)
     device = next(net.parameters()).device
@@ -240,7 +241,7 @@ def _draws(
 ) -> NetDraws:
     """Return draws of a net that were given, or new ones."""
     if draws is None:
-        if num_samples is None or num_samples < 1:
+        if num_samples is None or not is_integer(num_samples) or num_samples < 1:
             raise ValueError(f"{name}: `num_samples` must be at least 1; got {num_samples}")
         return net.draws(num_samples, seed, keep=keep)
     if not isinstance(draws, NetDraws) or draws.net is not net:
@@ -302,7 +303,7 @@ def loo_widths(
     net, likelihood, outputs_of = taken_apart("loo_widths", model)
     distinct = _distinct("loo_widths", net, widths, rounding)
     check_repeatable("loo_widths", data=data)
-    if num_samples < _arviz.MIN_DRAWS:
+    if not is_integer(num_samples) or num_samples < _arviz.MIN_DRAWS:
         raise ValueError(f"loo_widths: `num_samples` must be at least {_arviz.MIN_DRAWS}; got {num_samples}")
     device = next(net.parameters()).device
     scores: dict[float, Any] = {}

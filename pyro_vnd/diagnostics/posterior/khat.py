@@ -12,7 +12,8 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
-from pyro_vnd._data import Data, as_arguments, batches_of, is_tensors, named_parts
+from pyro_vnd._data import Data, as_arguments, batches_of, check_call, is_tensors, named_parts
+from pyro_vnd._sizes import is_integer
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
 from pyro_vnd.diagnostics.posterior._arviz import MIN_DRAWS, dataset, datasets, from_datasets, psis
 from pyro_vnd.diagnostics.posterior.names import plain
@@ -217,7 +218,7 @@ def khat_by_row(
         >>> (khat_by_row(model, guide, torch.tensor([1.0, 2.0, 3.0])) < 0.7).values
         array([ True,  True, False])
     """
-    if num_samples < MIN_DRAWS:
+    if not is_integer(num_samples) or num_samples < MIN_DRAWS:
         raise ValueError(f"khat_by_row: argument `num_samples` must be at least {MIN_DRAWS}; got {num_samples}")
     tensors = [*named_parts(data).values()] if is_tensors(data) else []
     every: Iterable[Data] = [data] if tensors and batch_size is None else batches_of(data, batch_size or 256)
@@ -237,6 +238,8 @@ def khat_by_row(
 
 def _log_ratios_by_row(model: Any, guide: Any, data: Data, plate: str, draws: Iterable[int]) -> np.ndarray:
     """Return log p - log q of each row of data in each draw, shape (rows, draws)."""
+    for program in (model, guide):
+        check_call("khat_by_row", program, data)
     args, kwargs = as_arguments(data)
     log_ratios: list[torch.Tensor] = []
     rows = poutine.Trace()  # those of the first draw, if the plate subsamples

@@ -12,7 +12,8 @@ import torch
 from pyro import poutine
 from tqdm.auto import tqdm
 
-from pyro_vnd._data import Data, as_arguments, batches_of, check_whole, is_tensors, named_parts
+from pyro_vnd._data import Data, as_arguments, batches_of, check_call, check_whole, is_tensors, named_parts
+from pyro_vnd._sizes import is_integer
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
 from pyro_vnd.diagnostics.posterior._arviz import from_groups, weights_and_khat
 from pyro_vnd.diagnostics.posterior.draws import Draws
@@ -74,7 +75,9 @@ def to_arviz(
 
     With `path` the data are gone through in batches, each of which is written into a file of netCDF as soon as it is
     drawn, so that memory does not grow with their number. What is outside the plate of the data, such as weights, is
-    drawn once for all batches, and must not depend on their rows; the scores are those of all rows together.
+    drawn once for all batches, and must not depend on their rows; the scores are those of all rows together. Random
+    numbers are drawn batch by batch, so that draws are others than without `path`, of the same laws. A deterministic
+    site in the plate must say how many dimensions its events have, `pyro.deterministic(name, x, event_dim=0)`.
 
     Modules are in evaluation mode.
 
@@ -128,10 +131,10 @@ def to_arviz(
         ('chain', 'draw', 'data')
     """
     fits = _pair_up(model, guide)
-    if num_samples < 1:
-        raise ValueError(f"to_arviz: argument `num_samples` must be at least 1; got {num_samples}")
-    if num_prior is not None and num_prior < 0:
-        raise ValueError(f"to_arviz: argument `num_prior` must be at least 0; got {num_prior}")
+    if not is_integer(num_samples) or num_samples < 1:
+        raise ValueError(f"to_arviz: argument `num_samples` must be an integer at least 1; got {num_samples!r}")
+    if num_prior is not None and (not is_integer(num_prior) or num_prior < 0):
+        raise ValueError(f"to_arviz: argument `num_prior` must be an integer at least 0, or None; got {num_prior!r}")
     if isinstance(sites, str):
         raise ValueError(f"to_arviz: argument `sites` must be a sequence of names; got the string {sites!r}")
     drawing = _Drawing(fits, num_samples, num_prior, predictive, parallel, dims or {}, sites)
@@ -191,6 +194,9 @@ class _Drawing:
             progress: Whether to show a progress bar.
         """
         draws, size_prior = Draws(self.dims, self.sites), self.num_samples if self.num_prior is None else self.num_prior
+        for programs in self.fits:
+            for program in programs:
+                check_call("to_arviz", program, data)
         args, kwargs = as_arguments(data)
         rows = poutine.Trace()
         runs = [

@@ -1,21 +1,21 @@
 """What `fit` asks of its arguments, each mistake named before anything is computed."""
 
 import inspect
-import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.optim import PyroOptim
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vnd._compat import QuietModule
 from pyro_vnd._data import Data, as_arguments, named_parts
+from pyro_vnd._inputs import takes
+from pyro_vnd._sizes import is_within
 from pyro_vnd.infer._fit.parallel import local_device
 from pyro_vnd.infer.elbo import NestedELBO, conditional_part
 from pyro_vnd.infer.guides import AutoNested
@@ -55,22 +55,24 @@ def whole_number(argument: str, value: Any, most: int | None = None) -> int:
         3
     """
     try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
+        number = 0 if _is_truth(value) else operator.index(value)
     except TypeError:
         number = 0
-    if number < 1 or (most is not None and number > most):
+    if not 1 <= number < 2**63 or (most is not None and number > most):
         rest = "at least 1" if most is None else f"from 1 to {most}, the rows of data"
         _refuse(argument, f"an integer {rest}", value)
     return number
 
 
+def _is_truth(value: Any) -> bool:
+    return isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
+
+
 def positive_number(argument: str, value: Any, *, or_zero: bool = False) -> float:
     """Return a number of any library as Python's own, finite and > 0, or zero if it may be."""
-    single = isinstance(value, Tensor) and value.numel() == 1
-    number = float(value) if single or (isinstance(value, Real) and not isinstance(value, bool)) else math.nan
-    if not (0 < number < math.inf or (or_zero and number == 0)):
+    if not is_within(value, 0) or (value == 0 and not or_zero):
         _refuse(argument, f"a finite number >{'=' * or_zero} 0", value)
-    return number
+    return float(value)
 
 
 def check_programs(model: Program, guide: Program, data: Data) -> None:
@@ -153,15 +155,13 @@ def check_arguments(
     if optimizer.optimizer is not None:
         expected = "a class of torch.optim, a function of parameters and `lr`, or OptimizerSettings"
         _check_maker("optimizer", optimizer.optimizer, Optimizer, expected)
+        if not takes(optimizer.optimizer, [], lr=0.1):
+            _refuse("optimizer", expected, optimizer.optimizer)
     if optimizer.lr_schedule is not None:
         expected = "a function of an optimiser and the number of steps, such as cosine_to_zero(), or None"
         _check_maker("lr_schedule", optimizer.lr_schedule, LRScheduler, expected)
-        try:
-            inspect.signature(optimizer.lr_schedule).bind(None, 1)
-        except TypeError:
+        if not takes(optimizer.lr_schedule, None, 1):
             _refuse("lr_schedule", expected, optimizer.lr_schedule)
-        except ValueError:  # no signature
-            pass
     if not isinstance(elbo, ELBO):
         _refuse("elbo", f"an objective, {_IN_FIT}", elbo)
     if not hasattr(elbo, "differentiable_loss") or type(elbo).__name__.startswith("Jit"):
@@ -173,11 +173,11 @@ def check_arguments(
         _refuse("schedule", "a MaskSchedule(), a PriceSchedule() or None; weights of KLs go to `weights`", schedule)
     if not isinstance(plate, str):
         _refuse("plate", "the name of a plate", plate)
-    if precision not in ("32", "bf16"):
+    if not isinstance(precision, str) or precision not in ("32", "bf16"):
         _refuse("precision", "'32' or 'bf16'", precision)
     if seed is not None:
         try:
-            in_range = not isinstance(seed, bool) and 0 <= operator.index(seed) < 2**63
+            in_range = not _is_truth(seed) and 0 <= operator.index(seed) < 2**63
         except TypeError:
             in_range = False
         if not in_range:
@@ -204,7 +204,7 @@ def device_of(device: Any) -> torch.device | None:
     try:
         found = local_device(torch.device(device))
         torch.ones(1, device=found).item()
-    except (RuntimeError, TypeError, AssertionError) as error:  # the last is a torch without CUDA
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # the last is a torch without CUDA
         said = str(error).partition("\n")[0]
         raise ValueError(
             f"fit: argument `device` must be a device that torch has here; got {device!r}: {said}"
@@ -254,7 +254,8 @@ def _check_maker(argument: str, maker: Any, kind: type, expected: str) -> None:
     from_pyro = isinstance(maker, PyroOptim) or getattr(maker, "__module__", "").startswith("pyro.optim")
     if from_pyro and not (isinstance(maker, type) and issubclass(maker, kind)):
         _refuse(argument, f"{expected}, not one of pyro.optim, which is for pyro.infer.SVI", maker)
-    if isinstance(maker, kind) or not callable(maker):
+    is_other = isinstance(maker, nn.Module) or (isinstance(maker, type) and not issubclass(maker, kind))
+    if isinstance(maker, kind) or is_other or not callable(maker):
         _refuse(
             argument,
             f"{expected}: what makes one, not one that is made" if isinstance(maker, kind) else expected,

@@ -7,7 +7,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 
-from pyro_vnd._data import as_arguments, batches_of, num_rows
+from pyro_vnd._data import as_arguments, batches_of, check_rows, is_tensors, num_rows
 from pyro_vnd.infer._fit.parallel import Ranks
 from pyro_vnd.infer._fit.sources import move
 
@@ -49,6 +49,8 @@ def mean_log_likelihood(
     for i, batch in enumerate(batches_of(data, -(-batch_size // ranks.size))):
         if i % ranks.size != ranks.rank:
             continue
+        if not is_tensors(data):  # others are looked at once
+            check_rows("fit", batch, "validation", values="cpu")
         args, kwargs = as_arguments(move(batch, device))
         drawn = poutine.trace(guide).get_trace(*args, **kwargs)
         trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
@@ -60,5 +62,5 @@ def mean_log_likelihood(
         count += num_rows(batch)
     both = ranks.sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
     if both[1] == 0:
-        raise ValueError("fit: `validation` must have rows each time it is read; got none: is it an iterator?")
+        raise ValueError("fit: argument `validation` must have rows each time it is read; got none: is it an iterator?")
     return both[0] / both[1]

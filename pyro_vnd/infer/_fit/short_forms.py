@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+import numpy as np
+
 from pyro_vnd.infer.callbacks import BestEpoch, Callback, Checkpoint, Validation
 from pyro_vnd.infer.loggers import ProgressBar
 
@@ -53,9 +55,9 @@ def all_callbacks(callbacks: Sequence[Callback], short: Mapping[str, Any]) -> li
     if not isinstance(callbacks, tuple | list) or not all(isinstance(each, Callback) for each in callbacks):
         raise ValueError(f"fit: argument `callbacks` must be a list of Callback objects; got {callbacks!r}")
     path, resume, progress = short.get("checkpoint"), short.get("resume", False), short.get("progress", True)
-    if not isinstance(progress, bool):
+    if not isinstance(progress, bool | np.bool_):
         raise ValueError(f"fit: argument `progress` must be True or False; got {progress!r}")
-    if resume and path is None:
+    if isinstance(resume, str | bool | np.bool_) and resume and path is None:  # of other kinds `Checkpoint` speaks
         raise ValueError("fit: argument `resume` needs the `checkpoint` to go on from")
     made: list[Callback] = [] if short.get("validation") is None else [Validation(short["validation"])]
     made += [ProgressBar()] if progress and not any(isinstance(each, ProgressBar) for each in callbacks) else []

@@ -175,12 +175,12 @@ class Batches(Source):
         self.data, split, self._is_even = shared(data, ranks)
         self.can_repeat, self._ended = not isinstance(data, Iterator), False
         self._begin = self._peek()
+        self.num_data, self._is_sure = _all_rows(data, num_data)
         full: Any = getattr(data, "batch_size", None)
         begun = torch.tensor(rows_in(self._begin))
         self.batch_size = int(ranks.sum(begun)) if full is None else full * (1 if split else ranks.size)
         if isinstance(data, tuple | list):  # in whatever order they come, the largest is a full one
             self.batch_size = max(rows_in(as_batch(batch)) for batch in data) * (1 if split else ranks.size)
-        self.num_data, self._is_sure = _all_rows(data, num_data)
         sized: Any = self.data
         length = len(sized) if _has_length(sized) else None
         self.num_batches = -(-self.num_data // self.batch_size) if length is None else max(length, 1)
@@ -336,7 +336,7 @@ def as_source(
     data = without_wrapper(data)
     if is_tensors(data):
         check_rows("fit", data)
-        if num_data is not None and num_data != rows_in(data):
+        if num_data is not None and whole_number("num_data", num_data) != rows_in(data):
             raise ValueError(
                 f"fit: argument `num_data` is for data in batches; these are tensors with {rows_in(data)} rows "
                 "(batches of one tensor each are tuples, [(x,), ...])"
@@ -373,6 +373,12 @@ def check_validation(validation: Any, first: Data) -> None:
                 f"fit: argument `validation` must be like `data`, in batches of shapes {shapes(first)}; got "
                 f"{shapes(validation)}"
             )
+        given = named_parts(validation, "validation").items()
+        for (name, part), like in zip(given, named_parts(first).values(), strict=True):
+            if like.is_floating_point() and part.dtype != like.dtype:
+                raise ValueError(
+                    f"fit: argument `{name}` must be of the dtype of `data`, {like.dtype}; got {part.dtype}"
+                )
 
 
 def _shapes_of_a_row(data: Data) -> Any:

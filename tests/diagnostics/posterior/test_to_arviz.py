@@ -306,8 +306,8 @@ def test_enumerated_sites_must_be_drawn_by_the_guide():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_samples": 0}, "`num_samples` must be at least 1; got 0"),
-        ({"num_prior": -1}, "`num_prior` must be at least 0; got -1"),
+        ({"num_samples": 0}, r"`num_samples` must be an integer,? at least 1; got 0"),
+        ({"num_prior": -1}, "`num_prior` must be an integer at least 0, or None; got -1"),
         ({"dims": {"mask": ["a", "b", "c"]}}, r"`dims` names 3 dimensions \['a', 'b', 'c'\] of 'mask'; it has 2"),
         ({"dims": {"nothing": ["a"]}}, r"`dims` names \['nothing'\]; variables: "),
         ({"dims": {"mask": ["data"]}}, "`dims` must name dimensions of 'mask' apart"),

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyro_vnd.infer import Callback, fit
+from pyro_vnd.infer import Callback, CSVLogger, fit
 
 ARGUMENTS = {"num_epochs": 3, "batch_size": 16, "progress": False}
 
@@ -166,6 +166,26 @@ def test_a_folder_that_may_not_be_written_says_so(y, tmp_path):
             os.seteuid(0)
         for path, mode in modes:
             os.chmod(path, mode)
+
+
+def test_a_log_that_cannot_be_written_says_so(y, tmp_path):
+    folder = tmp_path / "log"
+    folder.mkdir()
+    logger = CSVLogger(folder / "fit.csv")
+    folder.rmdir()
+    with pytest.raises(ValueError, match=r"^CSVLogger: argument `path` is '.*fit.csv', which cannot be written: "):
+        train(y, callbacks=[logger])
+
+
+def test_a_line_that_was_cut_short_is_no_line(y, tmp_path):
+    log, path = tmp_path / "fit.csv", tmp_path / "fit.pt"
+    with pytest.raises(KeyError):
+        train(y, callbacks=[CSVLogger(log), Stop(7)], checkpoint=path)
+    whole = log.read_text()
+    log.write_text(whole + "1")  # of epoch 10, say
+    train(y, callbacks=[CSVLogger(log)], checkpoint=path, resume=True)
+    epochs = [line.partition(",")[0] for line in log.read_text().splitlines()]
+    assert epochs == ["epoch", "1", "2", "3"]
 
 
 @pytest.mark.parametrize(
