@@ -306,6 +306,7 @@ def _run_tests(copy: Path, chosen: list[str], seconds: list[float], options: lis
     """What a child process does; it ends with pytest's exit status."""
     os.setsid()
     os.chdir(copy)
+    multiprocessing.set_start_method(None, force=True)  # that of the platform, as tests have it elsewhere
     resource.setrlimit(resource.RLIMIT_AS, (16 * GIBIBYTE, 16 * GIBIBYTE))
     output = os.open(f"{copy}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)

@@ -4,8 +4,11 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 from pyro_vnd.infer._fit.parallel import Ranks
+from pyro_vnd.infer._fit.shares import shared
 
 
 def of_this_process():
@@ -29,6 +32,16 @@ def of_this_process():
         "any": [ranks.any(flag) for flag in (True, first, not first, False)],
         "gather": ranks.gather(("rank", ranks.rank)),
     }
+    loaders = {
+        "list": [(torch.arange(5),)],
+        "loader": DataLoader(torch.arange(5), batch_size=5),
+        "distributed": DataLoader(torch.arange(6), batch_size=3, sampler=DistributedSampler(range(6), shuffle=False)),
+        "stream": ((torch.arange(5),) for _ in range(1)),
+    }
+    for name, data in loaders.items():
+        batches, *sizes = shared(data, ranks)
+        rows = [batch[0] if isinstance(batch, tuple | list) else batch for batch in batches]
+        found[name] = [each.tolist() for each in rows], *sizes
     torch.manual_seed(30)
     ranks.draw_apart()
     return found | {"apart": torch.rand(3)}

@@ -241,6 +241,12 @@ def an_embedding_tied_to_the_output():
     return built, torch.randint(0, 50, (2, 5))
 
 
+@net({"bag": 16, "a": 32}, 0.4)
+def bags_of_words():
+    layers = {"bag": nn.EmbeddingBag(50, 16), "a": nn.Linear(16, 32), "out": nn.Linear(32, 3)}
+    return Net(lambda net, x: net.out(net.a(net.bag(x).relu()).relu()), **layers), torch.randint(0, 50, (2, 5))
+
+
 @net({"b": 16, "a": 32}, 0.4)
 def an_embedding_by_a_function():
     def forward(net, x):

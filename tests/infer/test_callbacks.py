@@ -409,7 +409,10 @@ result = fit(model, AutoNormal(model), torch.ones(3), num_epochs=3, callbacks=[L
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
     nbclient.NotebookClient(notebook, timeout=120).execute()
     (shown,) = [output for output in notebook.cells[0].outputs if output.output_type == "display_data"]
-    assert base64.b64decode(shown.data["image/png"])[:4] == b"\x89PNG"
+    png = base64.b64decode(shown.data["image/png"])
+    assert png[:4] == b"\x89PNG"
+    width = int.from_bytes(png[16:20], "big")
+    assert shown.metadata["image/png"]["width"] == width // 2  # sharp where pixels are small
 
 
 def test_progress_shows_epochs_and_the_last_numbers(y, capsys):

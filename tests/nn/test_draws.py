@@ -179,6 +179,7 @@ def test_a_width_is_that_of_nets_narrowed_one_by_one(case, width):
     torch.testing.assert_close(narrowed.predict(*args, **named), expected)
     torch.testing.assert_close(narrowed(*args, **named), expected)
     assert len(narrowed) == NUM_DRAWS
+    assert len(narrowed.nets) == (NUM_DRAWS if isinstance(net.net, Recurrent) else 1)
 
 
 def test_learned_laws_are_the_program_given_its_latents(case):

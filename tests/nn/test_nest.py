@@ -238,9 +238,9 @@ def test_a_layer_under_two_names_is_nested_and_narrowed_under_both():
     ("example", "message"),
     [
         (torch.zeros(8), r"along its first dimension, \(N, ...\); got shape \(8,\): give `x\[None\]`"),
+        (torch.zeros(0, 8), r"at least one example; got \(0, 8\)"),
         (torch.tensor(1.0), r"along its first dimension, \(N, ...\); got shape \(\): give"),
         (torch.tensor(1), r"along its first dimension, \(N, ...\); got shape \(\): give"),
-        (torch.zeros(0, 8), r"at least one example; got \(0, 8\)"),
     ],
 )
 def test_an_example_without_examples_is_refused(example, message):

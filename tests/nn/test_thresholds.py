@@ -109,3 +109,14 @@ def test_rounded_thresholds_send_on_no_row_more(dtype):
         if not going.all():
             next_one = doubts == doubts[~going].max()
             assert spent + 2 * next_one.double().mean().item() > mean_cost  # one more doubt would be too dear
+
+
+def test_all_rows_go_on_where_there_is_enough_for_all():
+    """Also those without any doubt, and those that go on to a greater loss."""
+    doubts, losses, costs = (
+        torch.tensor([[0.0, 0.3, 0.7]]),
+        torch.tensor([[0.1, 0.5, 0.9], [0.8, 0.4, 0.2]]),
+        torch.ones(2),
+    )
+    assert best_thresholds(doubts, losses, costs, 2.0).tolist() == [0.0]
+    assert best_thresholds(doubts, losses, costs, 1.999).item() > 0

@@ -69,7 +69,9 @@ def test_a_new_fit_of_conditional_latents_has_500_epochs_and_others_100():
 
 def test_khat_says_which_guide_is_near_the_posterior():
     x, y = correlated_data()
-    near = fit(regression, AutoNested(regression), (x, y), progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PoorFitWarning)
+        near = fit(regression, AutoNested(regression), (x, y), progress=False)
     assert near.khat < 0.7
     assert "k-hat of the guide" in repr(near)
     with pytest.warns(PoorFitWarning, match=r"k-hat of the guide is .*latents='conditional'"):

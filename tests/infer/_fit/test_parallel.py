@@ -46,6 +46,16 @@ def test_what_is_exchanged(found):
         assert each["gather"] == [("rank", 0), ("rank", 1)]
 
 
+def test_batches_of_each_process(found):
+    """Rows; whether sizes were for all processes together; and whether all have equally many batches for certain."""
+    halves, whole = ([[0, 1, 2]], [[3, 4]]), [[0, 1, 2, 3, 4]]
+    for rank, each in enumerate(found):
+        assert each["list"] == (halves[rank], True, True)
+        assert each["loader"] == (halves[rank], True, True)
+        assert each["distributed"] == ([[rank, rank + 2, rank + 4]], False, True)
+        assert each["stream"] == (whole, False, False)
+
+
 def test_drawing_alike(found):
     """All draw what the first one would draw; the others then go on where they were, but for a generator of a fit."""
     by_first, by_first_of_own = numbers(10, 6), numbers(20, 6)
