@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=2000, help="of all together; with 0 those of FILE are kept")
     parser.add_argument("--steps", type=int, default=10_000, help="steps of the long fit")
-    parser.add_argument("--fits", type=int, default=240, help="fits in one process, at least")
+    parser.add_argument("--fits", type=int, default=216, help="fits in one process, at least")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments of kills")
     parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="NAME", help=f"such as {names[0]}")
     parser.add_argument("--folder", type=Path, help="where fits write; the usual folder for temporary files by default")

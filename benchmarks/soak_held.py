@@ -1,10 +1,10 @@
 """What a process holds while fits go on: memory, tensors, files, threads, and Pyro's global state.
 
     python -m benchmarks.soak_held steps 10000
-    python -m benchmarks.soak_held fits 240
+    python -m benchmarks.soak_held fits 216
 
 The first is one long fit with checkpoints, validation, loggers and a bar; the second all small fits, one after another.
-Both print what is held at ten times, as JSON.
+Both print what is held, from a warm-up on, as JSON.
 """
 
 import ctypes
