@@ -95,21 +95,24 @@ def main(argv: list[str] | None = None) -> None:
     """Run the soak and write its result, after each fit that ended what there is."""
     names = [str(which) for which in COMBINATIONS]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=2000, help="kills of all fits together")
+    parser.add_argument("--kills", type=int, default=2000, help="of all together; with 0 those of FILE are kept")
     parser.add_argument("--steps", type=int, default=10_000, help="steps of the long fit")
-    parser.add_argument("--fits", type=int, default=240, help="fits in one process, at least")
+    parser.add_argument("--fits", type=int, default=216, help="fits in one process, at least")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments of kills")
     parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="NAME", help=f"such as {names[0]}")
     parser.add_argument("--folder", type=Path, help="where fits write; the usual folder for temporary files by default")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="where the result goes")
     args = parser.parse_args(argv)
     result: dict[str, Any] = {"header": header("benchmarks.soak"), "kills": [], "steps": [], "fits": []}
+    if not args.kills and args.json.exists():
+        old = json.loads(args.json.read_text())
+        result = old | {"later_headers": [*old.get("later_headers", []), result["header"]]}
     chosen = [which for which in COMBINATIONS if str(which) in args.only]
-    for rows in kill_and_resume(chosen, args.kills, args.seed, args.folder):
+    for rows in kill_and_resume(chosen, args.kills, args.seed, args.folder) if args.kills else ():
         result["kills"] = rows
         write_json(args.json, result, table="kills")
     for kind in ("steps", "fits"):
-        result[kind] = held_by(kind, getattr(args, kind))
+        result[kind] = held_by(kind, getattr(args, kind)) or result[kind]
         write_json(args.json, result, table="kills")
     print(markdown(json.loads(args.json.read_text())))
 

@@ -1,12 +1,13 @@
 """What a process holds while fits go on: memory, tensors, files, threads, and Pyro's global state.
 
     python -m benchmarks.soak_held steps 10000
-    python -m benchmarks.soak_held fits 240
+    python -m benchmarks.soak_held fits 216
 
 The first is one long fit with checkpoints, validation, loggers and a bar; the second all small fits, one after another.
-Both print what is held at ten times, as JSON.
+Both print what is held, from a warm-up on, as JSON.
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -69,8 +70,9 @@ COUNTS = Held._fields[2:]
 
 
 def held(at: int) -> Held:
-    """Count what this process holds, but for garbage."""
+    """Count what this process holds, but for garbage and what the C library keeps for later."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return Held(
         at=at,

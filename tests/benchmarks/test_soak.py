@@ -42,15 +42,22 @@ def command(*arguments):
 def test_fits_are_killed_and_end_as_if_they_had_not_been(tmp_path):
     path = tmp_path / "soak.json"
     which = ("--only", "autoencoder/rates/stopping", "--steps", 0, "--fits", 0)
-    printed = command("--kills", 8, *which, "--folder", tmp_path, "--json", path)
+    printed = command("--kills", 4, *which, "--folder", tmp_path, "--json", path)
     result = json.loads(path.read_text())
     (row,) = result["kills"]
-    assert sum(sum(places.values()) for places in row["kills"].values()) == 8
+    assert sum(sum(places.values()) for places in row["kills"].values()) == 4
     assert row["finished"] > 0
     assert row["differ"] == {}
     assert row["faults"] == []
     assert printed.strip() == soak.markdown(result)
     assert [each.name for each in tmp_path.iterdir()] == ["soak.json"]
+    printed = command("--kills", 0, "--steps", 80, "--fits", 0, "--json", path)  # the rest anew
+    again = json.loads(path.read_text())
+    assert again["kills"] == result["kills"]
+    assert len(again["steps"]) == 10
+    assert again["header"] == result["header"]
+    assert "--steps 80" in again["later_headers"][0]["command"]
+    assert "| 80 |" in printed
 
 
 class Interrupted(Exception):
