@@ -37,7 +37,7 @@ __all__ = ["PLACES", "Row", "kill_and_resume"]
 
 ROOT = Path(__file__).parents[1]
 PLACES = ("before the first", "within: torn", "within: whole", "within: link", "between", "after the last")
-UNFINISHED = re.compile(rf"\.{re.escape(CHECKPOINT)}\.(\d+)(\.link)?\.tmp")
+UNFINISHED = re.compile(r"\.fit\.(?:pt|csv)\.(\d+)(\.link)?\.tmp")
 KEPT = {CHECKPOINT, "fit.previous.pt", "fit.best.pt", "fit.csv", "events"}
 SECONDS = 120.0  # after which a fit hangs
 GLANCE = 2e-4  # between two looks at a process
@@ -274,7 +274,8 @@ def look(row: Row, folder: Path, pid: int, expected: dict[str, str]) -> tuple[st
     row.most_unfinished = max(row.most_unfinished, len(unfinished))
     found = states(folder)
     steps = read_state(folder / CHECKPOINT)["result"]["num_steps"] if CHECKPOINT in names else 0
-    mine = [(name, match[2]) for name, match in unfinished.items() if int(match[1]) == pid]
+    writes = f".{CHECKPOINT}.{pid}."
+    mine = [(name, match[2]) for name, match in unfinished.items() if name.startswith(writes)]
     if mine:
         kind = "link" if any(link for _, link in mine) else "whole" if is_whole(folder / mine[0][0]) else "torn"
         return f"within: {kind}", steps

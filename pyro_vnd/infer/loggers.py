@@ -1,6 +1,7 @@
 """Callbacks that show or write down how a fit goes on."""
 
 import csv
+import glob
 import io
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ class CSVLogger(Callback):
         """Drop the lines of epochs that are not over, and of another fit."""
         if not run.is_first:
             return
+        for left in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):  # of fits that were killed
+            left.unlink(missing_ok=True)
         rows = []
         if run.epoch and self.path.exists():
             with self.path.open(newline="") as file:

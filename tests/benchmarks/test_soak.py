@@ -146,6 +146,8 @@ def test_a_look_tells_where_a_kill_struck(folder):
         assert look(row, folder, 5, expected)[0] == f"within: {kind}"
     unfinished.rename(folder / f".{CHECKPOINT}.5.link.tmp")
     assert look(row, folder, 5, expected)[0] == "within: link"
+    (folder / f".{CHECKPOINT}.5.link.tmp").rename(folder / ".fit.csv.5.tmp")
+    assert look(row, folder, 5, expected)[0] == "after the last"
     assert row.most_unfinished == 1
     assert row.faults == []
     for path in [*folder.iterdir()]:
@@ -160,6 +162,7 @@ def test_power_files_that_pile_up_or_cannot_be_read_are_faults(folder):
     shutil.copy(folder / CHECKPOINT, folder / "copy")
     look(row, folder, 5, soak_fits.states(folder))
     assert [fault.partition(":")[0] for fault in row.faults] == ["unknown files", "unfinished files of two processes"]
+    (folder / "fit.previous.pt").unlink()  # which may be one file with the best
     (folder / "fit.previous.pt").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"fit\.previous\.pt' is no checkpoint"):
         look(row, folder, 5, {})

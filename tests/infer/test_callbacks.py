@@ -332,6 +332,20 @@ def test_csv_has_a_line_an_epoch_and_goes_on(y, tmp_path):
         assert [float(row["elbo"]) for row in csv.DictReader(file)] == whole.elbo
 
 
+def test_csv_files_that_killed_fits_left_are_taken_away(y, tmp_path):
+    for name in (".fit.csv.123.tmp", ".other.csv.123.tmp"):
+        (tmp_path / name).write_text("half")
+    fit(
+        normal_mean,
+        AutoNormal(normal_mean),
+        y,
+        callbacks=[CSVLogger(tmp_path / "fit.csv")],
+        num_epochs=1,
+        progress=False,
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"fit.csv", ".other.csv.123.tmp"}
+
+
 def test_mean_lengths_and_metrics_are_logged(y, tmp_path):
     log = tmp_path / "fit.csv"
 
