@@ -187,15 +187,16 @@ def test_a_wrong_gradient_is_rejected(path):
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("shapes", [[(3,)], [(3,), (3,)], [(2, 1), (3,)], [(), (4,), (1,)]])
+@pytest.mark.parametrize("shapes", [[(3,)], [(3,), (3,)], [(2, 1), (3,)], [(), (4,), (1,)], [(0,), (1,)]])
 def test_broadcast_shapes(shapes):
     shapes = [torch.Size(shape) for shape in shapes]
     assert broadcast_shapes(*shapes) == torch.broadcast_shapes(*shapes)
 
 
-def test_shapes_that_do_not_broadcast():
+@pytest.mark.parametrize("shapes", [[(3,), (2,)], [(0,), (3,)], [(3,), (0,)], [(2, 1), (3, 4)]])
+def test_shapes_that_do_not_broadcast(shapes):
     with pytest.raises(RuntimeError):
-        broadcast_shapes(torch.Size([3]), torch.Size([2]))
+        broadcast_shapes(*shapes)
 
 
 def test_noise_of_no_variance_has_no_slope_beyond_bounds():
