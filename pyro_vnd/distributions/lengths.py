@@ -144,8 +144,12 @@ class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
 
     @derived
     def _log_probs(self) -> Tensor:
-        # Of weights the logarithm comes first: a small one beside a large one has all its digits only then.
-        return (self._param if self._is_logits else log_or_minus_infinity(self._param)).log_softmax(-1)
+        if self._is_logits:
+            return self._param.log_softmax(-1)
+        # The logarithm comes first: a small weight beside a large one has all its digits only then.
+        largest = self._param.detach().amax(-1, keepdim=True)
+        total = (self._param / largest).sum(-1, keepdim=True)
+        return log_or_minus_infinity(self._param) - largest.log() - total.log()
 
     @derived
     def _keep_probs(self) -> Tensor:
