@@ -183,7 +183,7 @@ def einsum_attention():
     def forward(net, x):
         q, k, v = (layer(x).unflatten(-1, (-1, 4)) for layer in (net.q, net.k, net.v))
         weights = torch.einsum("bnhd,bmhd->bhnm", q, k).softmax(-1)
-        return net.out(torch.einsum("bhnm,bmhd->bnhd", weights, v).flatten(-2))
+        return net.out(torch.einsum("bhnm,bmhd->bnhd", [weights, v]).flatten(-2))
 
     return Net(forward, **{name: nn.Linear(12, 12) for name in ("q", "k", "v", "out")}), torch.randn(2, 5, 12)
 
