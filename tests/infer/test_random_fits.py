@@ -215,10 +215,10 @@ def test_a_fit_goes_on_after_a_fault(described, data, within, name):
 NUMBERS = torch.tensor([1.0, 2.0])
 nothing = st.sampled_from([-1, 1.5, math.nan, "x", b"x", object(), [3], (), NUMBERS])  # for next to nothing
 other = {
-    "num_epochs": [0, True, "3"],
+    "num_epochs": [0, True, "3", 2**70],
     "batch_size": [0, True, 10],
     "lr": [0, True, math.inf, {"*": -1.0}, {"nothing": 0.1}, {"laws": "x"}, np.array([0.1, 0.2])],
-    "optimizer": [torch.optim.LBFGS, True, {}],
+    "optimizer": [torch.optim.LBFGS, torch.optim.Optimizer, cosine_to_zero(), int, True, {}],
     "elbo": [NestedELBO, True, {}],
     "weights": [KLWeights, 0.5, KLWeights(-1.0), KLWeights(lengths="x"), KLWeights(local=linear(-1, 1))],
     "schedule": [MaskSchedule, linear(0, 1), True],
@@ -230,6 +230,7 @@ other = {
     "checkpoint": ["/nowhere/at/all.pt", "/", "", True],
     "resume": ["more", None],
     "progress": [1, None],
+    "validation": ["x", b"x"],
     "model": [None, int],
     "guide": [None, int, AutoNested],
     "data": [
@@ -242,7 +243,14 @@ other = {
         torch.ones(3, device="meta"),
     ],
 }
-RIGHT = {"lr": [1.5], "checkpoint": ["x"], "plate": ["x"], "callbacks": [()], "data": [NUMBERS], "resume": [NUMBERS]}
+RIGHT = {
+    "lr": [1.5],
+    "checkpoint": ["x"],
+    "plate": ["x"],
+    "callbacks": [()],
+    "data": [NUMBERS],
+    "validation": [NUMBERS],
+}
 
 
 @st.composite

@@ -59,7 +59,7 @@ def whole_number(argument: str, value: Any, most: int | None = None) -> int:
     except TypeError:
         number = 0
     if not 1 <= number < 2**63 or (most is not None and number > most):
-        rest = "at least 1" if most is None else f"from 1 to {most}, the rows of data"
+        rest = f"from 1 to {most}, the rows of data" if most else "at least 1" if number < 1 else "below 2**63"
         _refuse(argument, f"an integer {rest}", value)
     return number
 

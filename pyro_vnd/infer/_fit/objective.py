@@ -147,7 +147,13 @@ class Objective:
         args, kwargs = as_arguments(batch)
         try:
             with scale, self.record:
-                return loss(*args, **kwargs)
+                value = loss(*args, **kwargs)
+            if isinstance(value, Tensor) and value.is_complex():
+                raise ValueError(
+                    f"fit: the ELBO must be a real number; got {value.dtype}, as the data, or what the model makes of "
+                    "them, are complex: score real numbers, such as those of torch.view_as_real(x)"
+                )
+            return value
         except Exception as error:
             site = f"after site {self.record.last_site!r}" if self.record.last_site else "before the first site"
             if isinstance(error, ValueError) and _is_about_something_infinite(error):

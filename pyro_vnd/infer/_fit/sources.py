@@ -351,7 +351,7 @@ def as_source(
         size, shuffle = whole_number("batch_size", batch_size), not isinstance(data, IterableDataset)
         loader: DataLoader[Any] = DataLoader(data, batch_size=size, shuffle=shuffle)
         return Batches(loader, num_data, ranks, device)
-    if isinstance(data, str | bytes) or hasattr(data, "__array__") or not isinstance(data, Iterable):  # or a table
+    if not _may_be_batches(data):
         check_rows("fit", data)
     if batch_size is not None:
         raise ValueError(
@@ -366,7 +366,7 @@ def check_validation(validation: Any, first: Data) -> None:
     Raises:
         ValueError: If they are not.
     """
-    if is_tensors(validation) or not isinstance(validation, Iterable | Dataset):
+    if is_tensors(validation) or not (isinstance(validation, Dataset) or _may_be_batches(validation)):
         check_rows("fit", validation, "validation")
         if _shapes_of_a_row(validation) != _shapes_of_a_row(first):
             raise ValueError(
@@ -379,6 +379,11 @@ def check_validation(validation: Any, first: Data) -> None:
                 raise ValueError(
                     f"fit: argument `{name}` must be of the dtype of `data`, {like.dtype}; got {part.dtype}"
                 )
+
+
+def _may_be_batches(data: Any) -> bool:
+    """Say whether data that are no tensors may be batches: a text, an array or a table is none, though it has items."""
+    return isinstance(data, Iterable) and not isinstance(data, str | bytes) and not hasattr(data, "__array__")
 
 
 def _shapes_of_a_row(data: Data) -> Any:

@@ -244,7 +244,7 @@ def of_the_second_step(number):
 
 OWN = {
     **{where: {"callbacks": [Raises(where)]} for where in ("on_fit_start", "on_step", "on_epoch", "on_fit_end")},
-    "metric": {"callbacks": [Validation(torch.zeros(3), {"own": raises})]},
+    "metric": {"callbacks": [Validation(torch.zeros(3, dtype=torch.float64), {"own": raises})]},
     "weights": {"weights": KLWeights(lambda t: raises() if t > 0.5 else 1.0)},
     "optimizer": {"optimizer": RaisesInStep},
     "rate": {"optimizer": OptimizerSettings(lr_schedule=lambda o, _: LambdaLR(o, of_the_second_step))},
@@ -267,3 +267,14 @@ def test_a_model_that_raises_in_validation_raises_its_own(y):
 
     with pytest.raises(ValueError, match=r"^the user's own"):
         fit(model := Model(), AutoNormal(model), y, num_epochs=4, progress=False, validation=y)
+
+
+def test_a_complex_elbo_is_refused(y):
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.factor("score", -(y - mu).square().sum())
+
+    with pytest.raises(
+        ValueError, match=r"^fit: the ELBO must be a real number; got torch\.complex128, .*view_as_real"
+    ):
+        fit(model, AutoNormal(model), y * torch.tensor(1j), num_epochs=1, progress=False)
