@@ -247,6 +247,15 @@ def bags_of_words():
     return Net(lambda net, x: net.out(net.a(net.bag(x).relu()).relu()), **layers), torch.randint(0, 50, (2, 5))
 
 
+@net({"i": 32}, 0.4)
+def channels_that_are_rows_of_a_product():
+    def forward(net, x):
+        h = torch.baddbmm(torch.zeros(1), net.i(x).transpose(1, 2), x[..., :4])
+        return net.o(h.mean(-1))
+
+    return Net(forward, i=nn.Linear(8, 32), o=nn.Linear(32, 3)), torch.randn(2, 6, 8)
+
+
 @net({"b": 16, "a": 32}, 0.4)
 def an_embedding_by_a_function():
     def forward(net, x):

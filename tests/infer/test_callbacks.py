@@ -141,6 +141,14 @@ def test_early_stopping_waits_for_its_patience(y):
     assert epochs(patience=2, mode="min") == 3
 
 
+def test_early_stopping_waits_for_ten_epochs_unless_told(y):
+    class Worse(Callback):
+        def on_epoch(self, run):
+            run.log("score", -float(run.epoch))
+
+    assert len(train(y, [Worse(), EarlyStopping("score")], num_epochs=20)[0].elbo) == 11
+
+
 def test_the_best_epoch_is_put_back(y):
     """At a learning rate that is far too high the last epoch is not the best one."""
     states = []

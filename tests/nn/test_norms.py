@@ -7,6 +7,7 @@ from torch import nn
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.nn import NestedNorm, Width
 from pyro_vnd.nn.axis import Run
+from pyro_vnd.nn.recognition import as_torch_has_it
 
 NORMS = {
     "batch1d": (lambda: nn.BatchNorm1d(8), (5, 8)),
@@ -145,3 +146,16 @@ def test_what_is_no_norm_of_channels_is_an_error():
     with pytest.raises(ValueError, match=r"normalise over the channels only; got \(4, 8\)"):
         NestedNorm(nn.LayerNorm((4, 8)), Width("a", 8))
     assert "channels=['a']" in repr(NestedNorm(nn.BatchNorm1d(4), Width("a", 4)))
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-6, 1e-8, 1e-12])
+def test_a_number_that_a_norm_has_in_its_code_alone_is_found(eps):
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(6))
+
+        def forward(self, x):
+            return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+    assert as_torch_has_it(Norm()).eps == eps
