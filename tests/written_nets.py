@@ -891,20 +891,6 @@ def attention_without_a_bias_of_its_keys():
     return Net(forward, **layers, heads=4), torch.randn(2, 6, 8)
 
 
-@net({"e": 32, "h": 32}, 0.2)
-def a_bag_of_words():
-    layers = {"e": nn.EmbeddingBag(20, 32), "h": nn.Linear(32, 32), "o": nn.Linear(32, 3)}
-    return Net(lambda net, x: net.o(net.h(net.e(x).relu()).relu()), **layers), torch.randint(0, 20, (2, 6))
-
-
-@net({"table": 32, "h": 32}, 0.2)
-def a_table_that_a_function_looks_up():
-    layers = {"table": parameter(20, 32), "h": nn.Linear(32, 32), "o": nn.Linear(32, 3)}
-    return Net(lambda net, x: net.o(net.h(F.embedding(x, net.table)).relu().mean(1)), **layers), torch.randint(
-        0, 20, (2, 6)
-    )
-
-
 @net({"a": 32}, 0.2)
 def maxima_and_gates_and_similarities():
     def forward(net, x):
