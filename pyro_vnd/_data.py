@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from pyro_vnd._sizes import is_integer
+from pyro_vnd._sizes import is_integer, without_values
 
 __all__ = [
     "Batch",
@@ -32,7 +32,6 @@ __all__ = [
     "split_inputs",
     "split_rows",
     "take_rows",
-    "without_values",
     "without_wrapper",
 ]
 
@@ -186,17 +185,6 @@ def check_call(caller: str, program: Callable[..., Any], data: Data) -> None:
         ) from None
     except ValueError:  # it has no signature
         pass
-
-
-def without_values(x: Tensor) -> str:
-    """Say what a tensor is that has no dense values, and how to make them; nothing of others."""
-    if x.is_nested:
-        return "a nested tensor: give torch.nested.to_padded_tensor(x, 0.0), and say in another what is there"
-    if x.layout is not torch.strided:
-        return f"layout {x.layout}: give x.to_dense()"
-    if x.is_meta:
-        return "a tensor on the device 'meta', which has no values"
-    return "a quantised tensor: give x.dequantize()" if x.is_quantized else ""
 
 
 @torch.no_grad()

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vnd._compat import only_plain_code
-from pyro_vnd._data import without_values
+from pyro_vnd._sizes import without_values
 
 __all__ = [
     "Look",
+    "check_dtype",
     "check_labels",
     "check_numbers",
     "explain_arguments",
@@ -111,6 +112,22 @@ def check_labels(
             count = f": count them from 0, {argument} - 1" if (low, high) == (1, num_classes) else ""
             raise ValueError(f"{got} from {low} to {high}{count}")
     return labels.long()
+
+
+def check_dtype(expected: str, x: Tensor, dtype: torch.dtype) -> None:
+    """Raise a ValueError if numbers are of another type than a model's parameters, and not those of autocast.
+
+    Args:
+        expected: What the numbers are, for the message: "Model: argument `x` must be images".
+        x: The numbers.
+        dtype: Type of the model's parameters.
+    """
+    mixed = x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
+    if x.dtype != dtype and not mixed:
+        scaled = "" if x.is_floating_point() else " / 255 of bytes, which go from 0 to 255"
+        raise ValueError(
+            f"{expected} of {dtype}, as the model's parameters are; got {x.dtype}: give x.to({dtype}){scaled}"
+        )
 
 
 def not_finite(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""What is asked of numbers: of the sizes of nets, and of whatever has bounds."""
+"""What is asked of numbers: that they are there, of the sizes of nets, and of whatever has bounds."""
 
 import math
+import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -8,7 +9,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_sizes", "is_integer", "is_number", "is_within"]
+__all__ = ["as_integers", "check_count", "check_sizes", "is_integer", "is_number", "is_within", "without_values"]
+
+
+_STORED = {kind for name, kind in vars(torch).items() if name.startswith("float8_")}
+
+
+def without_values(x: Tensor) -> str:
+    """Say what a tensor is that has no dense values, and how to make them; nothing of others."""
+    if x.is_nested:
+        return "a nested tensor: give torch.nested.to_padded_tensor(x, 0.0), and say in another what is there"
+    if x.layout is not torch.strided:
+        return f"layout {x.layout}: give x.to_dense()"
+    if x.is_meta:
+        return "a tensor on the device 'meta', which has no values"
+    if x.is_quantized:
+        return "a quantised tensor: give x.dequantize()"
+    return f"{x.dtype}, with which torch does not compute: give x.float()" if x.dtype in _STORED else ""
+
+
+def as_integers(value: Any) -> Tensor | None:
+    """Return integers as a tensor, given as one, a list, an array or a tensor; None if something else was given.
+
+    Example:
+        >>> as_integers([1, 2]), as_integers(2.0), as_integers(True), as_integers("2"), as_integers(2**70)
+        (tensor([1, 2]), None, None, None, None)
+    """
+    try:
+        x = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+    is_real = x.is_floating_point() or x.is_complex() or x.dtype == torch.bool
+    return None if is_real or without_values(x) else x
 
 
 def is_integer(value: Any) -> bool:
@@ -29,7 +61,8 @@ def is_number(value: Any) -> bool:
         (True, True, False, False)
     """
     if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+        is_one = not without_values(value) and value.numel() == 1
+        return is_one and not value.is_complex() and value.dtype != torch.bool
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
@@ -44,6 +77,20 @@ def is_within(value: Any, least: float = -math.inf, most: float = math.inf, *, a
         return is_number(value) and math.isfinite(value) and least <= value <= most and bool(value > above)
     except OverflowError:  # an integer beyond all floats
         return False
+
+
+def check_count(function: str, /, least: int = 1, **counts: int) -> None:
+    """Raise a ValueError that names the function and its first argument that is no integer of at least `least`.
+
+    Example:
+        >>> check_count("sample", num_samples=2.0)
+        Traceback (most recent call last):
+        ValueError: sample: argument `num_samples` must be an integer >= 1; got 2.0
+    """
+    for name, count in counts.items():
+        if not is_integer(count) or not least <= count <= sys.maxsize:
+            most = f" and <= {sys.maxsize}" if is_integer(count) and count > sys.maxsize else ""
+            raise ValueError(f"{function}: argument `{name}` must be an integer >= {least}{most}; got {count!r}")
 
 
 def check_sizes(function: str, /, **sizes: int | Sequence[int]) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vnd._compat import QuietModule
-from pyro_vnd._sizes import check_sizes
+from pyro_vnd._inputs import check_dtype
+from pyro_vnd._sizes import as_integers, check_count, check_sizes, without_values
 from pyro_vnd.autoencoders.bodies import Bodies, check_image_shape, mlp_bodies
 from pyro_vnd.autoencoders.codes import CodeDecoder, CodeEncoder, Tail, check_tail
 from pyro_vnd.autoencoders.images import ImageCheck
@@ -197,6 +198,7 @@ class OrderedAutoencoder(LengthsByPrice):
         """Return what the encoder says of codes, or of their masks, cut to a length or at a price."""
         self._check_one("encode", length=length, price=price, mean_length=mean_length)
         self.check_images(x)
+        self._check_rows("encode", len(x), price=price, mean_length=mean_length)
         if not (price is None and mean_length is None):
             return self._random_length(x, priced=True).tilt(self._price("encode", price, mean_length))
         return self._cut_to(self._random_length(x), length)
@@ -205,13 +207,7 @@ class OrderedAutoencoder(LengthsByPrice):
         """Return laws of images with given lengths, one for all or one an image; None leaves them random."""
         if length is None:
             return law
-        lengths = self._length(length)
-        if lengths.dim() and lengths.shape != law.batch_shape:
-            raise ValueError(
-                f"{type(self).__name__}: argument `length` must be one for each of {law.batch_shape[0]} images; "
-                f"got {tuple(lengths.shape)}"
-            )
-        return law.cut(lengths)
+        return law.cut(self._length(length, law.batch_shape))
 
     def _random_length(self, x: Tensor, *, priced: bool = False) -> Any:
         """Return the law whose length is random, one an image."""
@@ -227,14 +223,17 @@ class OrderedAutoencoder(LengthsByPrice):
             Images, shape (..., *image_shape).
 
         Raises:
-            ValueError: If the codes have another length or are not finite.
+            ValueError: If the codes have another length or type, or are not finite.
         """
+        expected = f"{type(self).__name__}: argument `z` must be finite codes of shape (..., {self._code_size})"
+        if not isinstance(z, Tensor):
+            raise ValueError(f"{expected}; got {type(z).__name__}: give a tensor, torch.as_tensor(z)")
+        if said := without_values(z):
+            raise ValueError(f"{expected}; got {said}")
         if z.shape[-1:] != (self._code_size,) or not torch.isfinite(z).all():
-            raise ValueError(
-                f"{type(self).__name__}: argument `z` must be finite codes of shape (..., {self._code_size}); "
-                f"got {tuple(z.shape)}"
-                f"{'' if torch.isfinite(z).all() else ' with NaN or inf'}"
-            )
+            bad = "" if torch.isfinite(z).all() else " with NaN or inf"
+            raise ValueError(f"{expected}; got {tuple(z.shape)}{bad}")
+        check_dtype(f"{type(self).__name__}: argument `z` must be codes", z, self.prior_probs.dtype)
         return self.likelihood.mean(self.decoder(z, self._mask_of(z)))
 
     @property
@@ -324,9 +323,10 @@ class OrderedAutoencoder(LengthsByPrice):
             Images, shape (N, *image_shape).
 
         Raises:
-            ValueError: If the length is not in 1..K.
+            ValueError: If the number is negative, or the length not one in 1..K.
         """
-        code, mask = self._draw(num_samples, length)
+        check_count(f"{type(self).__name__}.sample", least=0, num_samples=num_samples)
+        code, mask = self._draw(int(num_samples), None if length is None else self._one_length(length))
         return self.likelihood_given(code, mask).sample() if noise else self.likelihood.mean(self.decoder(code, mask))
 
     def _draw(self, num_samples: int, length: int | None) -> tuple[Tensor, Tensor]:
@@ -347,7 +347,7 @@ class OrderedAutoencoder(LengthsByPrice):
         Raises:
             ValueError: If the length is not in 1..K.
         """
-        length = int(self._length(length))
+        length = self._one_length(length)
         encoder, decoder = self.encoder.narrow(length), self.decoder.narrow(length)
         return deepcopy(encoder), nn.Sequential(*deepcopy(decoder), *self.likelihood.mean_layers())
 
@@ -359,16 +359,28 @@ class OrderedAutoencoder(LengthsByPrice):
             f"{prior.mean_length.item():.4g}, lengths: {self.encoder.source}, tail: {self.decoder.tail}"
         )
 
-    def _length(self, length: int | Tensor) -> Tensor:
-        lengths = torch.as_tensor(length, device=self.prior_probs.device)
-        if (
-            lengths.dtype not in (torch.int64, torch.int32)
-            or not ((lengths >= 1) & (lengths <= self.num_latents)).all()
-        ):
+    def _length(self, length: int | Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Return lengths as a tensor, one or as many as there are images, whose batch shape may be given."""
+        lengths = as_integers(length)
+        if lengths is None or not ((lengths >= 1) & (lengths <= self.num_latents)).all():
             raise ValueError(
-                f"{type(self).__name__}: argument `length` must be integers from 1 to {self.num_latents}; got {length}"
+                f"{type(self).__name__}: argument `length` must be integers from 1 to {self.num_latents}; got "
+                f"{length!r}"
             )
-        return lengths
+        if shape is not None and lengths.dim() and lengths.shape != shape:
+            raise ValueError(
+                f"{type(self).__name__}: argument `length` must be one for each of {shape[0]} images; "
+                f"got {tuple(lengths.shape)}"
+            )
+        return lengths.to(self.prior_probs.device, torch.int64)
+
+    def _one_length(self, length: int | Tensor) -> int:
+        lengths = self._length(length)
+        if lengths.numel() != 1:
+            raise ValueError(
+                f"{type(self).__name__}: argument `length` must be one integer here; got shape {tuple(lengths.shape)}"
+            )
+        return int(lengths)
 
 
 class EncoderGuide(QuietModule):

@@ -6,7 +6,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from pyro_vnd._inputs import Look
+from pyro_vnd._inputs import Look, check_dtype
+from pyro_vnd._sizes import without_values
 
 __all__ = ["ImageCheck"]
 
@@ -45,6 +46,8 @@ class ImageCheck:
             UserWarning: If free pixels are far from one, the size at which weights and noise start.
         """
         self._check_type(x, dtype)
+        if not len(x):
+            raise ValueError(f"{self.model}: argument `x` must have one image at least; got shape {tuple(x.shape)}")
         if not self.look.is_due(x):
             return
         low, high = self._check_values(x)
@@ -60,15 +63,11 @@ class ImageCheck:
         expected = f"{self.model}: argument `x` must be images of shape (N, {', '.join(map(str, self.shape))})"
         if not isinstance(x, Tensor):
             raise ValueError(f"{expected}; got {type(x).__name__}: give a tensor, torch.as_tensor(x)")
+        if said := without_values(x):
+            raise ValueError(f"{expected}, dense ones; got {said}")
         if x.dim() != 1 + len(self.shape) or x.shape[1:] != self.shape:
             raise ValueError(f"{expected}; got {tuple(x.shape)}{self._advice(x)}")
-        mixed = x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
-        if x.dtype != dtype and not mixed:
-            scaled = "" if x.is_floating_point() else " / 255 of bytes, which go from 0 to 255"
-            raise ValueError(
-                f"{self.model}: argument `x` must be images of {dtype}, as the model's parameters are; got {x.dtype}: "
-                f"give x.to({dtype}){scaled}"
-            )
+        check_dtype(f"{self.model}: argument `x` must be images", x, dtype)
 
     def _advice(self, x: Tensor) -> str:
         if x.shape == self.shape:

@@ -99,7 +99,7 @@ class LinearGaussianVAE(OrderedVAE):
         Raises:
             ValueError: If the length is not in 1..K.
         """
-        return self.decoder.entry.weight[:, : self.num_latents if length is None else int(self._length(length))]
+        return self.decoder.entry.weight[:, : self.num_latents if length is None else self._one_length(length)]
 
     def exact_log_likelihood(self, x: Tensor, length: int | None = None) -> Tensor:
         r"""Return the log-likelihood of each image, its latents integrated out.
@@ -120,7 +120,7 @@ class LinearGaussianVAE(OrderedVAE):
         if length is None:
             lengths = range(1, self.num_latents + 1)
             return (torch.stack([self._marginal(x, k) for k in lengths], -1) + self.prior_probs.log()).logsumexp(-1)
-        return self._marginal(x, int(self._length(length)))
+        return self._marginal(x, self._one_length(length))
 
     def _marginal(self, x: Tensor, length: int) -> Tensor:
         code = self.prior_probs.new_zeros(self.num_latents)

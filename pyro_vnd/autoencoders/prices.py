@@ -1,15 +1,13 @@
 """Lengths of codes at a price, or of a given mean: by what an encoder predicts, or by decoding."""
 
-import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_vnd._compat import QuietModule
-from pyro_vnd._sizes import check_sizes
+from pyro_vnd._sizes import check_count, is_within, without_values
 from pyro_vnd._state import module_mode
 from pyro_vnd.autoencoders.codes import CodeDecoder
 from pyro_vnd.autoencoders.lengths import LengthEncoder
@@ -148,22 +146,23 @@ class LengthsByPrice(QuietModule):
             >>> vae.lengths(torch.rand(100, 64), mean_length=3.0, exact=4).mean_length.mean().round(decimals=3)
             tensor(3.)
         """
-        if not 0 < temperature < math.inf:
+        if not is_within(temperature, above=0):
             raise ValueError(
-                f"{type(self).__name__}.lengths: argument `temperature` must be finite and > 0; got {temperature}"
+                f"{type(self).__name__}.lengths: argument `temperature` must be finite and > 0; got {temperature!r}"
             )
         self._check_one("lengths", price=price, mean_length=mean_length)
         if exact is None:
             encoded = self.encode(x, price=price, mean_length=mean_length)
             law = encoded.mask_law if isinstance(encoded, NestedLaw) else encoded
         else:
-            check_sizes(f"{type(self).__name__}.lengths", exact=exact)
+            check_count(f"{type(self).__name__}.lengths", exact=exact)
             law = self._exact_law(x, exact)
+            self._check_rows("lengths", len(x), price=price)
             if mean_length is not None:
                 law = law.at_mean_length(mean_length, shared=True)
             elif price is not None:
                 law = law.tilt(price)
-        return law if temperature == 1 else OrderedMask(logits=law.logits / temperature)
+        return law if temperature == 1 else OrderedMask(logits=law.logits / float(temperature))
 
     @torch.no_grad()
     def choose_lengths(
@@ -198,7 +197,7 @@ class LengthsByPrice(QuietModule):
         """
         self._check_one("choose_lengths", price=price, mean_length=mean_length)
         if mean_length is not None and exact is not None:
-            if not (isinstance(mean_length, Real) and 1 <= mean_length <= self.num_latents):
+            if not (is_within(mean_length, 1, self.num_latents)):
                 raise ValueError(
                     f"{type(self).__name__}.choose_lengths: argument `mean_length` must be a number from 1 to "
                     f"{self.num_latents}; got {mean_length!r}"
@@ -250,6 +249,17 @@ class LengthsByPrice(QuietModule):
         if price is None and mean_length is None and exact is None:
             return self.num_latents
         return self.choose_lengths(x, price=price, mean_length=mean_length, exact=exact)
+
+    def _check_rows(self, method: str, num_rows: int, **given: Any) -> None:
+        """Raise a ValueError if there are several numbers, and not one for each of the images."""
+        for name, value in given.items():
+            if not isinstance(value, Tensor) or without_values(value):  # the law says what it takes
+                continue
+            if value.dim() and value.shape not in ((1,), (num_rows,)):
+                raise ValueError(
+                    f"{type(self).__name__}.{method}: argument `{name}` must be one number, or one for each of "
+                    f"{num_rows} images; got shape {tuple(value.shape)}"
+                )
 
     def _check_one(self, method: str, **given: Any) -> None:
         names = [name for name, value in given.items() if value is not None]

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_vnd._sizes import check_count
 from pyro_vnd.autoencoders.base import ElboTerms, EncoderGuide, OrderedAutoencoder
 from pyro_vnd.autoencoders.bodies import Bodies
 from pyro_vnd.autoencoders.codes import CodeDecoder, CodeEncoder, Tail
@@ -156,10 +157,7 @@ class OrderedVAE(OrderedAutoencoder):
         Raises:
             ValueError: If an argument is invalid.
         """
-        if num_samples < 1:
-            raise ValueError(
-                f"{type(self).__name__}.elbo: argument `num_samples` must be at least 1; got {num_samples}"
-            )
+        check_count(f"{type(self).__name__}.elbo", num_samples=num_samples)
         q, p = self.encode(x, length), self.prior(length)
         p = p.expand(q.batch_shape)
         code = q.rsample((num_samples,))
@@ -196,11 +194,7 @@ class OrderedVAE(OrderedAutoencoder):
 
         Source: Burda, Grosse and Salakhutdinov, arXiv 1509.00519, equation 8.
         """
-        if num_samples < 1 or chunk_size < 1:
-            raise ValueError(
-                f"{type(self).__name__}.log_likelihood: arguments `num_samples` and `chunk_size` must be at least 1; "
-                f"got {num_samples} and {chunk_size}"
-            )
+        check_count(f"{type(self).__name__}.log_likelihood", num_samples=num_samples, chunk_size=chunk_size)
         if unit not in ("nats", "bits_per_dim"):
             raise ValueError(
                 f"{type(self).__name__}.log_likelihood: argument `unit` must be 'nats' or 'bits_per_dim'; got {unit!r}"

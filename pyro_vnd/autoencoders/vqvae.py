@@ -13,7 +13,7 @@ from torch.distributions import kl_divergence
 from torch.fx import symbolic_trace
 from torch.nn.functional import one_hot
 
-from pyro_vnd._sizes import check_sizes
+from pyro_vnd._sizes import check_count, check_sizes
 from pyro_vnd.autoencoders.base import ElboTerms, EncoderGuide, OrderedAutoencoder
 from pyro_vnd.autoencoders.bodies import Bodies
 from pyro_vnd.autoencoders.codes import Tail
@@ -189,7 +189,7 @@ class OrderedVQVAE(OrderedAutoencoder):
         Raises:
             ValueError: If an argument is invalid.
         """
-        check_sizes(f"{type(self).__name__}.elbo", num_samples=num_samples)
+        check_count(f"{type(self).__name__}.elbo", num_samples=num_samples)
         self.check_images(x)
         values, lengths = self._encoded(x)
         law = self._cut_to(lengths.expand((len(x),)), length)
@@ -212,14 +212,14 @@ class OrderedVQVAE(OrderedAutoencoder):
             ValueError: If images or lengths are invalid.
         """
         self.check_images(x)
-        length = self.num_latents if length is None else int(self._length(length))
+        length = self.num_latents if length is None else self._one_length(length)
         mask = self.blocks.over_vectors(self._prefix(length).expand(len(x), -1))
         index = self.quantiser.nearest(self.blocks.vectors(self._encoded(x)[0]), mask)
         return index[:, :length] if self.blocks.by_token else index
 
     def bits(self, length: int | None = None) -> float:
         """Return the rate of codes of a given length, 1..K or by default K, in bits: log2 V for each token."""
-        length = self.num_latents if length is None else int(self._length(length))
+        length = self.num_latents if length is None else self._one_length(length)
         return (length if self.blocks.by_token else self.blocks.num_tokens) * math.log2(self.codebook_size)
 
     @torch.no_grad()
@@ -270,7 +270,7 @@ class OrderedVQVAE(OrderedAutoencoder):
         Raises:
             ValueError: If the length is not in 1..K.
         """
-        length = int(self._length(length))
+        length = self._one_length(length)
         size, by_token = length * self.blocks.size, self.blocks.by_token
         codebook = self.quantiser.codebook.detach()[:, : None if by_token else length].clone()
         num_tokens = length if by_token else self.blocks.num_tokens
@@ -284,7 +284,8 @@ class OrderedVQVAE(OrderedAutoencoder):
         return (units <= self._length(length).unsqueeze(-1)).to(self.prior_probs)
 
     def _mask(self, num_rows: int, length: int | Tensor | None) -> Tensor:
-        return self._prefix(self.num_latents if length is None else length).expand(num_rows, -1)
+        lengths = self._length(self.num_latents if length is None else length, (num_rows,))
+        return self._prefix(lengths).expand(num_rows, -1)
 
     def _code(self, values: Tensor, mask: Tensor) -> Tensor:
         over_vectors = self.blocks.over_vectors(mask)

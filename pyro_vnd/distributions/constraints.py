@@ -2,7 +2,7 @@
 
 import math
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,20 @@ from torch.distributions import Distribution, Transform, biject_to, constraints,
 from torch.distributions.transforms import ComposeTransform, SoftmaxTransform, StickBreakingTransform
 
 from pyro_vnd._compat import all_true, only_plain_code
+from pyro_vnd._sizes import without_values
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 
-__all__ = ["TailSum", "binary_ordered_mask", "check_expandable", "got", "nested_vector", "ordered_mask", "within"]
+__all__ = [
+    "TailSum",
+    "binary_ordered_mask",
+    "check_dense",
+    "check_expandable",
+    "check_real",
+    "got",
+    "nested_vector",
+    "ordered_mask",
+    "within",
+]
 
 
 def extremes(x: Tensor) -> tuple[float, float]:
@@ -36,6 +47,24 @@ def within(x: Tensor, low: float = -math.inf, high: float = math.inf) -> bool:
         return all_true((x > low) & (x < high))
     least, largest = extremes(x)
     return low < least and largest < high
+
+
+def check_dense(name: str, x: Any) -> None:
+    """Raise a ValueError if a tensor has no dense values; what is no tensor passes.
+
+    Args:
+        name: What it is, for the message: "Law.method: argument `x`".
+        x: The tensor.
+    """
+    if isinstance(x, Tensor) and (said := without_values(x)):
+        raise ValueError(f"{name} must be a dense tensor; got {said}")
+
+
+def check_real(name: str, x: Any) -> None:
+    """Do the same also if the numbers of a tensor are not real."""
+    check_dense(name, x)
+    if isinstance(x, Tensor) and (x.is_complex() or x.dtype == torch.bool):
+        raise ValueError(f"{name} must be a tensor of real numbers; got {x.dtype}")
 
 
 def got(x: Tensor) -> str:

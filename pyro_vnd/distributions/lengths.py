@@ -1,6 +1,6 @@
 """The law of the kept length: parameters, temperatures, normalisation and keep probabilities shared by every mask."""
 
-import math
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from numbers import Real
@@ -15,9 +15,10 @@ from torch.nn.functional import logsigmoid, pad
 from torch.types import _size
 
 from pyro_vnd._compat import all_true
+from pyro_vnd._sizes import is_within
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions._fast.slopes import finite_slope, log_of_probs
-from pyro_vnd.distributions.constraints import check_expandable, got, tail_sum, within
+from pyro_vnd.distributions.constraints import check_dense, check_expandable, check_real, got, tail_sum, within
 from pyro_vnd.distributions.derived import KeepsDerived, derived
 from pyro_vnd.distributions.tilt import Tiltable, tilted_logits
 
@@ -63,13 +64,16 @@ class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
         validate_args: bool | None = None,
     ) -> None:
         if (probs is None) == (logits is None):
-            given = "both" if logits is not None else "none"
-            raise ValueError(f"{type(self).__name__}: give exactly one of `probs` and `logits`; got {given}")
+            count = "both" if logits is not None else "none"
+            raise ValueError(f"{type(self).__name__}: give exactly one of `probs` and `logits`; got {count}")
         self._is_logits, self._may_have_zeros = probs is None, probs is not None
-        param = self._check_shape(logits if probs is None else probs)
-        self._param = param.float() if param.dtype in _HALF_PRECISION else param
         if validate_args is None:
             validate_args = type(self)._validate_args
+        given = logits if probs is None else probs
+        if validate_args:
+            check_dense(f"{type(self).__name__}: argument `{self._param_name}`", given)
+        param = self._check_shape(given)
+        self._param = param.float() if param.dtype in _HALF_PRECISION else param
         if validate_args:
             self._check_values(self._param)
         batch_shape = self._param.shape[:-1]
@@ -113,10 +117,11 @@ class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
         """Return a temperature, a tensor with dtype and device of the parameters, and the batch shape of the two."""
         name = f"{type(self).__name__}: argument `temperature`"
         if not isinstance(temperature, Tensor):
-            number = isinstance(temperature, Real) and not isinstance(temperature, bool)
-            if not (number and 0 < float(temperature) < math.inf):
+            if not is_within(temperature, above=0):
                 raise ValueError(f"{name} must be a positive, finite number or tensor; got {temperature!r}")
             return float(temperature), batch_shape
+        if validate_args:
+            check_real(name, temperature)
         value = temperature.to(self._param)
         if validate_args and not within(value, 0):
             raise ValueError(f"{name} of shape {tuple(value.shape)} must be positive and finite; got {got(value)}")
@@ -248,6 +253,8 @@ class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
         name = type(self).__name__
         if not isinstance(value, Tensor):
             raise ValueError(f"{name}: argument `value` must be a tensor; got {type(value).__name__}")
+        if not (self.support.is_discrete and value.dtype == torch.bool):
+            check_real(f"{name}: argument `value`", value)
         if value.shape[-1:] != self.event_shape:
             raise ValueError(
                 f"{name}: argument `value` must have shape (..., {self.num_units}), one entry a unit; "
@@ -307,6 +314,7 @@ class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
             raise ValueError(
                 f"{name} must be a tensor of shape (..., num_units - 1); got {type(chain_logits).__name__}"
             )
+        check_real(name, chain_logits)
         if chain_logits.dim() == 0 or not chain_logits.is_floating_point():
             raise ValueError(
                 f"{name} must be a floating-point tensor of shape (..., num_units - 1); "
@@ -342,8 +350,11 @@ class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
         """
         num_units = positive_int(cls, num_units)
         name = f"{cls.__name__}: argument `p`"
-        if not isinstance(p, Real | Tensor):
+        if not isinstance(p, Real | Tensor) or isinstance(p, bool):
             raise ValueError(f"{name} must be a number or a tensor; got {type(p).__name__}")
+        if not isinstance(p, Tensor) and not is_within(p, 0, 1):
+            raise ValueError(f"{name} must be strictly between 0 and 1; got {p}")
+        check_real(name, p)
         keep = p if isinstance(p, Tensor) else torch.tensor(p, dtype=torch.float64)
         if not within(keep, 0, 1):
             raise ValueError(f"{name} must be strictly between 0 and 1; got {got(p) if isinstance(p, Tensor) else p}")
@@ -383,7 +394,7 @@ class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
 def positive_int(cls: type, num_units: int) -> int:
     """Return a number of units, of Python or numpy, as an `int`."""
     with suppress(TypeError):
-        if not isinstance(num_units, bool) and index(num_units) >= 1:
+        if not isinstance(num_units, bool) and 1 <= index(num_units) <= sys.maxsize:
             return index(num_units)
     raise ValueError(f"{cls.__name__}: argument `num_units` must be an integer >= 1; got {num_units!r}")
 

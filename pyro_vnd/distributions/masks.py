@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from torch.types import _size
 
 from pyro_vnd._compat import only_plain_code, remember
+from pyro_vnd._sizes import as_integers
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions._fast.masks import hard_mask
 from pyro_vnd.distributions._fast.slopes import log_of_probs
@@ -63,13 +64,14 @@ class Cut:
         Raises:
             ValueError: If a length is no integer from 0 to K, or they do not fit the batch.
         """
-        lengths = torch.as_tensor(length, device=law._like.device)
-        whole = not lengths.is_floating_point() and lengths.dtype != torch.bool
-        if not whole or (law._validate_args and not within(lengths, -1, law.num_units + 1)):
+        lengths = as_integers(length)
+        if lengths is None or (law._validate_args and not within(lengths, -1, law.num_units + 1)):
+            came = repr(length) if lengths is None else f"{got(lengths)}, {lengths.dtype}"
             raise ValueError(
                 f"{name}.cut: argument `length` must be integers from 1 to {law.num_units}, or 0 for a random length; "
-                f"got {got(lengths)}, {lengths.dtype}"
+                f"got {came}"
             )
+        lengths = lengths.to(law._like.device)
         try:
             return cls(lengths, law)
         except RuntimeError:

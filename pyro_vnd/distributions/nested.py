@@ -1,5 +1,6 @@
 """Normal laws of ordered coordinates that are zero past a random length."""
 
+from contextlib import suppress
 from copy import copy
 from numbers import Real
 from typing import Any, ClassVar, NoReturn, Self
@@ -14,7 +15,16 @@ from torch.types import _size
 
 from pyro_vnd._compat import recall, remember
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
-from pyro_vnd.distributions.constraints import check_expandable, counted, got, nested_vector, tail_sum, within
+from pyro_vnd.distributions.constraints import (
+    check_dense,
+    check_expandable,
+    check_real,
+    counted,
+    got,
+    nested_vector,
+    tail_sum,
+    within,
+)
 from pyro_vnd.distributions.masks import Cut, OrderedMask
 from pyro_vnd.distributions.straight_through import Noise, OrderedMaskStraightThrough
 from pyro_vnd.distributions.tilt import Tiltable
@@ -73,6 +83,9 @@ class NestedLaw(Tiltable, TorchDistribution):
             >>> NestedLaw.mask_of(torch.tensor([0.5, 0.0, -1.0, 0.0]))
             tensor([1., 1., 1., 0.])
         """
+        if not isinstance(value, Tensor) or not value.dim():
+            came = "one without dimensions" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"mask_of: argument `value` must be a tensor of shape (..., K); got {came}")
         making = recall(value)
         if making is not None:
             return making[0]
@@ -167,6 +180,7 @@ class NestedLaw(Tiltable, TorchDistribution):
         return new
 
     def _validate_sample(self, value: Tensor) -> None:
+        check_real(f"{type(self).__name__}: argument `value`", value)
         if not isinstance(value, Tensor) or value.shape[-1:] != self.event_shape or not within(value):
             came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
@@ -324,7 +338,10 @@ class NestedNormal(NestedLaw):
 def _coordinates(name: str, value: Any, mask_law: OrderedMask) -> Tensor:
     """Return means or deviations, of which a number is one for all coordinates, once they are checked."""
     if isinstance(value, Real) and not isinstance(value, bool):
-        value = torch.as_tensor(float(value), dtype=mask_law._like.dtype, device=mask_law._like.device)
+        with suppress(OverflowError):  # of an integer beyond all floats
+            value = torch.as_tensor(float(value), dtype=mask_law._like.dtype, device=mask_law._like.device)
+    if mask_law._validate_args:
+        check_dense(f"NestedNormal: argument `{name}`", value)
     fits = isinstance(value, Tensor) and (not value.dim() or value.shape[-1] in (1, mask_law.num_units))
     if not fits or not value.is_floating_point():
         came = f"{tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,9 +1,7 @@
 """A price for length: laws tilted to shorter or longer lengths, and the price at which a mean length is met."""
 
-import math
 from collections.abc import Callable
 from contextlib import suppress
-from numbers import Real
 from typing import Any, Self
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyro_vnd._compat import all_true, only_plain_code
+from pyro_vnd._sizes import is_within, without_values
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions.constraints import extremes, got, within
 
@@ -151,7 +150,9 @@ class Tiltable:
             return torch.arange(num_units, dtype=_precise(like), device=like.device)
         name = f"{where}: argument `cost`"
         if not _is_real(cost) or cost.shape[-1:] != (num_units,):
-            came = f"{tuple(cost.shape)}, {cost.dtype}" if isinstance(cost, Tensor) else type(cost).__name__
+            came = type(cost).__name__
+            if isinstance(cost, Tensor):
+                came = without_values(cost) or f"{tuple(cost.shape)}, {cost.dtype}"
             raise ValueError(
                 f"{name} must be a tensor of real numbers of shape (..., {num_units}), one a unit; got {came}"
             )
@@ -169,10 +170,10 @@ class Tiltable:
     def _numbers(self, where: str, argument: str, value: Any, costs: Tensor) -> Tensor:
         """Return a price or mean lengths in high precision, once they are checked."""
         name, like = f"{where}: argument `{argument}`", self._log_weights
-        if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+        if not isinstance(value, Tensor) and is_within(value):
             return torch.as_tensor(float(value), dtype=_precise(like), device=like.device)
         if not _is_real(value):
-            came = value.dtype if isinstance(value, Tensor) else repr(value)
+            came = (without_values(value) or value.dtype) if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"{name} must be a finite number or a tensor of real numbers; got {came}")
         self._check_fit(name, value.shape, costs.shape[:-1])
         if self._validate_args and not within(value):
@@ -211,7 +212,7 @@ class Tiltable:
 
 
 def _is_real(x: Any) -> bool:
-    return isinstance(x, Tensor) and not x.is_complex() and x.dtype != torch.bool
+    return isinstance(x, Tensor) and not (without_values(x) or x.is_complex() or x.dtype == torch.bool)
 
 
 def _precise(like: Tensor) -> torch.dtype:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Self, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from pyro_vnd._data import Batch, Rows, input_batches, take_rows, without_values
+from pyro_vnd._data import Batch, Rows, input_batches, take_rows
 from pyro_vnd._inputs import explain_inputs
-from pyro_vnd._sizes import is_integer
+from pyro_vnd._sizes import is_integer, without_values
 from pyro_vnd._state import module_mode
 from pyro_vnd.nn.draws import NetDraws
 from pyro_vnd.nn.likelihoods import CategoricalLabels

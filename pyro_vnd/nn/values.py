@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from pyro_vnd._sizes import check_sizes
+from pyro_vnd._sizes import as_integers, check_sizes, is_within
 from pyro_vnd.distributions import OrderedMask
 
 __all__ = ["ValueHead", "checked_lengths", "chosen_at_mean", "interpolate_values", "majorant_slopes", "spaced_lengths"]
@@ -352,8 +352,8 @@ def chosen_at_mean(logits: Tensor, mean_length: float) -> Tensor:
 
 
 def _check_temperature(caller: str, temperature: float) -> None:
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{caller}: argument `temperature` must be finite and > 0; got {temperature}")
+    if not is_within(temperature, above=0):
+        raise ValueError(f"{caller}: argument `temperature` must be finite and > 0; got {temperature!r}")
 
 
 def checked_lengths(caller: str, lengths: Sequence[int] | None, num_units: int) -> list[int]:
@@ -363,10 +363,10 @@ def checked_lengths(caller: str, lengths: Sequence[int] | None, num_units: int) 
         ValueError: If one is no integer from 1 to K, or there are none.
     """
     units = range(1, num_units + 1)
-    lengths = list(units if lengths is None else lengths)
-    if not lengths or not all(length in units for length in lengths):
-        raise ValueError(f"{caller}: argument `lengths` must be integers from 1 to {num_units}; got {lengths}")
-    return lengths
+    wanted = as_integers([*units] if lengths is None else lengths)
+    if wanted is None or wanted.dim() != 1 or not wanted.numel() or not all(each in units for each in wanted.tolist()):
+        raise ValueError(f"{caller}: argument `lengths` must be integers from 1 to {num_units}; got {lengths!r}")
+    return wanted.tolist()
 
 
 def spaced_lengths(num_units: int, num_lengths: int) -> list[int]:

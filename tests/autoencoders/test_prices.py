@@ -199,10 +199,13 @@ BAD = {
     "encode": (lambda m: m.encode(X, 2, price=1.0), "OrderedVAE.encode: give one of length, price, mean_length; got l"),
     "embed": (lambda m: m.embed(X, 2, mean_length=2.0), "OrderedVAE.embed: give one of length, price, mean_length"),
     "reconstruct": (lambda m: m.reconstruct(X, 2, exact=3), "OrderedVAE.reconstruct: give one of length, exact; got"),
-    "decodes": (lambda m: m.lengths(X, exact=0), "OrderedVAE.lengths: argument `exact` must be positive; got 0"),
+    "decodes": (lambda m: m.lengths(X, exact=0), "OrderedVAE.lengths: argument `exact` must be an integer >= 1; got 0"),
     "temperature": (lambda m: m.lengths(X, temperature=0.0), "`temperature` must be finite and > 0; got 0.0"),
     "infinite": (lambda m: m.lengths(X, price=math.inf), "argument `price`"),
-    "prices": (lambda m: m.lengths(X, price=torch.zeros(3)), "argument `price` of shape"),
+    "prices": (
+        lambda m: m.lengths(X, price=torch.zeros(3)),
+        "argument `price` must be one number, or one for each of 10 images; got shape .3,.",
+    ),
     "mean": (lambda m: m.lengths(X, mean_length=K), f"`mean_length` must be strictly between 1 and {K}; got {K}"),
     "exact mean": (lambda m: m.lengths(X, mean_length=0.5, exact=3), "argument `mean_length`"),
     "no lengths": (

@@ -296,7 +296,7 @@ def test_lengths_and_images_are_checked(length, method, x):
         model.narrow(T + 1)
     with pytest.raises(ValueError, match=f"`length` must be one for each of {N} images; got \\(3,\\)"):
         model.encode(x, torch.tensor([1, 2, 3]))
-    with pytest.raises(ValueError, match=r"OrderedVQVAE.elbo: argument `num_samples` must be positive; got 0"):
+    with pytest.raises(ValueError, match=r"OrderedVQVAE.elbo: argument `num_samples` must be an integer >= 1; got 0"):
         model.elbo(x, num_samples=0)
 
 
