@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["as_integers", "check_count", "check_sizes", "is_integer", "is_number", "is_within", "without_values"]
+__all__ = [
+    "as_integers",
+    "check_count",
+    "check_num_latents",
+    "check_seed",
+    "check_sizes",
+    "is_integer",
+    "is_number",
+    "is_within",
+    "without_values",
+]
 
 
 _STORED = {kind for name, kind in vars(torch).items() if name.startswith("float8_")}
@@ -91,6 +101,20 @@ def check_count(function: str, /, least: int = 1, **counts: int) -> None:
         if not is_integer(count) or not least <= count <= sys.maxsize:
             most = f" and <= {sys.maxsize}" if is_integer(count) and count > sys.maxsize else ""
             raise ValueError(f"{function}: argument `{name}` must be an integer >= {least}{most}; got {count!r}")
+
+
+def check_num_latents(function: str, model: Any) -> None:
+    """Raise a ValueError if a model says of no latents how many it has."""
+    if not is_integer(getattr(model, "num_latents", None)):
+        raise ValueError(
+            f"{function}: argument `model` must have `num_latents`, as autoencoders do; got {type(model).__name__}"
+        )
+
+
+def check_seed(function: str, seed: Any) -> None:
+    """Raise a ValueError if something is no seed of torch."""
+    if not is_integer(seed) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{function}: argument `seed` must be an integer from -2**63 to 2**64 - 1; got {seed!r}")
 
 
 def check_sizes(function: str, /, **sizes: int | Sequence[int]) -> None:

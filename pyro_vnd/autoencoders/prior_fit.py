@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pyro_vnd._compat import QuietModule
 from pyro_vnd._data import Rows, batches
+from pyro_vnd._sizes import check_count
 from pyro_vnd.autoencoders.conditioner import Conditioner
 from pyro_vnd.autoencoders.lengths import full_length
 from pyro_vnd.autoencoders.vae import OrderedVAE
@@ -63,6 +64,7 @@ def fit_prior(
         raise ValueError(
             f"fit_prior: argument `vae` must be an OrderedVAE with prior_latents='autoregressive'; got {came}"
         )
+    check_count("fit_prior", batch_size=batch_size)
     codes = _Codes(vae.conditioner, vae.num_latents)
     with torch.no_grad():
         laws = [vae.encode(rows, vae.num_latents) for rows, *_ in batches(x, _ENCODED)]

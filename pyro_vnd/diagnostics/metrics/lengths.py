@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from pyro_vnd._data import Rows, batches
 from pyro_vnd._inputs import check_labels
-from pyro_vnd._sizes import check_sizes
+from pyro_vnd._sizes import check_num_latents, check_seed, check_sizes, is_within
 from pyro_vnd._state import module_mode
 from pyro_vnd.diagnostics.metrics.variables import variable
 from pyro_vnd.distributions import OrderedMask
@@ -138,15 +138,22 @@ def evaluate_lengths(
         >>> result["length"].sel(law="exact").mean("image").values.round(3).tolist()
         [[2.0, 2.5]]
     """
-    name, num_latents = "evaluate_lengths", model.num_latents
+    name = "evaluate_lengths"
+    check_num_latents(name, model)
+    num_latents = model.num_latents
+    check_seed(name, seed)
+    if not isinstance(chosen, bool):
+        raise ValueError(f"{name}: argument `chosen` must be True or False; got {chosen!r}")
+    if not isinstance(laws, Mapping | None):
+        raise ValueError(f"{name}: argument `laws` must be a mapping from names to laws; got {type(laws).__name__}")
     check_sizes(name, num_decoded=num_decoded, num_samples=num_samples, batch_size=batch_size)
     if mean_lengths is None:
         mean_lengths = [m for m in DEFAULT if m < num_latents] or [1]
-    wanted = [float(m) for m in mean_lengths]
-    if not wanted or len(set(wanted)) < len(wanted) or not all(1 <= m <= num_latents for m in wanted):
+    given_lengths = list(mean_lengths) if isinstance(mean_lengths, Iterable) else []
+    wanted = [float(m) for m in given_lengths if is_within(m, 1, num_latents)]
+    if not wanted or len(set(wanted)) < len(given_lengths):
         raise ValueError(
-            f"{name}: argument `mean_lengths` must be distinct numbers from 1 to {num_latents}; got "
-            f"{list(mean_lengths)}"
+            f"{name}: argument `mean_lengths` must be distinct numbers from 1 to {num_latents}; got {mean_lengths!r}"
         )
     at_price: dict[str, Any] = {}
     with torch.random.fork_rng(), module_mode([model], training=False), torch.no_grad():

@@ -1,7 +1,7 @@
 """An autoencoder with an ordered code scored at many lengths of the code."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from pyro_vnd._data import Rows, batches
 from pyro_vnd._inputs import check_labels
+from pyro_vnd._sizes import check_count, check_num_latents, check_seed, is_integer
 from pyro_vnd._state import module_mode
 from pyro_vnd.diagnostics.metrics.generative import KID_SUBSET_SIZE, KID_SUBSETS, weights_hash
 from pyro_vnd.diagnostics.metrics.prefix_model import PrefixModel
@@ -132,6 +133,7 @@ def evaluate_prefixes(
         ([[0.3333333333333333, 0.0]], [[1, 1]])
     """
     _check(model, prefixes, num_samples=num_samples, num_importance=num_importance, num_generated=num_generated)
+    check_seed("evaluate_prefixes", seed)
     with torch.random.fork_rng(), module_mode([model], training=False), torch.no_grad():
         torch.manual_seed(seed)  # a loader that shuffles draws from it
         x, labels = _gather("data", data, model, batch_size)
@@ -176,30 +178,27 @@ def evaluate_prefixes(
 
 
 def _check(model: PrefixModel, prefixes: Sequence[int], **numbers: int) -> None:
+    check_num_latents("evaluate_prefixes", model)
     known = range(1, model.num_latents + 1)
-    if (
-        len(prefixes) == 0
-        or len(set(prefixes)) < len(prefixes)
-        or not all(isinstance(length, int | np.integer) and length in known for length in prefixes)
-    ):
+    lengths = list(prefixes) if isinstance(prefixes, Iterable) else []
+    wanted = {length for length in lengths if is_integer(length) and length in known}
+    if not wanted or len(wanted) < len(lengths):
         raise ValueError(
-            f"evaluate_prefixes: `prefixes` must be distinct integers from 1 to {model.num_latents}; got "
-            f"{list(prefixes)}"
+            f"evaluate_prefixes: argument `prefixes` must be distinct integers from 1 to {model.num_latents}; got "
+            f"{prefixes!r}"
         )
     for name, number in numbers.items():
-        least = 0 if name == "num_importance" else 1
-        if number < least:
-            raise ValueError(f"evaluate_prefixes: `{name}` must be at least {least}; got {number}")
+        check_count("evaluate_prefixes", least=0 if name == "num_importance" else 1, **{name: number})
 
 
 def _gather(argument: str, data: Rows, model: PrefixModel, batch_size: int) -> tuple[Tensor, Tensor | None]:
     """Return all images, on the model's device, and their labels, on the CPU, if there are any."""
     parts = [tuple(batch[:2]) for batch in batches(data, batch_size) if len(batch[0])]
     if not parts:
-        raise ValueError(f"evaluate_prefixes: `{argument}` has no rows")
+        raise ValueError(f"evaluate_prefixes: argument `{argument}` has no rows")
     x = torch.cat([part[0] for part in parts])
     if not torch.isfinite(x).all():
-        raise ValueError(f"evaluate_prefixes: `{argument}` has images with NaN or inf")
+        raise ValueError(f"evaluate_prefixes: argument `{argument}` has images with NaN or inf")
     if isinstance(model, nn.Module):
         state = chain(model.parameters(), model.buffers())
         x = x.to(next((value.device for value in state), x.device))

@@ -293,7 +293,7 @@ def test_lengths_are_checked(lengths, oracle, data):
     ("name", "value", "least"), [("num_samples", 0, 1), ("num_importance", -1, 0), ("num_generated", 0, 1)]
 )
 def test_numbers_are_checked(name, value, least, oracle, data):
-    with pytest.raises(ValueError, match=f"`{name}` must be at least {least}; got {value}"):
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer >= {least}; got {value}"):
         evaluate_prefixes(oracle.model, data, [1], **BASIC | {name: value})
 
 
