@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replaced", "sync", "unfinished_name", "writing"]
+__all__ = ["replaced", "resolved", "sync", "unfinished_name", "writing"]
 
 
 @contextmanager
@@ -40,6 +40,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
     The file is the old one or the new one, whenever the machine stops; if the block raises, it is the old one.
     """
+    path = resolved(path)
     unfinished = unfinished_name(path)
     try:
         yield unfinished
@@ -49,6 +50,11 @@ def replaced(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
     if os.name == "posix":  # so that the new name outlives a power cut, too
         sync(path.parent)
+
+
+def resolved(path: Path) -> Path:
+    """Return the file that a symbolic link stands for, which is to be replaced in the link's place."""
+    return path.resolve() if path.is_symlink() else path
 
 
 def unfinished_name(path: Path, kind: str = "") -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pyro_vnd._files import writing
+from pyro_vnd._files import resolved, writing
 from pyro_vnd._sizes import is_integer, is_within
 from pyro_vnd.infer._fit.checkpoint import Folder, State, not_finite_parameters
 from pyro_vnd.infer._fit.objective import NonFiniteLossError
@@ -297,6 +297,7 @@ class Checkpoint(Callback):
             raise ValueError(f"fit: argument `checkpoint` must be the path of a file; got {path!r}")
         self.path = Path(path)
         with writing("fit: argument `checkpoint`", self.path):  # looking may be forbidden, too
+            self.path = resolved(self.path)
             is_folder, is_other = self.path.is_dir(), self.path.exists() and not self.path.is_file()
             has_folder = self.path.parent.is_dir()
         if is_folder:

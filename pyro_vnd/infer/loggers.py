@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from pyro_vnd._files import replaced, writing
+from pyro_vnd._files import replaced, resolved, writing
 from pyro_vnd._sizes import is_integer
 from pyro_vnd.infer.callbacks import Callback
 from pyro_vnd.infer.run import Run
@@ -78,6 +78,7 @@ class CSVLogger(Callback):
             raise ValueError(f"CSVLogger: argument `path` must be the path of a file; got {path!r}")
         self.path = Path(path)
         with writing("CSVLogger: argument `path`", self.path):  # looking may be forbidden, too
+            self.path = resolved(self.path)
             is_possible = not self.path.is_dir() and self.path.parent.is_dir()
         if not is_possible:
             raise ValueError(f"CSVLogger: argument `path` must be a file in a folder that exists; got {str(path)!r}")

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_vnd.diagnostics import evaluate, evaluate_learned, evaluate_widths, khat_by_row, loo_widths, to_arviz
+from pyro_vnd.diagnostics import (
+    evaluate,
+    evaluate_learned,
+    evaluate_widths,
+    khat_by_row,
+    length_posterior,
+    loo_widths,
+    to_arviz,
+)
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import AutoNested, fit
 from pyro_vnd.nn import CascadeNet, narrow, nest, recalibrate_batchnorm, widths_for
@@ -69,6 +77,7 @@ NETS = {
     "budget": lambda net, x: widths_for(net, 0.6, data=labelled(x)),
     "to_arviz": lambda net, x: to_arviz(model, make_guide(), regression(x), **FEW),
     "khat": lambda net, x: khat_by_row(model, make_guide(), regression(x), num_samples=30, **QUIET),
+    "lengths": lambda net, x: length_posterior(model, make_guide(), regression(x), num_samples=30),
     "fit": lambda net, x: fit(model, make_guide(), regression(x), num_epochs=1, **QUIET),
     "validation": lambda net, x: fit(
         model, make_guide(), regression(torch.randn(12, 3)), num_epochs=1, validation=regression(x), **QUIET

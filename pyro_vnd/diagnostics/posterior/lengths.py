@@ -12,7 +12,7 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vnd._data import Data, as_arguments, check_whole
+from pyro_vnd._data import Data, as_arguments, check_call, check_whole
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
 from pyro_vnd.diagnostics.posterior.names import plain
 from pyro_vnd.diagnostics.posterior.sites import dim_names, keep_rows, kept_length, num_batch_dims, sites
@@ -82,6 +82,8 @@ def length_posterior(
     check_whole("length_posterior", data, "as the law of a length needs all that it explains")
     args, kwargs = as_arguments(data)
     programs = [part for part in (model, guide) if callable(part)]
+    for program in programs:
+        check_call("length_posterior", program, data)
     rows = poutine.Trace()
     with (
         module_local_params(*programs),

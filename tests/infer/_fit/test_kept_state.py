@@ -63,7 +63,7 @@ class With(PyroModule):
 
 def train(y, part=None, callbacks=(), **arguments):
     model = With(nn.Identity() if part is None else part)
-    return fit(model, AutoNormal(model), y, **ARGUMENTS, callbacks=callbacks, **arguments)
+    return fit(model, AutoNormal(model), y, callbacks=callbacks, **ARGUMENTS | arguments)
 
 
 Pair = namedtuple("Pair", ["first", "second"])
@@ -166,6 +166,18 @@ def test_a_folder_that_may_not_be_written_says_so(y, tmp_path):
             os.seteuid(0)
         for path, mode in modes:
             os.chmod(path, mode)
+
+
+def test_a_link_stays_a_link_to_the_newest_file(y, tmp_path):
+    (tmp_path / "far").mkdir()
+    for name in ("fit.pt", "fit.csv"):
+        (tmp_path / name).symlink_to(tmp_path / "far" / name)
+    train(y, checkpoint=tmp_path / "fit.pt", callbacks=[CSVLogger(tmp_path / "fit.csv")])
+    assert all((tmp_path / name).is_symlink() for name in ("fit.pt", "fit.csv"))
+    assert sorted(os.listdir(tmp_path / "far")) == ["fit.csv", "fit.previous.pt", "fit.pt"]
+    going_on = {"num_epochs": 5, "resume": "extend"}
+    assert len(train(y, checkpoint=tmp_path / "far" / "fit.pt", **going_on).elbo) == 5
+    assert len(train(y, checkpoint=tmp_path / "fit.pt", **going_on).elbo) == 5
 
 
 def test_a_log_that_cannot_be_written_says_so(y, tmp_path):
