@@ -380,6 +380,7 @@ def refused(folder):
 
 def elbos():
     """The ELBO that a nested net and an autoencoder end with, of some seeds, after fits of some epochs."""
+    before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     from models.datasets import load
 
@@ -395,7 +396,7 @@ def elbos():
         ):
             result = fit(model, model.guide, rows, num_epochs=10, batch_size=60, seed=seed, progress=False)
             found[name].append((result.elbo[0], sum(result.elbo[-3:]) / 3))
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(before)
     return found
 
 

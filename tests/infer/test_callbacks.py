@@ -554,7 +554,7 @@ def test_bad_arguments(make, message):
             "`monitor` must be measured after every epoch; 'score' has 1 values",
         ),
         (
-            [Validation(torch.ones(3), {"score": lambda data: data})],
+            [Validation(torch.ones(3, dtype=torch.float64), {"score": lambda data: data})],
             {},
             "'score' returned Tensor",
         ),

@@ -27,8 +27,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def of_one(folder):
     """Return what a fit of one process ends with that was interrupted, and went on."""
-    torch.set_default_dtype(torch.float64)
-    return parallel_fits.interrupted(folder, parallel_fits.AutoDelta, "alone")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # as in the other processes
+    found = parallel_fits.interrupted(folder, parallel_fits.AutoDelta, "alone")
+    torch.set_default_dtype(before)
+    return found
 
 
 @pytest.fixture(scope="module")

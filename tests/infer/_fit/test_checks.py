@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -213,7 +214,7 @@ def test_programs_without_a_signature_that_can_be_read_are_taken(rows):
 
 
 def test_a_schedule_without_a_signature_is_made_before_it_is_judged(rows):
-    settings = OptimizerSettings(lr_schedule=itertools.repeat)  # a class in C, of which Python knows no signature
+    settings = OptimizerSettings(lr_schedule=partial(itertools.repeat))  # of which Python knows no signature
     message = "`lr_schedule` must be what makes a torch LRScheduler whose step needs no value; got the class repeat"
     refused(message, model, AutoNested(model), rows, optimizer=settings)
 

@@ -37,7 +37,7 @@ def test_validation_ignores_the_scale_of_a_plate_for_more_rows(y):
 
 def test_validation_without_rows_is_refused(y):
     with pytest.raises(
-        ValueError, match="fit: `validation` must have rows each time it is read; got none: is it an it"
+        ValueError, match="fit: argument `validation` must have rows each time it is read; got none: is it"
     ):
         mean_log_likelihood(masked_mean, MaskedMeanGuide(), iter([]), 7)
 
