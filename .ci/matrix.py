@@ -25,6 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TESTS = [f"tests/{room}" for room in ("distributions", "nn", "infer", "autoencoders", "diagnostics", "test_compat.py")]
 # Warnings are no errors here: old and new versions of other packages warn of each other.
 PYTEST = ["-q", "-oaddopts=", "--import-mode=importlib", "-pno:cacheprovider", "-Wdefault", "-mnot slow"]
+PYTEST += ["--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal"]
 # torch 2.6 checks the arguments of its Normal in a way that vmap refuses.
 NOT_LOWEST = ["tests/distributions/test_gated.py::test_the_kl_to_one_prior_under_vmap"]
 SHOWN = ("arviz", "numpy", "pyro-ppl", "torch")
@@ -81,7 +82,7 @@ def run_line(line: str, version: str, base: str, cuda: bool, arguments: list[str
 
 
 def main() -> int:
-    """Run the lines asked for, or both; 0 if all of them passed."""
+    """Run the lines asked for, or all; 0 if all of them passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lines", nargs="*", metavar="LINE", help="lowest or a version of Python; all by default")
     parser.add_argument("--cuda", action="store_true", help="take torch with CUDA libraries where there is no other")

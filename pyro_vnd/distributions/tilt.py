@@ -19,6 +19,7 @@ _LEAST = -1e30  # of the logits of possible lengths: far below all that count, f
 _REACH, _STEPS = 50.0, 54  # prices up to sinh(50) = 3e21 nats a unit, to a relative 1e-14
 _NEAR = 1e-3  # nats, on which logits depend nearly linearly
 _LARGEST = 80.0  # exp of it is finite in float32
+_MISSED = 1e-4  # of K: by how much the mean length may be missed, where log-weights are too large to be added to
 _FLAT = 1e-12  # of the largest covariance of length and cost: below it no price is told from its neighbours
 
 
@@ -208,7 +209,17 @@ class Tiltable:
                     f"{name} of shape {tuple(mean_length.shape)} must be strictly between the least and the largest "
                     f"mean length that a price can make, {_say(shortest)} and {_say(longest)}; got {_say(mean_length)}"
                 )
-        return (_shared_price if shared else _own_price)(log_weights, costs, mean_length)
+        price = (_shared_price if shared else _own_price)(log_weights, costs, mean_length)
+        if self._validate_args:
+            met = (log_weights - price.unsqueeze(-1) * costs).detach().softmax(-1) @ _lengths(costs)
+            if shared:
+                met = met.mean()
+            if not all_true((met - mean_length).abs() <= _MISSED * self.num_units):  # nor where it is NaN
+                raise ValueError(
+                    f"{where}: no number is the price of this mean length: the log-weights of the lengths are too far "
+                    f"apart, as of logits beyond 1e13; got the means {_say(met)} for {_say(mean_length)}"
+                )
+        return price
 
 
 def _is_real(x: Any) -> bool:

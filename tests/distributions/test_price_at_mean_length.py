@@ -168,3 +168,22 @@ def test_a_shared_price_has_one_mean_length_and_a_law():
         OrderedMask(logits=torch.zeros(2, K)).at_mean_length(torch.tensor([2.0, 3.0]), shared=True)
     with pytest.raises(ValueError, match=r"one law at least.*got batch shape \(0,\)"):
         OrderedMask(logits=torch.zeros(0, K)).at_mean_length(2.0, shared=True)
+
+
+@each_sharing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_mean_length_is_met_or_refused_however_large_the_logits(shared, dtype):
+    patterns = torch.tensor([[1, -1, 0], [0, 0, 1], [-1, 0.5, 1], [0, 1, 0]], dtype=dtype)
+    refused = 0
+    for size in (1e3, 1e6, 1e9, 1e12, 1e15, 1e19, 1e30, 3e38):
+        for logits in patterns * size:
+            for mean_length in (1.3, 2.0, 2.9):
+                try:
+                    law = OrderedMask(logits=logits).at_mean_length(mean_length, shared=shared)
+                except ValueError as error:
+                    assert size > 1e12, "numbers can hold these prices"
+                    assert "at_mean_length: no number is the price of this mean length" in str(error)
+                    refused += 1
+                else:
+                    assert abs(law.mean_length.item() - mean_length) < 1e-3
+    assert refused > 20

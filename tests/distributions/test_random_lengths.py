@@ -140,6 +140,21 @@ def test_divergences(q_case, p_case, data):
     assert not kl.isnan().any()
 
 
+@given(st.sampled_from(HARD_CASES), lengths("logits", DTYPES, most=40), st.integers(0, 34), st.floats(0.01, 0.99))
+@example(EXACT, Lengths("logits", torch.tensor([1e4, -1e4, 0.0])), 15, 0.5)
+def test_a_mean_length_is_met_or_refused(case, given_, power, share):
+    num_units, logits = given_.values.shape[-1], given_.values * 10.0**power
+    assume(num_units > 1 and bool(logits.isfinite().all()))
+    law, mean_length = replace(given_, values=logits).of(case), 1 + share * (num_units - 1)
+    try:
+        met = law.at_mean_length(mean_length).mean_length
+    except ValueError as error:
+        assert "no number is the price of this mean length" in str(error)
+        assert logits.abs().max() > 1e12
+    else:
+        assert_near(met, np.full(law.batch_shape, mean_length), 2e-4 * num_units)
+
+
 @given(st.sampled_from([1, 2, 3, 50, 10_000]), st.floats(0, 1, exclude_min=True, exclude_max=True))
 @example(1_000_000, 0.999999)
 @example(1_000_000, 1 - 2**-53)
