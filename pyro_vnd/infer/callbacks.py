@@ -328,6 +328,10 @@ class Checkpoint(Callback):
             self._folder = Folder(self.path)
         return Folder.read_from(self.path) if self.resume else None
 
+    def files(self) -> list[Path]:
+        """Return the files of this fit that there are, the newest state first."""
+        return [] if self._folder is None else self._folder.files()
+
     def on_fit_start(self, run: Run) -> None:
         """Write a state, read it and put it back, to see that it can be done, and begin to count the minutes."""
         if run.epoch < run.num_epochs and not run.stopped:

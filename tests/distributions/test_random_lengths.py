@@ -1,6 +1,7 @@
 """Laws of lengths that nobody wrote down, against their definition in wider numbers."""
 
 import math
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -146,12 +147,9 @@ def test_a_mean_length_is_met_or_refused(case, given_, power, share):
     num_units, logits = given_.values.shape[-1], given_.values * 10.0**power
     assume(num_units > 1 and bool(logits.isfinite().all()))
     law, mean_length = replace(given_, values=logits).of(case), 1 + share * (num_units - 1)
-    try:
+    # It may be refused where numbers do not hold its price.
+    with suppress(ValueError) if (logits.abs() > 1e12).any() else nullcontext():
         met = law.at_mean_length(mean_length).mean_length
-    except ValueError as error:
-        assert "no number is the price of this mean length" in str(error)
-        assert logits.abs().max() > 1e12
-    else:
         assert_near(met, np.full(law.batch_shape, mean_length), 2e-4 * num_units)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from pyro_vnd.autoencoders import OrderedVAE
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
-from pyro_vnd.infer import MaskSchedule, PriceSchedule, cosine, cosine_to_zero, fit, linear
+from pyro_vnd.infer import AutoNested, MaskSchedule, PriceSchedule, cosine, cosine_to_zero, fit, linear
 from pyro_vnd.infer.schedules import schedule_values
 
 
@@ -283,6 +283,21 @@ def test_the_rate_of_laws_is_that_of_value_heads():
     moved = {name for name, value in vae.named_parameters() if not torch.equal(value, before[name])}
     assert moved
     assert all("value_head" in name for name in moved)
+
+
+def test_laws_in_closed_form_have_no_rate():
+    def model(x):
+        mask = pyro.sample("mask", OrderedMask.uniform(4))
+        w = pyro.sample("w", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal((mask * w).sum(), 1.0), obs=x)
+
+    message = r"`lr` has a rate for 'laws', and the guide has its law of lengths in closed form, .*: leave 'laws' out"
+    for lr in ({"laws": 0.1}, {"laws": 0.1, "*": 0.01}):
+        with pytest.raises(ValueError, match=message):
+            fit(model, AutoNested(model), torch.rand(20), num_epochs=1, lr=lr, progress=False)
+    with pytest.raises(ValueError, match="no parameter of model or guide is in that group"):
+        fit(model, AutoNested(model), torch.rand(20), num_epochs=1, lr={"w": 0.1}, progress=False)
 
 
 def test_prices_need_a_head_that_is_drawn_from():

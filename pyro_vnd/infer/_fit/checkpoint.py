@@ -79,6 +79,10 @@ class Folder:
         self._lock_path.unlink(missing_ok=True)
         os.close(self._lock)
 
+    def files(self) -> list[Path]:
+        """Return those of the newest state, the one before it and the best that there are, in this order."""
+        return [path for path in (self.path, self.previous, self.best) if path.exists()]
+
     def write(self, state: State, *, best: bool = False) -> None:
         """Keep a state; the file is the old one or the new one, whenever the machine stops.
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pyro_vnd.infer._fit.checks import LearningRate
 from pyro_vnd.infer.auto_parts import AutoLengths
+from pyro_vnd.infer.elbo import conditional_part
 from pyro_vnd.nn import Width
 from pyro_vnd.nn.values import ValueHead
 
@@ -37,6 +38,11 @@ def parameter_groups(module: nn.Module, lr: LearningRate, default: float) -> lis
         fits = [key for key in lr if (id(parameter) in laws if key == LAWS else _matches(name, key))]
         groups[[*fits, REST][0]].append(parameter)
     for key in lr:
+        if key == LAWS and not groups[key] and conditional_part(module.guide) is not None:
+            raise ValueError(
+                "fit: argument `lr` has a rate for 'laws', and the guide has its law of lengths in closed form, which "
+                "needs none: leave 'laws' out"
+            )
         if not groups[key] and key != REST:
             raise ValueError(
                 f"fit: argument `lr` has a rate for {key!r}, and no parameter of model or guide is in that group; "

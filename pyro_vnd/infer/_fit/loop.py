@@ -17,7 +17,7 @@ from pyro_vnd._data import Data, num_rows
 from pyro_vnd.infer._fit.checkpoint import State, check_same_fit
 from pyro_vnd.infer._fit.fingerprint import skip_steps
 from pyro_vnd.infer._fit.mask_sources import conditional_laws, nested_laws
-from pyro_vnd.infer._fit.objective import Objective
+from pyro_vnd.infer._fit.objective import NonFiniteLossError, Objective
 from pyro_vnd.infer._fit.optimisation import Step
 from pyro_vnd.infer._fit.parallel import Ranks
 from pyro_vnd.infer._fit.settings import KLWeights, Settings
@@ -106,8 +106,15 @@ class Loop(Run):
         if self._over and (self.stopped or self.epoch >= self.num_epochs):
             return False
         self._over = False
-        while self.epoch < self.num_epochs and not self.stopped:
-            self._epoch()
+        try:
+            while self.epoch < self.num_epochs and not self.stopped:
+                self._epoch()
+        except NonFiniteLossError as error:
+            # Finite numbers in a file may be too large to go on from.
+            kept = [str(file) for each in self.callbacks if isinstance(each, Checkpoint) for file in each.files()]
+            if kept:
+                error.add_note(f"fit: states from before this step: {', '.join(kept)}; `torch.load` reads them")
+            raise
         for callback in self.callbacks:
             if not isinstance(callback, Checkpoint):
                 callback.on_fit_end(self)

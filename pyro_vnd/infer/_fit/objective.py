@@ -201,6 +201,9 @@ class Objective:
             if site := self._site_to_blame(batch):
                 return site
         except Exception as error:  # what is to be explained is another error
+            # Laws in closed form have learned from the step that failed, and are no law to draw from by now.
+            if bad := [name for name, p in self.module.named_parameters() if not torch.isfinite(p).all()]:
+                return f"it made {bad} not finite; {last}"
             what = f"{type(error).__name__}: {error}".partition("\n")[0]  # without the shapes that Pyro adds
             return f"evaluating the model once more, to find the site, raised {what}; {last}"
         if self.ranks.size > 1:  # whose gradients are all the same by now

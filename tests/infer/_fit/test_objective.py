@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.infer import (
+    AutoNested,
     Callback,
     KLWeights,
     NonFiniteLossError,
@@ -157,6 +158,31 @@ def test_what_looking_for_the_site_raises_is_no_answer(error, y):
     message = rf"the loss is inf; evaluating the model once more, to find the site, raised {expected}.*; last site 'y'"
     with pytest.raises(NonFiniteLossError, match=message):
         fit(model, AutoNormal(model), y, num_epochs=10, progress=False)
+
+
+def test_what_a_step_made_of_a_law_in_closed_form_is_named():
+    x = torch.full((N, 4), 1e37, dtype=torch.float32)
+
+    def model(x):
+        mask = pyro.sample("mask", OrderedMask.uniform(4))
+        w = pyro.sample("w", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ (mask * w).float(), 1.0), obs=x[:, 0])
+
+    with pytest.raises(NonFiniteLossError, match=r"it made \['guide\..*logits.*'\] not finite; last site 'y'"):
+        fit(model, AutoNested(model), x, num_epochs=1, progress=False)
+
+
+def test_states_from_before_the_loss_was_infinite_are_named(y, tmp_path):
+    model, path = Breaks(infinite, start=5), tmp_path / "fit.pt"
+    with pyro.validation_enabled(False), pytest.raises(NonFiniteLossError) as raised:
+        fit(model, AutoNormal(model), y, num_epochs=10, checkpoint=path, progress=False)
+    before = f"states from before this step: {path}, {tmp_path / 'fit.previous.pt'};"
+    assert [before in note for note in raised.value.__notes__] == [True]
+    model = Breaks(infinite)
+    with pyro.validation_enabled(False), pytest.raises(NonFiniteLossError) as raised:
+        fit(model, AutoNormal(model), y, num_epochs=10, progress=False)
+    assert not hasattr(raised.value, "__notes__")
 
 
 def test_global_parameters_are_refused(y):
