@@ -1,5 +1,6 @@
 """The demo's codes as long as each image needs, beside one length for all."""
 
+import math
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -32,7 +33,7 @@ def run(model: OrderedVAE, data: Dataset, report: Report) -> dict[str, Any]:
     shares = dict(zip(means, scores["share_of_gain"].sel(law="model").values[0].tolist(), strict=True))
     classes = scores["length_by_class"].sel(law="model", mean_length=SHOWN).values[0].tolist()
     header = ["mean length", *NAMES.values(), "share of the gain"]
-    rows = [[str(m), *(f"{1000 * errors[law][m]:.1f}" for law in NAMES), f"{100 * shares[m]:.0f} %"] for m in means]
+    rows = [[str(m), *(f"{1000 * errors[law][m]:.1f}" for law in NAMES), _percent(shares[m])] for m in means]
     print("test MSE x 1000 at equal mean length")
     print_table(header, rows)
 
@@ -59,10 +60,15 @@ def run(model: OrderedVAE, data: Dataset, report: Report) -> dict[str, Any]:
     )
     return {
         "mse": {law: {str(m): error for m, error in values.items()} for law, values in errors.items()},
-        "share_of_gain": {str(m): share for m, share in shares.items()},
+        "share_of_gain": {str(m): None if math.isnan(share) else share for m, share in shares.items()},
         "length_by_class": dict(zip(data.class_names, classes, strict=True)),
         "distil_seconds": round(found.seconds, 1),
     }
+
+
+def _percent(share: float) -> str:
+    """Name a share; there is none where there was nothing to gain, as in fits that are too short."""
+    return "-" if math.isnan(share) else f"{100 * share:.0f} %"
 
 
 def _errors_figure(errors: dict[str, dict[int, float]]) -> Figure:
