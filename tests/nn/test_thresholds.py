@@ -118,5 +118,6 @@ def test_all_rows_go_on_where_there_is_enough_for_all():
         torch.tensor([[0.1, 0.5, 0.9], [0.8, 0.4, 0.2]]),
         torch.ones(2),
     )
-    assert best_thresholds(doubts, losses, costs, 2.0).tolist() == [0.0]
+    for enough in (2.0, 2.5):
+        assert best_thresholds(doubts, losses, costs, enough).tolist() == [0.0]
     assert best_thresholds(doubts, losses, costs, 1.999).item() > 0
