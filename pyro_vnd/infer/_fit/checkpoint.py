@@ -55,12 +55,10 @@ class Folder:
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of fits that were killed
             left.unlink(missing_ok=True)
 
-    def _take(self) -> int:
-        while True:
+    def _take(self) -> int | None:
+        while fcntl is not None:
             with writing(_ARGUMENT, self.path):
                 lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
-            if fcntl is None:
-                return lock
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -73,11 +71,13 @@ class Folder:
                 if os.path.samestat(os.fstat(lock), os.stat(self._lock_path)):
                     return lock
             os.close(lock)  # of a fit that ended in between and took the file away: the name is another file's by now
+        return None
 
     def free(self) -> None:
         """Let others have it."""
-        self._lock_path.unlink(missing_ok=True)
-        os.close(self._lock)
+        if self._lock is not None:
+            self._lock_path.unlink(missing_ok=True)
+            os.close(self._lock)
 
     def files(self) -> list[Path]:
         """Return those of the newest state, the one before it and the best that there are, in this order."""

@@ -34,7 +34,9 @@ def test_a_lock_of_a_fit_that_ends_meanwhile_is_taken_anew(path, monkeypatch):
 
 def test_a_system_without_locks_lets_both_write(path, monkeypatch):
     monkeypatch.setattr(checkpoint, "fcntl", None)  # as on Windows
-    for folder in [Folder(path), Folder(path)]:
+    folders = [Folder(path), Folder(path)]
+    assert [*path.parent.iterdir()] == []  # an open file could not be taken away there
+    for folder in folders:
         folder.free()
     assert [*path.parent.iterdir()] == []
 
