@@ -40,7 +40,7 @@ __all__ = [
 
 _stats: Any = arviz_stats  # the same functions in both lines, whose types say nothing of them
 _IS_LEGACY = az.__version__.startswith("0.")
-MIN_DRAWS = 25  # ArviZ fits a tail to a fifth of the draws, at least five
+MIN_DRAWS = 30  # ArviZ fits a tail to a fifth of the draws; of five 1.3 makes nothing
 _ROUNDING, _UNDERFLOW = 1e-5, 700.0  # logarithms of weights that differ by less are equal, by more 1 and 0
 _EVEN = 2.0  # no draw counts twice as much as the average: the tail has a shape, but it is none to fear
 _COMPARISON = ["rank", "elpd", "se", "p", "elpd_diff", "dse", "weight", "warning"]

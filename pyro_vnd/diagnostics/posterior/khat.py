@@ -52,7 +52,7 @@ def khat(data: Any) -> xr.DataArray:
         guide that is the posterior has equal ratios.
 
     Raises:
-        ValueError: If a chain has less than 25 draws, or the data have no `log_p` and `log_q`, or one of them is NaN.
+        ValueError: If a chain has less than 30 draws, or the data have no `log_p` and `log_q`, or one of them is NaN.
 
     References:
         Yao, Vehtari, Simpson and Gelman, "Yes, but did it work? Evaluating variational inference", 2018,
@@ -95,7 +95,7 @@ def resample(data: Any, num_samples: int | None = None, *, threshold: float = TH
         `sample_stats` it has `log_p` only, as the draws are no longer those of the guide.
 
     Raises:
-        ValueError: If k-hat of a chain is above the threshold, a chain has less than 25 draws, `num_samples` is not
+        ValueError: If k-hat of a chain is above the threshold, a chain has less than 30 draws, `num_samples` is not
             positive, or `log_p` and `log_q` are missing or NaN.
 
     Example:
@@ -202,7 +202,7 @@ def khat_by_row(
         k-hat of each row, shape (rows,), with the dimension of the plate's name; read as that of `khat`.
 
     Raises:
-        ValueError: If there are less than 25 draws, no site is in the plate, or rows have no ratio of their own: a
+        ValueError: If there are less than 30 draws, no site is in the plate, or rows have no ratio of their own: a
             latent is drawn outside the plate by the guide, as by `AutoMultivariateNormal`, or is a point, or is not
             drawn.
 

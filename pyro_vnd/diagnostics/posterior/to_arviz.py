@@ -69,7 +69,7 @@ def to_arviz(
     The scores are `log_p`, the log-joint $\log p(y, z)$ with the scales of the model, `log_q`, $\log q(z)$, and
     `elbo`, their difference, whose mean over draws is the ELBO, all in nats; `weight`, the importance weight
     $p(y, z) / q(z)$, Pareto-smoothed and normalised to sum to one in each chain; and for each chain `khat`, which says
-    whether guide and weights can be trusted (below 0.7) or not; it takes 25 draws or more. A latent site that the guide
+    whether guide and weights can be trusted (below 0.7) or not; it takes 30 draws or more. A latent site that the guide
     lacks is a prediction, such as the labels of rows without labels, and no part of the scores. Rows of a latent site
     that the model hides by a mask are no part of `log_q` either, and `log_q` has the scale of the site in the model.
 

@@ -145,7 +145,7 @@ def test_bad_input(trained, digits):
         smallest_width({1: good / 0})
     with pytest.raises(ValueError, match=r"`scores\[2\]` must be finite .* got shape \(3, 1\)"):
         smallest_width({1: good, 2: good[:, None]})
-    with pytest.raises(ValueError, match="`num_samples` must be at least 25; got 5"):
+    with pytest.raises(ValueError, match="`num_samples` must be at least 30; got 5"):
         loo_widths(trained, digits.train, [1.0], 5)
     with pytest.raises(ValueError, match="must have inputs and labels; got inputs only"):
         loo_widths(trained, digits.train.images, [1.0], 30, progress=False)

@@ -88,12 +88,12 @@ def test_the_posterior_itself_has_no_tail():
 
 
 def test_few_draws_give_no_khat():
-    data = drawn(guide_at(shift=0.2), num_samples=24)
+    data = drawn(guide_at(shift=0.2), num_samples=29)
     assert np.isnan(data.sample_stats["khat"].item())
     for function, name in ((khat, "khat"), (resample, "resample")):
-        with pytest.raises(ValueError, match=f"{name}: argument `data` must have at least 25 draws a chain, .* got 24"):
+        with pytest.raises(ValueError, match=f"{name}: argument `data` must have at least 30 draws a chain, .* got 29"):
             function(data)
-    assert khat(drawn(guide_at(shift=0.2), num_samples=25)) < 2
+    assert khat(drawn(guide_at(shift=0.2), num_samples=30)) < 2
 
 
 def test_it_is_the_khat_of_to_arviz_and_needs_its_scores():
@@ -298,8 +298,8 @@ def test_rows_without_ratios_of_their_own_are_refused(make):
         ValueError, match=r"no site of the model is in a vectorised plate 'rows'; its plates: \['data'\]"
     ):
         khat_by_row(model, AutoNormal(model), X, plate="rows")
-    with pytest.raises(ValueError, match="`num_samples` must be at least 25; got 24"):
-        khat_by_row(model, AutoNormal(model), X, num_samples=24)
+    with pytest.raises(ValueError, match="`num_samples` must be at least 30; got 29"):
+        khat_by_row(model, AutoNormal(model), X, num_samples=29)
     with pytest.raises(ValueError, match="khat_by_row: argument `data` has no rows"):
         khat_by_row(model, AutoNormal(model), [])
 

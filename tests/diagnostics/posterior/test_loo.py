@@ -59,8 +59,8 @@ def test_a_guide_far_from_the_posterior_gives_no_ranking():
     assert compare({"good": loo(good), "bad": forced}, force=True)["warning"].to_dict() == {"good": False, "bad": True}
     # Draws as those of MCMC are nobody's approximation.
     assert loo(bad, variational=False).elpd < loo(good, variational=False).elpd
-    with pytest.raises(ValueError, match="loo: argument `data` must have at least 25 draws a chain"):
-        loo(to_arviz(conjugate, posterior, num_samples=24))
+    with pytest.raises(ValueError, match="loo: argument `data` must have at least 30 draws a chain"):
+        loo(to_arviz(conjugate, posterior, num_samples=29))
 
 
 def test_rows_with_latents_of_their_own_give_no_estimate():

@@ -81,7 +81,7 @@ class WithMask(PyroModule):
 )
 def test_points_that_have_the_density_of_their_site_are_no_data(reparam, latents):
     model = poutine.reparam(nested, {"w": reparam})
-    data = to_arviz(model, WithMask(model), torch.randn(2, 3), num_samples=25)
+    data = to_arviz(model, WithMask(model), torch.randn(2, 3), num_samples=30)
     assert {"w", *latents} <= set(data.posterior.data_vars)
     assert set(data.log_likelihood.data_vars) == {"y"}
     assert set(data.posterior_predictive.data_vars) == {"y"}
@@ -146,7 +146,7 @@ def test_slashes_and_colons_become_dots(tmp_path):
 
 def test_slashes_in_results_by_row_and_ranks(tmp_path):
     by_row = khat_by_row(
-        scoped, AutoNested(scoped, latents="mean_field"), torch.randn(3), plate="block/rows:all", num_samples=25
+        scoped, AutoNested(scoped, latents="mean_field"), torch.randn(3), plate="block/rows:all", num_samples=30
     )
     by_row.to_netcdf(str(tmp_path / "khat.nc"), engine="h5netcdf")
     assert by_row.dims == ("block.rows.all",)
