@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from torch import nn
 
-from pyro_vnd._inputs import takes
 from pyro_vnd._sizes import check_count, check_sizes
 
 __all__ = ["Bodies", "check_image_shape", "conv_bodies", "linear_bodies", "mlp_bodies"]
@@ -52,12 +51,15 @@ def mlp_bodies(
     """
     image_shape = check_image_shape("mlp_bodies", image_shape)
     check_sizes("mlp_bodies", 1, hidden=hidden)
-    makes = callable(activation) and not isinstance(activation, nn.Module) and takes(activation)
-    if not makes or not isinstance(made := activation(), nn.Module):
-        came = f"what makes {type(made).__name__}" if makes else type(activation).__name__
+    made = why = None
+    try:
+        made = None if isinstance(activation, nn.Module) else activation()
+    except TypeError as error:  # it cannot be called so
+        why = error
+    if not isinstance(made, nn.Module):
         raise ValueError(
-            f"mlp_bodies: argument `activation` must be what makes a module, without arguments; got {came}"
-        )
+            f"mlp_bodies: argument `activation` must be what makes a module, without arguments; got {activation!r}"
+        ) from why
     down: list[nn.Module] = [nn.Flatten()]
     up: list[nn.Module] = []
     for n_in, n_out in zip([prod(image_shape), *hidden[:-1]], hidden, strict=True):

@@ -135,6 +135,8 @@ PARTS = {
     (OrderedVAE, "posterior_lengths"): NO_WORDS,
     (OrderedVAE, "prior_latents"): NO_WORDS,
     (OrderedVAE, "image_shape"): NO_SIZES,
+    **{(LinearGaussianVAE, name): NO_WORDS for name in ("tail", "prior_latents", "posterior_lengths")},
+    (LinearGaussianVAE, "num_latents"): NO_COUNTS,
     **{(OrderedVQVAE, name): NO_COUNTS for name in ("num_tokens", "dim", "codebook_size")},
     (OrderedVQVAE, "ordered"): NO_WORDS,
     (full_length, "num_latents"): NO_COUNTS,
