@@ -17,6 +17,7 @@ from pyro_vnd._sizes import without_values
 __all__ = [
     "Look",
     "check_dtype",
+    "check_features",
     "check_labels",
     "check_numbers",
     "explain_arguments",
@@ -96,6 +97,8 @@ def check_labels(
     expected = f"{caller}: argument `{argument}` must be classes, integers{among}, shape ({num_rows},)"
     if not isinstance(labels, Tensor):
         raise ValueError(f"{expected}; got {type(labels).__name__}: give torch.as_tensor({argument})")
+    if said := without_values(labels):
+        raise ValueError(f"{expected}; got {said}")
     got = f"{expected}; got {labels.dtype} of shape {tuple(labels.shape)}"
     is_real = labels.is_floating_point() or labels.is_complex()
     if labels.shape == (num_rows, 1):
@@ -128,6 +131,21 @@ def check_dtype(expected: str, x: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(
             f"{expected} of {dtype}, as the model's parameters are; got {x.dtype}: give x.to({dtype}){scaled}"
         )
+
+
+def check_features(expected: str, x: Any, size: int, dtype: torch.dtype) -> None:
+    """Raise a ValueError if something is no tensor of so many numbers a row that a net of a type can take.
+
+    Args:
+        expected: What it is, for the message: "Net: argument `x`".
+        x: Shape (..., size).
+        size: The last dimension.
+        dtype: Type of the net's parameters.
+    """
+    said = without_values(x) if isinstance(x, Tensor) else type(x).__name__
+    if said or x.shape[-1:] != (size,) or (x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)):
+        came = said or f"{x.dtype} of shape {tuple(x.shape)}"
+        raise ValueError(f"{expected} must be a dense tensor of {dtype}, shape (..., {size}); got {came}")
 
 
 def not_finite(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -17,6 +17,7 @@ __all__ = [
     "check_sizes",
     "is_integer",
     "is_number",
+    "is_one_of",
     "is_within",
     "without_values",
 ]
@@ -89,6 +90,16 @@ def is_within(value: Any, least: float = -math.inf, most: float = math.inf, *, a
         return False
 
 
+def is_one_of(value: Any, words: Collection[str | None]) -> bool:
+    """Return whether a value is one of some words; an array, which is compared by entry, is none.
+
+    Example:
+        >>> is_one_of("up", ("up", None)), is_one_of(None, ("up", None)), is_one_of(torch.ones(2), ("up", None))
+        (True, True, False)
+    """
+    return (value is None or isinstance(value, str)) and value in words
+
+
 def check_count(function: str, /, least: int = 1, **counts: int) -> None:
     """Raise a ValueError that names the function and its first argument that is no integer of at least `least`.
 
@@ -117,8 +128,8 @@ def check_seed(function: str, seed: Any) -> None:
         raise ValueError(f"{function}: argument `seed` must be an integer from -2**63 to 2**64 - 1; got {seed!r}")
 
 
-def check_sizes(function: str, /, **sizes: int | Sequence[int]) -> None:
-    """Raise a ValueError that names the function and its first argument with a size that is no positive integer.
+def check_sizes(function: str, /, fewest: int = 0, **sizes: Sequence[int]) -> None:
+    """Raise a ValueError that names the function and its first argument that is no sequence of positive integers.
 
     Example:
         >>> check_sizes("lenet", channels=(20, 0))
@@ -126,8 +137,11 @@ def check_sizes(function: str, /, **sizes: int | Sequence[int]) -> None:
         ValueError: lenet: argument `channels` must be positive; got (20, 0)
     """
     for name, size in sizes.items():
-        each = list(size) if isinstance(size, Sequence) else [size]
-        if not all(map(is_integer, each)):
-            raise ValueError(f"{function}: argument `{name}` must be integers >= 1; got {size!r}")
-        if any(one <= 0 for one in each):
+        is_list = isinstance(size, Sequence) and not isinstance(size, str | bytes) and len(size) >= fewest
+        if not is_list or not all(map(is_integer, size)):
+            some = f", {fewest} or more" * bool(fewest)
+            raise ValueError(
+                f"{function}: argument `{name}` must be a list or tuple of integers >= 1{some}; got {size!r}"
+            )
+        if any(one <= 0 for one in size):
             raise ValueError(f"{function}: argument `{name}` must be positive; got {size}")

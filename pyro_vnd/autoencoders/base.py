@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyro_vnd._compat import QuietModule
 from pyro_vnd._inputs import check_dtype
-from pyro_vnd._sizes import as_integers, check_count, check_sizes, without_values
+from pyro_vnd._sizes import as_integers, check_count, without_values
 from pyro_vnd.autoencoders.bodies import Bodies, check_image_shape, mlp_bodies
 from pyro_vnd.autoencoders.codes import CodeDecoder, CodeEncoder, Tail, check_tail
 from pyro_vnd.autoencoders.images import ImageCheck
@@ -90,7 +90,7 @@ class OrderedAutoencoder(LengthsByPrice):
         super().__init__()
         name = type(self).__name__
         image_shape = check_image_shape(name, image_shape)
-        check_sizes(name, num_latents=num_latents)
+        check_count(name, num_latents=num_latents)
         num_latents = int(num_latents)
         prior_lengths = OrderedMask.uniform(num_latents) if prior_lengths is None else prior_lengths
         check_lengths(name, prior_lengths, num_latents, posterior_lengths)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from pyro_vnd._sizes import check_sizes
+from pyro_vnd._sizes import check_count, check_sizes
 
 __all__ = ["Bodies", "check_image_shape", "conv_bodies", "linear_bodies", "mlp_bodies"]
 
@@ -41,7 +41,7 @@ def mlp_bodies(
         The bodies.
 
     Raises:
-        ValueError: If a size is not positive.
+        ValueError: If a size is not positive, or an activation no module.
 
     Example:
         >>> import torch
@@ -50,7 +50,16 @@ def mlp_bodies(
         (torch.Size([5, 16]), torch.Size([5, 1, 8, 8]))
     """
     image_shape = check_image_shape("mlp_bodies", image_shape)
-    check_sizes("mlp_bodies", hidden=hidden)
+    check_sizes("mlp_bodies", 1, hidden=hidden)
+    made = why = None
+    try:
+        made = None if isinstance(activation, nn.Module) else activation()
+    except TypeError as error:  # it cannot be called so
+        why = error
+    if not isinstance(made, nn.Module):
+        raise ValueError(
+            f"mlp_bodies: argument `activation` must be what makes a module, without arguments; got {activation!r}"
+        ) from why
     down: list[nn.Module] = [nn.Flatten()]
     up: list[nn.Module] = []
     for n_in, n_out in zip([prod(image_shape), *hidden[:-1]], hidden, strict=True):
@@ -80,7 +89,8 @@ def conv_bodies(image_shape: Sequence[int], channels: Sequence[int] = (32, 64), 
         (torch.Size([5, 16]), torch.Size([5, 1, 8, 8]))
     """
     image_shape = check_image_shape("conv_bodies", image_shape)
-    check_sizes("conv_bodies", channels=channels, hidden=hidden)
+    check_sizes("conv_bodies", 1, channels=channels)
+    check_count("conv_bodies", hidden=hidden)
     factor = 2 ** len(channels)
     if len(image_shape) != 3 or image_shape[1] % factor or image_shape[2] % factor:
         raise ValueError(
@@ -121,5 +131,5 @@ def check_image_shape(function: str, image_shape: Sequence[int]) -> tuple[int, .
     """Return the shape of an image as integers of Python; raise a ValueError if it is none."""
     if not isinstance(image_shape, Sequence):
         raise ValueError(f"{function}: argument `image_shape` must be a tuple, (D,) or (C, H, W); got {image_shape!r}")
-    check_sizes(function, image_shape=image_shape)
+    check_sizes(function, 1, image_shape=image_shape)
     return tuple(map(int, image_shape))

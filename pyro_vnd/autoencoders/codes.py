@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
+from pyro_vnd._sizes import is_one_of
 from pyro_vnd.autoencoders.bodies import Bodies
 from pyro_vnd.autoencoders.lengths import LengthEncoder, LengthSource
 from pyro_vnd.distributions import NestedNormal, OrderedMask, OrderedMaskStraightThrough
@@ -168,5 +169,5 @@ class CodeDecoder(nn.Module):
 
 def check_tail(model: str, tail: str) -> None:
     """Raise a ValueError if nobody knows the tail."""
-    if tail not in get_args(Tail):
+    if not is_one_of(tail, get_args(Tail)):
         raise ValueError(f"{model}: argument `tail` must be one of {get_args(Tail)}; got {tail!r}")

@@ -7,6 +7,9 @@ import torch
 from pyro.nn.auto_reg_nn import MaskedLinear
 from torch import Tensor, nn
 
+from pyro_vnd._inputs import check_features
+from pyro_vnd._sizes import check_count, check_sizes
+
 __all__ = ["Conditioner"]
 
 GAIN = 4.0  # of inputs and outputs: it must learn fast, as the codes whose law it is learn themselves
@@ -46,12 +49,9 @@ class Conditioner(nn.Module):
 
     def __init__(self, num_units: int, hidden: tuple[int, ...] = (96, 96), num_components: int = 1) -> None:
         super().__init__()
-        if min((num_units, *hidden, num_components)) < 1:
-            raise ValueError(
-                "Conditioner: arguments `num_units`, `hidden` and `num_components` must be positive; got "
-                f"{num_units}, {hidden} and {num_components}"
-            )
-        self.num_components = num_components
+        check_count("Conditioner", num_units=num_units, num_components=num_components)
+        check_sizes("Conditioner", hidden=hidden)
+        self.num_units, self.num_components = num_units, num_components
         units = torch.arange(1, num_units + 1)
         # A hidden unit of degree d sees the inputs 1..d, and outputs d+1..K see it: degrees go from 1 to K - 1.
         degrees = [units] + [torch.arange(size) % max(num_units - 1, 1) + 1 for size in hidden]
@@ -66,6 +66,7 @@ class Conditioner(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return means and deviations, each the shape of `x`, (..., K); of mixtures logits, too, each (..., K, M)."""
+        check_features("Conditioner: argument `x`", x, self.num_units, next(self.net.parameters()).dtype)
         found = self.net(x)
         if self.num_components > 1:
             found = found.unflatten(-1, (3, x.shape[-1], self.num_components)).movedim(-3, 0)

@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeAlias, TypedDict, get_args
 import torch
 from torch import Tensor, nn
 
+from pyro_vnd._sizes import check_count, is_one_of
 from pyro_vnd.autoencoders.bodies import Bodies
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.nn.values import MOMENTUM, ValueHead
@@ -38,10 +39,14 @@ def full_length(num_latents: int) -> OrderedMask:
     Returns:
         The law, all of whose mass is on L = K.
 
+    Raises:
+        ValueError: If the number is no integer >= 1.
+
     Example:
         >>> full_length(3).keep_probs
         tensor([1., 1., 1.])
     """
+    check_count("full_length", num_latents=num_latents)
     return OrderedMask(probs=(torch.arange(num_latents) == num_latents - 1).to(torch.get_default_dtype()))
 
 
@@ -148,7 +153,7 @@ def check_lengths(model: str, prior: OrderedMask, num_latents: int, source: str)
             f"{model}: argument `prior_lengths` must be an OrderedMask over {num_latents} units without batch shape; "
             f"got {prior!r}"
         )
-    if source not in get_args(LengthSource):
+    if not is_one_of(source, get_args(LengthSource)):
         raise ValueError(
             f"{model}: argument `posterior_lengths` must be one of {get_args(LengthSource)}; got {source!r}"
         )

@@ -12,6 +12,8 @@ from torch.fx import symbolic_trace
 from torch.nn.functional import mse_loss
 from torch.types import _size
 
+from pyro_vnd._sizes import check_count, is_one_of, is_within
+
 __all__ = [
     "BernoulliLikelihood",
     "ContinuousBernoulliLikelihood",
@@ -166,13 +168,14 @@ class GaussianLikelihood(Likelihood):
         mean: Literal["identity", "sigmoid"] = "identity",
     ) -> None:
         super().__init__()
-        if noise not in ("shared", "by_length"):
+        if not is_one_of(noise, ("shared", "by_length")):
             raise ValueError(f"GaussianLikelihood: argument `noise` must be 'shared' or 'by_length'; got {noise!r}")
-        if mean not in ("identity", "sigmoid"):
+        if not is_one_of(mean, ("identity", "sigmoid")):
             raise ValueError(f"GaussianLikelihood: argument `mean` must be 'identity' or 'sigmoid'; got {mean!r}")
-        if not 0 < scale < torch.inf:
-            raise ValueError(f"GaussianLikelihood: argument `scale` must be finite and > 0; got {scale}")
-        self.log_scale = nn.Parameter(torch.full((num_latents if noise == "by_length" else 1,), scale).log())
+        if not is_within(scale, above=0):
+            raise ValueError(f"GaussianLikelihood: argument `scale` must be a finite number > 0; got {scale!r}")
+        check_count("GaussianLikelihood", num_latents=num_latents)
+        self.log_scale = nn.Parameter(torch.full((num_latents if noise == "by_length" else 1,), float(scale)).log())
         # log s_L = sum_i z_i (log s_i - log s_{i-1}): linear in the mask, whose gradient so sees the noise.
         steps = torch.eye(len(self.log_scale)).diff(dim=0, prepend=torch.zeros(1, len(self.log_scale)))
         self.register_buffer("steps", steps, persistent=False)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import LowRankMultivariateNormal
 
+from pyro_vnd._sizes import check_count, is_one_of
 from pyro_vnd.autoencoders.bodies import check_image_shape, linear_bodies
 from pyro_vnd.autoencoders.codes import CodeEncoder, Tail
 from pyro_vnd.autoencoders.lengths import LengthSource
@@ -71,9 +72,10 @@ class LinearGaussianVAE(OrderedVAE):
     ) -> None:
         name = type(self).__name__
         image_shape = check_image_shape(name, image_shape)
-        if tail == "completion":
+        check_count(name, num_latents=num_latents)
+        if isinstance(tail, str) and tail == "completion":
             raise ValueError(f"{name}: argument `tail` must not be 'completion', which is not linear")
-        if prior_latents != "independent":
+        if not is_one_of(prior_latents, ("independent",)):
             raise ValueError(f"{name}: argument `prior_latents` must be 'independent', or it is not Gaussian")
         super().__init__(
             image_shape,

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vnd._sizes import check_count
+from pyro_vnd._sizes import check_count, is_one_of
 from pyro_vnd.autoencoders.base import ElboTerms, EncoderGuide, OrderedAutoencoder
 from pyro_vnd.autoencoders.bodies import Bodies
 from pyro_vnd.autoencoders.codes import CodeDecoder, CodeEncoder, Tail
@@ -99,7 +99,7 @@ class OrderedVAE(OrderedAutoencoder):
             make_encoder=make_encoder,
             make_decoder=make_decoder,
         )
-        if prior_latents not in get_args(PriorLatents):
+        if not is_one_of(prior_latents, get_args(PriorLatents)):
             raise ValueError(
                 f"{type(self).__name__}: argument `prior_latents` must be one of {get_args(PriorLatents)}; "
                 f"got {prior_latents!r}"
@@ -195,7 +195,7 @@ class OrderedVAE(OrderedAutoencoder):
         Source: Burda, Grosse and Salakhutdinov, arXiv 1509.00519, equation 8.
         """
         check_count(f"{type(self).__name__}.log_likelihood", num_samples=num_samples, chunk_size=chunk_size)
-        if unit not in ("nats", "bits_per_dim"):
+        if not is_one_of(unit, ("nats", "bits_per_dim")):
             raise ValueError(
                 f"{type(self).__name__}.log_likelihood: argument `unit` must be 'nats' or 'bits_per_dim'; got {unit!r}"
             )

@@ -13,7 +13,7 @@ from torch.distributions import kl_divergence
 from torch.fx import symbolic_trace
 from torch.nn.functional import one_hot
 
-from pyro_vnd._sizes import check_count, check_sizes
+from pyro_vnd._sizes import check_count, is_one_of
 from pyro_vnd.autoencoders.base import ElboTerms, EncoderGuide, OrderedAutoencoder
 from pyro_vnd.autoencoders.bodies import Bodies
 from pyro_vnd.autoencoders.codes import Tail
@@ -90,11 +90,11 @@ class OrderedVQVAE(OrderedAutoencoder):
         tail: Tail = "zeros",
     ) -> None:
         name = type(self).__name__
-        if ordered not in get_args(Ordered):
+        if not is_one_of(ordered, get_args(Ordered)):
             raise ValueError(f"{name}: argument `ordered` must be one of {get_args(Ordered)}; got {ordered!r}")
         if not 0 <= commitment < math.inf:
             raise ValueError(f"{name}: argument `commitment` must be finite and >= 0; got {commitment}")
-        check_sizes(name, num_tokens=num_tokens, dim=dim, codebook_size=codebook_size)
+        check_count(name, num_tokens=num_tokens, dim=dim, codebook_size=codebook_size)
         num_tokens, dim, codebook_size = int(num_tokens), int(dim), int(codebook_size)
         blocks = Blocks(num_tokens, dim, ordered == "tokens")
         super().__init__(

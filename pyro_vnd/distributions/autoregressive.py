@@ -1,6 +1,7 @@
 """Laws of ordered coordinates, each given those before it, that are zero past a random length."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import ClassVar, Self
 
 import torch
@@ -9,11 +10,12 @@ from torch.distributions import constraints
 from torch.types import _size
 
 from pyro_vnd._compat import recall, remember
+from pyro_vnd._inputs import takes
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
-from pyro_vnd.distributions.constraints import got
+from pyro_vnd.distributions.constraints import check_real, got
 from pyro_vnd.distributions.mixtures import NestedMixture, draw
-from pyro_vnd.distributions.nested import NestedLaw, NestedNormal, in_range
-from pyro_vnd.distributions.straight_through import Noise, OrderedMaskStraightThrough
+from pyro_vnd.distributions.nested import NestedLaw, NestedNormal, in_range, mask_law_of
+from pyro_vnd.distributions.straight_through import Noise
 
 __all__ = ["NestedAutoregressive"]
 
@@ -85,14 +87,13 @@ class NestedAutoregressive(NestedLaw):
         noise: Noise = "logistic",
         validate_args: bool | None = None,
     ) -> None:
-        if not callable(conditioner):
+        if not callable(conditioner) or isinstance(conditioner, type) or not takes(conditioner, None):
             raise ValueError(
-                f"NestedAutoregressive: argument `conditioner` must be callable; got {type(conditioner).__name__}"
+                "NestedAutoregressive: argument `conditioner` must be callable with values, one argument; got "
+                f"{type(conditioner).__name__}"
             )
         self.conditioner = conditioner
-        self.mask_law = OrderedMaskStraightThrough(
-            temperature, probs=probs, logits=logits, noise=noise, validate_args=validate_args
-        )
+        self.mask_law = mask_law_of("NestedAutoregressive", temperature, probs, logits, noise, validate_args)
         super().__init__(self.mask_law.batch_shape, self.mask_law.event_shape, validate_args=False)
         self._validate_args = self.mask_law._validate_args
 
@@ -108,14 +109,16 @@ class NestedAutoregressive(NestedLaw):
         Raises:
             ValueError: If the values or what the conditioner returns have another shape.
         """
-        try:
-            shape = broadcast_shapes(value.shape[:-1], self.batch_shape) + value.shape[-1:]
-        except RuntimeError:
-            shape = None
+        check_real("NestedAutoregressive: argument `value`", value)
+        shape = None
+        if isinstance(value, Tensor):
+            with suppress(RuntimeError):
+                shape = broadcast_shapes(value.shape[:-1], self.batch_shape) + value.shape[-1:]
         if shape is None or shape[-1:] != self.event_shape:
+            came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
                 f"NestedAutoregressive: argument `value` must be samples of shape (..., {self.num_units}) that "
-                f"broadcast with the batch shape {tuple(self.batch_shape)}; got {tuple(value.shape)}"
+                f"broadcast with the batch shape {tuple(self.batch_shape)}; got {came}"
             )
         making = recall(value)
         return self._law(*self._condition(value if making is None else making[1], shape))
@@ -163,6 +166,9 @@ class NestedAutoregressive(NestedLaw):
         return NestedMixture(loc, scale, logits, self.mask_law)
 
     def _check(self, loc: Tensor, scale: Tensor, logits: Tensor | None = None) -> None:
+        if self._validate_args:
+            for part in (loc, scale, *([] if logits is None else [logits])):
+                check_real("NestedAutoregressive: what argument `conditioner` returns", part)
         if self._validate_args and not (in_range("loc", loc) and in_range("scale", scale)):
             raise ValueError(
                 "NestedAutoregressive: argument `conditioner` must return finite means and finite deviations > 0; got "

@@ -1,9 +1,11 @@
 """Constraints of masks and nested vectors, the map from one-hot lengths to masks, and checks of arguments."""
 
 import math
+from collections.abc import Mapping, Set
 from contextlib import suppress
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,10 +18,13 @@ from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 
 __all__ = [
     "TailSum",
+    "as_shape",
     "binary_ordered_mask",
     "check_dense",
     "check_expandable",
     "check_real",
+    "check_sample",
+    "check_switch",
     "got",
     "nested_vector",
     "ordered_mask",
@@ -65,6 +70,45 @@ def check_real(name: str, x: Any) -> None:
     check_dense(name, x)
     if isinstance(x, Tensor) and (x.is_complex() or x.dtype == torch.bool):
         raise ValueError(f"{name} must be a tensor of real numbers; got {x.dtype}")
+
+
+def check_switch(name: str, validate_args: Any) -> None:
+    """Raise a ValueError if what says whether a law checks its arguments says neither, nor nothing."""
+    if not (validate_args is None or isinstance(validate_args, bool | np.bool_)):
+        raise ValueError(f"{name}: argument `validate_args` must be True, False or None; got {validate_args!r}")
+
+
+def check_sample(law: Distribution, value: Any) -> None:
+    """Raise a ValueError if a value is none that a law without a mask can score, by torch's own check."""
+    name = f"{type(law).__name__}: argument `value`"
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor; got {type(value).__name__}")
+    check_real(name, value)
+    try:
+        broadcast_shapes(value.shape, law.batch_shape + law.event_shape)
+        if value.numel():  # torch's check of independent entries fails where there are none
+            Distribution._validate_sample(law, value)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{name} must be numbers of a shape that broadcasts with {tuple(law.batch_shape + law.event_shape)}; got "
+            f"shape {tuple(value.shape)}: {error}"
+        ) from None
+
+
+def as_shape(name: str, shape: Any) -> torch.Size:
+    """Return a shape, or raise a ValueError if it is none.
+
+    Args:
+        name: What it is, for the message: "Law: argument `x`".
+        shape: The shape.
+    """
+    try:
+        sizes = None if isinstance(shape, str | bytes | Mapping | Set) else torch.Size(shape)
+    except TypeError:
+        sizes = None
+    if sizes is None or any(size < 0 for size in sizes):
+        raise ValueError(f"{name} must be a sequence of sizes >= 0; got {shape!r}")
+    return sizes
 
 
 def got(x: Tensor) -> str:

@@ -18,7 +18,15 @@ from pyro_vnd._compat import all_true
 from pyro_vnd._sizes import is_within
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions._fast.slopes import finite_slope, log_of_probs
-from pyro_vnd.distributions.constraints import check_dense, check_expandable, check_real, got, tail_sum, within
+from pyro_vnd.distributions.constraints import (
+    check_dense,
+    check_expandable,
+    check_real,
+    check_switch,
+    got,
+    tail_sum,
+    within,
+)
 from pyro_vnd.distributions.derived import KeepsDerived, derived
 from pyro_vnd.distributions.tilt import Tiltable, tilted_logits
 
@@ -66,6 +74,7 @@ class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
         if (probs is None) == (logits is None):
             count = "both" if logits is not None else "none"
             raise ValueError(f"{type(self).__name__}: give exactly one of `probs` and `logits`; got {count}")
+        check_switch(type(self).__name__, validate_args)
         self._is_logits, self._may_have_zeros = probs is None, probs is not None
         if validate_args is None:
             validate_args = type(self)._validate_args
@@ -320,7 +329,8 @@ class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
                 f"{name} must be a floating-point tensor of shape (..., num_units - 1); "
                 f"got shape {tuple(chain_logits.shape)}, {chain_logits.dtype}"
             )
-        if kwargs.get("validate_args", cls._validate_args) and not within(chain_logits):
+        check_switch(cls.__name__, validate_args := kwargs.get("validate_args"))
+        if (cls._validate_args if validate_args is None else validate_args) and not within(chain_logits):
             raise ValueError(f"{name} of shape {tuple(chain_logits.shape)} must have finite values; got NaN or inf")
         if chain_logits.dtype in _HALF_PRECISION:
             chain_logits = chain_logits.float()
@@ -394,7 +404,8 @@ class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
 def positive_int(cls: type, num_units: int) -> int:
     """Return a number of units, of Python or numpy, as an `int`."""
     with suppress(TypeError):
-        if not isinstance(num_units, bool) and 1 <= index(num_units) <= sys.maxsize:
+        is_truth = isinstance(num_units, bool) or getattr(num_units, "dtype", None) == torch.bool
+        if not is_truth and 1 <= index(num_units) <= sys.maxsize:
             return index(num_units)
     raise ValueError(f"{cls.__name__}: argument `num_units` must be an integer >= 1; got {num_units!r}")
 

@@ -262,9 +262,7 @@ class NestedNormal(NestedLaw):
         noise: Noise = "logistic",
         validate_args: bool | None = None,
     ) -> None:
-        mask_law = OrderedMaskStraightThrough(
-            temperature, probs=probs, logits=logits, noise=noise, validate_args=validate_args
-        )
+        mask_law = mask_law_of("NestedNormal", temperature, probs, logits, noise, validate_args)
         self._fill(_coordinates("loc", loc, mask_law), _coordinates("scale", scale, mask_law), mask_law)
 
     @classmethod
@@ -333,6 +331,18 @@ class NestedNormal(NestedLaw):
         new = super().expand(batch_shape, _instance)
         new._loc, new._scale = self._loc, self._scale
         return new
+
+
+def mask_law_of(
+    law: str, temperature: Any, probs: Any, logits: Any, noise: Any, validate_args: Any
+) -> OrderedMaskStraightThrough:
+    """Return the law of a nested law's mask; errors name the nested law, which was given the arguments."""
+    try:
+        return OrderedMaskStraightThrough(
+            temperature, probs=probs, logits=logits, noise=noise, validate_args=validate_args
+        )
+    except ValueError as error:
+        raise ValueError(str(error).replace("OrderedMaskStraightThrough", law, 1)) from None
 
 
 def _coordinates(name: str, value: Any, mask_law: OrderedMask) -> Tensor:

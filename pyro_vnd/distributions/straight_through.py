@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.types import _size
 
 from pyro_vnd._compat import only_plain_code, recall
+from pyro_vnd._sizes import is_one_of
 from pyro_vnd.distributions._fast.masks import logistic_mask
 from pyro_vnd.distributions.constraints import tail_sum
 from pyro_vnd.distributions.lengths import LengthLaw, gumbel_like
@@ -75,7 +76,7 @@ class OrderedMaskStraightThrough(OrderedMask):
         validate_args: bool | None = None,
     ) -> None:
         LengthLaw.__init__(self, probs, logits, temperature, validate_args=validate_args)
-        if noise not in get_args(Noise):
+        if not is_one_of(noise, get_args(Noise)):
             raise ValueError(f"{type(self).__name__}: argument `noise` must be 'logistic' or 'gumbel'; got {noise!r}")
         self.noise = noise
 

@@ -16,7 +16,15 @@ from torch.types import _size
 from pyro_vnd._compat import all_true, only_plain_code
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions._fast.normals import draw_and_kl, variance_and_kl
-from pyro_vnd.distributions.constraints import check_expandable, counted, got
+from pyro_vnd.distributions.constraints import (
+    as_shape,
+    check_dense,
+    check_expandable,
+    check_sample,
+    check_switch,
+    counted,
+    got,
+)
 from pyro_vnd.distributions.derived import KeepsDerived, derived, keep
 from pyro_vnd.distributions.lengths import batch_facts, span
 
@@ -226,14 +234,8 @@ class LogUniform(TorchDistribution):
     support = constraints.real
 
     def __init__(self, batch_shape: Sequence[int] = (), *, validate_args: bool | None = None) -> None:
-        try:
-            shape = torch.Size(batch_shape)
-        except TypeError:
-            shape = None
-        if shape is None or any(size < 0 for size in shape):
-            raise ValueError(
-                f"LogUniform: argument `batch_shape` must be a sequence of sizes >= 0; got {batch_shape!r}"
-            )
+        check_switch("LogUniform", validate_args)
+        shape = as_shape("LogUniform: argument `batch_shape`", batch_shape)
         super().__init__(shape, validate_args=validate_args)
 
     def expand(self, batch_shape: _size, _instance: Self | None = None) -> Self:
@@ -255,7 +257,9 @@ class LogUniform(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return -log |w| - c, finite at zero, shape broadcast(value.shape, batch_shape)."""
         if self._validate_args and not torch.compiler.is_compiling():
-            self._validate_sample(value)
+            check_sample(self, value)
+            if not value.is_floating_point():
+                raise ValueError(f"LogUniform: argument `value` must be floating-point numbers; got {value.dtype}")
         log_prob = -value.abs().clamp_min(torch.finfo(value.dtype).tiny).log() - _CONSTANT
         return log_prob.expand(broadcast_shapes(value.shape, self.batch_shape))
 
@@ -310,7 +314,13 @@ class Gated(TorchDistribution):
         *,
         validate_args: bool | None = None,
     ) -> None:
-        shape = base.batch_shape if event_shape is None else torch.Size(event_shape)
+        check_switch("Gated", validate_args)
+        for name, law in (("base", base), ("rest", rest)):
+            if not isinstance(law, Distribution) and (name == "base" or law is not None):
+                raise ValueError(f"Gated: argument `{name}` must be a distribution; got {type(law).__name__}")
+        given_shape = base.batch_shape if event_shape is None else event_shape
+        shape = as_shape("Gated: argument `event_shape`", given_shape)
+        check_dense("Gated: argument `gate`", gate)
         if gate is not None and not (isinstance(gate, Tensor) and gate.is_floating_point()):
             came = gate.dtype if isinstance(gate, Tensor) else type(gate).__name__
             raise ValueError(f"Gated: argument `gate` must be a floating-point tensor or None; got {came}")
@@ -380,9 +390,8 @@ class Gated(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the gated sum of log-probabilities, shape value.shape without the event dimensions."""
-        # Torch's check of independent entries fails where there are none, and where values are not known.
-        if self._validate_args and value.numel() and not torch.compiler.is_compiling():
-            self._validate_sample(value)
+        if self._validate_args and not torch.compiler.is_compiling():
+            check_sample(self, value)
         shape = broadcast_shapes(value.shape, self._extended_shape())
         log_prob = self.sum_over_event(self.base.log_prob(value).expand(shape), self.gate)
         if self.gate is None or self.rest is None:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
-from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vnd._data import Data, as_arguments, batches_of, check_rows, is_tensors, map_parts, num_rows
-from pyro_vnd._sizes import check_sizes
+from pyro_vnd._sizes import check_count, check_seed, is_within, without_values
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.nn.values import ValueHead, interpolate_values, spaced_lengths
@@ -134,11 +133,14 @@ def distil_lengths(
             f"{name}: argument `model` must be an nn.Module with the methods of `ValuedModel`; {type(model).__name__} "
             f"lacks {', '.join(missing) or 'those of an nn.Module'}"
         )
-    check_sizes(name, num_lengths=num_lengths, num_rows_used=num_rows_used, num_steps=num_steps, batch_size=batch_size)
-    if prices is not None and not (_are_numbers(prices, 2) and 0 < prices[0] < prices[1] < math.inf):
+    check_count(name, num_lengths=num_lengths, num_rows_used=num_rows_used, num_steps=num_steps, batch_size=batch_size)
+    batch_size = int(batch_size)  # torch splits by no other integers
+    if prices is not None and not _are_prices(prices):
         raise ValueError(f"{name}: argument `prices` must be two prices, 0 < low < high; got {prices!r}")
-    if not (_are_numbers([lr], 1) and 0 < lr < math.inf):
+    if not is_within(lr, above=0):
         raise ValueError(f"{name}: argument `lr` must be finite and > 0; got {lr!r}")
+    if seed is not None:
+        check_seed(name, seed)
     if torch.is_inference_mode_enabled():
         raise ValueError(f"{name}: the head is trained, which torch.inference_mode does not allow: call it outside")
     if is_tensors(data):
@@ -148,6 +150,10 @@ def distil_lengths(
     started = time.perf_counter()
     with random_numbers(seed, cuda_devices([model])):
         head = model.add_value_head()
+        if not isinstance(head, ValueHead):
+            raise ValueError(
+                f"{name}: argument `model` must return a ValueHead from `add_value_head`; got {type(head).__name__}"
+            )
         with module_mode([model], training=False):
             lengths = {False: spaced_lengths(head.num_units, num_lengths), True: spaced_lengths(head.num_units, FINE)}
             parts = (
@@ -157,7 +163,9 @@ def distil_lengths(
             )
             (inputs, curves), (held_inputs, held_curves) = _look(model, head, parts, lengths, progress)
             _check_enough(len(curves) + len(held_curves), num_rows_used)
-            _train(head, inputs, curves, prices, num_steps, batch_size, lr, progress)
+            _train(head, inputs, curves, prices, num_steps, batch_size, float(lr), progress)
+            if not all(bool(part.isfinite().all()) for part in head.parameters()):
+                raise ValueError(f"{name}: argument `lr` must be lower: the head has diverged at {lr!r}")
             with torch.no_grad():
                 head.calibrate(head(inputs[: MOST_HELD_OUT * 2]))
                 scores = _scores(head, head(held_inputs), held_curves)
@@ -188,8 +196,9 @@ def _check_arguments(model: ValuedModel, data: Data) -> None:
             ) from None
 
 
-def _are_numbers(values: Any, count: int) -> bool:
-    return isinstance(values, Sequence) and len(values) == count and all(isinstance(v, Real) for v in values)
+def _are_prices(prices: Any) -> bool:
+    is_pair = isinstance(prices, Sequence) and len(prices) == 2 and all(is_within(price, above=0) for price in prices)
+    return is_pair and bool(prices[0] < prices[1])
 
 
 def _rows(data: Data, rows: Tensor) -> Data:
@@ -238,11 +247,24 @@ def _look(
             args, kwargs = as_arguments(batch)
             inputs = model.value_inputs(*args, **kwargs)
             values = model.value_curve(*args, lengths=lengths[held_out], **kwargs)
+            count = num_rows(batch)
+            _check_found(model, "value_inputs", inputs, (count, head.num_inputs))
+            _check_found(model, "value_curve", values, (count, len(lengths[held_out])))
             found[held_out].append((inputs, interpolate_values(values, lengths[held_out], head.num_units)))
-            bar.update(num_rows(batch))
+            bar.update(count)
     empty = (torch.empty(0), torch.empty(0))
     columns = (zip(*(each or [empty]), strict=True) for each in found.values())
     return [(torch.cat(inputs), torch.cat(curves)) for inputs, curves in columns]
+
+
+def _check_found(model: ValuedModel, method: str, found: Any, shape: tuple[int, int]) -> None:
+    came = found.shape if isinstance(found, Tensor) else None
+    if came != shape or without_values(found) or not bool(found.isfinite().all()):
+        got = type(found).__name__ if came is None else without_values(found) or f"shape {tuple(came)}, or NaN or inf"
+        raise ValueError(
+            f"distil_lengths: argument `model` must return finite numbers of shape {shape} from "
+            f"{type(model).__name__}.{method}; got {got}"
+        )
 
 
 def _train(

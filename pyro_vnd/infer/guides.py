@@ -17,6 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vnd._compat import give_local_params
+from pyro_vnd._sizes import is_one_of
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.distributions.straight_through import Noise
 from pyro_vnd.infer._conditional.guide import AutoConditional
@@ -136,7 +137,7 @@ class AutoNested(LengthsByRow, AutoGuideList):
         amortise: Callable[..., Tensor] | None = None,
         init_loc_fn: Callable[[Any], Any] | None = None,
     ) -> None:
-        if latents not in ("conditional", "mean_field", None):
+        if not is_one_of(latents, ("conditional", "mean_field", None)):
             raise ValueError(
                 f"AutoNested: argument `latents` must be 'conditional', 'mean_field' or None; got {latents!r}"
             )

@@ -7,6 +7,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Normal
 
+from pyro_vnd._sizes import is_one_of
 from pyro_vnd.distributions import Gated
 from pyro_vnd.distributions._fast.arrays import noisy
 from pyro_vnd.distributions.weights import LogScaleNormal
@@ -50,7 +51,7 @@ class LocalReparameterization(Messenger):
 
     def __init__(self, layers: Literal["all", "linear"] = "all") -> None:
         super().__init__()
-        if layers not in ("all", "linear"):
+        if not is_one_of(layers, ("all", "linear")):
             raise ValueError(f"LocalReparameterization: argument `layers` must be 'all' or 'linear'; got {layers!r}")
         self.layers = layers
         self._kinds = ("linear", "convolution") if layers == "all" else ("linear",)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_vnd._data import Batch, Rows, check_repeatable, input_batches
 from pyro_vnd._inputs import explain_inputs
-from pyro_vnd._sizes import is_integer
+from pyro_vnd._sizes import is_integer, is_one_of
 from pyro_vnd._state import module_mode
 from pyro_vnd.nn.cost import example_of, net_cost
 from pyro_vnd.nn.model import NestedModel, taken_apart
@@ -103,7 +103,7 @@ def _check(budget: Any, cost: Any, max_tries: Any) -> None:
             "widths_for: argument `budget` must be a share of the whole net's cost in (0.0, 1.0] (a float), or a "
             f"number of {_UNITS.get(cost, 'its units')} (an int); got {budget!r}"
         )
-    if cost not in get_args(Cost):
+    if not is_one_of(cost, get_args(Cost)):
         raise ValueError(f"widths_for: argument `cost` must be one of {', '.join(get_args(Cost))}; got {cost!r}")
     if not is_integer(max_tries) or max_tries < 1:
         raise ValueError(f"widths_for: argument `max_tries` must be an integer, at least 1; got {max_tries!r}")

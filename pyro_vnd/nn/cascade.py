@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_vnd._data import Batch, Rows, input_batches, take_rows
 from pyro_vnd._inputs import explain_inputs
-from pyro_vnd._sizes import is_integer, without_values
+from pyro_vnd._sizes import check_count, is_integer, is_one_of, is_within, without_values
 from pyro_vnd._state import module_mode
 from pyro_vnd.nn.draws import NetDraws
 from pyro_vnd.nn.likelihoods import CategoricalLabels
@@ -114,10 +114,10 @@ class CascadeNet(nn.Module):
         super().__init__()
         net, output = _check_net(net)
         kept = _check_widths(net, widths, rounding)
-        if doubt not in get_args(Doubt):
+        if not is_one_of(doubt, get_args(Doubt)):
             raise ValueError(f"CascadeNet: argument `doubt` must be one of {get_args(Doubt)}; got {doubt!r}")
-        if num_samples is not None and (not is_integer(num_samples) or num_samples < 1):
-            raise ValueError(f"CascadeNet: argument `num_samples` must be None or at least 1; got {num_samples!r}")
+        if num_samples is not None:
+            check_count("CascadeNet", num_samples=num_samples)
         if doubt == "mutual_information" and (num_samples or 1) < 2:
             raise ValueError(
                 f"CascadeNet: doubt='mutual_information' needs `num_samples` of at least 2, since a single pass has "
@@ -148,7 +148,12 @@ class CascadeNet(nn.Module):
             for draw in draws:
                 plain = narrow(net, blocks, draw)
                 if recalibrate is not None:
-                    recalibrated(plain, input_batches(recalibrate, 256, net.num_inputs))
+                    try:
+                        recalibrated(plain, input_batches(recalibrate, 256, net.num_inputs))
+                    except ValueError as error:
+                        raise ValueError(
+                            f"CascadeNet: argument `recalibrate` must be inputs of the net: {error}"
+                        ) from None
                 # Behind a block that the narrower net has dropped, nothing is as it was there.
                 shared = [] if net.blocks else shared_layers(net, plain)
                 nets.append(continued(net, plain, shared, before, units, draw, output))
@@ -324,7 +329,7 @@ class CascadeNet(nn.Module):
     def _check_cost(self, mean_cost: float | int) -> float:
         """Return a mean cost in multiply-adds for a row."""
         low = self.multiply_adds[0]
-        if is_integer(mean_cost) and mean_cost >= 1:
+        if is_integer(mean_cost) and is_within(mean_cost, 1):
             cost = float(mean_cost)
         elif isinstance(mean_cost, Real) and not isinstance(mean_cost, Integral) and 0 < mean_cost <= 1:
             cost = float(mean_cost) * self.whole_cost
@@ -346,11 +351,13 @@ class CascadeNet(nn.Module):
         if threshold is None:
             return torch.full((count,), math.nan)
         try:
-            values = torch.as_tensor(threshold, dtype=torch.get_default_dtype()).detach().clone()
-        except (TypeError, ValueError, RuntimeError):
-            values = torch.tensor(math.nan)
+            given = torch.as_tensor(threshold)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            given = torch.tensor(math.nan)
+        is_real = not (given.is_complex() or given.dtype == torch.bool or without_values(given))
+        values = given.detach().to(torch.get_default_dtype()) if is_real else torch.tensor(math.nan)
         values = values.expand(count) if values.dim() == 0 else values
-        if isinstance(threshold, bool) or values.shape != (count,) or not (values >= 0).all():
+        if values.shape != (count,) or not (values >= 0).all():
             raise ValueError(
                 f"CascadeNet: argument `threshold` must be a number >= 0, or one for each of the {count} stages that "
                 f"rows can go on from; got {threshold!r}"
@@ -390,7 +397,12 @@ def _check_widths(net: NestedNet, widths: Any, rounding: Rounding | None) -> lis
     if not isinstance(widths, Sequence) or isinstance(widths, str) or not widths:
         raise ValueError(f"CascadeNet: argument `widths` must be a list of widths; got {widths!r}")
     whole = {name: width.num_blocks for name, width in net.widths.items()}
-    kept = [whole | net.kept_blocks(width, rounding) for width in widths]
+    if not is_one_of(rounding, (None, *get_args(Rounding))):
+        raise ValueError(f"CascadeNet: argument `rounding` must be {get_args(Rounding)} or None; got {rounding!r}")
+    try:
+        kept = [whole | net.kept_blocks(width, rounding) for width in widths]
+    except ValueError as error:
+        raise ValueError(f"CascadeNet: argument `widths` must be widths of the net; got {widths!r}: {error}") from None
     for (narrower, wider), before, after in zip(pairwise(kept), widths[:-1], widths[1:], strict=True):
         if narrower == wider or any(narrower[name] > wider[name] for name in whole):
             raise ValueError(

@@ -1,11 +1,12 @@
 """Laws of labels of tokens and of pixels, some of which are to be ignored."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, ClassVar
 
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from pyro_vnd._sizes import is_integer
 from pyro_vnd.nn.label_laws import PartlySeenCategorical
 from pyro_vnd.nn.net_likelihood import NetLikelihood, check_shape, is_rows, refuse_outputs, refuse_values
 
@@ -36,12 +37,13 @@ class TokenLabels(NetLikelihood):
 
     def __init__(self, ignore_index: int | Sequence[int] = -100) -> None:
         super().__init__()
-        ignored = (ignore_index,) if isinstance(ignore_index, int) else tuple(ignore_index)
-        if any(isinstance(index, bool) or not isinstance(index, int) for index in ignored):
+        ignored: Any = [ignore_index] if is_integer(ignore_index) else ignore_index
+        is_list = isinstance(ignored, Sequence | Set) and not isinstance(ignored, str | bytes)
+        if not is_list or not all(is_integer(index) and -(2**63) <= index < 2**63 for index in ignored):
             raise ValueError(
                 f"{type(self).__name__}: argument `ignore_index` must be an integer or integers; got {ignore_index!r}"
             )
-        self.ignored = ignored
+        self.ignored = tuple(map(int, ignored))
 
     def by_entry(self, outputs: Tensor, batch_dim: int = 1) -> Tensor:
         """Return logits with the classes last; arguments as in `entries`."""

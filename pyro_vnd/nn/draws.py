@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyro_vnd._compat import num_changes, plain_checkpoints, quiet_lookups
 from pyro_vnd._data import Batch, Rows
 from pyro_vnd._inputs import explain_arguments, refuse_nan
-from pyro_vnd._sizes import is_integer
+from pyro_vnd._sizes import check_seed, is_integer
 from pyro_vnd._state import cuda_devices, random_numbers
 from pyro_vnd.distributions._fast.masks import hard_mask
 from pyro_vnd.nn.narrow_draws import Draw, NarrowDraws, Pick, Predictor
@@ -87,6 +87,8 @@ class NetDraws(Predictor):
     ) -> None:
         if not is_integer(num_samples) or num_samples < 1:
             raise ValueError(f"NetDraws: argument `num_samples` must be an integer, at least 1; got {num_samples!r}")
+        if seed is not None:
+            check_seed("NetDraws", seed)
         super().__init__(net, partial(picked, "NetDraws") if pick is None else pick)
         self.net, self.num_samples = net, int(num_samples)
         self.seed = int(torch.randint(2**62, ())) if seed is None else seed

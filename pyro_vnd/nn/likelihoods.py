@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyro_vnd._inputs import check_labels
+from pyro_vnd._sizes import is_integer, without_values
 from pyro_vnd.nn.label_laws import ordinal_log_probs
 from pyro_vnd.nn.net_likelihood import (
     NetLikelihood,
@@ -116,13 +117,15 @@ class NormalTargets(NetLikelihood):
 
     def __init__(self, scale: float | Tensor | Literal["predicted"] = 1.0, *, dim: int = -1) -> None:
         super().__init__()
-        self.dim = dim
-        if isinstance(scale, str):
-            if scale != "predicted":
-                raise ValueError(f'NormalTargets: argument `scale` must be numbers or "predicted"; got {scale!r}')
+        if not is_integer(dim):
+            raise ValueError(f"NormalTargets: argument `dim` must be an integer; got {dim!r}")
+        self.dim = int(dim)
+        if isinstance(scale, str) and scale == "predicted":
             self.log_scale = None
             return
-        start = torch.as_tensor(scale, dtype=torch.get_default_dtype())
+        start = _as_scales(scale)
+        if start is None:
+            raise ValueError(f'NormalTargets: argument `scale` must be numbers or "predicted"; got {scale!r}')
         if not bool(((start > 0) & start.isfinite()).all()):
             raise ValueError(f"NormalTargets: argument `scale` must be finite and > 0; got {scale}")
         self.log_scale = nn.Parameter(start.log())
@@ -154,6 +157,16 @@ class NormalTargets(NetLikelihood):
         if values:
             refuse_values(caller, argument, "finite", y, ~y.isfinite())
         return y
+
+
+def _as_scales(scale: Any) -> Tensor | None:
+    """Return scales as a tensor of its own, or None if they are no real numbers."""
+    try:
+        start = torch.as_tensor(scale)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+    is_real = not (start.is_complex() or start.dtype == torch.bool or without_values(start))
+    return start.detach().to(torch.get_default_dtype()) if is_real and start.numel() else None
 
 
 def _fits_last(shape: Sequence[int], of: Sequence[int]) -> bool:
@@ -212,9 +225,9 @@ class OrdinalLabels(NetLikelihood):
 
     def __init__(self, num_levels: int) -> None:
         super().__init__()
-        if isinstance(num_levels, bool) or not isinstance(num_levels, int) or num_levels < 2:
+        if not is_integer(num_levels) or not 2 <= num_levels < 2**31:
             raise ValueError(f"OrdinalLabels: argument `num_levels` must be an integer, at least 2; got {num_levels!r}")
-        self.num_levels = num_levels
+        self.num_levels = int(num_levels)
         start = torch.logit(torch.arange(1, num_levels) / num_levels)
         self.first, self.log_steps = nn.Parameter(start[:1]), nn.Parameter(start.diff().log())
 

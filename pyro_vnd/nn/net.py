@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyro_vnd._compat import QuietModule, plain_checkpoints
 from pyro_vnd._data import Batch
 from pyro_vnd._inputs import explain_arguments, explain_inputs, refuse_nan
-from pyro_vnd._sizes import is_integer
+from pyro_vnd._sizes import is_integer, is_one_of
 from pyro_vnd.distributions import OrderedMask
 from pyro_vnd.nn.depth import NestedBlock
 from pyro_vnd.nn.guide import NetGuide
@@ -115,7 +115,7 @@ class NestedNet(QuietModule):
         blocks: Sequence[NestedBlock] = (),
     ) -> None:
         super().__init__()
-        if mask_per not in ("example", "batch"):
+        if not is_one_of(mask_per, ("example", "batch")):
             raise ValueError(f"NestedNet: argument `mask_per` must be 'example' or 'batch'; got {mask_per!r}")
         self.net, self.mask_per, self.prefix = net, mask_per, prefix
         self.gated = mask_per == "batch" if gated is None else gated

@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_vnd._sizes import without_values
+
 __all__ = ["NetLikelihood", "check_shape", "drop_single", "is_rows", "refuse_outputs", "refuse_values"]
 
 
@@ -81,6 +83,8 @@ def check_shape(caller: str, argument: str, y: Any, shape: Sequence[int], what: 
     expected = f"{caller}: argument `{argument}` must be {what}, shape {tuple(shape)} as the net's outputs have it"
     if not isinstance(y, Tensor):
         raise ValueError(f"{expected}; got {type(y).__name__}: give torch.as_tensor({argument})")
+    if said := without_values(y):
+        raise ValueError(f"{expected}; got {said}")
     if len(shape) == 1:
         y = drop_single(y, 1)
     if y.shape != tuple(shape) or y.is_complex():

@@ -7,7 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from pyro_vnd._sizes import as_integers, check_sizes, is_within
+from pyro_vnd._inputs import check_features
+from pyro_vnd._sizes import as_integers, check_count, check_sizes, is_within, without_values
 from pyro_vnd.distributions import OrderedMask
 
 __all__ = ["ValueHead", "checked_lengths", "chosen_at_mean", "interpolate_values", "majorant_slopes", "spaced_lengths"]
@@ -67,10 +68,12 @@ class ValueHead(nn.Module):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        check_sizes(type(self).__name__, num_inputs=num_inputs, num_units=num_units, hidden=tuple(hidden))
+        check_count(type(self).__name__, num_inputs=num_inputs, num_units=num_units)
+        check_sizes(type(self).__name__, hidden=hidden)
         _check_temperature("ValueHead", temperature)
         prior = OrderedMask.uniform(num_units) if prior is None else prior
-        if prior.batch_shape or prior.num_units != num_units or not (prior.probs > 0).all():
+        is_single = isinstance(prior, OrderedMask) and not prior.batch_shape and prior.num_units == num_units
+        if not is_single or not (prior.probs > 0).all():
             raise ValueError(
                 f"ValueHead: argument `prior` must be a single law over {num_units} units that gives each length a "
                 f"positive probability; got {prior!r}"
@@ -100,6 +103,7 @@ class ValueHead(nn.Module):
         """Return the values of the lengths 1..K in nats, shape (..., K), of features, shape (..., num_inputs)."""
         first, *rest = self.net
         assert isinstance(first, nn.Linear)
+        check_features("ValueHead: argument `inputs`", inputs, self.num_inputs, first.weight.dtype)
         # Copies: another particle, or what was seen, may move them before the gradient is taken.
         loc, scale, deviation = self.loc.clone(), self.scale.clone(), self.deviation.clone()
         weight = first.weight / scale  # on the weights, of which there are fewer than inputs
@@ -291,9 +295,9 @@ class ValueHead(nn.Module):
             )
         try:
             wanted = torch.as_tensor(mean_length, dtype=self.prices.dtype, device=self.prices.device)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             wanted = self.prices.new_tensor(torch.nan)
-        if not ((wanted > 1) & (wanted < self.num_units)).all():
+        if without_values(wanted) or not ((wanted > 1) & (wanted < self.num_units)).all():
             raise ValueError(
                 f"ValueHead: argument `mean_length` must be strictly between 1 and {self.num_units}; got "
                 f"{mean_length!r}"

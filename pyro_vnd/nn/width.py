@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from pyro_vnd._sizes import is_integer
+from pyro_vnd._sizes import is_integer, is_one_of
 from pyro_vnd.distributions import OrderedMask, OrderedMaskStraightThrough
 from pyro_vnd.distributions.modes import most_probable, say_modes
 from pyro_vnd.distributions.straight_through import Noise
@@ -84,7 +84,7 @@ class Width(nn.Module):
         num_units = check_int(name, "num_units", num_units, 1)
         num_blocks = check_int(name, "num_blocks", num_units if num_blocks is None else num_blocks, 1, num_units)
         frozen = check_int(name, "frozen", frozen, 0, num_blocks)
-        if noise not in get_args(Noise):
+        if not is_one_of(noise, get_args(Noise)):
             raise ValueError(f"Width {name!r}: argument `noise` must be 'logistic' or 'gumbel'; got {noise!r}")
         if not (0 < temperature < math.inf):
             raise ValueError(f"Width {name!r}: argument `temperature` must be finite and > 0; got {temperature}")
@@ -249,7 +249,7 @@ def nearest(fractions: Numbers, num_blocks: int) -> Numbers:
 
 def kept_blocks(wanted: Sequence[tuple[Width, float | int]], rounding: Rounding | None) -> list[int]:
     """Return how many blocks each of several groups keeps; arguments and errors as in `Width.kept_blocks`."""
-    if rounding not in (None, *get_args(Rounding)):
+    if not is_one_of(rounding, (None, *get_args(Rounding))):
         raise ValueError(f"Width: argument `rounding` must be 'nearest', 'down' or 'up', or None; got {rounding!r}")
     kept = [(width, value, width._rounded(value, rounding)) for width, value in wanted]
     misfits = [(width._misfit(value), is_integer(value)) for width, value, blocks in kept if blocks is None]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from odd import NO_NUMBERS, WITHOUT_VALUES
 from torch import nn
 
 from pyro_vnd.autoencoders import Conditioner
@@ -67,8 +68,28 @@ def test_one_unit_and_no_rows(dtype: torch.dtype):
     assert Conditioner(4)(torch.zeros(0, 4))[0].shape == (0, 4)
 
 
-def test_sizes_are_checked():
-    message = "Conditioner: arguments `num_units`, `hidden` and `num_components` must be positive; got "
-    for sizes in ((0,), (3, (0,)), (3, (4, -1)), (3, (4,), 0)):
-        with pytest.raises(ValueError, match=message):
-            Conditioner(*sizes)
+@pytest.mark.parametrize("argument", ["num_units", "hidden", "num_components"])
+def test_sizes_are_checked(argument):
+    odd = [*NO_NUMBERS.values(), 0, -1, 2.0, True, None, b"x", [0], [4, -1], [2.0], [True], ["4"], torch.ones(2)]
+    for size in odd if argument == "hidden" else [*odd, [4, 4], 2**70]:
+        with pytest.raises(ValueError, match=f"^Conditioner: argument `{argument}` must be "):
+            Conditioner(**{"num_units": 3} | {argument: size})
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, that nested tensors may change
+def test_odd_inputs():
+    conditioner = Conditioner(3)
+    odd = [
+        *NO_NUMBERS.values(),
+        None,
+        [0.0] * 3,
+        torch.ones(4),
+        torch.ones(3, 1),
+        torch.tensor(1.0),
+        torch.ones(3).half(),
+    ]
+    for x in [*odd, *(make(torch.ones(3, 3)) for make in WITHOUT_VALUES.values()), torch.ones(3) + 0j]:
+        with pytest.raises(
+            ValueError, match=r"^Conditioner: argument `x` must be a dense tensor of torch.float64, shape"
+        ):
+            conditioner(x)

@@ -203,9 +203,9 @@ BAD_ARGUMENTS = {
     "size of an image": ({"image_shape": (1, 0)}, r"`image_shape` must be positive; got \(1, 0\)"),
 }
 LATENTS = {
-    "none": (0, "must be positive; got 0"),
-    "half a latent": (2.5, "must be integers >= 1; got 2.5"),
-    "truth": (True, "must be integers >= 1; got True"),
+    "none": (0, "must be an integer >= 1; got 0"),
+    "half a latent": (2.5, "must be an integer >= 1; got 2.5"),
+    "truth": (True, "must be an integer >= 1; got True"),
 }
 
 

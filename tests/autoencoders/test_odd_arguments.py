@@ -1,11 +1,22 @@
 """Images, codes, lengths and prices that a model does not take are refused by name, whatever they are."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 from odd import NO_NUMBERS, WITHOUT_VALUES
+from torch import nn
 
-from pyro_vnd.autoencoders import LinearGaussianVAE, OrderedVAE, OrderedVQVAE
+from pyro_vnd.autoencoders import (
+    GaussianLikelihood,
+    LinearGaussianVAE,
+    OrderedVAE,
+    OrderedVQVAE,
+    conv_bodies,
+    full_length,
+    mlp_bodies,
+)
 
 N, D, K = 6, 8, 4
 MODELS = {
@@ -100,3 +111,48 @@ def test_prices(model, x):
         with pytest.raises(ValueError, match="argument `temperature`"):
             model.lengths(x, temperature=price)
     assert model.lengths(x, price=torch.ones(1), exact=2).batch_shape == (N,)
+
+
+NO_COUNTS = [*NO_NUMBERS.values(), True, 2.0, 0, -1, None, [2], (), "", torch.tensor(2.0)]
+NO_SIZES = [*NO_NUMBERS.values(), 4, None, (), "", b"x", [0], [-1], [2.0], [True], ["4"], np.ones(2), torch.ones(2)]
+NO_WORDS = [*NO_NUMBERS.values(), None, 1, [], np.array(["sigmoid"] * 2), torch.ones(2)]
+PARTS = {
+    (GaussianLikelihood, "num_latents"): NO_COUNTS,
+    (GaussianLikelihood, "noise"): NO_WORDS,
+    (GaussianLikelihood, "mean"): NO_WORDS,
+    (GaussianLikelihood, "scale"): [
+        *NO_NUMBERS.values(),
+        True,
+        0.0,
+        -1.0,
+        None,
+        [0.3],
+        torch.ones(2),
+        torch.tensor(True),
+    ],
+    (OrderedVAE, "num_latents"): NO_COUNTS,
+    (OrderedVAE, "tail"): NO_WORDS,
+    (OrderedVAE, "posterior_lengths"): NO_WORDS,
+    (OrderedVAE, "prior_latents"): NO_WORDS,
+    (OrderedVAE, "image_shape"): NO_SIZES,
+    **{(LinearGaussianVAE, name): NO_WORDS for name in ("tail", "prior_latents", "posterior_lengths")},
+    (LinearGaussianVAE, "num_latents"): NO_COUNTS,
+    **{(OrderedVQVAE, name): NO_COUNTS for name in ("num_tokens", "dim", "codebook_size")},
+    (OrderedVQVAE, "ordered"): NO_WORDS,
+    (full_length, "num_latents"): NO_COUNTS,
+    (mlp_bodies, "image_shape"): NO_SIZES,
+    (mlp_bodies, "hidden"): NO_SIZES,
+    (mlp_bodies, "activation"): [*NO_NUMBERS.values(), None, int, lambda: 1, lambda x: x, torch.relu, nn.SiLU()],
+    (conv_bodies, "image_shape"): [*NO_SIZES, (8,)],
+    (conv_bodies, "channels"): NO_SIZES,
+    (conv_bodies, "hidden"): NO_COUNTS,
+}
+USUAL = {"image_shape": (1, 8, 8), "num_latents": 4}
+
+
+@pytest.mark.parametrize(("make", "argument"), PARTS, ids=[f"{make.__name__}.{name}" for make, name in PARTS])
+def test_parts_of_models(make, argument):
+    needed = {name: USUAL[name] for name in inspect.signature(make).parameters if name in USUAL}
+    for odd in PARTS[make, argument]:
+        with pytest.raises(ValueError, match=f"^{make.__name__}: argument `{argument}` must be "):
+            make(**needed | {argument: odd})

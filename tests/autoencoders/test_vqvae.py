@@ -269,8 +269,8 @@ def test_orders_tokens_of_real_digits(images):
     [
         ({"ordered": "vectors"}, r"`ordered` must be one of \('tokens', 'dims'\); got 'vectors'"),
         ({"commitment": -1.0}, "`commitment` must be finite and >= 0; got -1.0"),
-        ({"num_tokens": 0}, "`num_tokens` must be positive; got 0"),
-        ({"codebook_size": 0}, "`codebook_size` must be positive; got 0"),
+        ({"num_tokens": 0}, "`num_tokens` must be an integer >= 1; got 0"),
+        ({"codebook_size": 0}, "`codebook_size` must be an integer >= 1; got 0"),
         ({"prior_lengths": OrderedMask.uniform(3)}, "must be an OrderedMask over 8 units"),
         ({"tail": "none"}, "`tail` must be one of"),
     ],

@@ -3,8 +3,10 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
+from odd import NO_NUMBERS
 from torch import nn
 
 from models.datasets import load
@@ -214,9 +216,9 @@ X = torch.rand(60, 9)
         (None, X, {"num_rows_used": 5}, "must have 20 rows at least; got 60 and 5"),
         (None, X / 0, {}, "`data` of shape .* must be finite"),
         (None, [X, X[:3]], {}, "the same number of rows"),
-        (None, X, {"num_lengths": 0}, "distil_lengths: argument `num_lengths` must be positive; got 0"),
-        (None, X, {"num_steps": 1.5}, "`num_steps` must be integers"),
-        (None, X, {"batch_size": -1}, "`batch_size` must be positive"),
+        (None, X, {"num_lengths": 0}, "distil_lengths: argument `num_lengths` must be an integer >= 1; got 0"),
+        (None, X, {"num_steps": 1.5}, "`num_steps` must be an integer >= 1; got 1.5"),
+        (None, X, {"batch_size": -1}, "`batch_size` must be an integer >= 1; got -1"),
         (None, X, {"prices": (2.0, 1.0)}, r"`prices` must be two prices, 0 < low < high; got \(2.0, 1.0\)"),
         (None, X, {"prices": (0.0, 1.0)}, "`prices` must be two prices"),
         (None, X, {"prices": (1.0, math.inf)}, "`prices` must be two prices"),
@@ -238,6 +240,52 @@ def test_errors(model, data, options, message: str):
     model = MODELS["vae"]() if model is None else model
     with pytest.raises(ValueError, match=f"distil_lengths: .*{message.removeprefix('distil_lengths: ')}"):
         distil_lengths(model, data, **BRIEF | options)
+
+
+ODD = [*NO_NUMBERS.values(), "", b"", [], [1, True], True, np.array([1.0, 2.0]), torch.ones(2), torch.tensor(True)]
+
+
+@pytest.mark.parametrize(
+    "argument", ["num_lengths", "num_rows_used", "num_steps", "batch_size", "prices", "lr", "seed"]
+)
+def test_odd_numbers(argument):
+    model = MODELS["vae"]()
+    for odd in ODD:
+        with pytest.raises(ValueError, match=f"^distil_lengths: argument `{argument}` must be "):
+            distil_lengths(model, X, **BRIEF | {argument: odd})
+
+
+def test_numbers_of_other_libraries():
+    for batch_size in (7, np.int64(7)):
+        report = distil_lengths(
+            MODELS["vae"](), torch.rand(60, 9), batch_size=batch_size, lr=torch.tensor(0.003), **BRIEF
+        )
+        assert report.num_rows == 54
+
+
+def test_a_head_that_diverges_says_so():
+    with pytest.raises(ValueError, match=r"^distil_lengths: argument `lr` must be lower: the head has diverged at 1e"):
+        distil_lengths(MODELS["vae"](), torch.rand(60, 9), lr=1e300, **BRIEF)
+
+
+WRONG_METHODS = {
+    "add_value_head": [None, nn.Linear(2, 2)],
+    "value_inputs": [None, torch.ones(3, 2), torch.ones(27), torch.full((27, 2), math.nan)],
+    "value_curve": [[1.0], torch.ones(27), torch.ones(27, 1), torch.ones(27, 4) / 0, torch.ones(27, 4).to_sparse()],
+}
+
+
+@pytest.mark.parametrize("method", WRONG_METHODS)
+def test_methods_that_return_something_else(method):
+    data = {"kind": torch.zeros(30), "other": torch.zeros(30)}
+    for wrong in WRONG_METHODS[method]:
+
+        def returns_it(self, kind=None, other=None, lengths=None, wrong=wrong):
+            return wrong
+
+        wrong_model = type("Wrong", (Own,), {method: returns_it})(4)
+        with pytest.raises(ValueError, match=rf"^distil_lengths: argument `model` must return .*{method}.*; got "):
+            distil_lengths(wrong_model, data, **BRIEF)
 
 
 def test_heads_are_not_trained_in_inference_mode():

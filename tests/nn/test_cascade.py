@@ -357,7 +357,7 @@ def test_what_does_not_fit_is_named(rows):
         (lambda: CascadeNet(net, STAGES, math.nan), "`threshold` .* got nan"),
         (lambda: CascadeNet(net, STAGES, doubt="margin"), r"`doubt` must be one of .*got 'margin'"),
         (lambda: CascadeNet(net, STAGES, doubt="mutual_information"), "needs `num_samples` of at least 2"),
-        (lambda: CascadeNet(net, STAGES, num_samples=0), "`num_samples` must be None or at least 1; got 0"),
+        (lambda: CascadeNet(net, STAGES, num_samples=0), "`num_samples` must be an integer >= 1; got 0"),
         (lambda: CascadeNet(net, STAGES, mean_cost=1.5), r"`mean_cost` must be a fraction .*got 1\.5"),
         (lambda: CascadeNet(net, STAGES, mean_cost=True), "`mean_cost` must be a fraction .*got True"),
         (lambda: CascadeNet(net, STAGES, mean_cost=0.1), r"`mean_cost` is 0\.1, 43 .*narrowest .* has 60: .*0\.1389"),

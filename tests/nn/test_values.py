@@ -248,8 +248,8 @@ def forgetful() -> ValueHead:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ValueHead(0, K), "ValueHead: argument `num_inputs` must be positive; got 0"),
-        (lambda: ValueHead(D, 0), "ValueHead: argument `num_units` must be positive"),
+        (lambda: ValueHead(0, K), "ValueHead: argument `num_inputs` must be an integer >= 1; got 0"),
+        (lambda: ValueHead(D, 0), "ValueHead: argument `num_units` must be an integer >= 1"),
         (lambda: ValueHead(D, K, (8, 0)), "ValueHead: argument `hidden`"),
         (lambda: ValueHead(D, K, prior=OrderedMask.uniform(K - 1)), f"`prior` must be a single law over {K} units"),
         (lambda: ValueHead(D, K, prior=OrderedMask.uniform(K).expand((2,))), "`prior` must be a single law"),

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from pyro_vnd._data import Rows, batches
 from pyro_vnd._inputs import check_labels
-from pyro_vnd._sizes import check_num_latents, check_seed, check_sizes, is_within
+from pyro_vnd._sizes import check_count, check_num_latents, check_seed, is_within
 from pyro_vnd._state import module_mode
 from pyro_vnd.diagnostics.metrics.variables import variable
 from pyro_vnd.distributions import OrderedMask
@@ -146,7 +146,7 @@ def evaluate_lengths(
         raise ValueError(f"{name}: argument `chosen` must be True or False; got {chosen!r}")
     if not isinstance(laws, Mapping | None):
         raise ValueError(f"{name}: argument `laws` must be a mapping from names to laws; got {type(laws).__name__}")
-    check_sizes(name, num_decoded=num_decoded, num_samples=num_samples, batch_size=batch_size)
+    check_count(name, num_decoded=num_decoded, num_samples=num_samples, batch_size=batch_size)
     if mean_lengths is None:
         mean_lengths = [m for m in DEFAULT if m < num_latents] or [1]
     given_lengths = list(mean_lengths) if isinstance(mean_lengths, Iterable) else []

@@ -8,8 +8,9 @@ import torch
 import xarray as xr
 from matplotlib.axes import Axes
 
+from pyro_vnd._sizes import is_one_of
 from pyro_vnd.diagnostics.plots.axes import log_scale, one_axes
-from pyro_vnd.diagnostics.posterior.sbc import default_num_bins
+from pyro_vnd.diagnostics.posterior.sbc import check_ranks, default_num_bins
 from pyro_vnd.infer import FitResult, Plateau
 
 __all__ = ["plot_elbo", "plot_ranks"]
@@ -103,15 +104,15 @@ def plot_ranks(
         Säilynoja, Bürkner and Vehtari, "Graphical test for discrete uniformity and its applications in goodness-of-fit
         evaluation and multiple sample comparison", 2022, https://arxiv.org/abs/2103.10522.
     """
+    num_ranks, num_simulations = check_ranks("plot_ranks", ranks)
     names = [str(name) for name in ranks.data_vars] if var_names is None else list(var_names)
     unknown = [name for name in names if name not in ranks]
     if unknown:
         raise ValueError(f"plot_ranks: argument `var_names` must be among {list(ranks.data_vars)}; got {unknown}")
-    if kind not in ("ecdf", "hist"):
+    if not is_one_of(kind, ("ecdf", "hist")):
         raise ValueError(f"plot_ranks: argument `kind` must be 'ecdf' or 'hist'; got {kind!r}")
     if not 0 < prob < 1:
         raise ValueError(f"plot_ranks: argument `prob` must be in (0, 1); got {prob}")
-    num_ranks, num_simulations = ranks.attrs["num_posterior"] + 1, ranks.sizes["simulation"]
     num_bins = num_ranks if kind == "ecdf" else default_num_bins(ranks)
     ends = (np.flatnonzero(np.diff(np.arange(num_ranks) * num_bins // num_ranks, append=num_bins)) + 1) / num_ranks
     shares = np.diff(ends, prepend=0)

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from pyro_vnd._sizes import check_sizes
+from pyro_vnd._sizes import check_count
 from pyro_vnd.diagnostics.plots.axes import one_axes
 from pyro_vnd.diagnostics.plots.images import pictures_of
 from pyro_vnd.diagnostics.plots.prefixes import over_seeds
@@ -107,7 +107,7 @@ def plot_sorted_by_length(
         ValueError: If there is not a length for each image, or no such law or mean length.
     """
     _check("plot_sorted_by_length", dataset, "length")
-    check_sizes("plot_sorted_by_length", num_images=num_images)
+    check_count("plot_sorted_by_length", num_images=num_images)
     means = dataset["mean_length"].values
     mean_length = float(means[len(means) // 2] if mean_length is None else mean_length)
     if mean_length not in means or law not in dataset["law"].values:

@@ -1,6 +1,6 @@
 """Simulation-based calibration: does an inference find again what a model drew, with the doubt that it claims?"""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vnd._data import Data, as_arguments, check_whole
+from pyro_vnd._data import Data, as_arguments, check_call, check_whole, shapes
+from pyro_vnd._inputs import takes
+from pyro_vnd._sizes import check_count, check_seed, is_integer, without_values
 from pyro_vnd._state import cuda_devices, module_mode, random_numbers
 from pyro_vnd.diagnostics.posterior.names import plain
 from pyro_vnd.diagnostics.posterior.sites import dim_names, kept_length
@@ -72,8 +74,8 @@ def sbc(
         dimensions. A `NestedNormal` has both ranks. The attribute `num_posterior` is L.
 
     Raises:
-        ValueError: If a number is not positive, `observed` names a site that the model does not draw, or `infer`
-            does not give L draws of latents, of all of them for the log-likelihood.
+        ValueError: If a number is not positive, `observed` names a site that the model does not draw, `infer` does
+            not give L draws of latents, of all of them for the log-likelihood, or something that is ranked is NaN.
 
     References:
         Talts, Betancourt, Simpson, Vehtari and Gelman, "Validating Bayesian inference algorithms with simulation-based
@@ -94,16 +96,22 @@ def sbc(
         >>> bool((rank_uniformity(ranks).to_array() > 0.01).all())
         True
     """
-    for argument, value in (("num_simulations", num_simulations), ("num_posterior", num_posterior)):
-        if value < 1:
-            raise ValueError(f"sbc: argument `{argument}` must be at least 1; got {value}")
+    check_count("sbc", num_simulations=num_simulations, num_posterior=num_posterior)
+    check_seed("sbc", seed)
     check_whole("sbc", data, "as each simulation is of all of them")
-    observed = [observed] if isinstance(observed, str) else list(observed)
+    observed = _site_names(observed)
     args, kwargs = as_arguments(data)
     kwargs = {name: value for name, value in kwargs.items() if name not in observed}
+    if not callable(model) or isinstance(model, type):
+        raise ValueError(f"sbc: argument `model` must be a model, a function or a module; got {_kind(model)}")
+    check_call("sbc", model, kwargs or args)
+    if not callable(infer) or not takes(infer, {}):
+        raise ValueError(
+            f"sbc: argument `infer` must be a function of the simulated values by site; got {_kind(infer)}"
+        )
     simulations = []
     # Two seeds a simulation: an `infer` that seeds torch itself would draw the same posterior sample in all of them.
-    seeds = np.random.SeedSequence(seed).generate_state(2 * num_simulations).reshape(-1, 2).tolist()
+    seeds = np.random.SeedSequence(int(seed) % 2**64).generate_state(2 * num_simulations).reshape(-1, 2).tolist()
     with (
         random_numbers(seed, cuda_devices([model, *args, *kwargs.values()])),
         module_local_params(model),
@@ -118,15 +126,18 @@ def sbc(
                 raise ValueError(
                     f"sbc: argument `observed` must be of what the model draws, {list(sites)}; got {unknown}"
                 )
+            if broken := [name for name, site in sites.items() if bool(site["value"].isnan().any())]:
+                raise ValueError(f"sbc: argument `model` must draw numbers, which have ranks; of {broken} some are NaN")
             simulated = {name: sites.pop(name)["value"] for name in observed}
             with torch.enable_grad():
                 guide = infer(dict(simulated))
             torch.manual_seed(after)
-            draws = _draw(guide, args, {**kwargs, **simulated}, num_posterior, list(sites))
+            truth = {name: site["value"] for name, site in sites.items()}
+            draws = _draw(guide, args, {**kwargs, **simulated}, num_posterior, truth)
             ranks = {}
             for name, values in draws.items():
                 for variable, (dims, quantity) in _quantities(name, sites[name]).items():
-                    rank = _ranks(quantity(sites[name]["value"]), quantity(values))
+                    rank = _ranks(quantity(truth[name]), quantity(values))
                     ranks[plain(variable)] = xr.DataArray(rank.cpu().numpy(), dims=[plain(dim) for dim in dims])
             if log_likelihood:
                 if len(draws) < len(sites):
@@ -135,8 +146,12 @@ def sbc(
                         f"{sorted(sites.keys() - draws.keys())} are not"
                     )
                 points = [{name: values[i] for name, values in draws.items()} for i in range(num_posterior)]
-                points.insert(0, {name: site["value"] for name, site in sites.items()})
+                points.insert(0, truth)
                 scores = torch.stack([_score(partial(model, *args, **kwargs), point, simulated) for point in points])
+                if bool(scores.isnan().any()):
+                    raise ValueError(
+                        "sbc: argument `model` must give data a likelihood at the truth and at draws; of some it is NaN"
+                    )
                 ranks["log_likelihood"] = xr.DataArray(_ranks(scores[0], scores[1:]).item())
             simulations.append(xr.Dataset(ranks))
     return xr.concat(simulations, "simulation").assign_attrs(num_posterior=num_posterior)
@@ -158,12 +173,12 @@ def rank_uniformity(ranks: xr.Dataset, num_bins: int | None = None) -> xr.Datase
         p-values, by variable, without the dimension of the simulations.
 
     Raises:
-        ValueError: If `num_bins` is not from 2 to L + 1.
+        ValueError: If there are no such ranks, or `num_bins` is not from 2 to L + 1.
     """
-    num_ranks, num_simulations = ranks.attrs["num_posterior"] + 1, ranks.sizes["simulation"]
+    num_ranks, num_simulations = check_ranks("rank_uniformity", ranks)
     num_bins = default_num_bins(ranks) if num_bins is None else num_bins
-    if not 2 <= num_bins <= num_ranks:
-        raise ValueError(f"rank_uniformity: argument `num_bins` must be from 2 to {num_ranks}; got {num_bins}")
+    if not is_integer(num_bins) or not 2 <= num_bins <= num_ranks:
+        raise ValueError(f"rank_uniformity: argument `num_bins` must be from 2 to {num_ranks}; got {num_bins!r}")
     expected = np.bincount(np.arange(num_ranks) * num_bins // num_ranks) * num_simulations / num_ranks
 
     def p_values(bins: np.ndarray) -> np.ndarray:
@@ -176,23 +191,61 @@ def rank_uniformity(ranks: xr.Dataset, num_bins: int | None = None) -> xr.Datase
     return xr.apply_ufunc(p_values, ranks * num_bins // num_ranks, input_core_dims=[["simulation"]])
 
 
+def check_ranks(function: str, ranks: Any) -> tuple[int, int]:
+    """Return how many ranks and simulations there are, of what `sbc` returned; raise a ValueError if it is not that."""
+    is_set = isinstance(ranks, xr.Dataset) and "num_posterior" in ranks.attrs and ranks.sizes.get("simulation", 0) > 0
+    if not is_set:
+        raise ValueError(
+            f"{function}: argument `ranks` must be what sbc returned, an xarray.Dataset; got {_kind(ranks)}"
+        )
+    return ranks.attrs["num_posterior"] + 1, ranks.sizes["simulation"]
+
+
 def default_num_bins(ranks: xr.Dataset) -> int:
     """Return the bins of a histogram of ranks that hold ten simulations each on average: from 2 to L + 1."""
     return min(ranks.attrs["num_posterior"] + 1, max(ranks.sizes["simulation"] // 10, 2))
 
 
-def _draw(guide: Any, args: Any, kwargs: dict[str, Any], num_draws: int, names: list[str]) -> dict[str, Tensor]:
+def _kind(thing: Any) -> str:
+    return f"the class {thing.__name__}" if isinstance(thing, type) else type(thing).__name__
+
+
+def _site_names(observed: Any) -> list[str]:
+    names = [observed] if isinstance(observed, str) else observed
+    if not isinstance(names, Sequence | Set | Mapping) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"sbc: argument `observed` must be the name of a site, or a list of names; got {observed!r}")
+    return list(names)
+
+
+def _draw(
+    guide: Any, args: Any, kwargs: dict[str, Any], num_draws: int, truth: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Return draws of the latents that `infer` has draws of, shape (num_draws, ...) each."""
     if isinstance(guide, Mapping):
-        draws = {name: torch.as_tensor(guide[name]) for name in names if name in guide}
+        draws = {name: guide[name] for name in truth if name in guide}
+    elif not callable(guide) or isinstance(guide, type) or not takes(guide, *args, **kwargs):
+        raise ValueError(
+            "sbc: argument `infer` must return draws by site, or a guide that is called with the arguments of the "
+            f"model, observed sites by name; got {_kind(guide)}"
+        )
     else:
         with module_local_params(guide), module_mode([guide], training=False):
             traces = [poutine.trace(guide).get_trace(*args, **kwargs) for _ in range(num_draws)]
-        found = [name for name in names if name in traces[0]]
+        found = [name for name in truth if name in traces[0]]
         draws = {name: torch.stack([trace.nodes[name]["value"] for trace in traces]) for name in found}
-    shapes = {name: tuple(values.shape) for name, values in draws.items()}
-    if not draws or any(shape[:1] != (num_draws,) for shape in shapes.values()):
-        raise ValueError(f"sbc: argument `infer` must give {num_draws} draws of sites among {names}; got {shapes}")
+    expected = {name: (num_draws, *value.shape) for name, value in truth.items()}
+    try:
+        draws = {name: torch.as_tensor(values) for name, values in draws.items()}
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"sbc: argument `infer` must give tensors of draws by site; got {shapes(draws)}") from None
+    came = {name: without_values(values) or tuple(values.shape) for name, values in draws.items()}
+    if not draws or any(came[name] != expected[name] for name in draws):
+        raise ValueError(
+            f"sbc: argument `infer` must give {num_draws} draws of sites among {list(truth)}; got {came}, not all of "
+            f"{expected}"
+        )
+    if broken := [name for name, values in draws.items() if values.is_complex() or bool(values.isnan().any())]:
+        raise ValueError(f"sbc: argument `infer` must give real numbers, which have ranks; of {broken} some are none")
     return draws
 
 

@@ -281,9 +281,9 @@ def test_codes_of_one_unit():
         (None, {"mean_lengths": [0.5]}, f"from 1 to {K}; got \\[0.5\\]"),
         (None, {"mean_lengths": [K + 1]}, f"from 1 to {K}"),
         (None, {"mean_lengths": [math.nan]}, f"from 1 to {K}; got \\[nan\\]"),
-        (None, {"num_decoded": 0}, "evaluate_lengths: argument `num_decoded` must be positive; got 0"),
-        (None, {"num_samples": 0}, "`num_samples` must be positive"),
-        (None, {"batch_size": 1.5}, "`batch_size` must be integers"),
+        (None, {"num_decoded": 0}, "evaluate_lengths: argument `num_decoded` must be an integer >= 1; got 0"),
+        (None, {"num_samples": 0}, "`num_samples` must be an integer >= 1"),
+        (None, {"batch_size": 1.5}, "`batch_size` must be an integer >= 1"),
         (torch.zeros(0, D), {}, "evaluate_lengths: argument `data` has no rows"),
         (
             None,

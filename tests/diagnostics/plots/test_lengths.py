@@ -95,7 +95,7 @@ def test_arguments_are_checked(seeds, known, digits):
     with pytest.raises(ValueError, match="plot_sorted_by_length: argument `dataset` must be what evaluate_lengths"):
         plot_sorted_by_length(xr.Dataset(), torch.rand(3, 6, 6))
     dataset, images = known
-    with pytest.raises(ValueError, match="`num_images` must be positive; got 0"):
+    with pytest.raises(ValueError, match="`num_images` must be an integer >= 1; got 0"):
         plot_sorted_by_length(dataset, images, num_images=0)
     for wrong in ({"mean_length": 3.0}, {"law": "exact"}):
         with pytest.raises(ValueError, match=r"`law` and `mean_length` must be of .*model.* and \[2.0, 4.0\]; got"):

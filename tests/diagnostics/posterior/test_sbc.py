@@ -8,9 +8,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
+from odd import NO_NUMBERS
 from pyro.infer import TraceEnum_ELBO
 from scipy import stats
 
+from pyro_vnd.diagnostics import plot_ranks
 from pyro_vnd.diagnostics.posterior.sbc import rank_uniformity, sbc
 from pyro_vnd.distributions import NestedNormal, OrderedMask
 from pyro_vnd.infer import OptimizerSettings, cosine_to_zero, fit
@@ -234,8 +236,8 @@ def test_uniformity_is_pearsons_test():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_simulations": 0}, "`num_simulations` must be at least 1; got 0"),
-        ({"num_posterior": 0}, "`num_posterior` must be at least 1; got 0"),
+        ({"num_simulations": 0}, "`num_simulations` must be an integer >= 1; got 0"),
+        ({"num_posterior": 0}, "`num_posterior` must be an integer >= 1; got 0"),
         ({"observed": "x"}, r"`observed` must be of what the model draws, \['mu', 'y'\]; got \['x'\]"),
         ({"infer": lambda data: {}}, r"`infer` must give 39 draws of sites among \['mu'\]; got \{\}"),
         ({"infer": lambda data: {"mu": torch.zeros(5, D)}}, r"must give 39 draws .*got \{'mu': \(5, 2\)\}"),
@@ -246,6 +248,86 @@ def test_bad_arguments(arguments, message):
     arguments = {"observed": "y", "num_posterior": L, "progress": False, **arguments}
     with pytest.raises(ValueError, match=message):
         sbc(means, infer, (N,), **arguments)
+
+
+ODD = {
+    "num_simulations": [*NO_NUMBERS.values(), True, 1.5, [], torch.ones(2)],
+    "num_posterior": [*NO_NUMBERS.values(), True, 2.0, [1, 2], None],
+    "seed": [*NO_NUMBERS.values(), None, True, [1, 2], np.zeros(2), torch.tensor(1)],
+    "observed": [None, 1, [], {}, [None], ["y", 1], object(), torch.ones(2), torch.tensor(1.0)],
+    "model": [None, "y", 1, {}, torch.ones(2), dict],
+    "infer": [None, "mu", {"mu": torch.zeros(L, D)}, torch.ones(2), lambda: {}, lambda data, more: {}],
+}
+
+
+@pytest.mark.parametrize("argument", ODD)
+def test_odd_arguments(argument):
+    usual = {"model": means, "infer": posterior_of_means(), "observed": "y", "num_simulations": 1, "num_posterior": L}
+    for odd in ODD[argument]:
+        with pytest.raises(ValueError, match=f"^sbc: argument `{argument}` must be "):
+            sbc(**usual | {argument: odd}, data=(N,), progress=False)
+
+
+@pytest.mark.parametrize("data", [(), (1, 2, 3), {"rows": N}, {1: N}, torch.ones(3).to_sparse()])
+def test_data_that_the_model_does_not_take(data):
+    with pytest.raises(ValueError, match=r"^sbc: argument `data(\[0\])?` must be "):
+        sbc(means, posterior_of_means(), data, observed="y", progress=False)
+
+
+WRONG_DRAWS = {
+    "nothing": None,
+    "a number": 1.0,
+    "a class": dict,
+    "a guide of other arguments": lambda x: None,
+    "a guide without the site": lambda num_rows, y: None,
+    "words": {"mu": "abc"},
+    "sparse": {"mu": torch.zeros(L, D).to_sparse()},
+    "one for all dimensions": {"mu": torch.zeros(L, 1)},
+    "no dimension": {"mu": torch.zeros(L)},
+    "too many": {"mu": torch.zeros(L + 1, D)},
+    "complex": {"mu": torch.zeros(L, D) + 0j},
+    "nan": {"mu": torch.full((L, D), torch.nan)},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_DRAWS)
+def test_what_has_no_ranks(wrong):
+    """Draws that are NaN would all be above the truth."""
+    with pytest.raises(ValueError, match=r"^sbc: argument `infer` must (give|return) "):
+        ranks_of_means(lambda data: WRONG_DRAWS[wrong], num_simulations=1)
+
+
+def test_a_model_that_draws_no_numbers():
+    def broken(num_rows, y=None):
+        pyro.sample("mu", dist.Delta(torch.full((D,), torch.nan), event_dim=1))
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+
+    message = r"^sbc: argument `model` must draw numbers, which have ranks; of \['mu'\] some are NaN"
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match=message):
+        sbc(broken, posterior_of_means(), (N,), observed="y", num_simulations=1, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")
+def test_a_likelihood_that_is_nan():
+    def model(y=None):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu.masked_fill(mu == 0, torch.nan), 1.0, validate_args=False), obs=y)
+
+    with pytest.raises(ValueError, match=r"^sbc: argument `model` must give data a likelihood .* it is NaN"):
+        sbc(model, lambda data: {"mu": torch.zeros(9)}, observed="y", num_posterior=9, progress=False)
+
+
+def test_a_seed_of_any_kind_of_integer():
+    same = [ranks_of_means(posterior_of_means(), num_simulations=2, seed=seed)["mu"] for seed in (3, np.int64(3))]
+    assert same[0].equals(same[1])
+    assert ranks_of_means(posterior_of_means(), num_simulations=2, seed=-1).sizes["simulation"] == 2
+
+
+@pytest.mark.parametrize("function", [rank_uniformity, plot_ranks])
+@pytest.mark.parametrize("ranks", [None, 1, {}, torch.ones(3), xr.Dataset(), xr.Dataset(attrs={"num_posterior": 3})])
+def test_what_are_no_ranks(function, ranks):
+    with pytest.raises(ValueError, match=f"^{function.__name__}: argument `ranks` must be what sbc returned"):
+        function(ranks)
 
 
 def test_what_is_summed_out_has_no_rank():
@@ -264,3 +346,6 @@ def test_bins_are_checked():
     ranks = ranks_of_means(posterior_of_means(), num_simulations=5)
     with pytest.raises(ValueError, match=r"`num_bins` must be from 2 to 40; got 41"):
         rank_uniformity(ranks, 41)
+    for odd in (*NO_NUMBERS.values(), True, 2.5, [2]):
+        with pytest.raises(ValueError, match=r"^rank_uniformity: argument `num_bins` must be from 2 to 40"):
+            rank_uniformity(ranks, odd)
