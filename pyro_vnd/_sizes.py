@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ __all__ = [
     "is_integer",
     "is_number",
     "is_one_of",
+    "is_truth",
     "is_within",
     "without_values",
 ]
@@ -62,6 +64,16 @@ def is_integer(value: Any) -> bool:
         (True, False, False)
     """
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_truth(value: Any) -> bool:
+    """Return whether a value is a truth value, of Python, NumPy or torch, which some of their versions take as 0 or 1.
+
+    Example:
+        >>> is_truth(True), is_truth(torch.tensor(False)), is_truth(1)
+        (True, True, False)
+    """
+    return isinstance(value, bool | np.bool_) or (isinstance(value, Tensor) and value.dtype == torch.bool)
 
 
 def is_number(value: Any) -> bool:

@@ -33,6 +33,11 @@ def real(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.randn(shape).to(dtype or torch.get_default_dtype())
 
 
+compiles = pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="older versions of torch do not compile all that laws do to one graph"
+)
+
+
 def positive(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return (torch.rand(shape) + 0.3).to(dtype or torch.get_default_dtype())
 

@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid, pad
 from torch.types import _size
 
 from pyro_vnd._compat import all_true
-from pyro_vnd._sizes import is_within
+from pyro_vnd._sizes import is_truth, is_within
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions._fast.slopes import finite_slope, log_of_probs
 from pyro_vnd.distributions.constraints import (
@@ -404,8 +404,7 @@ class LengthLaw(Tiltable, KeepsDerived, TorchDistribution):
 def positive_int(cls: type, num_units: int) -> int:
     """Return a number of units, of Python or numpy, as an `int`."""
     with suppress(TypeError):
-        is_truth = isinstance(num_units, bool) or getattr(num_units, "dtype", None) == torch.bool
-        if not is_truth and 1 <= index(num_units) <= sys.maxsize:
+        if not is_truth(num_units) and 1 <= index(num_units) <= sys.maxsize:
             return index(num_units)
     raise ValueError(f"{cls.__name__}: argument `num_units` must be an integer >= 1; got {num_units!r}")
 

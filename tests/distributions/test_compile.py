@@ -9,7 +9,7 @@ import sys
 import pyro
 import pytest
 import torch
-from cases import CASES, Case, each
+from cases import CASES, Case, compiles, each
 from torch.distributions import kl_divergence
 
 from pyro_vnd._compat import recall
@@ -17,6 +17,7 @@ from pyro_vnd.autoencoders.likelihoods import IsotropicNormal
 from pyro_vnd.distributions import NestedNormal, OrderedMask, RelaxedOrderedMask
 from pyro_vnd.distributions.weights import LogScaleNormal
 
+pytestmark = compiles
 WITH_ARGUMENTS = [case for case in CASES if case.units or case.batch]
 
 

@@ -6,7 +6,7 @@ import pickle
 import oracles
 import pytest
 import torch
-from cases import LENGTH_CASES, each, positive
+from cases import LENGTH_CASES, compiles, each, positive
 from torch.autograd import gradcheck, gradgradcheck
 from torch.distributions import kl_divergence
 from torch.func import vmap
@@ -265,6 +265,7 @@ def test_under_vmap(case):
         torch.testing.assert_close(tuple(x[row] for x in actual), expected)
 
 
+@compiles
 def test_one_graph_in_a_compilation():
     logits, price = torch.randn(3, K), torch.tensor([0.5, -1.0, 2.0])
 

@@ -114,7 +114,7 @@ def test_the_global_store_stays_empty(y):
     assert len(pyro.get_param_store()) == 0
 
 
-def test_progress_shows_the_parts_and_the_length(y, capsys):
+def test_progress_shows_the_parts_and_the_length(y, capsys, wide_terminal):
     fit(lengths, AutoNested(lengths), y, num_epochs=2, lr=0.01)
     shown = capsys.readouterr().err
     for part in ("ELBO=", "log-lik=", "KL=", "E[L mask]="):

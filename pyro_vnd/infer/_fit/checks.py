@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from pyro_vnd._compat import QuietModule
 from pyro_vnd._data import Data, as_arguments, named_parts
 from pyro_vnd._inputs import takes
-from pyro_vnd._sizes import is_within
+from pyro_vnd._sizes import is_truth, is_within
 from pyro_vnd.infer._fit.parallel import local_device
 from pyro_vnd.infer.elbo import NestedELBO, conditional_part
 from pyro_vnd.infer.guides import AutoNested
@@ -55,17 +55,13 @@ def whole_number(argument: str, value: Any, most: int | None = None) -> int:
         3
     """
     try:
-        number = 0 if _is_truth(value) else operator.index(value)
+        number = 0 if is_truth(value) else operator.index(value)
     except TypeError:
         number = 0
     if not 1 <= number < 2**63 or (most is not None and number > most):
         rest = f"from 1 to {most}, the rows of data" if most else "at least 1" if number < 1 else "below 2**63"
         _refuse(argument, f"an integer {rest}", value)
     return number
-
-
-def _is_truth(value: Any) -> bool:
-    return isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
 
 
 def positive_number(argument: str, value: Any, *, or_zero: bool = False) -> float:
@@ -177,7 +173,7 @@ def check_arguments(
         _refuse("precision", "'32' or 'bf16'", precision)
     if seed is not None:
         try:
-            in_range = not _is_truth(seed) and 0 <= operator.index(seed) < 2**63
+            in_range = not is_truth(seed) and 0 <= operator.index(seed) < 2**63
         except TypeError:
             in_range = False
         if not in_range:

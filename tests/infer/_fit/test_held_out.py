@@ -83,6 +83,6 @@ def test_modes_are_those_of_before_after_a_fit():
     assert model.dropout.training
 
 
-def test_progress_shows_validation(y, capsys):
+def test_progress_shows_validation(y, capsys, wide_terminal):
     fit(masked_mean, MaskedMeanGuide(), y, num_epochs=1, validation=y)
     assert "validation=" in capsys.readouterr().err
