@@ -66,7 +66,7 @@ class Conditioner(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return means and deviations, each the shape of `x`, (..., K); of mixtures logits, too, each (..., K, M)."""
-        check_features("Conditioner: argument `x`", x, self.num_units, next(self.net.parameters()).dtype)
+        check_features("Conditioner: argument `x`", x, self.num_units, self.net[-1].bias.dtype)
         found = self.net(x)
         if self.num_components > 1:
             found = found.unflatten(-1, (3, x.shape[-1], self.num_components)).movedim(-3, 0)

@@ -10,7 +10,6 @@ from torch.distributions import constraints
 from torch.types import _size
 
 from pyro_vnd._compat import recall, remember
-from pyro_vnd._inputs import takes
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 from pyro_vnd.distributions.constraints import check_real, got
 from pyro_vnd.distributions.mixtures import NestedMixture, draw
@@ -87,10 +86,9 @@ class NestedAutoregressive(NestedLaw):
         noise: Noise = "logistic",
         validate_args: bool | None = None,
     ) -> None:
-        if not callable(conditioner) or isinstance(conditioner, type) or not takes(conditioner, None):
+        if not callable(conditioner) or isinstance(conditioner, type):
             raise ValueError(
-                "NestedAutoregressive: argument `conditioner` must be callable with values, one argument; got "
-                f"{type(conditioner).__name__}"
+                f"NestedAutoregressive: argument `conditioner` must be callable with values; got {conditioner!r}"
             )
         self.conditioner = conditioner
         self.mask_law = mask_law_of("NestedAutoregressive", temperature, probs, logits, noise, validate_args)
