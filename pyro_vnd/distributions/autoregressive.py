@@ -88,7 +88,8 @@ class NestedAutoregressive(NestedLaw):
     ) -> None:
         if not callable(conditioner) or isinstance(conditioner, type):
             raise ValueError(
-                f"NestedAutoregressive: argument `conditioner` must be callable with values; got {conditioner!r}"
+                "NestedAutoregressive: argument `conditioner` must be callable with values; got "
+                f"{type(conditioner).__name__}"
             )
         self.conditioner = conditioner
         self.mask_law = mask_law_of("NestedAutoregressive", temperature, probs, logits, noise, validate_args)

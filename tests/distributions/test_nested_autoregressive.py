@@ -275,7 +275,7 @@ def test_bad_conditioners(case):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="`conditioner` must be callable with values, one argument; got Tensor"):
+    with pytest.raises(ValueError, match="`conditioner` must be callable with values; got Tensor"):
         NestedAutoregressive(torch.zeros(4), torch.zeros(4))
     with pytest.raises(ValueError, match=r"`value` must be samples of shape \(..., 4\).*got \(2, 3\)"):
         law_of().given(torch.ones(2, 3))
