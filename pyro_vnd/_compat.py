@@ -16,6 +16,7 @@ Of torch. Its distributions are made to be subclassed, by these names; another n
 - `torch.nn.Module._load_state_dict_pre_hooks`: where that leaves a hook behind.
 - `torch.utils.checkpoint._checkpoint_without_reentrant_generator` and `torch.utils.checkpoint.CheckpointFunction`: what
   surrounds a function that is computed again in the backward pass; in torch 2.14 the former ends with `_impl`.
+- `torch._C._nn.scaled_dot_product_attention`: what the code of traced nets calls.
 - `torch._assert`: a check that a graph can hold.
 - `torch.Tensor._base`: what a weight is a view of.
 - `torch.nn.Module._modules`: where a module has its parts, for lookups that Pyro is not to hear of.
@@ -53,10 +54,11 @@ Beside names:
 What is used of ArviZ is in `pyro_vnd.diagnostics.posterior._arviz`, for both of its lines.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
+from unittest.mock import patch
 
 import pyro
 import torch
@@ -335,3 +337,11 @@ def mask_of_rows(law: MaskedDistribution) -> Tensor | bool:
     """Return which rows a law has that `mask` made of another; breaks if Pyro renames the attribute that holds it."""
     mask: Tensor | bool = law._mask
     return mask
+
+
+@contextmanager
+def replaced_attention(function: Callable[..., Tensor]) -> Iterator[None]:
+    """Let nets call another function for `scaled_dot_product_attention`; misses those that torch.jit has compiled."""
+    for_modules = patch.object(torch.nn.functional, "scaled_dot_product_attention", function)
+    with for_modules, patch.object(torch._C._nn, "scaled_dot_product_attention", function):
+        yield

@@ -1,11 +1,12 @@
 """Files that are replaced as a whole."""
 
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["replaced", "resolved", "sync", "unfinished_name", "writing"]
+__all__ = ["remove_unfinished", "replaced", "resolved", "sync", "unfinished_name", "writing"]
 
 
 @contextmanager
@@ -54,7 +55,10 @@ def replaced(path: Path) -> Iterator[Path]:
 
 def resolved(path: Path) -> Path:
     """Return the file that a symbolic link stands for, which is to be replaced in the link's place."""
-    return path.resolve() if path.is_symlink() else path
+    try:
+        return path.resolve() if path.is_symlink() else path
+    except RuntimeError as error:  # so says Python before 3.13 of a link to itself
+        raise OSError(str(error)) from error
 
 
 def unfinished_name(path: Path, kind: str = "") -> Path:
@@ -65,6 +69,15 @@ def unfinished_name(path: Path, kind: str = "") -> Path:
         True
     """
     return path.with_name(f".{path.name}.{os.getpid()}{kind}.tmp")
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what processes that were killed have left of a file that was not whole yet."""
+    left = re.compile(rf"\.{re.escape(path.name)}\.\d+(\.\w+)?\.tmp")  # and not of "fit.pt" where it is "fit"
+    with suppress(OSError):  # of a folder that is not there or not to be read: the writing will say so
+        for file in path.parent.iterdir():
+            if left.fullmatch(file.name):
+                file.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from pyro.nn.auto_reg_nn import MaskedLinear
@@ -66,7 +67,8 @@ class Conditioner(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return means and deviations, each the shape of `x`, (..., K); of mixtures logits, too, each (..., K, M)."""
-        check_features("Conditioner: argument `x`", x, self.num_units, self.net[-1].bias.dtype)
+        last: Any = self.net[-1]
+        check_features("Conditioner: argument `x`", x, self.num_units, last.bias.dtype)
         found = self.net(x)
         if self.num_components > 1:
             found = found.unflatten(-1, (3, x.shape[-1], self.num_components)).movedim(-3, 0)

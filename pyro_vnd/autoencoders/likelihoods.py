@@ -172,8 +172,12 @@ class GaussianLikelihood(Likelihood):
             raise ValueError(f"GaussianLikelihood: argument `noise` must be 'shared' or 'by_length'; got {noise!r}")
         if not is_one_of(mean, ("identity", "sigmoid")):
             raise ValueError(f"GaussianLikelihood: argument `mean` must be 'identity' or 'sigmoid'; got {mean!r}")
-        if not is_within(scale, above=0):
-            raise ValueError(f"GaussianLikelihood: argument `scale` must be a finite number > 0; got {scale!r}")
+        limits = torch.finfo(torch.get_default_dtype())
+        if not is_within(scale, limits.tiny, limits.max):
+            raise ValueError(
+                f"GaussianLikelihood: argument `scale` must be a finite number > 0, which {limits.dtype} has; got "
+                f"{scale!r}"
+            )
         check_count("GaussianLikelihood", num_latents=num_latents)
         self.log_scale = nn.Parameter(torch.full((num_latents if noise == "by_length" else 1,), float(scale)).log())
         # log s_L = sum_i z_i (log s_i - log s_{i-1}): linear in the mask, whose gradient so sees the noise.

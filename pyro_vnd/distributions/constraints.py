@@ -1,7 +1,7 @@
 """Constraints of masks and nested vectors, the map from one-hot lengths to masks, and checks of arguments."""
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -13,7 +13,7 @@ from torch.distributions import Distribution, Transform, biject_to, constraints,
 from torch.distributions.transforms import ComposeTransform, SoftmaxTransform, StickBreakingTransform
 
 from pyro_vnd._compat import all_true, only_plain_code
-from pyro_vnd._sizes import without_values
+from pyro_vnd._sizes import is_truth, without_values
 from pyro_vnd.distributions._fast.broadcast import broadcast_shapes
 
 __all__ = [
@@ -90,8 +90,8 @@ def check_sample(law: Distribution, value: Any) -> None:
             Distribution._validate_sample(law, value)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{name} must be numbers of a shape that broadcasts with {tuple(law.batch_shape + law.event_shape)}; got "
-            f"shape {tuple(value.shape)}: {error}"
+            f"{name} must be numbers in the support, of a shape that broadcasts with "
+            f"{tuple(law.batch_shape + law.event_shape)}; got shape {tuple(value.shape)}: {error}"
         ) from None
 
 
@@ -103,7 +103,9 @@ def as_shape(name: str, shape: Any) -> torch.Size:
         shape: The shape.
     """
     try:
-        sizes = None if isinstance(shape, str | bytes | Mapping | Set) else torch.Size(shape)
+        sizes = None if isinstance(shape, str | bytes | Mapping | Set | Iterator) else torch.Size(shape)
+        if sizes is not None and any(map(is_truth, shape)):
+            sizes = None
     except TypeError:
         sizes = None
     if sizes is None or any(size < 0 for size in sizes):

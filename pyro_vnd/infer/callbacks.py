@@ -326,7 +326,9 @@ class Checkpoint(Callback):
         """
         if run.is_first:
             self._folder = Folder(self.path)
-        return Folder.read_from(self.path) if self.resume else None
+        if not self.resume:
+            return None
+        return Folder.read_from(self.path) if self._folder is None else self._folder.read()
 
     def files(self) -> list[Path]:
         """Return the files of this fit that there are, the newest state first."""

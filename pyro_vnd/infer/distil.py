@@ -154,6 +154,7 @@ def distil_lengths(
             raise ValueError(
                 f"{name}: argument `model` must return a ValueHead from `add_value_head`; got {type(head).__name__}"
             )
+        before = {key: value.clone() for key, value in head.state_dict().items()}
         with module_mode([model], training=False):
             lengths = {False: spaced_lengths(head.num_units, num_lengths), True: spaced_lengths(head.num_units, FINE)}
             parts = (
@@ -165,7 +166,10 @@ def distil_lengths(
             _check_enough(len(curves) + len(held_curves), num_rows_used)
             _train(head, inputs, curves, prices, num_steps, batch_size, float(lr), progress)
             if not all(bool(part.isfinite().all()) for part in head.parameters()):
-                raise ValueError(f"{name}: argument `lr` must be lower: the head has diverged at {lr!r}")
+                head.load_state_dict(before)
+                raise ValueError(
+                    f"{name}: argument `lr` must be lower: the head has diverged at {lr!r}, and is what it was before"
+                )
             with torch.no_grad():
                 head.calibrate(head(inputs[: MOST_HELD_OUT * 2]))
                 scores = _scores(head, head(held_inputs), held_curves)

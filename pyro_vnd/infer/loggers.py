@@ -1,14 +1,13 @@
 """Callbacks that show or write down how a fit goes on."""
 
 import csv
-import glob
 import io
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from pyro_vnd._files import replaced, resolved, writing
+from pyro_vnd._files import remove_unfinished, replaced, resolved, writing
 from pyro_vnd._sizes import is_integer
 from pyro_vnd.infer.callbacks import Callback
 from pyro_vnd.infer.run import Run
@@ -88,8 +87,7 @@ class CSVLogger(Callback):
         """Drop the lines of epochs that are not over, and of another fit."""
         if not run.is_first:
             return
-        for left in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):  # of fits that were killed
-            left.unlink(missing_ok=True)
+        remove_unfinished(self.path)
         rows = []
         if run.epoch and self.path.exists():
             with self.path.open(newline="") as file:

@@ -1,12 +1,16 @@
 """What a plain net costs: parameters, and multiply-adds as they are counted in a pass."""
 
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyro_vnd._compat import replaced_attention
 from pyro_vnd._data import Batch
 from pyro_vnd._state import module_mode
 from pyro_vnd.nn.net import NestedNet
@@ -38,13 +42,53 @@ def net_cost(net: nn.Module, *inputs: Any, **named: Any) -> dict[str, int]:
             parameter.requires_grad_(False)
         stack.enter_context(torch.no_grad())
         stack.enter_context(module_mode([net], training=False))
-        counter = FlopCounterMode(display=False)
-        # What is attention in one operation is counted by some versions of torch, on some devices.
-        counter.flop_registry = {each: f for each, f in counter.flop_registry.items() if "attention" not in str(each)}
-        stack.enter_context(counter)
+        stack.enter_context(_in_single_operations())
+        counter = stack.enter_context(FlopCounterMode(display=False))
+        attention = stack.enter_context(_of_attention(counter))
         net(*inputs, **named)
+    num_flops = counter.get_total_flops() - sum(attention)
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    return {"multiply_adds": counter.get_total_flops() // (2 * Batch(inputs, named).num_rows), "parameters": parameters}
+    return {"multiply_adds": num_flops // (2 * Batch(inputs, named).num_rows), "parameters": parameters}
+
+
+@contextmanager
+def _in_single_operations() -> Iterator[None]:
+    """Let recurrent and transformer layers run as products that can be counted, not as one operation that cannot."""
+    fast, mkldnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.flags(enabled=False)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with _quietly():
+            mkldnn.__enter__()
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        with _quietly():
+            mkldnn.__exit__(None, None, None)
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Hide that torch has no Intel GPU, which it says when mkldnn is turned on or off."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+@contextmanager
+def _of_attention(counter: FlopCounterMode) -> Iterator[list[int]]:
+    """Give a list of what attention was counted as, which depends on device, shape and version of torch."""
+    counted: list[int] = []
+    attention = functional.scaled_dot_product_attention
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        before = counter.get_total_flops()
+        out = attention(*args, **kwargs)
+        counted.append(counter.get_total_flops() - before)
+        return out
+
+    with replaced_attention(watched):
+        yield counted
 
 
 def example_of(net: NestedNet) -> tuple[Any, ...]:

@@ -93,7 +93,9 @@ def test_noise_by_length_is_the_shared_one_at_full_width():
     torch.testing.assert_close(law.stddev.log(), torch.full(x.shape, -0.3))
 
 
-@pytest.mark.parametrize(("option", "value"), [("noise", "none"), ("mean", "tanh"), ("scale", 0.0)])
+@pytest.mark.parametrize(
+    ("option", "value"), [("noise", "none"), ("mean", "tanh"), ("scale", 0.0), ("scale", 1e-310), ("scale", 10**400)]
+)
 def test_options_are_checked(option: str, value: object):
     with pytest.raises(ValueError, match=f"GaussianLikelihood: argument `{option}` must be .*; got "):
         GaussianLikelihood(4, **{option: value})

@@ -263,9 +263,13 @@ def test_numbers_of_other_libraries():
         assert report.num_rows == 54
 
 
-def test_a_head_that_diverges_says_so():
+def test_a_head_that_diverges_says_so_and_is_what_it_was():
+    model, x = MODELS["vae"](), torch.rand(60, 9)
+    distil_lengths(model, x, **BRIEF)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"^distil_lengths: argument `lr` must be lower: the head has diverged at 1e"):
-        distil_lengths(MODELS["vae"](), torch.rand(60, 9), lr=1e300, **BRIEF)
+        distil_lengths(model, x, lr=1e300, **BRIEF)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
 
 
 WRONG_METHODS = {

@@ -1,6 +1,7 @@
 """Training as a whole: posteriors it finds, what it returns and leaves alone, and what it refuses."""
 
 import math
+import time
 
 import pyro
 import pyro.distributions as dist
@@ -51,7 +52,9 @@ def test_recovers_the_conjugate_posterior(batch_size, y):
 
 def test_result_has_nats_per_row_and_lengths(y):
     guide = AutoNested(lengths)
+    started = time.perf_counter()
     result = fit(lengths, guide, y, num_epochs=30, batch_size=20, lr=0.05, progress=False)
+    assert 0.5 < result.seconds / (time.perf_counter() - started) <= 1
     assert result.num_steps == 90
     assert len(result.elbo) == len(result.kl) == len(result.mean_length["mask"]) == 30
     for elbo, log_likelihood, kl in zip(result.elbo, result.log_likelihood, result.kl, strict=True):

@@ -193,7 +193,7 @@ def khat_by_row(
         data: Arguments of both, the same as of `fit`: a tensor, a tuple of them in order, or a mapping by name; or a
             `Dataset`, or batches, each of which has draws of its own.
         plate: Name of the plate over the rows of the data.
-        num_samples: Draws of all latents, at least 25; memory holds as many numbers for each row of a batch.
+        num_samples: Draws of all latents, at least 30; memory holds as many numbers for each row of a batch.
         batch_size: Rows of a batch; by default tensors are taken whole, and data sets in batches of 256.
         progress: Whether to show a progress bar.
         seed: Seed of the draws; None goes on with the caller's random numbers.

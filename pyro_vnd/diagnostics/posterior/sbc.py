@@ -126,14 +126,14 @@ def sbc(
                 raise ValueError(
                     f"sbc: argument `observed` must be of what the model draws, {list(sites)}; got {unknown}"
                 )
-            if broken := [name for name, site in sites.items() if bool(site["value"].isnan().any())]:
-                raise ValueError(f"sbc: argument `model` must draw numbers, which have ranks; of {broken} some are NaN")
             simulated = {name: sites.pop(name)["value"] for name in observed}
             with torch.enable_grad():
                 guide = infer(dict(simulated))
             torch.manual_seed(after)
             truth = {name: site["value"] for name, site in sites.items()}
             draws = _draw(guide, args, {**kwargs, **simulated}, num_posterior, truth)
+            if broken := [name for name in draws if bool(truth[name].isnan().any())]:
+                raise ValueError(f"sbc: argument `model` must draw numbers, which have ranks; of {broken} some are NaN")
             ranks = {}
             for name, values in draws.items():
                 for variable, (dims, quantity) in _quantities(name, sites[name]).items():

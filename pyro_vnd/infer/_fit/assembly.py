@@ -190,6 +190,7 @@ def settle(loop: Loop) -> None:
         for value in objective.module.state_dict().values() if source.ranks.size > 1 else ():
             if isinstance(value, Tensor):
                 value.copy_(source.ranks.same(value))
+    loop.result.seconds = loop.seconds()
     loop.save()
 
 

@@ -1,6 +1,5 @@
 """The state of a fit on disk, and whether it is that of the same fit."""
 
-import glob
 import io
 import os
 import shutil
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vnd._files import sync, unfinished_name, writing
+from pyro_vnd._files import remove_unfinished, sync, unfinished_name, writing
 from pyro_vnd.infer.result import FitResult
 
 try:
@@ -52,8 +51,8 @@ class Folder:
         self.previous, self.best = _beside(path, "previous"), _beside(path, "best")
         self._lock_path = path.with_name(f".{path.name}.lock")
         self._lock = self._take()
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of fits that were killed
-            left.unlink(missing_ok=True)
+        self._ours: set[Path] = set()
+        remove_unfinished(path)
 
     def _take(self) -> int | None:
         while fcntl is not None:
@@ -80,8 +79,15 @@ class Folder:
             os.close(self._lock)
 
     def files(self) -> list[Path]:
-        """Return those of the newest state, the one before it and the best that there are, in this order."""
-        return [path for path in (self.path, self.previous, self.best) if path.exists()]
+        """Return those of this fit that there are: of the newest state, the one before it and the best."""
+        return [path for path in (self.path, self.previous, self.best) if path in self._ours and path.exists()]
+
+    def read(self) -> State | None:
+        """Read the newest state, as `read_from`; what there is is of this fit then."""
+        state = self.read_from(self.path)
+        if state is not None:
+            self._ours = {self.path, self.previous, self.best}
+        return state
 
     def write(self, state: State, *, best: bool = False) -> None:
         """Keep a state; the file is the old one or the new one, whenever the machine stops.
@@ -96,9 +102,13 @@ class Folder:
         with self._written(state) as unfinished:
             if best:  # first: a fit that goes on from an older file comes here again
                 self._name_too(unfinished, self.best)
+                self._ours.add(self.best)
             if self.path.exists():
                 self._name_too(self.path, self.previous)
+                if self.path in self._ours:
+                    self._ours.add(self.previous)
             os.replace(unfinished, self.path)
+            self._ours.add(self.path)
             if os.name == "posix":  # so that new names outlive a power cut, too
                 sync(self.path.parent)
 
@@ -150,13 +160,18 @@ class Folder:
         Raises:
             ValueError: If the file is no checkpoint, or a damaged one; the message says which older one is whole.
         """
-        if not path.exists():
+        previous, best = (_beside(path, which) for which in ("previous", "best"))
+        if not path.exists():  # nor has it ever been, or somebody took it away: no crash leaves the previous one alone
+            if _is_whole(previous):
+                raise ValueError(
+                    f"{_ARGUMENT}, {str(path)!r}, is not there, but {str(previous)!r} is: rename that one to go on "
+                    "from it, or leave `resume` out to start anew"
+                )
             return None
         try:
             return read_state(path)
         except ValueError as error:
-            others = (_beside(path, which) for which in ("previous", "best"))
-            whole = next(filter(_is_whole, others), None)
+            whole = next(filter(_is_whole, (previous, best)), None)
             if whole is None:
                 raise
             raise ValueError(f"{error}; or go on from an older state, which is whole: rename {str(whole)!r}") from None

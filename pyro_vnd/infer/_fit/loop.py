@@ -113,7 +113,10 @@ class Loop(Run):
             # Finite numbers in a file may be too large to go on from.
             kept = [str(file) for each in self.callbacks if isinstance(each, Checkpoint) for file in each.files()]
             if kept:
-                error.add_note(f"fit: states from before this step: {', '.join(kept)}; `torch.load` reads them")
+                error.add_note(
+                    f"fit: states from before this step, the newest first: {', '.join(kept)}. Where one fails again, "
+                    "an older one may not"
+                )
             raise
         for callback in self.callbacks:
             if not isinstance(callback, Checkpoint):
@@ -159,9 +162,10 @@ class Loop(Run):
         laws = self._seen() | nested_laws(both) | conditional_laws(self.guide)
         self.result.add_epoch(means, laws, self.objective.record.visible)
         self._place = _Place()
+        self.result.seconds = self.seconds()
         for callback in self.callbacks:
-            self.result.seconds = self.seconds()
             callback.on_epoch(self)
+            self.result.seconds = self.seconds()
         self.stopped = self._ranks.any(self.stopped)
 
     def _seen(self) -> dict[str, LearnedLaw]:

@@ -304,7 +304,27 @@ def test_a_model_that_draws_no_numbers():
 
     message = r"^sbc: argument `model` must draw numbers, which have ranks; of \['mu'\] some are NaN"
     with pyro.validation_enabled(False), pytest.raises(ValueError, match=message):
-        sbc(broken, posterior_of_means(), (N,), observed="y", num_simulations=1, progress=False)
+        sbc(broken, lambda data: {"mu": torch.zeros(L, D)}, (N,), observed="y", num_posterior=L, progress=False)
+
+
+def test_what_is_not_ranked_may_be_nan():
+    def model(y=None):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("unknown", dist.Delta(torch.tensor(torch.nan)))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    draws = {"mu": torch.zeros(9)}
+    with pyro.validation_enabled(False):
+        ranks = sbc(
+            model,
+            lambda data: draws,
+            observed="y",
+            num_posterior=9,
+            num_simulations=2,
+            log_likelihood=False,
+            progress=False,
+        )
+    assert list(ranks) == ["mu"]
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")

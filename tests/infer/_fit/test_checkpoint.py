@@ -193,6 +193,31 @@ def test_resume_without_a_file_starts_from_scratch(data, tmp_path):
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
+def test_resume_with_an_older_state_alone_says_so(data, tmp_path):
+    path = tmp_path / "fit.pt"
+    train(Regression, data, checkpoint=path)
+    kept = {file: file.read_bytes() for file in tmp_path.iterdir() if file != path}
+    path.unlink()
+    with pytest.raises(ValueError, match=r"fit\.pt', is not there, but '.*fit\.previous\.pt' is: rename that one"):
+        train(Regression, data, checkpoint=path, resume=True)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == kept
+
+
+def test_unfinished_files_of_a_longer_name_are_anothers(data, tmp_path):
+    theirs, mine = tmp_path / ".fit.pt.4711.tmp", tmp_path / ".fit.4712.tmp"
+    for file in (theirs, mine, tmp_path / ".fit.4712.link.tmp"):
+        file.touch()
+    train(Regression, data, checkpoint=tmp_path / "fit")
+    assert {file for file in tmp_path.iterdir() if file.suffix == ".tmp"} == {theirs}
+
+
+def test_a_link_to_itself_is_no_file(data, tmp_path):
+    path = tmp_path / "fit.pt"
+    path.symlink_to(path)
+    with pytest.raises(ValueError, match=r"argument `checkpoint` is '.*fit\.pt', which cannot be written"):
+        train(Regression, data, checkpoint=path)
+
+
 def test_the_file_is_read_without_running_code(data, tmp_path):
     train(Nested, data, checkpoint=tmp_path / "fit.pt")
     state = torch.load(tmp_path / "fit.pt", weights_only=True)
