@@ -42,7 +42,7 @@ def net_cost(net: nn.Module, *inputs: Any, **named: Any) -> dict[str, int]:
             parameter.requires_grad_(False)
         stack.enter_context(torch.no_grad())
         stack.enter_context(module_mode([net], training=False))
-        stack.enter_context(_in_single_operations())
+        stack.enter_context(_in_single_operations(net))
         counter = stack.enter_context(FlopCounterMode(display=False))
         attention = stack.enter_context(_of_attention(counter))
         net(*inputs, **named)
@@ -52,24 +52,32 @@ def net_cost(net: nn.Module, *inputs: Any, **named: Any) -> dict[str, int]:
 
 
 @contextmanager
-def _in_single_operations() -> Iterator[None]:
+def _in_single_operations(net: nn.Module) -> Iterator[None]:
     """Let recurrent and transformer layers run as products that can be counted, not as one operation that cannot."""
-    fast, mkldnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.flags(enabled=False)
-    torch.backends.mha.set_fastpath_enabled(False)
+    with ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        if any(isinstance(part, nn.RNNBase) for part in net.modules()):  # other layers are as fast as ever
+            stack.enter_context(_without_mkldnn())
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
+
+
+@contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    flags = torch.backends.mkldnn.flags(enabled=False)
+    with _quietly():
+        flags.__enter__()
     try:
-        with _quietly():
-            mkldnn.__enter__()
-        with torch.backends.cudnn.flags(enabled=False):
-            yield
+        yield
     finally:
         with _quietly():
-            mkldnn.__exit__(None, None, None)
-        torch.backends.mha.set_fastpath_enabled(fast)
+            flags.__exit__(None, None, None)
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Hide that torch has no Intel GPU, which it says when mkldnn is turned on or off."""
+    """Hide that torch has no Intel GPU, which it says where mkldnn is turned on or off."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield

@@ -26,6 +26,7 @@ def test_steps_of_recurrent_nets(kind):
     plain, x, labels = Recurrent(kind), torch.randn(6, STEPS, SIZE), torch.randint(3, (6,))
     net, expected = nest(plain, x), STEPS * GATES[kind] * UNITS * (SIZE + UNITS) + 3 * UNITS
     assert [net_cost(each, x)["multiply_adds"] for each in (plain, net, narrow(net, 1.0))] == [expected] * 3
+    assert torch._C._get_mkldnn_enabled()
     scores = evaluate_widths(net, (x, labels), [0.5, 1.0], num_samples=None, progress=False)
     half = STEPS * GATES[kind] * (UNITS // 2) * (SIZE + UNITS // 2) + 3 * UNITS // 2
     assert scores["multiply_adds"].values.ravel().tolist() == [half, expected]
