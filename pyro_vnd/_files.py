@@ -55,10 +55,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
 def resolved(path: Path) -> Path:
     """Return the file that a symbolic link stands for, which is to be replaced in the link's place."""
-    try:
-        return path.resolve() if path.is_symlink() else path
-    except RuntimeError as error:  # so says Python before 3.13 of a link to itself
-        raise OSError(str(error)) from error
+    return Path(os.path.realpath(path)) if path.is_symlink() else path  # a link to itself is its own, and replaced
 
 
 def unfinished_name(path: Path, kind: str = "") -> Path:

@@ -42,6 +42,7 @@ _stats: Any = arviz_stats  # the same functions in both lines, whose types say n
 _IS_LEGACY = az.__version__.startswith("0.")
 MIN_DRAWS = 30  # ArviZ fits a tail to a fifth of the draws; of five 1.3 makes nothing
 _ROUNDING, _UNDERFLOW = 1e-5, 700.0  # logarithms of weights that differ by less are equal, by more 1 and 0
+_SEVERAL = 5  # draws of the largest weight, which then is no chance
 _EVEN = 2.0  # no draw counts twice as much as the average: the tail has a shape, but it is none to fear
 _COMPARISON = ["rank", "elpd", "se", "p", "elpd_diff", "dse", "weight", "warning"]
 
@@ -149,7 +150,7 @@ def _psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
         smoothed, khat = _stats.base.array_stats.psislw(-log_weights)
         is_even = np.exp(log_weights).mean() > 1 / _EVEN
         return smoothed, min(float(khat), 0.0) if is_even else float(khat)
-    is_bounded = (ordered > -_ROUNDING).sum() >= MIN_DRAWS / 5  # the largest weight is no chance
+    is_bounded = (ordered > -_ROUNDING).sum() >= _SEVERAL
     khat = np.nan if num_draws < MIN_DRAWS else -np.inf if is_bounded else np.inf
     return log_weights - np.logaddexp.reduce(log_weights), khat
 

@@ -211,11 +211,12 @@ def test_unfinished_files_of_a_longer_name_are_anothers(data, tmp_path):
     assert {file for file in tmp_path.iterdir() if file.suffix == ".tmp"} == {theirs}
 
 
-def test_a_link_to_itself_is_no_file(data, tmp_path):
+def test_a_link_to_itself_is_replaced(data, tmp_path):
     path = tmp_path / "fit.pt"
     path.symlink_to(path)
-    with pytest.raises(ValueError, match=r"argument `checkpoint` is '.*fit\.pt', which cannot be written"):
-        train(Regression, data, checkpoint=path)
+    train(Regression, data, checkpoint=path)
+    assert path.is_file()
+    assert not path.is_symlink()
 
 
 def test_the_file_is_read_without_running_code(data, tmp_path):
