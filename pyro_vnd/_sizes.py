@@ -12,6 +12,7 @@ from torch import Tensor
 
 __all__ = [
     "as_integers",
+    "as_numbers",
     "check_count",
     "check_num_latents",
     "check_seed",
@@ -41,6 +42,20 @@ def without_values(x: Tensor) -> str:
     return f"{x.dtype}, with which torch does not compute: give x.float()" if x.dtype in _STORED else ""
 
 
+def as_numbers(value: Any) -> Tensor | None:
+    """Return real numbers as a tensor, given as one, a list, an array or a tensor; None if something else was given.
+
+    Example:
+        >>> as_numbers([1, 2.5]), as_numbers(True), as_numbers(1j), as_numbers("2"), as_numbers(2**70)
+        (tensor([1.0000, 2.5000]), None, None, None, None)
+    """
+    try:
+        x = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+    return None if x.is_complex() or x.dtype == torch.bool or without_values(x) else x
+
+
 def as_integers(value: Any) -> Tensor | None:
     """Return integers as a tensor, given as one, a list, an array or a tensor; None if something else was given.
 
@@ -48,12 +63,8 @@ def as_integers(value: Any) -> Tensor | None:
         >>> as_integers([1, 2]), as_integers(2.0), as_integers(True), as_integers("2"), as_integers(2**70)
         (tensor([1, 2]), None, None, None, None)
     """
-    try:
-        x = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return None
-    is_real = x.is_floating_point() or x.is_complex() or x.dtype == torch.bool
-    return None if is_real or without_values(x) else x
+    x = as_numbers(value)
+    return None if x is None or x.is_floating_point() else x
 
 
 def is_integer(value: Any) -> bool:

@@ -102,15 +102,12 @@ def as_shape(name: str, shape: Any) -> torch.Size:
         name: What it is, for the message: "Law: argument `x`".
         shape: The shape.
     """
-    try:
-        sizes = None if isinstance(shape, str | bytes | Mapping | Set | Iterator) else torch.Size(shape)
-        if sizes is not None and any(map(is_truth, shape)):
-            sizes = None
-    except TypeError:
-        sizes = None
-    if sizes is None or any(size < 0 for size in sizes):
-        raise ValueError(f"{name} must be a sequence of sizes >= 0; got {shape!r}")
-    return sizes
+    if not isinstance(shape, str | bytes | Mapping | Set | Iterator):
+        with suppress(TypeError):
+            sizes = torch.Size(shape)
+            if not any(map(is_truth, shape)) and all(size >= 0 for size in sizes):
+                return sizes
+    raise ValueError(f"{name} must be a sequence of sizes >= 0; got {shape!r}")
 
 
 def got(x: Tensor) -> str:

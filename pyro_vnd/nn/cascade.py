@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_vnd._data import Batch, Rows, input_batches, take_rows
 from pyro_vnd._inputs import explain_inputs
-from pyro_vnd._sizes import check_count, is_integer, is_one_of, is_within, without_values
+from pyro_vnd._sizes import as_numbers, check_count, is_integer, is_one_of, is_within, without_values
 from pyro_vnd._state import module_mode
 from pyro_vnd.nn.draws import NetDraws
 from pyro_vnd.nn.likelihoods import CategoricalLabels
@@ -350,12 +350,8 @@ class CascadeNet(nn.Module):
         count = len(self.kept) - 1
         if threshold is None:
             return torch.full((count,), math.nan)
-        try:
-            given = torch.as_tensor(threshold)
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            given = torch.tensor(math.nan)
-        is_real = not (given.is_complex() or given.dtype == torch.bool or without_values(given))
-        values = given.detach().to(torch.get_default_dtype()) if is_real else torch.tensor(math.nan)
+        given = as_numbers(threshold)
+        values = torch.tensor(math.nan) if given is None else given.detach().to(torch.get_default_dtype())
         values = values.expand(count) if values.dim() == 0 else values
         if values.shape != (count,) or not (values >= 0).all():
             raise ValueError(

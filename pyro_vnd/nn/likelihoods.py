@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyro_vnd._inputs import check_labels
-from pyro_vnd._sizes import is_integer, without_values
+from pyro_vnd._sizes import as_numbers, is_integer
 from pyro_vnd.nn.label_laws import ordinal_log_probs
 from pyro_vnd.nn.net_likelihood import (
     NetLikelihood,
@@ -123,9 +123,10 @@ class NormalTargets(NetLikelihood):
         if isinstance(scale, str) and scale == "predicted":
             self.log_scale = None
             return
-        start = _as_scales(scale)
-        if start is None:
+        start = as_numbers(scale)
+        if start is None or not start.numel():
             raise ValueError(f'NormalTargets: argument `scale` must be numbers or "predicted"; got {scale!r}')
+        start = start.detach().to(torch.get_default_dtype())
         if not bool(((start > 0) & start.isfinite()).all()):
             raise ValueError(f"NormalTargets: argument `scale` must be finite and > 0; got {scale}")
         self.log_scale = nn.Parameter(start.log())
@@ -157,16 +158,6 @@ class NormalTargets(NetLikelihood):
         if values:
             refuse_values(caller, argument, "finite", y, ~y.isfinite())
         return y
-
-
-def _as_scales(scale: Any) -> Tensor | None:
-    """Return scales as a tensor of its own, or None if they are no real numbers."""
-    try:
-        start = torch.as_tensor(scale)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return None
-    is_real = not (start.is_complex() or start.dtype == torch.bool or without_values(start))
-    return start.detach().to(torch.get_default_dtype()) if is_real and start.numel() else None
 
 
 def _fits_last(shape: Sequence[int], of: Sequence[int]) -> bool:
